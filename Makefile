@@ -1,0 +1,58 @@
+# make demo    compile a GPT-OSS model with backend="mxfp4" (CHECKPOINT: where its files are)
+# make test    run the tests
+# make lint    check style and types
+# make clean   remove build/ and the caches; make distclean removes .venv too
+#
+# The first of them sets up .venv, which takes python3 (3.10 or newer, with venv and its headers) and
+# a C++ compiler: torch.compile and the CPU kernels build C++ on first use. `make PYTHON=...` chooses
+# the Python.
+
+PYTHON ?= python3
+CHECKPOINT ?= build/gpt-oss-2-layers
+STAMP := .venv/.stamp
+TORCH := $(shell grep '^torch==' constraints.txt)
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/torchinductor
+
+# A worker is a process with a compiler and threads of its own. The number of threads is the same on
+# every machine, for torch.compile generates other code for one thread than for several.
+WORKERS = $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
+test: export OMP_NUM_THREADS := 2
+test: export TORCHINDUCTOR_COMPILE_THREADS := 1
+
+.PHONY: demo test lint clean distclean
+
+demo: $(STAMP)
+	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
+
+test: $(STAMP)
+	.venv/bin/python -m pytest -n $(WORKERS)
+
+lint: $(STAMP)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+clean:
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find mxfp4_fx tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
+
+old_python = error: '$(PYTHON)' is missing or older than 3.10; name a newer one: make PYTHON=...
+no_venv = error: '$(PYTHON)' has no venv module; install it (Debian, Ubuntu: apt install python3-venv)
+no_compiler = error: '$(CXX)' cannot compile C++ that includes Python.h; install a compiler and \
+	Python's headers (Debian, Ubuntu: apt install g++ python3-dev) or name another: make CXX=...
+or_stop = || { echo "$(1)" >&2; exit 1; }
+
+# torch goes first and alone, so that no other package's wider range decides which build is fetched.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' $(call or_stop,$(old_python))
+	@$(PYTHON) -c 'import ensurepip, venv' $(call or_stop,$(no_venv))
+	@include=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))') && \
+	echo '#include <Python.h>' | $(CXX) -fsyntax-only -x c++ -I"$$include" - \
+		$(call or_stop,$(no_compiler))
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt $(TORCH)
+	.venv/bin/python -m pip install -c constraints.txt -e '.[dev,transformers]'
+	@touch $@

@@ -1,0 +1,28 @@
+"""GPT-OSS experts in MXFP4: ``torch.compile(model, backend="mxfp4")``.
+
+Names are imported when first used: ``TORCH_LOGS="+mxfp4_fx"`` makes torch import this package while
+torch itself is still being imported.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mxfp4_fx.backend import mxfp4
+    from mxfp4_fx.explanation import Explanation, explain
+    from mxfp4_fx.weights import refresh
+
+__all__ = ["Explanation", "explain", "mxfp4", "refresh"]
+
+_MODULES = {
+    "Explanation": "mxfp4_fx.explanation",
+    "explain": "mxfp4_fx.explanation",
+    "mxfp4": "mxfp4_fx.backend",
+    "refresh": "mxfp4_fx.weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,0 +1,183 @@
+"""The Dynamo entry point: ``torch.compile(model, backend="mxfp4")``."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensor
+from tqdm import tqdm
+
+from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning, NoExpertsWarning
+from mxfp4_fx.options import Options
+from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.pipeline import run_pipeline
+from mxfp4_fx.transformers import prepare_capture, serves_capture
+from mxfp4_fx.weights import STORE
+
+log = logging.getLogger("mxfp4_fx.backend")
+
+CompiledGraph = Callable[..., Any]
+
+_warned: set[str] = set()
+
+
+@serves_capture
+def mxfp4(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CompiledGraph:
+    """Compile a captured graph with its GPT-OSS experts in MXFP4.
+
+    Registered as backend ``"mxfp4"``; call it through ``torch.compile``. There is one object of it,
+    so that compiling again with the same options finds the code that is compiled already.
+
+    Args:
+        gm: the graph as Dynamo captured it.
+        example_inputs: real inputs, the model's own parameters among them.
+        mode: ``torch.compile``'s mode; reaches Inductor.
+        options: see :class:`mxfp4_fx.options.Options`.
+
+    Raises:
+        OptionError: an option is unknown or has a bad value.
+        MissedRewriteError: with ``strict=True``, something stays as it was.
+    """
+    prepare_capture()
+    parsed = Options.parse(options, mode)
+    rewritten, ctx = run_pipeline(gm, example_inputs, parsed)
+    announce(ctx, parsed)
+    if rewritten is gm:
+        return compile_inner(gm, example_inputs, parsed)
+    return bind(gm, rewritten, ctx, parsed)
+
+
+def bind(
+    captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context, options: Options
+) -> CompiledGraph:
+    """Compile a lowered graph; the result takes the captured graph's inputs."""
+    plan = InputPlan(captured, lowered, ctx)
+    _swizzle_ahead(ctx)
+    compiled = compile_inner(lowered, plan.examples(lowered, ctx), options)
+
+    def run(*args: Any) -> Any:
+        return compiled(*plan.inputs(args))
+
+    if not options.verify:
+        return run
+    verifying, verifying_ctx = run_pipeline(captured, ctx.inputs, options, verifying=True)
+    verifying_plan = InputPlan(captured, verifying, verifying_ctx)
+    verified, layers = False, len(ctx.report.rewrites)
+
+    def verify_first(*args: Any) -> Any:
+        nonlocal verified
+        if verified:
+            return run(*args)
+        result = verifying.forward(*verifying_plan.inputs(args))
+        verified = True
+        log.info("verified %d rewritten layers", layers)
+        return result
+
+    return verify_first
+
+
+class InputPlan:
+    """Where a lowered graph's inputs come from: the captured graph's inputs, swizzled or not.
+
+    Swizzled weights are looked up at every call, by the parameters that the call brings. It lives
+    as long as the compiled code, which may outlive the model: it holds positions, no tensors.
+    """
+
+    def __init__(self, captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> None:
+        slots = {n.name: i for i, n in enumerate(captured.graph.find_nodes(op="placeholder"))}
+        # For each input: the captured graph's input, its layout (None: as it is), and the part.
+        self._sources: list[tuple[int, str | None, int]] = [
+            (b.source, b.layout, b.part)
+            if (b := ctx.bindings.get(node.name))
+            else (slots[node.name], None, 0)
+            for node in lowered.graph.find_nodes(op="placeholder")
+        ]
+
+    def examples(self, lowered: fx.GraphModule, ctx: Context) -> list[Any]:
+        """Example inputs for the inner compiler; swizzled weights are fake."""
+        placeholders = lowered.graph.find_nodes(op="placeholder")
+        return [
+            node.meta["example_value"] if layout else ctx.inputs[source]
+            for node, (source, layout, _) in zip(placeholders, self._sources, strict=True)
+        ]
+
+    def inputs(self, args: tuple[Any, ...]) -> list[Any]:
+        """The lowered graph's inputs for a call of the captured one with ``args``."""
+        return [
+            args[source] if layout is None else STORE.get(args[source], layout)[part]
+            for source, layout, part in self._sources
+        ]
+
+
+def _swizzle_ahead(ctx: Context) -> None:
+    """Swizzle while compiling, with a progress bar, rather than in the first call."""
+    wanted = {(b.source, b.layout) for b in ctx.bindings.values()}
+    real = [
+        (value, layout)
+        for source, layout in sorted(wanted)
+        if isinstance(value := ctx.inputs[source], Tensor) and not isinstance(value, FakeTensor)
+    ]
+    for value, layout in tqdm(real, "mxfp4: quantizing expert weights", leave=False, disable=None):
+        STORE.get(value, layout)
+
+
+def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> CompiledGraph:
+    """Hand a graph to the inner compiler."""
+    if options.inner != "inductor":
+        inner = options.inner
+        backend = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner
+        compiled: CompiledGraph = backend(gm, inputs)
+        return compiled
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(options.mode) if options.mode else {}), **options.inductor}
+    from_inductor: Any = compile_fx(gm, inputs, config_patches=patches or None)
+    return cast(CompiledGraph, from_inductor)
+
+
+def announce(ctx: Context, options: Options) -> None:
+    """Log the rewrites; warn of misses, once each, or raise with ``strict``."""
+    for rewrite in ctx.report.rewrites:
+        log.info("%s: %s -> MXFP4, %s kernels", rewrite.layer, rewrite.form, rewrite.kernels)
+    misses = [miss for miss in ctx.report.misses if not miss.skipped]
+    for miss in ctx.report.misses:
+        log.info("not rewritten: %s", miss)
+    if misses and options.strict:
+        lines = "\n".join(f"  {miss}" for miss in misses)
+        raise MissedRewriteError(
+            f"strict=True, and {len(misses)} MoE layer(s) cannot be rewritten:\n{lines}"
+        )
+    if misses:
+        more = f"\n  and {len(misses) - 3} more; mxfp4_fx.explain lists all" if misses[3:] else ""
+        _warn_once(
+            "these MoE layers run as they were, not in MXFP4:"
+            + "".join(f"\n  {miss}" for miss in misses[:3])
+            + more,
+            MissedRewriteWarning,
+        )
+    if not ctx.report.rewrites and not ctx.report.misses:
+        message = "nothing in this graph looks like GPT-OSS experts"
+        if options.strict:
+            raise MissedRewriteError(
+                f"strict=True, and {message}. If graph breaks split the model, "
+                "torch.compile(fullgraph=True) shows where."
+            )
+        _warn_once(f"{message}; it is compiled without MXFP4", NoExpertsWarning)
+
+
+def _warn_once(message: str, category: type[Warning]) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"backend 'mxfp4': {message}", category, stacklevel=2)

@@ -1,0 +1,41 @@
+"""One class for each failure a user can meet."""
+
+
+class Mxfp4Error(Exception):
+    """Base class of every error that mxfp4_fx raises on purpose."""
+
+
+class OptionError(Mxfp4Error, ValueError):
+    """An entry of ``torch.compile(options=...)`` is unknown, wrong, or not there yet."""
+
+
+class KernelsUnavailableError(Mxfp4Error, RuntimeError):
+    """The kernels that were asked for cannot run on this device."""
+
+
+class WeightError(Mxfp4Error, ValueError):
+    """An expert weight cannot be turned into MXFP4."""
+
+
+class CheckpointError(Mxfp4Error, ValueError):
+    """A checkpoint directory cannot be read, or not be written."""
+
+
+class MissedRewriteError(Mxfp4Error, RuntimeError):
+    """``strict=True``: something looked like experts and was not rewritten, or nothing did."""
+
+
+class VerificationError(Mxfp4Error, RuntimeError):
+    """``verify=True``: a rewritten region disagrees with the region that it replaced."""
+
+
+class PipelineError(Mxfp4Error, RuntimeError):
+    """The passes broke their own contract. This is a fault of mxfp4_fx: please report it."""
+
+
+class MissedRewriteWarning(UserWarning):
+    """Something looked like GPT-OSS experts and runs as it was written, not in MXFP4."""
+
+
+class NoExpertsWarning(UserWarning):
+    """``backend="mxfp4"`` compiled a graph in which nothing looks like GPT-OSS experts."""

@@ -1,0 +1,151 @@
+"""``explain``: what would be rewritten in a model, with what, and what would not, and why."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from mxfp4_fx.options import Options
+from mxfp4_fx.passes.pipeline import run_pipeline
+from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
+from mxfp4_fx.transformers import prepare_capture, serves_capture
+
+_reports: contextvars.ContextVar[list[GraphReport]] = contextvars.ContextVar("reports")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What ``backend="mxfp4"`` does with a model; ``print`` it for the table.
+
+    Attributes:
+        graphs: how many graphs Dynamo captured; more than one means graph breaks.
+        rewrites: the layers that become MXFP4.
+        misses: what looked like experts and stays as it is.
+    """
+
+    graphs: int
+    rewrites: tuple[Rewrite, ...]
+    misses: tuple[Miss, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the rewritten layers' expert weights as the model holds them."""
+        return sum(rewrite.bytes_before for rewrite in self.rewrites)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the same weights as swizzled MXFP4."""
+        return sum(rewrite.bytes_after for rewrite in self.rewrites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as data: dicts, lists, strings and numbers."""
+        return {
+            **dataclasses.asdict(self),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+    def __str__(self) -> str:
+        found = len(self.rewrites) + len(self.misses)
+        lines = [f"{len(self.rewrites)} of {found} MoE layers rewritten, {_graphs(self.graphs)}"]
+        if self.rewrites:
+            header = ("layer", "form", "experts", "kernels (layout)", "before", "after")
+            rows = [_row(rewrite) for rewrite in self.rewrites]
+            total = ("total", "", "", "", _size(self.bytes_before), _size(self.bytes_after))
+            lines += _table([header, *rows, total])
+        for miss in self.misses:
+            lines += [f"not rewritten: {miss.layer}", f"  {miss.reason}"]
+            lines += [f"  at {miss.where}"] if miss.where else []
+        if not found:
+            lines.append("nothing in it looks like GPT-OSS experts")
+        return "\n".join(lines)
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Capture ``model(*args, **kwargs)`` and tell what the backend would do with it.
+
+    The model runs once, as it is: nothing is quantized or compiled further. Gradient mode counts:
+    outside ``torch.no_grad()`` experts whose weights require a gradient are not rewritten.
+
+    Args:
+        model: a module or function; what ``torch.compile`` returned is unwrapped.
+        args, kwargs: its inputs.
+        options: as for ``torch.compile(backend="mxfp4", options=...)``.
+        dynamic: as for ``torch.compile``.
+    """
+    prepare_capture()
+    model = getattr(model, "_orig_mod", model)
+    reports: list[GraphReport] = []
+    token = _reports.set(reports)
+    chosen = dict(options) if options else None
+    try:
+        # What the user compiled before must not use up the recompilations of this capture.
+        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
+            torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen)(*args, **kwargs)
+    finally:
+        _reports.reset(token)
+    return Explanation(
+        graphs=len(reports),
+        rewrites=tuple(r for report in reports for r in report.rewrites),
+        misses=tuple(m for report in reports for m in report.misses),
+    )
+
+
+@serves_capture
+def _collect(
+    gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A backend that runs the pipeline for its report and the graph as it was.
+
+    One object, and the report is handed over when the graph *runs*: explaining again finds the
+    code that is compiled already.
+    """
+    _, ctx = run_pipeline(gm, example_inputs, Options.parse(options))
+
+    def run(*args: Any) -> Any:
+        _reports.get().append(ctx.report)
+        return gm.forward(*args)
+
+    return run
+
+
+def _row(rewrite: Rewrite) -> tuple[str, ...]:
+    return (
+        rewrite.layer,
+        rewrite.form,
+        f"{rewrite.experts}, top-{rewrite.top_k}",
+        f"{rewrite.kernels} ({rewrite.layout})",
+        _size(rewrite.bytes_before),
+        _size(rewrite.bytes_after),
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _graphs(n: int) -> str:
+    return "1 graph" if n == 1 else f"{n} graphs"
+
+
+def _size(n: int) -> str:
+    """Bytes in binary units."""
+    value, units = float(n), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

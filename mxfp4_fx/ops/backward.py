@@ -1,0 +1,138 @@
+"""Gradients through frozen experts: with respect to activations and routing weights.
+
+What fine-tuning the rest of a model (LoRA on attention, say) needs. MXFP4 weights themselves have
+no gradient, and a bias that wants one is an error. Shape letters as in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4_fx.formats import dequantize
+from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.ops.reference import swiglu
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """Gradient of ``reference.swiglu`` with respect to ``gate_up`` [.., 2I], from [.., I]."""
+    gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
+    g, u = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    s = torch.sigmoid(alpha * g)
+    grad_gate = grad * (u + 1) * (s + alpha * g * s * (1 - s)) * (gate <= limit)
+    grad_up = grad * g * s * (up.abs() <= limit)
+    return torch.stack((grad_gate, grad_up), dim=-1).flatten(-2)
+
+
+def matmul_ogs_backward(
+    grad: Tensor,
+    x: Tensor,
+    blocks: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    expert_offsets: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    gammas: Tensor | None,
+    experts_per_token: int,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``matmul_ogs`` with respect to x and gammas; what it needs is computed again.
+
+    Args:
+        grad: the gradient of the op's result, of its shape. The others: the op's arguments.
+
+    Returns:
+        grad_x, of x's shape and dtype; grad_gammas [R] float32 (zeros without ``gammas``).
+    """
+    rows = (x if gather_index is None else x[gather_index]).float()
+    grad = grad.float()
+    if scatter_index is not None:
+        grad = grad[scatter_index // experts_per_token]
+    grad_rows = torch.zeros_like(rows)
+    grad_gammas = rows.new_zeros(rows.shape[0])
+    for expert, (start, stop) in enumerate(pairwise(expert_offsets.tolist())):
+        if start == stop:
+            continue
+        order = LAYOUTS[layout].unswizzle(blocks[expert], scales[expert], bias.shape[1], x.shape[1])
+        weight = dequantize(*order, torch.float32)
+        y = rows[start:stop] @ weight.T + bias[expert].float()
+        g = grad[start:stop]
+        if gammas is not None:
+            out = swiglu(y, alpha, limit) if activation == "swiglu" else y
+            grad_gammas[start:stop] = (g * out).sum(dim=-1)
+            g = g * gammas[start:stop, None]
+        if activation == "swiglu":
+            g = swiglu_backward(g, y, alpha, limit)
+        grad_rows[start:stop] = g @ weight
+    if gather_index is None:
+        return grad_rows.to(x.dtype), grad_gammas
+    grad_x = torch.zeros_like(x, dtype=torch.float32)
+    return grad_x.index_add_(0, gather_index, grad_rows).to(x.dtype), grad_gammas
+
+
+def save_matmul_ogs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """``setup_context`` of matmul_ogs."""
+    x, blocks, scales, bias, offsets, gather_index, scatter_index, gammas, *constants = inputs
+    if bias.requires_grad:
+        raise RuntimeError(
+            "mxfp4::matmul_ogs has no gradient for an expert bias; call bias.requires_grad_(False)"
+        )
+    ctx.save_for_backward(x, blocks, scales, bias, offsets, gather_index, scatter_index, gammas)
+    ctx.constants = constants[:-1]  # all but the kernels' name: there is one backward
+
+
+def matmul_ogs_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """``backward`` of matmul_ogs: one gradient (or None) for each argument."""
+    grad_x, grad_gammas = torch.ops.mxfp4.matmul_ogs_backward(
+        grad, *ctx.saved_tensors, *ctx.constants
+    )
+    has_gammas = ctx.saved_tensors[7] is not None
+    return grad_x, *[None] * 6, grad_gammas if has_gammas else None, *[None] * 6
+
+
+def save_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """``setup_context`` of both routings; index outputs have no gradient."""
+    gammas, _, scatter_index, expert_offsets = output
+    ctx.save_for_backward(gammas, scatter_index, expert_offsets)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+    ctx.top_k = inputs[1]
+
+
+def routing_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """``backward`` of routing: through the softmax to the chosen logits."""
+    gammas, scatter_index, expert_offsets = ctx.saved_tensors
+    rows = torch.arange(gammas.shape[0], device=gammas.device, dtype=expert_offsets.dtype)
+    expert = torch.searchsorted(expert_offsets[1:].contiguous(), rows, right=True)
+    p, dp, expert = (_to_slots(v, scatter_index, ctx.top_k) for v in (gammas, grad, expert))
+    grad_chosen = p * (dp - (p * dp).sum(dim=-1, keepdim=True))
+    grad_logits = grad_chosen.new_zeros(ctx.shape).scatter(1, expert, grad_chosen)
+    return grad_logits.to(ctx.dtype), None, None
+
+
+def save_routing_from_routes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """``setup_context`` of routing.routes."""
+    _, _, scatter_index, expert_offsets = output
+    ctx.save_for_backward(scatter_index, expert_offsets)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.top_k, ctx.dtype = inputs[1].shape[1], inputs[1].dtype
+
+
+def routing_from_routes_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """``backward`` of routing.routes: back into the slots; rows of nobody here get zero."""
+    scatter_index, expert_offsets = ctx.saved_tensors
+    rows = torch.arange(grad.shape[0], device=grad.device)
+    grad = grad * (rows < expert_offsets[-1])
+    return None, _to_slots(grad, scatter_index, ctx.top_k).to(ctx.dtype), None, None, None
+
+
+def _to_slots(rows: Tensor, scatter_index: Tensor, top_k: int) -> Tensor:
+    """Sorted rows [R] -> [T, A]."""
+    return torch.empty_like(rows).index_put((scatter_index,), rows).view(-1, top_k)

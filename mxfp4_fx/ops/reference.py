@@ -1,0 +1,219 @@
+"""The readable meaning of every op, in plain PyTorch. All kernels are tested against this file.
+
+Shape letters: T tokens, E experts, A experts per token (top-k), R = T*A routed rows, H hidden,
+I intermediate, K contraction, N output. A *slot* t*A + a is token t's a-th choice.
+
+Every sum is accumulated in float32 and rounded to the activations' dtype once, at an op's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mxfp4_fx.formats import dequantize
+from mxfp4_fx.layouts import LAYOUTS
+
+Routes = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def routing(logits: Tensor, top_k: int) -> Routes:
+    """Choose ``top_k`` experts a token, weigh them by a softmax over the chosen logits.
+
+    Args:
+        logits: [T, E] float. Equal logits are chosen in ``torch.topk``'s own order.
+        top_k: A.
+
+    Returns:
+        The routes of :func:`routing_from_routes`.
+    """
+    chosen, indices = torch.topk(logits, top_k, dim=-1)
+    return routing_from_routes(indices, torch.softmax(chosen.float(), dim=-1), logits.shape[1])
+
+
+def routing_from_routes(
+    indices: Tensor, weights: Tensor, num_experts: int, first_expert: int = 0
+) -> Routes:
+    """Sort routes that are chosen already by expert; the sort is stable.
+
+    Args:
+        indices: [T, A] integer expert ids. Ids outside ``[first_expert, first_expert +
+            num_experts)`` belong to someone else: their rows go last and count nothing.
+        weights: [T, A] float, the factor of each route.
+        num_experts: E, the experts held here.
+        first_expert: the id of the first of them.
+
+    Returns:
+        gammas [R] float32 (0 for rows that belong to someone else), gather_index [R] int32 (the
+        token of a sorted row), scatter_index [R] int32 (its slot), expert_offsets [E+1] int32 (the
+        rows of expert e are ``expert_offsets[e]:expert_offsets[e+1]``).
+    """
+    expert = indices.reshape(-1) - first_expert
+    expert = torch.where((expert >= 0) & (expert < num_experts), expert, num_experts)
+    sorted_expert, slot = torch.sort(expert, stable=True)
+    bounds = torch.arange(num_experts + 1, device=indices.device, dtype=sorted_expert.dtype)
+    gammas = weights.reshape(-1).float()[slot].masked_fill(sorted_expert == num_experts, 0.0)
+    return (
+        gammas,
+        (slot // max(indices.shape[1], 1)).int(),
+        slot.int(),
+        torch.searchsorted(sorted_expert, bounds).int(),
+    )
+
+
+def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """GPT-OSS's clamped SwiGLU: [.., 2I] -> [.., I]; gate in the even columns, up in the odd."""
+    gate = gate_up[..., 0::2].clamp(max=limit)
+    up = gate_up[..., 1::2].clamp(min=-limit, max=limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def matmul_ogs(
+    x: Tensor,
+    blocks: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    expert_offsets: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    gammas: Tensor | None,
+    experts_per_token: int,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+) -> Tensor:
+    """Grouped matmul with outer gather and scatter.
+
+    ``y = act(x[gather_index] @ dequantize(W_e)^T + b_e) * gammas``, row by row with the expert e
+    that ``expert_offsets`` gives; then, with ``scatter_index``, put into slots and summed over each
+    token's slots in order.
+
+    Args:
+        x: [T, K] with ``gather_index``, else [R, K]; float32, bfloat16 or float16.
+        blocks, scales: MXFP4 weights of E experts, [N, K] each, uint8, in ``layout``.
+        bias: [E, N] float.
+        expert_offsets: [E+1] int32; rows from ``expert_offsets[E]`` on give zeros.
+        gather_index: [R] int32 or None.
+        scatter_index: [R] int32 or None.
+        gammas: [R] float32 or None.
+        experts_per_token: A; only read with ``scatter_index``.
+        activation: ``"none"`` or ``"swiglu"`` (which halves N).
+        alpha, limit: SwiGLU's constants.
+        layout: a key of ``layouts.LAYOUTS``.
+
+    Returns:
+        [T, N'] with ``scatter_index``, else [R, N']; N' = N or N/2; in x's dtype.
+    """
+
+    def weight(expert: int) -> Tensor:
+        n, k = bias.shape[1], x.shape[1]
+        order = LAYOUTS[layout].unswizzle(blocks[expert], scales[expert], n, k)
+        return dequantize(*order, torch.float32)
+
+    act = (lambda y: swiglu(y, alpha, limit)) if activation == "swiglu" else None
+    rows = x if gather_index is None else x[gather_index]
+    y = grouped_linear(rows, weight, bias, expert_offsets, act)
+    if gammas is not None:
+        y = y * gammas[:, None]
+    if scatter_index is not None:
+        y = combine(y, scatter_index, experts_per_token)
+    return y.to(x.dtype)
+
+
+def grouped_linear(
+    rows: Tensor,
+    weight: Callable[[int], Tensor],
+    bias: Tensor,
+    expert_offsets: Tensor,
+    act: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``act(rows @ weight(e)^T + bias[e])`` in float32 for rows [R, K] sorted by expert.
+
+    Only the experts that have rows are asked for their ``weight(e)`` [N, K] float32.
+    """
+    n = bias.shape[1] // 2 if act is not None else bias.shape[1]
+    y = rows.new_zeros((rows.shape[0], n), dtype=torch.float32)
+    for expert, (start, stop) in enumerate(pairwise(expert_offsets.tolist())):
+        if start < stop:
+            part = rows[start:stop].float() @ weight(expert).T + bias[expert].float()
+            y[start:stop] = part if act is None else act(part)
+    return y
+
+
+def combine(y: Tensor, scatter_index: Tensor, experts_per_token: int) -> Tensor:
+    """Put sorted rows [R, N] into their slots and sum each token's slots in order: [T, N]."""
+    slots = torch.empty_like(y)
+    slots[scatter_index] = y
+    return slots.view(-1, experts_per_token, y.shape[1]).sum(dim=1)
+
+
+def moe(
+    hidden: Tensor,
+    router_logits: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    top_k: int,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """The logical op: a GPT-OSS MoE MLP from its router logits on, weights as the model has them.
+
+    Args:
+        hidden: [T, H] float.
+        router_logits: [T, E].
+        gate_up, gate_up_bias: [E, H, 2I] and [E, 2I].
+        down, down_bias: [E, I, H] and [E, H].
+        top_k: A.
+        alpha, limit: SwiGLU's constants.
+
+    Returns:
+        [T, H] in hidden's dtype. Nothing is quantized: MXFP4 begins when the op is lowered.
+    """
+    routes = routing(router_logits, top_k)
+    return _experts(hidden, routes, gate_up, gate_up_bias, down, down_bias, top_k, alpha, limit)
+
+
+def moe_from_routes(
+    hidden: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """:func:`moe` with routes chosen already: ``indices`` [T, A] and ``weights`` [T, A]."""
+    routes = routing_from_routes(indices, weights, gate_up.shape[0])
+    a = indices.shape[1]
+    return _experts(hidden, routes, gate_up, gate_up_bias, down, down_bias, a, alpha, limit)
+
+
+def _experts(
+    hidden: Tensor,
+    routes: Routes,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    top_k: int,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    gammas, gather_index, scatter_index, offsets = routes
+    inner = grouped_linear(
+        hidden[gather_index],
+        lambda e: gate_up[e].T.float(),
+        gate_up_bias,
+        offsets,
+        lambda y: swiglu(y, alpha, limit),
+    )
+    y = grouped_linear(inner, lambda e: down[e].T.float(), down_bias, offsets)
+    return combine(y * gammas[:, None], scatter_index, top_k).to(hidden.dtype)

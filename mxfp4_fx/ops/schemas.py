@@ -1,0 +1,239 @@
+"""How torch sees the ops: schema, fake impl, dispatch, autograd. Kernels load when first called.
+
+Schemas are strings (``define`` and ``impl``): a call costs a quarter of a ``custom_op``'s. All ops
+are functional. Shape letters as in ``reference.py``.
+
+To add kernels: write ``matmul_ogs`` (and ``routing``) with the reference's signature in a module of
+their own, enter them in :data:`KERNELS`, and let ``target.choose`` name them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4_fx.formats import BLOCK
+from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.ops import backward, reference
+
+_REFERENCE = {
+    "matmul_ogs": "mxfp4_fx.ops.reference:matmul_ogs",
+    "routing": "mxfp4_fx.ops.reference:routing",
+    "routing.routes": "mxfp4_fx.ops.reference:routing_from_routes",
+}
+# kernels -> op -> "module:function". The CPU's routing is the library's sort: a few routes a token.
+KERNELS: dict[str, dict[str, str]] = {
+    "reference": _REFERENCE,
+    "cpu": {**_REFERENCE, "matmul_ogs": "mxfp4_fx.ops.cpu:matmul_ogs"},
+}
+
+_WEIGHTS = "Tensor gate_up, Tensor gate_up_bias, Tensor down, Tensor down_bias"
+_ROUTES = "(Tensor gammas, Tensor gather_index, Tensor scatter_index, Tensor expert_offsets)"
+_OPERANDS = "Tensor x, Tensor blocks, Tensor scales, Tensor bias, Tensor expert_offsets"
+
+SCHEMAS = {
+    "moe": f"(Tensor hidden, Tensor router_logits, {_WEIGHTS}, int top_k, float alpha, "
+    "float limit) -> Tensor",
+    "moe.routes": f"(Tensor hidden, Tensor indices, Tensor weights, {_WEIGHTS}, float alpha, "
+    "float limit) -> Tensor",
+    "routing": f"(Tensor logits, int top_k, str kernels='reference') -> {_ROUTES}",
+    "routing.routes": "(Tensor indices, Tensor weights, int num_experts, int first_expert=0, "
+    f"str kernels='reference') -> {_ROUTES}",
+    "matmul_ogs": f"({_OPERANDS}, Tensor? gather_index=None, Tensor? scatter_index=None, "
+    "Tensor? gammas=None, int experts_per_token=1, str activation='none', float alpha=1.702, "
+    "float limit=7.0, str layout='row_major', str kernels='reference') -> Tensor",
+    "matmul_ogs_backward": f"(Tensor grad, {_OPERANDS}, Tensor? gather_index, "
+    "Tensor? scatter_index, Tensor? gammas, int experts_per_token, str activation, float alpha, "
+    "float limit, str layout) -> (Tensor, Tensor)",
+}
+
+
+@functools.cache
+def kernel(kernels: str, op: str) -> Callable[..., Any]:
+    """The function that computes ``op`` for ``kernels``, imported on first use."""
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r} is not one of {', '.join(KERNELS)}")
+    module, name = KERNELS[kernels][op].split(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _routing(logits: Tensor, top_k: int, kernels: str = "reference") -> Any:
+    _check_routing(logits, top_k)
+    return kernel(kernels, "routing")(logits, top_k)
+
+
+def _routing_routes(
+    indices: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    first_expert: int = 0,
+    kernels: str = "reference",
+) -> Any:
+    _check_routes(indices, weights)
+    return kernel(kernels, "routing.routes")(indices, weights, num_experts, first_expert)
+
+
+def _matmul_ogs(
+    x: Tensor,
+    blocks: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    expert_offsets: Tensor,
+    gather_index: Tensor | None = None,
+    scatter_index: Tensor | None = None,
+    gammas: Tensor | None = None,
+    experts_per_token: int = 1,
+    activation: str = "none",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    layout: str = "row_major",
+    kernels: str = "reference",
+) -> Tensor:
+    _check_matmul_ogs(x, blocks, scales, bias, activation, layout)
+    y: Tensor = kernel(kernels, "matmul_ogs")(
+        x,
+        blocks,
+        scales,
+        bias,
+        expert_offsets,
+        gather_index,
+        scatter_index,
+        gammas,
+        experts_per_token,
+        activation,
+        alpha,
+        limit,
+        layout,
+    )
+    return y
+
+
+def _fake_routes(like: Tensor, rows: Any, num_experts: int) -> tuple[Tensor, ...]:
+    return (
+        like.new_empty((rows,), dtype=torch.float32),
+        like.new_empty((rows,), dtype=torch.int32),
+        like.new_empty((rows,), dtype=torch.int32),
+        like.new_empty((num_experts + 1,), dtype=torch.int32),
+    )
+
+
+def _fake_routing(logits: Tensor, top_k: int, kernels: str = "reference") -> tuple[Tensor, ...]:
+    _check_routing(logits, top_k)
+    return _fake_routes(logits, logits.shape[0] * top_k, logits.shape[1])
+
+
+def _fake_routing_routes(
+    indices: Tensor,
+    weights: Tensor,
+    num_experts: int,
+    first_expert: int = 0,
+    kernels: str = "reference",
+) -> tuple[Tensor, ...]:
+    _check_routes(indices, weights)
+    return _fake_routes(weights, indices.shape[0] * indices.shape[1], num_experts)
+
+
+def _fake_matmul_ogs(
+    x: Tensor,
+    blocks: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    expert_offsets: Tensor,
+    gather_index: Tensor | None = None,
+    scatter_index: Tensor | None = None,
+    gammas: Tensor | None = None,
+    experts_per_token: int = 1,
+    activation: str = "none",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    layout: str = "row_major",
+    kernels: str = "reference",
+) -> Tensor:
+    _check_matmul_ogs(x, blocks, scales, bias, activation, layout)
+    rows = x.shape[0] if gather_index is None else gather_index.shape[0]
+    if scatter_index is not None:
+        rows = rows // experts_per_token
+    n = bias.shape[1]
+    return x.new_empty((rows, n // 2 if activation == "swiglu" else n))
+
+
+def _fake_moe(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _fake_matmul_ogs_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    gather_index = rest[4]
+    rows = x.shape[0] if gather_index is None else gather_index.shape[0]
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, x.new_empty((rows,), dtype=torch.float32)
+
+
+def _check_routing(logits: Tensor, top_k: int) -> None:
+    if logits.ndim != 2 or not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(
+            f"mxfp4::routing: logits must be [T, E] with 1 <= top_k <= E; "
+            f"they are {tuple(logits.shape)} with top_k={top_k}"
+        )
+
+
+def _check_routes(indices: Tensor, weights: Tensor) -> None:
+    if indices.ndim != 2 or indices.shape != weights.shape:
+        raise ValueError(
+            "mxfp4::routing.routes: indices and weights must both be [T, A]; "
+            f"they are {tuple(indices.shape)} and {tuple(weights.shape)}"
+        )
+
+
+def _check_matmul_ogs(
+    x: Tensor, blocks: Tensor, scales: Tensor, bias: Tensor, activation: str, layout: str
+) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"mxfp4::matmul_ogs: layout={layout!r} is not one of {list(LAYOUTS)}")
+    if activation not in ("none", "swiglu"):
+        raise ValueError(f"mxfp4::matmul_ogs: activation={activation!r} is not 'none' or 'swiglu'")
+    if x.ndim != 2 or bias.ndim != 2 or x.shape[1] % BLOCK:
+        raise ValueError(
+            f"mxfp4::matmul_ogs: x must be [rows, K] with K a multiple of {BLOCK} and bias [E, N]; "
+            f"they are {tuple(x.shape)} and {tuple(bias.shape)}"
+        )
+    (e, n), k = bias.shape, x.shape[1]
+    expected = tuple((e, *shape) for shape in LAYOUTS[layout].shapes(n, k))
+    if (blocks.shape, scales.shape) != expected:
+        raise ValueError(
+            f"mxfp4::matmul_ogs: for K={k} and bias {tuple(bias.shape)}, layout {layout!r} wants "
+            f"blocks {expected[0]} and scales {expected[1]}; they are {tuple(blocks.shape)} and "
+            f"{tuple(scales.shape)}"
+        )
+
+
+_LIBRARY = torch.library.Library("mxfp4", "DEF")
+
+_IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "moe": (reference.moe, _fake_moe),
+    "moe.routes": (reference.moe_from_routes, _fake_moe),
+    "routing": (_routing, _fake_routing),
+    "routing.routes": (_routing_routes, _fake_routing_routes),
+    "matmul_ogs": (_matmul_ogs, _fake_matmul_ogs),
+    "matmul_ogs_backward": (backward.matmul_ogs_backward, _fake_matmul_ogs_backward),
+}
+_GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "routing": (backward.routing_gradients, backward.save_routing),
+    "routing.routes": (
+        backward.routing_from_routes_gradients,
+        backward.save_routing_from_routes,
+    ),
+    "matmul_ogs": (backward.matmul_ogs_gradients, backward.save_matmul_ogs),
+}
+
+for _name, (_impl, _fake) in _IMPLS.items():
+    _LIBRARY.define(_name + SCHEMAS[_name])
+    _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mxfp4::{_name}", _fake, lib=_LIBRARY)
+for _name, (_backward, _save) in _GRADIENTS.items():
+    torch.library.register_autograd(f"mxfp4::{_name}", _backward, setup_context=_save, lib=_LIBRARY)

@@ -1,0 +1,101 @@
+"""What a user may pass in ``torch.compile(model, backend="mxfp4", options={...})``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mxfp4_fx.errors import OptionError
+
+KERNELS = ("auto", "cpu", "reference", "triton", "hub")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The parsed options. Defaults are what most people want.
+
+    Attributes:
+        kernels: who computes the rewritten experts: ``"auto"`` (the best that the device has),
+            ``"cpu"``, or ``"reference"`` (plain PyTorch, every device, slow).
+        inner: the Dynamo backend that compiles the rewritten graph: a name or a callable
+            ``(gm, example_inputs) -> callable``.
+        inductor: Inductor's own options, handed on when ``inner`` is ``"inductor"``.
+        strict: a missed rewrite is an error instead of a warning.
+        verify: on the first call run each rewritten region beside the original one and compare.
+        skip: ``fnmatch`` patterns of module names that stay as they are.
+        mode: the ``mode=`` of ``torch.compile``; reaches Inductor.
+    """
+
+    kernels: str = "auto"
+    inner: str | Callable[..., Any] = "inductor"
+    inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    strict: bool = False
+    verify: bool = False
+    skip: tuple[str, ...] = ()
+    mode: str | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Check the dictionary of ``torch.compile(options=...)`` and freeze it.
+
+        Raises:
+            OptionError: an unknown key (the message names the nearest one), a value of the wrong
+                type, or an option that this version does not have yet.
+        """
+        given = dict(options or {})
+        if given.pop("free_weights", False):
+            raise OptionError(
+                "options['free_weights'] is not available in this version: the source weights "
+                "stay in memory beside their MXFP4 copies. Leave the option out."
+            )
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "mode"]
+        for key in given:
+            if key not in known:
+                raise OptionError(_unknown(key, [*known, "free_weights"]))
+        if isinstance(given.get("skip"), str):
+            given["skip"] = (given["skip"],)
+        parsed = cls(**given, mode=mode)
+        parsed._check()
+        return dataclasses.replace(parsed, skip=tuple(parsed.skip), inductor=dict(parsed.inductor))
+
+    def _check(self) -> None:
+        if self.kernels not in KERNELS:
+            raise OptionError(
+                f"options['kernels'] is {self.kernels!r}; it must be one of "
+                f"{', '.join(KERNELS)}.{_nearest(self.kernels, KERNELS)}"
+            )
+        for name in ("strict", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"options[{name!r}] must be True or False.")
+        if not (isinstance(self.inner, str) or callable(self.inner)):
+            raise OptionError(
+                "options['inner'] must be the name of a Dynamo backend, such as 'inductor' or "
+                f"'eager', or a callable (gm, example_inputs); it is {self.inner!r}."
+            )
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError("options['inductor'] must be a dict of Inductor's own options.")
+        if not isinstance(self.skip, list | tuple) or not all(
+            isinstance(s, str) for s in self.skip
+        ):
+            raise OptionError(
+                "options['skip'] must be a list of module-name patterns, such as ['*.layers.0.*']."
+            )
+        if (self.mode or self.inductor) and self.inner != "inductor":
+            raise OptionError(
+                "mode= and options['inductor'] speak to Inductor, but options['inner'] is "
+                f"{self.inner!r}. Leave one of them out."
+            )
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    hint = _nearest(key, known) or (
+        " Options of Inductor go into their own dict: options={'inductor': {...}}."
+    )
+    return f"unknown option {key!r} for backend 'mxfp4'; it knows {', '.join(known)}.{hint}"
+
+
+def _nearest(word: object, words: list[str] | tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(word), words, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,113 @@
+"""First pass: write the graph in a form in which equal computations look alike.
+
+- In-place calls on values that nobody else can see become functional ones.
+- Casts and views that change nothing are dropped.
+
+Everything it does keeps the graph's meaning bit for bit; whatever is not certain stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.graph import read_call, same_shape, storages, tensor_of
+
+# In-place methods and the functional methods of the same meaning.
+_FUNCTIONAL = {
+    "add_": "add",
+    "mul_": "mul",
+    "clamp_": "clamp",
+    "masked_fill_": "masked_fill",
+}
+
+
+def canonicalize(gm: fx.GraphModule, ctx: Context) -> None:
+    """Functionalize what is safe to, then drop what does nothing."""
+    for node in list(gm.graph.nodes):
+        if node.op == "call_method" and node.target in _FUNCTIONAL:
+            _functionalize_method(node)
+        elif node.op == "call_function" and node.target is operator.setitem:
+            _functionalize_setitem(node)
+    for node in list(gm.graph.nodes):
+        if _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+
+
+def _functionalize_method(node: fx.Node) -> None:
+    base = node.args[0]
+    if not isinstance(base, fx.Node) or not _keeps_type(node, base) or not _is_private(node, base):
+        return
+    node.target = _FUNCTIONAL[str(node.target)]
+    base.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
+
+
+def _functionalize_setitem(node: fx.Node) -> None:
+    """``base[index] = values`` -> ``index_put(base, (index,), values)`` for one index tensor."""
+    base, index, values = node.args
+    value = tensor_of(values)
+    if not isinstance(base, fx.Node) or not isinstance(index, fx.Node) or value is None:
+        return
+    base_value, index_value = tensor_of(base), tensor_of(index)
+    if base_value is None or index_value is None or index_value.dtype is torch.bool:
+        return
+    if value.dtype != base_value.dtype or node.users or not _is_private(node, base):
+        return
+    with node.graph.inserting_before(node):
+        put = node.graph.call_function(torch.index_put, (base, (index,), values))
+    put.meta = {**base.meta, "stack_trace": node.meta.get("stack_trace")}
+    base.replace_all_uses_with(put, delete_user_cb=lambda user: user > node)
+    node.graph.erase_node(node)
+
+
+def _keeps_type(node: fx.Node, base: fx.Node) -> bool:
+    """Whether the functional call gives the in-place call's dtype and shape."""
+    target = tensor_of(base)
+    if target is None:
+        return False
+    operands = [v for a in node.all_input_nodes if (v := tensor_of(a)) is not None]
+    dtype = target.dtype
+    for other in operands:
+        # a bool mask selects, it does not promote
+        if other.dtype is not torch.bool:
+            dtype = torch.promote_types(dtype, other.dtype)
+    shape = torch.broadcast_shapes(*(tuple(v.shape) for v in operands))
+    return dtype == target.dtype and same_shape(tuple(shape), tuple(target.shape))
+
+
+def _is_private(write: fx.Node, base: fx.Node) -> bool:
+    """Whether the memory that ``write`` changes is seen afterwards through ``base`` alone."""
+    memory = storages(base)
+    for node in write.graph.nodes:
+        if memory.isdisjoint(storages(node)):
+            continue
+        if node.op in ("placeholder", "get_attr"):
+            return False  # the caller sees it
+        if node in (base, write):
+            continue
+        # Views taken before the write would see it; views of base taken later are views of the
+        # result.
+        if node < write and any(user > write for user in node.users):
+            return False
+    return True
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    """A cast to the dtype, or a view to the shape, that the value has already."""
+    if any(user.op == "output" for user in node.users):
+        return False  # the graph would return another object
+    call = read_call(node)
+    if call is None or call.op not in ("cast", "view"):
+        return False
+    before, after = tensor_of(call.args["input"]), tensor_of(node)
+    if before is None or after is None or before.dtype != after.dtype:
+        return False
+    return _same_layout(before, after)
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return same_shape(tuple(a.shape), tuple(b.shape)) and a.device == b.device

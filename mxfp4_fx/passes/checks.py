@@ -1,0 +1,150 @@
+"""What must hold for a matched region besides its dataflow, before it is rewritten."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor, fx
+
+from mxfp4_fx import target
+from mxfp4_fx.errors import KernelsUnavailableError
+from mxfp4_fx.formats import BLOCK
+from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.graph import Memory, tensor_of
+from mxfp4_fx.passes.matcher import Match, Mismatch, Op
+from mxfp4_fx.passes.patterns import ROUTER_INDICES, ROUTER_SCORES
+
+WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
+# The weights that become MXFP4; biases stay inputs as they are.
+_PACKED = ("gate_up", "down")
+# Ops whose dtype is the arithmetic's: under autocast it differs from the inputs'.
+_ARITHMETIC = {"grouped_mm", "bmm", "add", "mul", "sigmoid", "clamp", "sum", "softmax"}
+
+
+def check_region(root: fx.Node, match: Match, ctx: Context, memory: Memory) -> None:
+    """Run every check.
+
+    Args:
+        root: the node of the region's result.
+        match: the proof of its dataflow, solved.
+        ctx: the pipeline's state.
+        memory: what aliases what, and who writes, in the whole graph.
+
+    Raises:
+        Mismatch: one does not hold; the reason is for the user.
+    """
+    _check_users(root, match)
+    _check_types(match)
+    _check_sizes(match)
+    _check_device(match, ctx)
+    _check_weights(match, ctx)
+    _check_gradients(match)
+    _check_writes(root, match, memory)
+
+
+def is_parameter(node: fx.Node, value: object) -> bool:
+    """A parameter, a buffer or another tensor that Dynamo knows to stay the same object."""
+    static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+    return isinstance(value, torch.nn.Parameter) or static is not None
+
+
+def _check_users(root: fx.Node, match: Match) -> None:
+    """Nobody else reads an intermediate; the router's values may have other readers."""
+    inside = set(match.nodes.values())
+    for expr, node in match.nodes.items():
+        if node is root or expr in _ROUTER_OPS:
+            continue
+        for user in node.users:
+            if user not in inside:
+                _fail(match, f"the intermediate {node} is used elsewhere, by {user}", node)
+
+
+def _check_types(match: Match) -> None:
+    hidden = _leaf(match, "hidden")
+    if hidden.dtype not in target.DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in target.DTYPES)
+        _fail(match, f"activations are {hidden.dtype}; supported are {names}", None)
+    for name, node in match.leaves.items():
+        value = _leaf(match, name)
+        if name != "indices" and value.dtype != hidden.dtype:
+            _fail(match, f"{name} is {value.dtype}, the activations are {hidden.dtype}", node)
+        if value.device != hidden.device:
+            where = f"on {value.device}, the activations on {hidden.device}"
+            _fail(match, f"{name} is {where}", node)
+    for expr, node in match.nodes.items():
+        result = tensor_of(node)
+        if expr.op in _ARITHMETIC and result is not None and result.dtype != hidden.dtype:
+            _fail(match, f"computed in {result.dtype} (autocast?), not {hidden.dtype}", node)
+
+
+def _check_sizes(match: Match) -> None:
+    sizes = match.letters
+    if not all(isinstance(sizes[letter], int) for letter in "AEHI"):
+        _fail(match, "a size of the experts changes from call to call", None)
+    for letter, name in (("H", "hidden size"), ("I", "intermediate size")):
+        if sizes[letter] % BLOCK:
+            reason = f"the {name} {sizes[letter]} is not a multiple of {BLOCK}, MXFP4's block"
+            _fail(match, reason, None)
+
+
+def _check_device(match: Match, ctx: Context) -> None:
+    try:
+        target.choose(_leaf(match, "hidden").device, ctx.options.kernels)
+    except KernelsUnavailableError as error:
+        _fail(match, str(error), None)
+
+
+def _check_weights(match: Match, ctx: Context) -> None:
+    """What becomes MXFP4 is an input that stays the same object from call to call."""
+    placeholders = match.leaves["gate_up"].graph.find_nodes(op="placeholder")
+    inputs = dict(zip(placeholders, ctx.inputs, strict=True))
+    for name in _PACKED:
+        node = match.leaves[name]
+        if node.op != "placeholder" or not is_parameter(node, inputs[node]):
+            _fail(match, f"{name} is not a parameter or buffer of the model", node)
+
+
+def _check_gradients(match: Match) -> None:
+    for name in WEIGHTS:
+        if torch.is_grad_enabled() and _leaf(match, name).requires_grad:
+            reason = (
+                f"{name} requires a gradient, which MXFP4 experts do not have: run under "
+                "torch.no_grad(), or freeze the experts with requires_grad_(False)"
+            )
+            _fail(match, reason, match.leaves[name])
+
+
+def _check_writes(root: fx.Node, match: Match, memory: Memory) -> None:
+    """No weight is written to anywhere, no other input between its first read and the result."""
+    first = min(match.nodes.values())
+    for name, leaf in match.leaves.items():
+        mine = memory.of(leaf)
+        for writer, written in memory.writes:
+            watched = name in _PACKED or first < writer < root
+            if watched and not mine.isdisjoint(written):
+                _fail(match, f"{name} is written to in the graph, by {writer}", writer)
+
+
+def _fail(match: Match, reason: str, node: fx.Node | None) -> NoReturn:
+    raise Mismatch(reason, node, len(match.nodes))
+
+
+def _leaf(match: Match, name: str) -> Tensor:
+    value = tensor_of(match.leaves[name])
+    assert value is not None  # Match.solve has read its shape
+    return value
+
+
+def _ops_of(*results: Op) -> set[Op]:
+    found: set[Op] = set()
+    todo: list[object] = list(results)
+    while todo:
+        expr = todo.pop()
+        if isinstance(expr, Op):
+            found.add(expr)
+            todo += expr.args.values()
+    return found
+
+
+_ROUTER_OPS = _ops_of(ROUTER_SCORES, ROUTER_INDICES)

@@ -1,0 +1,50 @@
+"""What every pass is given besides the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from mxfp4_fx.options import Options
+from mxfp4_fx.passes.report import GraphReport
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """A graph input that is bound at call time to part of a swizzled weight.
+
+    Attributes:
+        source: the index, among the captured graph's inputs, of the parameter it is made from.
+        layout: the layout it is swizzled to.
+        part: 0 for blocks, 1 for scales.
+    """
+
+    source: int
+    layout: str
+    part: int
+
+
+@dataclasses.dataclass
+class Context:
+    """The state of one run of the pipeline.
+
+    Attributes:
+        options: what the user asked for.
+        inputs: the captured graph's example inputs; parameters are the model's own.
+        report: what the passes found.
+        verifying: keep each original region beside its rewrite and compare the two; the graph is
+            then for one eager call.
+        bindings: filled by ``lower_moe``: new placeholder's name -> what it is bound to.
+    """
+
+    options: Options
+    inputs: list[Any]
+    verifying: bool = False
+    report: GraphReport = dataclasses.field(default_factory=GraphReport)
+    bindings: dict[str, Binding] = dataclasses.field(default_factory=dict)
+
+
+Pass = Callable[[fx.GraphModule, Context], None]

@@ -1,0 +1,242 @@
+"""Second pass: find GPT-OSS experts, prove it, put the logical op ``mxfp4::moe`` in their place.
+
+A region is rewritten only when everything is proven: its dataflow and numbers (``patterns.py``),
+then what the dataflow does not show (``checks.py``). Whatever looked like experts and was not is
+reported with its reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
+from mxfp4_fx import verification
+from mxfp4_fx.ops import reference
+from mxfp4_fx.passes.checks import WEIGHTS, check_region, is_parameter
+from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.graph import Memory, module_name, op_name, source_line, tensor_of
+from mxfp4_fx.passes.matcher import Match, Mismatch
+from mxfp4_fx.passes.patterns import (
+    EXPERT_SHAPES,
+    FORMS,
+    ROUTER_INDICES,
+    ROUTER_SCORES,
+    ROUTER_SHAPES,
+    Form,
+)
+from mxfp4_fx.passes.report import Miss, Rewrite
+
+_MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum"}
+
+
+def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
+    """Replace every proven MoE MLP by one ``mxfp4::moe``; report the rest."""
+    suspects = _suspects(gm, ctx)
+    misses: dict[str, Mismatch] = {}
+    roots = {form.result.op for form in FORMS}
+    memory = Memory(gm.graph, ctx.inputs)
+    for root in list(gm.graph.nodes):
+        if op_name(root) not in roots:
+            continue
+        try:
+            form, match = _match_experts(root)
+            has_router = _match_router(match)
+            check_region(root, match, ctx, memory)
+        except Mismatch as mismatch:
+            for layer in _layers_near(root, mismatch, suspects):
+                if layer not in misses or misses[layer].matched < mismatch.matched:
+                    misses[layer] = mismatch
+            continue
+        layer = _layer_of(match, suspects) or module_name(root)
+        if any(fnmatch.fnmatch(layer, pattern) for pattern in ctx.options.skip):
+            ctx.report.misses.append(Miss(layer, "skipped by options['skip']", skipped=True))
+        else:
+            ctx.report.rewrites.append(_rewrite(layer, form, match))
+            moe = _insert_moe(gm, root, match, has_router)
+            if ctx.verifying:
+                _keep_and_compare(layer, root, moe, match)
+            else:
+                _erase(gm, match)
+        suspects.pop(layer, None)
+    for layer, node in suspects.items():
+        ctx.report.misses.append(_explain_miss(layer, node, misses.get(layer)))
+    ctx.report.misses += _in_subgraphs(gm)
+
+
+def _match_experts(root: fx.Node) -> tuple[Form, Match]:
+    failures: list[Mismatch] = []
+    for form in FORMS:
+        match = Match()
+        try:
+            match.expect(form.result, root)
+            match.solve(EXPERT_SHAPES)
+            return form, match
+        except Mismatch as mismatch:
+            mismatch.reason = f"not the {form.name} form: {mismatch.reason}"
+            failures.append(mismatch)
+    raise max(failures, key=lambda m: m.matched)
+
+
+def _match_router(match: Match) -> bool:
+    """Prove the router, too; False where the routes are inputs of the graph.
+
+    The router's values may have other users (models return the scores): they stay in the graph.
+    """
+    scores, indices = match.leaves["scores"], match.leaves["indices"]
+    if scores.op == indices.op == "placeholder":
+        return False
+    try:
+        match.expect(ROUTER_SCORES, scores)
+        match.expect(ROUTER_INDICES, indices)
+        match.solve(ROUTER_SHAPES)
+    except Mismatch as mismatch:
+        mismatch.reason = (
+            "the experts are GPT-OSS's, the router is not (softmax over the top-k logits): "
+            f"{mismatch.reason}"
+        )
+        raise
+    return True
+
+
+def _rewrite(layer: str, form: Form, match: Match) -> Rewrite:
+    letters = match.letters
+    weights = [
+        t for name in ("gate_up", "down") if (t := tensor_of(match.leaves[name])) is not None
+    ]
+    return Rewrite(
+        layer=layer,
+        form=form.name,
+        experts=letters["E"],
+        top_k=letters["A"],
+        hidden=letters["H"],
+        intermediate=letters["I"],
+        alpha=float(letters["alpha"]),
+        limit=float(letters["limit"]),
+        bytes_before=sum(w.numel() * w.element_size() for w in weights),
+    )
+
+
+def _insert_moe(gm: fx.GraphModule, root: fx.Node, match: Match, has_router: bool) -> fx.Node:
+    """Put the logical op behind the region and hand it the region's users."""
+    weights = [match.leaves[name] for name in WEIGHTS]
+    constants = float(match.letters["alpha"]), float(match.letters["limit"])
+    hidden = match.leaves["hidden"]
+    with gm.graph.inserting_after(root):
+        if has_router:
+            logits, top_k = match.leaves["router_logits"], match.letters["A"]
+            args = (hidden, logits, *weights, top_k, *constants)
+            moe = gm.graph.call_function(torch.ops.mxfp4.moe.default, args)
+        else:
+            routes = match.leaves["indices"], match.leaves["scores"]
+            args = (hidden, *routes, *weights, *constants)
+            moe = gm.graph.call_function(torch.ops.mxfp4.moe.routes, args)
+    moe.meta = dict(root.meta)
+    root.replace_all_uses_with(moe)
+    return moe
+
+
+def _erase(gm: fx.GraphModule, match: Match) -> None:
+    """Erase what matched and nobody else reads.
+
+    Only that: sweeping the graph for dead code would take in-place calls along.
+    """
+    for node in sorted(match.nodes.values(), reverse=True):
+        if not node.users:
+            gm.graph.erase_node(node)
+
+
+def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> None:
+    """``verify``: the region stays, on the weights that MXFP4 holds, and its result is compared."""
+    graph, inside = root.graph, list(match.nodes.values())
+    held: dict[str, fx.Node] = {}
+    for name in ("gate_up", "down"):
+        weight = match.leaves[name]
+        with graph.inserting_before(min(inside)):
+            held[name] = graph.call_function(verification.requantize, (weight,))
+        for node in inside:
+            node.replace_input_with(weight, held[name])
+    leaves = {**match.leaves, **held}
+    with graph.inserting_after(moe):
+        routes = graph.call_function(
+            reference.routing_from_routes,
+            (leaves["indices"], leaves["scores"], match.letters["E"]),
+        )
+    with graph.inserting_after(routes):
+        constants = match.letters["A"], moe.args[-2], moe.args[-1]
+        weights = [leaves[name] for name in WEIGHTS]
+        args = (layer, root, moe, routes, leaves["hidden"], *weights, *constants)
+        graph.call_function(verification.compare, args)
+
+
+def _suspects(gm: fx.GraphModule, ctx: Context) -> dict[str, fx.Node]:
+    """What looks like experts, by module: a matmul with a stack of matrices that is a parameter."""
+    stacks = {
+        node
+        for node, value in zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True)
+        if _is_stack(node) and is_parameter(node, value)
+    }
+    return _matmuls_with(gm.graph, stacks)
+
+
+def _is_stack(node: fx.Node) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.ndim == 3
+
+
+def _matmuls_with(graph: fx.Graph, stacks: set[fx.Node]) -> dict[str, fx.Node]:
+    """Module name -> its first matmul that reads one of ``stacks``."""
+    found: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if op_name(node) in _MATMULS and not stacks.isdisjoint(_weights_of(node)):
+            found.setdefault(module_name(node), node)
+    return found
+
+
+def _weights_of(node: fx.Node) -> Iterator[fx.Node]:
+    """The inputs of a matmul, and what they are picked from (``weight[expert_ids]``)."""
+    for value in node.all_input_nodes:
+        while op_name(value) in ("getitem", "cast", "view") and value.all_input_nodes:
+            yield value
+            value = value.all_input_nodes[0]
+        yield value
+
+
+def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[str, fx.Node]) -> list[str]:
+    """The suspects that a failed match speaks of: of the root's, or of the mismatch's, module."""
+    names = {module_name(root)}
+    if mismatch.node is not None:
+        names.add(module_name(mismatch.node))
+    return [layer for layer in suspects if layer in names]
+
+
+def _layer_of(match: Match, suspects: dict[str, fx.Node]) -> str | None:
+    inside = set(match.nodes.values())
+    return next((layer for layer, node in suspects.items() if node in inside), None)
+
+
+def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
+    if mismatch is None:
+        reason = "no weighted sum over the chosen experts, as GPT-OSS has it, was found behind it"
+        return Miss(layer, reason, source_line(node))
+    at = mismatch.node if mismatch.node is not None else node
+    return Miss(layer, mismatch.reason, source_line(at))
+
+
+def _in_subgraphs(gm: fx.GraphModule) -> list[Miss]:
+    """Experts inside higher-order ops, which the passes do not enter."""
+    reason = (
+        "it is inside a subgraph (activation checkpointing or a nested compile region), "
+        "which is not searched"
+    )
+    found: dict[str, Miss] = {}
+    for name, module in gm.named_modules():
+        if name and isinstance(module, fx.GraphModule):
+            stacks = {n for n in module.graph.find_nodes(op="placeholder") if _is_stack(n)}
+            for layer, node in _matmuls_with(module.graph, stacks).items():
+                layer = layer or name
+                found.setdefault(layer, Miss(layer, reason, source_line(node)))
+    return list(found.values())

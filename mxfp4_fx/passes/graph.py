@@ -1,0 +1,321 @@
+"""Reading a Dynamo graph: what a node computes, what it aliases, what it writes, whence it came.
+
+Dynamo hands out torch IR: methods and functions, positional and keyword arguments, defaults left
+out or not. :func:`read_call` removes these differences, so that one pattern serves every spelling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+Number = (int, float, torch.SymInt, torch.SymFloat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call, spelled the canonical way: every argument by name, every default filled in.
+
+    Scalar arguments are numbers (Python's or symbolic) also where the graph computes them; tensor
+    arguments are nodes. A *view* has the argument ``shape``: the shape that comes out.
+    """
+
+    op: str
+    args: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Signature:
+    """Argument names in order, ``=default`` where there is one; which of them are dimensions."""
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    dims: tuple[str, ...] = ()
+
+
+def _signature(text: str, *dims: str) -> _Signature:
+    # Written as the parameter list of a function: Python itself parses it.
+    parameters = inspect.signature(eval(f"lambda {text}: 0")).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return _Signature(tuple(p.name for p in parameters), defaults, dims)
+
+
+# Arguments that do not change the value are left out of the canonical call (_IGNORED).
+_SIGNATURES = {
+    "add": _signature("input, other, alpha=1"),
+    "mul": _signature("input, other"),
+    "neg": _signature("input"),
+    "floordiv": _signature("input, other"),
+    "clamp": _signature("input, min=None, max=None"),
+    "sigmoid": _signature("input"),
+    "silu": _signature("input, inplace=False"),
+    "chunk": _signature("input, chunks, dim=0", "dim"),
+    "getitem": _signature("input, index"),
+    "cast": _signature("input, dtype"),
+    "sort": _signature("input, dim=-1, descending=False, stable=False", "dim"),
+    "histc": _signature("input, bins=100, min=0, max=0"),
+    "cumsum": _signature("input, dim, dtype=None", "dim"),
+    "topk": _signature("input, k, dim=-1, largest=True, sorted=True", "dim"),
+    "softmax": _signature("input, dim=None, _stacklevel=3, dtype=None", "dim"),
+    "sum": _signature("input, dim=None, keepdim=False, dtype=None", "dim"),
+    "repeat_interleave": _signature("input, repeats, dim=None, output_size=None", "dim"),
+    "bmm": _signature("input, mat2"),
+    "matmul": _signature("input, other"),
+    "baddbmm": _signature("input, batch1, batch2, beta=1, alpha=1"),
+    "einsum": _signature("equation, *operands"),
+    "linear": _signature("input, weight, bias=None"),
+    "grouped_mm": _signature("input, mat2, offs=None, bias=None, out_dtype=None"),
+    "empty_like": _signature("input"),
+    "arange": _signature("end"),
+    "index_put": _signature("input, indices, values, accumulate=False"),
+}
+_IGNORED = {"device", "memory_format", "_stacklevel"}
+_IGNORED_OF = {"sort": {"stable"}, "repeat_interleave": {"output_size"}}
+
+_VIEWS = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"}
+_CASTS = {"float": torch.float32, "int": torch.int32, "long": torch.int64}
+_CASTS |= {"half": torch.float16, "bfloat16": torch.bfloat16}
+
+_FUNCTIONS: dict[Any, str] = {
+    operator.add: "add",
+    operator.mul: "mul",
+    operator.neg: "neg",
+    operator.floordiv: "floordiv",
+    operator.getitem: "getitem",
+    operator.matmul: "matmul",
+    torch.floor_divide: "floordiv",
+    torch.clip: "clamp",
+    torch.nn.functional.softmax: "softmax",
+    torch.nn.functional.silu: "silu",
+    torch.nn.functional.linear: "linear",
+    torch._C._nn.linear: "linear",
+}
+# Names of torch functions and of Tensor methods that stand for the op of the same name.
+_SAME_NAME = set(_SIGNATURES) - {"getitem", "cast", "grouped_mm", "linear", "floordiv"}
+_FUNCTIONS |= {getattr(torch, n): n for n in _SAME_NAME | _VIEWS if hasattr(torch, n)}
+_METHODS = {n: n for n in _SAME_NAME | _VIEWS} | {"floor_divide": "floordiv", "clip": "clamp"}
+# Grouped matmuls by qualified name: which of them exists depends on the versions installed.
+_GROUPED_MM = re.compile(r"(^|\.)_?grouped_mm(_fallback)?(\.default)?$")
+
+
+def op_name(node: fx.Node) -> str | None:
+    """The canonical name of what a node calls, or None for everything no pattern speaks of."""
+    if node.op == "call_method":
+        if node.target in _CASTS or node.target == "to":
+            return "cast"
+        return _METHODS.get(str(node.target))
+    if node.op != "call_function":
+        return None
+    name = _FUNCTIONS.get(node.target)
+    if name is None and _GROUPED_MM.search(_function_name(node.target)):
+        return "grouped_mm"
+    return name
+
+
+def read_call(node: fx.Node) -> Call | None:
+    """The canonical call of a node; None where it has none or is spelled in a way not known."""
+    name = op_name(node)
+    if name is None:
+        return None
+    if name in _VIEWS:
+        return _read_view(node)
+    if name == "cast":
+        return _read_cast(node)
+    signature = _SIGNATURES[name]
+    if len(node.args) > len(signature.names):
+        return None
+    given = dict(zip(signature.names, node.args, strict=False))
+    if "self" in node.kwargs or given.keys() & node.kwargs.keys():
+        return None
+    given |= {k: v for k, v in node.kwargs.items() if k not in _IGNORED}
+    if given.keys() - set(signature.names):
+        return None
+    if signature.names[0] not in given:
+        return None
+    args = {**signature.defaults, **given}
+    if args.keys() != set(signature.names):
+        return None
+    for ignored in _IGNORED_OF.get(name, set()) | (_IGNORED & args.keys()):
+        del args[ignored]
+    args = {k: fx.node.map_arg(v, scalar_or_node) for k, v in args.items()}
+    _normalize(args, signature.dims)
+    return Call(name, args)
+
+
+def _normalize(args: dict[str, Any], dims: tuple[str, ...]) -> None:
+    """Non-negative dims; no ``dtype`` that changes nothing."""
+    value = tensor_of(args.get("input"))
+    for dim in dims:
+        if isinstance(args[dim], list | tuple) and len(args[dim]) == 1:
+            args[dim] = args[dim][0]
+        if value is not None and isinstance(args[dim], int) and args[dim] < 0:
+            args[dim] += value.ndim
+    if value is not None and value.is_floating_point() and args.get("dtype") == value.dtype:
+        args["dtype"] = None
+
+
+def _read_view(node: fx.Node) -> Call | None:
+    """Any rearrangement of the shape that keeps the order of the elements."""
+    base = node.args[0] if node.args else node.kwargs.get("input")
+    before, after = tensor_of(base), tensor_of(node)
+    if before is None or after is None or before.dtype != after.dtype:
+        return None  # `x.view(dtype)` reads the bits anew
+    return Call("view", {"input": base, "shape": tuple(after.shape)})
+
+
+def _read_cast(node: fx.Node) -> Call | None:
+    dtype = _CASTS.get(str(node.target))
+    if dtype is None:
+        rest = {k: v for k, v in node.kwargs.items() if k != "dtype"}
+        dtypes = [*node.args[1:], *(v for k, v in node.kwargs.items() if k == "dtype")]
+        if rest or len(dtypes) != 1 or not isinstance(dtypes[0], torch.dtype):
+            return None
+        dtype = dtypes[0]
+    elif len(node.args) != 1 or node.kwargs:
+        return None
+    return Call("cast", {"input": node.args[0], "dtype": dtype})
+
+
+def scalar_or_node(node: fx.Node) -> Any:
+    """The number a node stands for (Python's or symbolic), or the node itself."""
+    value = node.meta.get("example_value")
+    return value if isinstance(value, Number) else node
+
+
+def tensor_of(node: object) -> Tensor | None:
+    """The fake tensor of a node, or None where it has none."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two numbers are the same for every run of the graph; adds no guard on a size.
+
+    A symbolic *float* (a module attribute under ``dynamic=True``) is fixed to its value first,
+    which guards it: another value then compiles another graph, as it must.
+    """
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, torch.SymFloat | float) or isinstance(b, torch.SymFloat | float):
+        return float(a) == float(b)
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two shapes are the same for every run of the graph."""
+    return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def tensors_in(node: fx.Node) -> Iterator[Tensor]:
+    """The fake tensors that a node yields: one, or those of a tuple."""
+    value = node.meta.get("example_value")
+    for leaf in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def storages(node: fx.Node) -> set[object]:
+    """Keys of the memory behind a node; nodes that may alias share one.
+
+    Dynamo propagates fake tensors, and a view's fake tensor shares its base's storage.
+    """
+    return {_storage(t) for t in tensors_in(node) if t.layout is torch.strided}
+
+
+def _storage(value: Tensor) -> object:
+    return value.untyped_storage()._cdata
+
+
+class Memory:
+    """Who shares memory with whom in a graph, and who writes to it.
+
+    Attributes:
+        writes: each node that writes, in order, with the keys of the memory that it writes to.
+    """
+
+    def __init__(self, graph: fx.Graph, inputs: list[Any]) -> None:
+        # Inputs have fake storages of their own even where the real ones are one (a parameter and
+        # a view of it): the real storage is a second key.
+        self._shared: dict[object, object] = {}
+        for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
+                self._shared |= {key: ("input", _storage(value)) for key in storages(node)}
+        self.writes = [(n, self.of(w)) for n in graph.nodes for w in written_nodes(n)]
+
+    def of(self, node: fx.Node) -> set[object]:
+        """Keys of the memory behind a node."""
+        keys = storages(node)
+        return keys | {self._shared[key] for key in keys if key in self._shared}
+
+
+def written_nodes(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a node writes to: in place, through ``out=``, by a mutable schema."""
+    inputs = node.all_input_nodes
+    if node.op == "call_method":
+        name = str(node.target)
+        in_place = name == "__setitem__" or _is_in_place(name)
+        return inputs[:1] if in_place else []
+    if node.op == "call_module":
+        return inputs  # cannot be seen through
+    if node.op != "call_function":
+        return []
+    if node.target is operator.setitem or node.kwargs.get("inplace") is True:
+        return inputs[:1]
+    written = [v for k, v in node.kwargs.items() if k == "out" and isinstance(v, fx.Node)]
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return inputs  # a subgraph: cannot be seen through
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return inputs if any(schema.is_mutable for schema in _schemas(node.target)) else written
+    name = _function_name(node.target).rpartition(".")[2]
+    if _is_in_place(name):
+        written += inputs if name.startswith("_foreach") else inputs[:1]
+    elif name.startswith("i") and node.target is getattr(operator, name, None):
+        written += inputs[:1]  # operator.iadd and its kind
+    return written
+
+
+def _is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _schemas(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[Any]:
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    return [getattr(target, name)._schema for name in target.overloads()]
+
+
+def _function_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+
+
+def module_name(node: fx.Node) -> str:
+    """The qualified name of the module whose forward made a node, as ``named_modules`` has it."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "(top level)"
+    # Dynamo writes L['self'].model.layers[0].mlp and L['self']._modules['model']._modules['0'].
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]", r".\1", path)
+    return re.sub(r"^L\.\w+\.?", "", path) or "(top level)"
+
+
+def source_line(node: fx.Node) -> str:
+    """The line of model code that made a node: ``file:line: code``, or "" if not known."""
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    for at in range(len(lines) - 1, -1, -1):
+        found = re.match(r'\s*File "(.*?)", line (\d+)', lines[at])
+        if found:
+            code = lines[at + 1].strip() if at + 1 < len(lines) else ""
+            file = found[1].replace("\\", "/").rpartition("/")[2]
+            return f"{file}:{found[2]}: {code}"
+    return ""

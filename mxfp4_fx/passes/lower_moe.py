@@ -1,0 +1,142 @@
+"""Third pass: logical ops become device ops, expert weights become swizzled MXFP4 inputs.
+
+``mxfp4::moe`` -> ``routing`` -> ``matmul_ogs`` (SwiGLU) -> ``matmul_ogs`` (gammas, scatter). The
+parameters that only the experts read leave the graph's inputs; in their place come blocks and
+scales, which the backend binds when the graph is called (``weights.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from mxfp4_fx import target
+from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.passes.context import Binding, Context
+from mxfp4_fx.passes.graph import tensor_of
+
+_MXFP4 = torch.ops.mxfp4
+_MOE = (_MXFP4.moe.default, _MXFP4.moe.routes)
+
+
+def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
+    """Expand every ``mxfp4::moe`` for its device; record kernels, layout and bytes."""
+    inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    swizzled: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    moes = [node for node in gm.graph.nodes if node.target in _MOE]
+    for at, node in enumerate(moes):
+        values = _arguments(node)
+        chosen = target.choose(_fake(node).device, ctx.options.kernels)
+        for name in ("gate_up", "down"):
+            source = values[name]
+            if source not in swizzled:
+                swizzled[source] = _swizzled_inputs(source, inputs[source], chosen.layout, ctx)
+        _expand(node, values, swizzled, chosen)
+        parts = (*swizzled[values["gate_up"]], *swizzled[values["down"]])
+        ctx.report.rewrites[at] = dataclasses.replace(
+            ctx.report.rewrites[at],
+            kernels=chosen.kernels,
+            layout=chosen.layout,
+            reason=chosen.reason,
+            bytes_after=sum(_fake(part).numel() for part in parts),
+        )
+    for source in swizzled:
+        if not source.users:
+            gm.graph.erase_node(source)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = (argument.name for argument in node.target._schema.arguments)
+    return dict(zip(names, node.args, strict=True))
+
+
+def _swizzled_inputs(
+    source: fx.Node, index: int, layout: str, ctx: Context
+) -> tuple[fx.Node, fx.Node]:
+    """New graph inputs for the blocks and the scales of one weight [E, K, N]."""
+    weight = _fake(source)
+    e, k, n = weight.shape
+    with weight.fake_mode:  # type: ignore[attr-defined]
+        parts = LAYOUTS[layout].empty(e, n, k, weight.device)
+    nodes = []
+    after = source
+    for part, (name, value) in enumerate(zip(("blocks", "scales"), parts, strict=True)):
+        with source.graph.inserting_after(after):
+            node = source.graph.placeholder(f"{source.name.rstrip('_')}_{name}")
+        node.meta["example_value"] = value
+        # Its address is fixed as the parameter's was, and no guard of Dynamo's speaks of it.
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        node._dynamo_source = None
+        ctx.bindings[node.name] = Binding(index, layout, part)
+        nodes.append(after := node)
+    return nodes[0], nodes[1]
+
+
+def _expand(
+    node: fx.Node,
+    values: dict[str, Any],
+    swizzled: dict[fx.Node, tuple[fx.Node, fx.Node]],
+    chosen: target.Target,
+) -> None:
+    graph = node.graph
+    kernels = {"kernels": chosen.kernels}
+    matmul = {**kernels, "layout": chosen.layout}
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.call_function(function, args, kwargs)
+        made.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
+        fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
+        with _fake(node).fake_mode:  # type: ignore[attr-defined]
+            made.meta["example_value"] = function(*fakes[0], **fakes[1])
+        return made
+
+    with graph.inserting_before(node):
+        if node.target is _MXFP4.moe.default:
+            top_k = values["top_k"]
+            routes = call(_MXFP4.routing.default, values["router_logits"], top_k, **kernels)
+        else:
+            top_k = _fake(values["indices"]).shape[1]
+            experts = _fake(values["gate_up"]).shape[0]
+            routes = call(
+                _MXFP4.routing.routes, values["indices"], values["weights"], experts, **kernels
+            )
+        gammas, gather_index, scatter_index, offsets = (
+            call(operator.getitem, routes, i) for i in range(4)
+        )
+        inner = call(
+            _MXFP4.matmul_ogs.default,
+            values["hidden"],
+            *swizzled[values["gate_up"]],
+            values["gate_up_bias"],
+            offsets,
+            gather_index=gather_index,
+            activation="swiglu",
+            alpha=values["alpha"],
+            limit=values["limit"],
+            **matmul,
+        )
+        out = call(
+            _MXFP4.matmul_ogs.default,
+            inner,
+            *swizzled[values["down"]],
+            values["down_bias"],
+            offsets,
+            scatter_index=scatter_index,
+            gammas=gammas,
+            experts_per_token=top_k,
+            **matmul,
+        )
+    node.replace_all_uses_with(out)
+    graph.erase_node(node)
+
+
+def _fake(node: fx.Node) -> torch.Tensor:
+    value = tensor_of(node)
+    assert value is not None
+    return value

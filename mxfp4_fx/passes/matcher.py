@@ -1,0 +1,274 @@
+"""Patterns as expressions, and matching one against a graph.
+
+A pattern is written as the computation itself: operators and functions on :class:`Expr` build a
+directed acyclic graph of :class:`Op` over named tensors (:class:`Leaf`) and named numbers
+(:class:`Letter`). Matching goes backwards from the pattern's result and proves, node by node, that
+the graph computes the same expression. Numbers are collected on the way and compared at the end,
+when the letters are known: exactly, and symbolically where a size is dynamic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from mxfp4_fx.passes.graph import (
+    Call,
+    Number,
+    equal,
+    read_call,
+    same_shape,
+    tensor_of,
+)
+
+_COMMUTATIVE = {"add", "mul"}
+
+
+class Expr:
+    """A node of a pattern. Equality is identity: two uses of one value are one node."""
+
+    def __add__(self, other: Expr | float) -> Expr:
+        return Op("add", {"input": self, "other": other, "alpha": 1})
+
+    def __mul__(self, other: Expr | Scalar | float) -> Expr:
+        return Op("mul", {"input": self, "other": other})
+
+    def __floordiv__(self, other: Scalar | int) -> Expr:
+        return Op("floordiv", {"input": self, "other": other})
+
+    def __getitem__(self, index: Any) -> Expr:
+        return Op("getitem", {"input": self, "index": index})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaf(Expr):
+    """A tensor that the pattern takes in; binds to any node."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Op(Expr):
+    """A canonical call (``graph.Call``) on expressions."""
+
+    op: str
+    args: dict[str, Any]
+
+    def __str__(self) -> str:
+        args = (f"{k}={_brief(v)}" if k != "input" else _brief(v) for k, v in self.args.items())
+        return f"{self.op}({', '.join(args)})"
+
+
+class Scalar:
+    """A number of a pattern: a :class:`Letter` or arithmetic on letters."""
+
+    def __init__(self, text: str, value: Callable[[Mapping[str, Any]], Any]) -> None:
+        self.text = text
+        self.value = value
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _with(self, other: Scalar | int, sign: str, f: Callable[[Any, Any], Any]) -> Scalar:
+        right = other.value if isinstance(other, Scalar) else lambda env: other
+        return Scalar(f"{self}{sign}{other}", lambda env: f(self.value(env), right(env)))
+
+    def __mul__(self, other: Scalar | int) -> Scalar:
+        return self._with(other, "*", operator.mul)
+
+    def __sub__(self, other: Scalar | int) -> Scalar:
+        return self._with(other, "-", operator.sub)
+
+    def __neg__(self) -> Scalar:
+        return Scalar(f"-{self}", lambda env: -self.value(env))
+
+
+class Letter(Scalar):
+    """A named number: bound by a leaf's shape, or by the first place where it stands alone."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, lambda env: env[name])
+        self.name = name
+
+
+class Mismatch(Exception):
+    """Where a graph stops being the pattern.
+
+    Attributes:
+        reason: what was expected and what is there.
+        node: the place in the graph, if there is one.
+        matched: how many nodes agreed before; the attempt that got farthest explains best.
+    """
+
+    def __init__(self, reason: str, node: fx.Node | None, matched: int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.node = node
+        self.matched = matched
+
+
+class Match:
+    """A partial proof; grows with every :meth:`expect`.
+
+    Attributes:
+        nodes: the graph node that each op of the pattern stands for.
+        leaves: leaf name -> graph node.
+        letters: letter name -> number, once :meth:`solve` has run.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: dict[Op, fx.Node] = {}
+        self.leaves: dict[str, fx.Node] = {}
+        self.letters: dict[str, Any] = {}
+        self._numbers: list[tuple[Scalar | float, Any, Op, fx.Node]] = []
+
+    def expect(self, expr: Expr, value: Any, user: fx.Node | None = None) -> None:
+        """Prove that graph value ``value`` computes ``expr``.
+
+        Raises:
+            Mismatch: it does not, or not provably.
+        """
+        if not isinstance(value, fx.Node):
+            raise self._mismatch(f"expected {_brief(expr)}, found {value!r}", user)
+        if isinstance(expr, Leaf):
+            if self.leaves.setdefault(expr.name, value) is not value:
+                raise self._mismatch(
+                    f"two different values stand for {expr.name}: {self.leaves[expr.name]} and "
+                    f"{value}",
+                    user or value,
+                )
+            return
+        assert isinstance(expr, Op)
+        if expr in self.nodes:
+            if self.nodes[expr] is not value:
+                raise self._mismatch(
+                    f"{_describe(value)} stands where {_describe(self.nodes[expr])} should be used "
+                    "again",
+                    user or value,
+                )
+            return
+        call = read_call(value)
+        if call is None or call.op != expr.op:
+            raise self._mismatch(f"expected {expr}, found {_describe(value)}", value)
+        self._expect_call(expr, call, value)
+        self.nodes[expr] = value
+
+    def _expect_call(self, expr: Op, call: Call, node: fx.Node) -> None:
+        orders = [call.args]
+        if expr.op in _COMMUTATIVE:
+            swapped = {"input": call.args["other"], "other": call.args["input"]}
+            orders.append({**call.args, **swapped})
+        failures: list[Mismatch] = []
+        for args in orders:
+            saved = dict(self.nodes), dict(self.leaves), list(self._numbers)
+            try:
+                for name, expected in expr.args.items():
+                    self._expect_argument(expected, args.get(name), expr, node)
+                return
+            except Mismatch as mismatch:
+                failures.append(mismatch)
+                self.nodes, self.leaves, self._numbers = saved
+        raise max(failures, key=lambda m: m.matched)
+
+    def _expect_argument(self, expected: Any, actual: Any, expr: Op, node: fx.Node) -> None:
+        if isinstance(expected, Expr):
+            self.expect(expected, actual, node)
+        elif isinstance(expected, Scalar) or _is_number(expected):
+            if not _is_number(actual):
+                found = _describe(actual) if isinstance(actual, fx.Node) else repr(actual)
+                raise self._mismatch(f"expected {expr}, with {expected} but found {found}", node)
+            self._numbers.append((expected, actual, expr, node))
+        elif isinstance(expected, tuple):
+            if not isinstance(actual, list | tuple) or len(actual) != len(expected):
+                raise self._mismatch(f"expected {expr}, found {_describe(node)}", node)
+            for e, a in zip(expected, actual, strict=True):
+                self._expect_argument(e, a, expr, node)
+        elif type(expected) is not type(actual) or expected != actual:
+            raise self._mismatch(f"expected {expr}, found {_describe(node)}", node)
+
+    def solve(self, shapes: Mapping[str, tuple[Scalar, ...]]) -> None:
+        """Bind the letters and prove every number and every leaf's shape.
+
+        Args:
+            shapes: leaf name -> its shape in letters. A letter is bound by the first leaf that has
+                it alone in its shape.
+
+        Raises:
+            Mismatch: some number is not what the pattern says.
+        """
+        env = self.letters
+        for name, shape in shapes.items():
+            value = tensor_of(self.leaves[name])
+            if value is None or value.ndim != len(shape):
+                raise self._mismatch(f"{name} must have {len(shape)} dimensions", self.leaves[name])
+            for letter, size in zip(shape, value.shape, strict=True):
+                if isinstance(letter, Letter):
+                    env.setdefault(letter.name, size)
+        for expected, actual, _, _ in self._numbers:
+            if isinstance(expected, Letter):
+                env.setdefault(expected.name, actual)
+        for expected, actual, expr, node in self._numbers:
+            wanted = expected.value(env) if isinstance(expected, Scalar) else expected
+            if not equal(actual, wanted):
+                said = expected if isinstance(expected, Scalar) else wanted
+                raise self._mismatch(
+                    f"expected {expr}, with {said} = {wanted} but found {actual}", node
+                )
+        for name, shape in shapes.items():
+            value = tensor_of(self.leaves[name])
+            assert value is not None
+            if not same_shape(tuple(value.shape), tuple(s.value(env) for s in shape)):
+                wanted = ", ".join(map(str, shape))
+                raise self._mismatch(
+                    f"{name} must be [{wanted}]; it is {tuple(value.shape)}", self.leaves[name]
+                )
+
+    def _mismatch(self, reason: str, node: fx.Node | None) -> Mismatch:
+        return Mismatch(reason, node, len(self.nodes))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number) and not isinstance(value, bool)
+
+
+def _brief(value: Any) -> str:
+    """A pattern value in few characters: the arguments of nested ops are left out."""
+    if isinstance(value, Op):
+        return f"{value.op}(..)"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_brief, value))})"
+    if isinstance(value, slice):
+        parts = ["" if v is None else str(v) for v in (value.start, value.stop, value.step)]
+        return ":".join(parts)
+    return "..." if value is Ellipsis else str(value)
+
+
+def _describe(node: fx.Node) -> str:
+    """A graph node the way patterns are printed."""
+    if node.op in ("placeholder", "get_attr"):
+        return f"the input {node}"
+    call = read_call(node)
+    if call is None:
+        target = node.target if isinstance(node.target, str) else node.target.__name__
+        return f"{target}(..)"
+    names = {k: _brief_value(v) for k, v in call.args.items()}
+    args = (v if k == "input" else f"{k}={v}" for k, v in names.items())
+    return f"{call.op}({', '.join(args)})"
+
+
+def _brief_value(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_brief_value, value))})"
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return str(value)
+    return _brief(value)

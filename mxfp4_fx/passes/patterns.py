@@ -1,0 +1,161 @@
+"""The forms in which GPT-OSS experts come, written as the computation that they are.
+
+To add one: write a function from the leaves to the experts' result in the vocabulary below and
+append it to :data:`FORMS`. Its test is a captured model in ``tests/test_forms.py`` and a near miss
+for each of its constants in ``tests/test_near_misses.py``.
+
+Shape letters: T tokens, E experts, A experts per token, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Op, Scalar
+
+T, A, E, H, I = (Letter(name) for name in "TAEHI")  # noqa: E741
+ALPHA, LIMIT = Letter("alpha"), Letter("limit")
+
+HIDDEN, LOGITS = Leaf("hidden"), Leaf("router_logits")
+INDICES, SCORES = Leaf("indices"), Leaf("scores")
+GATE_UP, GATE_UP_BIAS = Leaf("gate_up"), Leaf("gate_up_bias")
+DOWN, DOWN_BIAS = Leaf("down"), Leaf("down_bias")
+
+# Weights first: their sizes are fixed, an input's may be symbolic where it is known to be the same.
+EXPERT_SHAPES: dict[str, tuple[Scalar, ...]] = {
+    "down": (E, I, H),
+    "down_bias": (E, H),
+    "gate_up": (E, H, I * 2),
+    "gate_up_bias": (E, I * 2),
+    "hidden": (T, H),
+    "indices": (T, A),
+    "scores": (T, A),
+}
+ROUTER_SHAPES: dict[str, tuple[Scalar, ...]] = {"router_logits": (T, E)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A way to write the experts: its name in reports, and its result as an expression."""
+
+    name: str
+    result: Op
+
+
+def grouped_mm(histogram_dtype: torch.dtype) -> Op:
+    """transformers 5's default: rows sorted by expert, one grouped matmul a projection.
+
+    The histogram is taken of floats on a CPU and of int32 elsewhere.
+    """
+    by_expert = sort(view(INDICES, T * A))
+    ids, order = by_expert[0], by_expert[1]
+    counts = histc(cast(ids, histogram_dtype), bins=E, low=0, high=E - 1)
+    offsets = cumsum(counts, torch.int32)
+
+    gate_up = grouped(HIDDEN[order // A], GATE_UP, offsets) + GATE_UP_BIAS[ids]
+    y = grouped(swiglu(gate_up), DOWN, offsets) + DOWN_BIAS[ids]
+    weighted = y * view(view(SCORES, T * A)[order], T * A, 1)
+
+    inverse = index_put(empty_like(order), order, arange(T * A))
+    return sum_over_choices(weighted[inverse])
+
+
+def batched_mm() -> Op:
+    """transformers 5's other form: each route gathers its own expert's weights."""
+    ids = view(INDICES, T * A)
+    x = repeat_rows(HIDDEN, A)
+    gate_up = routed(x, H, GATE_UP[ids], I * 2) + GATE_UP_BIAS[ids]
+    y = routed(swiglu(gate_up), I, DOWN[ids], H) + DOWN_BIAS[ids]
+    return sum_over_choices(y * view(view(SCORES, T * A), T * A, 1))
+
+
+def swiglu(gate_up: Expr) -> Expr:
+    """Gate in the even columns, clamped above; up in the odd ones, clamped on both sides."""
+    gate = clamp(gate_up[..., slice(None, None, 2)], low=None, high=LIMIT)
+    up = clamp(gate_up[..., slice(1, None, 2)], low=-LIMIT, high=LIMIT)
+    return (up + 1) * (gate * sigmoid(gate * ALPHA))
+
+
+def sum_over_choices(weighted: Expr) -> Op:
+    """[T*A, H] -> [T, H]."""
+    args = {"input": view(weighted, T, A, H), "dim": 1, "keepdim": False, "dtype": None}
+    return Op("sum", args)
+
+
+def router() -> tuple[Op, Op]:
+    """GPT-OSS's router from its logits on: (scores, indices), softmax over the chosen ones."""
+    top = Op("topk", {"input": LOGITS, "k": A, "dim": 1, "largest": True, "sorted": True})
+    return Op("softmax", {"input": top[0], "dim": 1, "dtype": None}), _as_op(top[1])
+
+
+def _as_op(expr: Expr) -> Op:
+    assert isinstance(expr, Op)
+    return expr
+
+
+# The vocabulary: canonical calls (graph.Call) with every argument that matters.
+
+
+def view(x: Expr, *shape: Scalar | int) -> Expr:
+    return Op("view", {"input": x, "shape": shape})
+
+
+def cast(x: Expr, dtype: torch.dtype) -> Expr:
+    return Op("cast", {"input": x, "dtype": dtype})
+
+
+def sort(x: Expr) -> Expr:
+    return Op("sort", {"input": x, "dim": 0, "descending": False})
+
+
+def histc(x: Expr, bins: Scalar, low: int, high: Scalar) -> Expr:
+    return Op("histc", {"input": x, "bins": bins, "min": low, "max": high})
+
+
+def cumsum(x: Expr, dtype: torch.dtype) -> Expr:
+    return Op("cumsum", {"input": x, "dim": 0, "dtype": dtype})
+
+
+def grouped(x: Expr, weight: Expr, offsets: Expr) -> Expr:
+    args = {"input": x, "mat2": weight, "offs": offsets, "bias": None, "out_dtype": None}
+    return Op("grouped_mm", args)
+
+
+def routed(x: Expr, k: Scalar, weights: Expr, n: Scalar) -> Expr:
+    """[R, K] and [R, K, N] -> [R, N], a matrix a row."""
+    return view(Op("bmm", {"input": view(x, T * A, 1, k), "mat2": weights}), T * A, n)
+
+
+def repeat_rows(x: Expr, times: Scalar) -> Expr:
+    return Op("repeat_interleave", {"input": x, "repeats": times, "dim": 0})
+
+
+def clamp(x: Expr, low: Scalar | None, high: Scalar | None) -> Expr:
+    return Op("clamp", {"input": x, "min": low, "max": high})
+
+
+def sigmoid(x: Expr) -> Expr:
+    return Op("sigmoid", {"input": x})
+
+
+def empty_like(x: Expr) -> Expr:
+    return Op("empty_like", {"input": x})
+
+
+def arange(end: Scalar) -> Expr:
+    return Op("arange", {"end": end})
+
+
+def index_put(x: Expr, index: Expr, values: Expr) -> Expr:
+    args = {"input": x, "indices": (index,), "values": values, "accumulate": False}
+    return Op("index_put", args)
+
+
+FORMS = (
+    Form("grouped_mm", grouped_mm(torch.float32)),
+    Form("grouped_mm", grouped_mm(torch.int32)),
+    Form("batched_mm", batched_mm()),
+)
+ROUTER_SCORES, ROUTER_INDICES = router()

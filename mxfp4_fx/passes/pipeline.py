@@ -1,0 +1,116 @@
+"""The pipeline: which passes run on a captured graph, in which order, and why in that order."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from typing import Any
+
+from torch import fx
+from torch._logging import trace_structured
+
+from mxfp4_fx.errors import PipelineError
+from mxfp4_fx.options import Options
+from mxfp4_fx.passes.canonicalize import canonicalize
+from mxfp4_fx.passes.context import Context, Pass
+from mxfp4_fx.passes.fuse_moe import fuse_moe
+from mxfp4_fx.passes.lower_moe import lower_moe
+
+log = logging.getLogger("mxfp4_fx.passes")
+
+
+def check(gm: fx.GraphModule, ctx: Context) -> None:
+    """Last pass: nothing logical is left, and every swizzled input is bound and read."""
+    for node in gm.graph.nodes:
+        if str(node.target).startswith("mxfp4.moe"):
+            raise PipelineError(f"{node} was not lowered")
+    placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    for name in ctx.bindings:
+        if name not in placeholders or not placeholders[name].users:
+            raise PipelineError(f"the swizzled weight {name} is not read")
+    for rewrite in ctx.report.rewrites:
+        if not rewrite.kernels:
+            raise PipelineError(f"{rewrite.layer} was rewritten and has no kernels")
+    gm.graph.lint()
+
+
+PIPELINE: tuple[Pass, ...] = (
+    canonicalize,  # equal computations look alike ...
+    fuse_moe,  # ... so that one pattern finds them; proves and replaces, knows no device
+    lower_moe,  # knows the device, proves nothing
+    check,  # trusts nobody
+)
+
+
+def run_pipeline(
+    gm: fx.GraphModule, inputs: list[Any], options: Options, *, verifying: bool = False
+) -> tuple[fx.GraphModule, Context]:
+    """Run all passes on a copy of a captured graph.
+
+    Args:
+        gm: the graph as Dynamo hands it out; it stays as it is.
+        inputs: its example inputs, the model's own parameters among them.
+        options: the user's.
+        verifying: see :class:`Context`.
+
+    Returns:
+        The rewritten graph, or ``gm`` itself where nothing was rewritten, and what happened.
+    """
+    ctx = Context(options, inputs, verifying)
+    rewritten = copy_graph(gm)
+    for step in PIPELINE:
+        run_pass(step, rewritten, ctx)
+    return (rewritten if ctx.report.rewrites else gm), ctx
+
+
+def run_pass(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
+    """Run one pass; ``TORCH_LOGS="+mxfp4_fx"`` shows the changes, ``TORCH_TRACE`` the graphs."""
+    before = _op_counts(gm)
+    _trace(f"before_{step.__name__}", gm)
+    step(gm, ctx)
+    gm.recompile()
+    _trace(f"after_{step.__name__}", gm)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s: %s", step.__name__, _difference(before, _op_counts(gm)))
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with a graph of its own and the same submodules; keeps what Dynamo noted on it."""
+    graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    old_output, output = (g.output_node() for g in (gm.graph, graph))
+    output.meta = dict(old_output.meta)
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    return copy
+
+
+def _op_counts(gm: fx.GraphModule) -> collections.Counter[str]:
+    return collections.Counter(_label(n) for n in gm.graph.nodes if n.op.startswith("call_"))
+
+
+def _label(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return f".{node.target}"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _difference(before: collections.Counter[str], after: collections.Counter[str]) -> str:
+    changes = {op: after[op] - before[op] for op in sorted({*before, *after})}
+    shown = ", ".join(f"{op} {n:+d}" for op, n in changes.items() if n)
+    return f"{before.total()} -> {after.total()} calls" + (f" ({shown})" if shown else "")
+
+
+def _trace(name: str, gm: fx.GraphModule) -> None:
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"mxfp4_fx_{name}", "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False),
+    )

@@ -1,0 +1,63 @@
+"""What the passes found in one graph: rewrites, and misses with their reasons. Plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """One MoE MLP that became MXFP4 ops.
+
+    Attributes:
+        layer: the module's name, such as ``model.layers.0.mlp.experts``.
+        form: the name of the pattern that matched.
+        experts, top_k, hidden, intermediate: E, A, H, I.
+        alpha, limit: SwiGLU's constants, read from the graph.
+        kernels, layout, reason: the ``target.Target`` that it was lowered to.
+        bytes_before, bytes_after: bytes of the two expert weights, as the model holds them and
+            as swizzled MXFP4 (biases, which stay, not counted).
+    """
+
+    layer: str
+    form: str
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    alpha: float
+    limit: float
+    kernels: str = ""
+    layout: str = ""
+    reason: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Miss:
+    """Something that looked like experts and stays as it was.
+
+    Attributes:
+        layer: the module's name.
+        reason: why, in words.
+        where: the line of model code that differs, as ``file:line: code``, or "".
+        skipped: the user asked for it (``options["skip"]``), so it is no fault.
+    """
+
+    layer: str
+    reason: str
+    where: str = ""
+    skipped: bool = False
+
+    def __str__(self) -> str:
+        at = f" (at {self.where})" if self.where else ""
+        return f"{self.layer}: {self.reason}{at}"
+
+
+@dataclasses.dataclass
+class GraphReport:
+    """All that happened in one graph, in the order of the graph."""
+
+    rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
+    misses: list[Miss] = dataclasses.field(default_factory=list)

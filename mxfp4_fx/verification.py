@@ -1,0 +1,138 @@
+"""``verify=True``: on the first call, a rewritten region runs beside the original one.
+
+The original gets the weights that MXFP4 holds, so that the two differ by rounding alone, and
+rounding has a bound. It is derived here element by element (running error analysis, in float64) for
+both: the float32 sums of each matmul, each value that the original rounds to the activations'
+dtype, and how far an error before SwiGLU reaches.
+
+Shape letters as in ``ops/reference.py``; u is the unit roundoff of the activations' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mxfp4_fx.errors import VerificationError
+from mxfp4_fx.formats import dequantize, quantize
+from mxfp4_fx.ops import reference
+
+_U32 = 2.0**-24
+# max |d/dg g*sigmoid(alpha*g)| = max |s + z s (1-s)| over z, and max |z^2 s (1-s)|, rounded up.
+_SWISH_SLOPE = 1.1
+_SWISH_CURVE = 0.44
+# Roundings of an elementwise chain in SwiGLU: alpha*g, sigmoid, the two products, up + 1.
+_SWIGLU_ROUNDINGS = 5
+
+
+def requantize(weight: Tensor) -> Tensor:
+    """The values [E, K, N] that MXFP4 holds of a weight; one expert at a time."""
+    held = torch.empty_like(weight)
+    for expert in range(weight.shape[0]):
+        dequantize(*quantize(weight.detach()[expert].T), weight.dtype, out=held[expert].T)
+    return held
+
+
+@torch.no_grad()
+def compare(
+    layer: str,
+    original: Tensor,
+    rewritten: Tensor,
+    routes: reference.Routes,
+    hidden: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    top_k: int,
+    alpha: float,
+    limit: float,
+) -> None:
+    """Check that two results of one region, each [T, H], differ by rounding alone.
+
+    Args:
+        layer: the region's name, for the error.
+        original, rewritten: the two results.
+        routes: what ``reference.routing`` gives for the region.
+        hidden, gate_up, ..., limit: the region's inputs; weights requantized.
+
+    Raises:
+        VerificationError: they are further apart than both roundings allow.
+    """
+    gammas, gather_index, scatter_index, offsets = routes
+    u = torch.finfo(hidden.dtype).eps / 2
+    tiny = torch.finfo(hidden.dtype).tiny
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _grouped(x, lambda e: weight[e].T, bias, offsets)
+
+    def magnitude(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _grouped(x.abs(), lambda e: weight[e].T.abs(), bias.abs(), offsets)
+
+    x = hidden[gather_index].double()
+    h, i = x.shape[1], down.shape[1]
+    pre, size = linear(x, gate_up, gate_up_bias), magnitude(x, gate_up, gate_up_bias)
+    # float32 sums in both; the original rounds the sum, and again with the bias added
+    pre_error = 2 * _sum_error(h + 1) * size + 2 * u * size
+    act, act_error = _swiglu_with_error(pre, pre_error, alpha, limit, u)
+    # the original's chain in the activations' dtype; the rewritten one rounds its result once
+    act_error = act_error + (_SWIGLU_ROUNDINGS + 1) * (u + _U32) * act.abs() + tiny
+
+    zero = torch.zeros_like(down_bias)
+    row = linear(act, down, down_bias)
+    size = magnitude(act, down, down_bias)
+    row_error = magnitude(act_error, down, zero) + 2 * _sum_error(i + 1) * size + 2 * u * size
+    # the original rounds the softmax's result and the product with it
+    factor = gammas.double()[:, None].abs()
+    error = factor * row_error + 3 * (u + 8 * _U32) * factor * (row.abs() + row_error)
+    # both round the sum over a token's rows
+    total = reference.combine(factor * row.abs(), scatter_index, top_k)
+    bound = reference.combine(error, scatter_index, top_k)
+    bound = bound + 2 * (u + _sum_error(top_k)) * (total + bound) + tiny
+
+    difference = (original.double() - rewritten.double()).abs()
+    # Where the original overflows or is NaN it is no measure.
+    wrong = original.isfinite() & ~(difference <= bound)
+    if wrong.any():
+        worst = (difference / bound).nan_to_num(float("inf")).argmax()
+        token, column = divmod(int(worst), original.shape[1])
+        raise VerificationError(
+            f"verify=True: {layer} differs from its original by more than rounding, in "
+            f"{int(wrong.sum())} of {wrong.numel()} values; worst at token {token}, column "
+            f"{column}: {original[token, column]:.6g} became {rewritten[token, column]:.6g}, "
+            f"bound {bound[token, column]:.3g}. Please report this."
+        )
+
+
+def _sum_error(n: int) -> float:
+    """The relative error of a float32 sum of n products, in any order: gamma_n."""
+    return n * _U32 / (1 - n * _U32)
+
+
+def _swiglu_with_error(
+    pre: Tensor, error: Tensor, alpha: float, limit: float, u: float
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU and how far an error before it reaches; clamping shrinks errors, never grows them."""
+    gate = pre[..., 0::2].clamp(max=limit)
+    up = pre[..., 1::2].clamp(-limit, limit)
+    swish = gate * torch.sigmoid(alpha * gate)
+    gate_error, up_error = error[..., 0::2], error[..., 1::2]
+    # the second term: alpha*gate itself is rounded
+    gate_error = gate_error * _SWISH_SLOPE + u * _SWISH_CURVE / abs(alpha)
+    reach = (up + 1).abs() * gate_error + (swish.abs() + gate_error) * up_error
+    return swish * (up + 1), reach
+
+
+def _grouped(
+    rows: Tensor, weight: Callable[[int], Tensor], bias: Tensor, offsets: Tensor
+) -> Tensor:
+    """``rows @ weight(e)^T + bias[e]`` in float64."""
+    y = rows.new_zeros((rows.shape[0], bias.shape[1]))
+    bounds = offsets.tolist()
+    for expert in range(bias.shape[0]):
+        part = slice(bounds[expert], bounds[expert + 1])
+        if part.start < part.stop:
+            y[part] = rows[part] @ weight(expert).T.double() + bias[expert].double()
+    return y

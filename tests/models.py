@@ -1,0 +1,103 @@
+"""Small real GPT-OSS models, and what a backend sees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+from mxfp4_fx.formats import dequantize, quantize
+
+FORMS = ("grouped_mm", "batched_mm", "eager")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def config(form: str = "grouped_mm", **changes: Any) -> GptOssConfig:
+    """Every size differs from every other, so that none can stand for another."""
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 16,
+    }
+    made = GptOssConfig(**{**sizes, **changes})
+    made._experts_implementation = form
+    return made
+
+
+def model(
+    dtype: torch.dtype = torch.float32, form: str = "grouped_mm", seed: int = 0, **changes: Any
+) -> GptOssForCausalLM:
+    """A whole model whose expert weights are MXFP4 values already: rewriting only rounds."""
+    return _fill(GptOssForCausalLM(config(form, **changes)), dtype, seed)
+
+
+def mlp(
+    dtype: torch.dtype = torch.float32, form: str = "grouped_mm", seed: int = 0, **changes: Any
+) -> GptOssMLP:
+    """One MoE MLP, filled like :func:`model`; called with [batch, tokens, hidden]."""
+    return _fill(GptOssMLP(config(form, **changes)), dtype, seed)
+
+
+def _fill(module: Any, dtype: torch.dtype, seed: int) -> Any:
+    module = module.to(dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            std = 0.2 if "router" in name else 0.1
+            values = torch.randn(parameter.shape, generator=generator) * std
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                values = on_mxfp4_grid(values)
+            parameter.copy_(values)
+    return module
+
+
+def on_mxfp4_grid(weight: Tensor) -> Tensor:
+    """The nearest weights [E, K, N] that MXFP4 holds exactly."""
+    blocks, scales = quantize(weight.transpose(1, 2))
+    return dequantize(blocks, scales, weight.dtype).transpose(1, 2)
+
+
+def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 128, (batch, length), generator=generator)
+
+
+def hidden(
+    tokens: int = 7, size: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
+    """[1, tokens, size]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((1, tokens, size), generator=generator).to(dtype)
+
+
+class Graphs:
+    """An inner compiler that keeps the graphs it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.seen: list[fx.GraphModule] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.seen.append(gm)
+        return gm.forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        return self  # transformers copies the options that ``generate`` is given
+
+
+def compile_with(
+    module: nn.Module | Callable[..., Any], inner: Any = "eager", **kwargs: Any
+) -> Callable[..., Any]:
+    """``torch.compile(module, backend="mxfp4")`` with the graph run as it is."""
+    options = {"inner": inner, **kwargs.pop("options", {})}
+    return torch.compile(module, backend="mxfp4", options=options, **kwargs)

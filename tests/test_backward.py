@@ -1,0 +1,251 @@
+"""Gradients through frozen experts: against autograd through the plain formula in float64."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import (
+    Matrices,
+    assert_as_accurate,
+    random_logits,
+    random_routes,
+    sort_routes,
+)
+from torch import Tensor
+
+import mxfp4_fx.ops.schemas  # noqa: F401
+
+ALPHA, LIMIT = 1.702, 7.0
+T, E, A, H, I = 9, 4, 2, 32, 96  # noqa: E741
+KERNELS = ("reference", "cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+ops = torch.ops.mxfp4
+
+Function = Callable[..., Tensor]
+
+
+def gradients(f: Function, inputs: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Of ``(f(*inputs) * random).sum()``, with the inputs converted to ``dtype``."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    y = f(*leaves)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    grad = grad.to(inputs[0].dtype).to(y.dtype)  # the same numbers in every dtype
+    return list(torch.autograd.grad(y, leaves, grad))
+
+
+def check_gradients(f: Function, plain: Function, inputs: list[Tensor]) -> None:
+    """``f``'s gradients are about as good as those of ``plain`` in the first input's dtype."""
+    results = (
+        gradients(f, inputs),
+        gradients(plain, inputs),
+        gradients(plain, inputs, torch.float64),
+    )
+    for x, actual, low, exact in zip(inputs, *results, strict=True):
+        assert actual.dtype == x.dtype
+        assert_as_accurate(actual, low, exact)
+
+
+def swiglu(y: Tensor, alpha: float = ALPHA, limit: float = LIMIT) -> Tensor:
+    gate, up = y[..., 0::2].clamp(max=limit), y[..., 1::2].clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def linear(x: Tensor, expert: Tensor, matrices: Matrices) -> Tensor:
+    """x [.., K] with the matrix of its expert [..], in x's dtype."""
+    weight, bias = (part.to(x.dtype)[expert] for part in matrices.exact)
+    return torch.einsum("...k,...nk->...n", x, weight) + bias
+
+
+def plain_experts(
+    hidden: Tensor, weights: Tensor, indices: Tensor, gate_up: Matrices, down: Matrices
+) -> Tensor:
+    rows = hidden[:, None].expand(-1, indices.shape[1], -1)
+    y = linear(swiglu(linear(rows, indices, gate_up)), indices, down)
+    return (y * weights[..., None].to(y.dtype)).sum(dim=1)
+
+
+def op_experts(
+    hidden: Tensor, routes: tuple[Tensor, ...], gate_up: Matrices, down: Matrices, a: int,
+    kernels: str,
+) -> Tensor:  # fmt: skip
+    gammas, gather_index, scatter_index, offsets = routes
+    inner = ops.matmul_ogs(
+        hidden, *gate_up.operands, offsets, gather_index,
+        activation="swiglu", alpha=ALPHA, limit=LIMIT, kernels=kernels,
+    )  # fmt: skip
+    return ops.matmul_ogs(
+        inner, *down.operands, offsets, None, scatter_index, gammas,
+        experts_per_token=a, kernels=kernels,
+    )  # fmt: skip
+
+
+def clamped_mlp(dtype: torch.dtype) -> tuple[Matrices, Matrices]:
+    """gate_up, down; biases put a third of gates and of ups beyond either limit, none near it."""
+    gate_up = Matrices.random(E, 2 * I, H, dtype)
+    quiet = gate_up.scales - 3
+    bias = torch.tensor([0.0, 12.0, -12.0])
+    gate_up.bias[:, 0::2] = bias.repeat(I // 3)
+    gate_up.bias[:, 1::2] = bias.repeat_interleave(3).repeat(I // 9 + 1)[:I]
+    return Matrices(gate_up.blocks, quiet, gate_up.bias), Matrices.random(E, H, I, dtype, seed=1)
+
+
+def random_hidden(t: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn((t, H), generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def test_the_mlp_is_clamped_on_both_sides_and_never_near() -> None:
+    """What the other tests' bound rests on: rounding must not decide whether a value is clamped."""
+    gate_up, _ = clamped_mlp(torch.float32)
+    y = linear(random_hidden(T, torch.float64)[:, None], torch.arange(E), gate_up)
+    for part in (y[..., 0::2], y[..., 1::2]):
+        assert (part > LIMIT).any()
+        assert (part < -LIMIT).any()
+        assert (part.abs() < LIMIT).any()
+        assert ((part.abs() - LIMIT).abs() > 0.5).all()
+
+
+@pytest.mark.parametrize("t", [0, 1, T])
+@pytest.mark.parametrize("a", [1, A, E])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_hidden_and_logits(kernels: str, dtype: torch.dtype, a: int, t: int) -> None:
+    mlp = clamped_mlp(dtype)
+    logits = random_logits(t, E, dtype)
+    indices = torch.topk(logits, a).indices
+
+    def plain(hidden: Tensor, logits: Tensor) -> Tensor:
+        return plain_experts(hidden, logits.gather(1, indices).softmax(dim=-1), indices, *mlp)
+
+    def f(hidden: Tensor, logits: Tensor) -> Tensor:
+        routes = ops.routing(logits, a, kernels=kernels)
+        return op_experts(hidden, routes, *mlp, a, kernels)
+
+    check_gradients(f, plain, [random_hidden(t, dtype), logits])
+
+
+@pytest.mark.parametrize("t", [0, 1, T])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_hidden_and_given_weights(kernels: str, dtype: torch.dtype, t: int) -> None:
+    mlp = clamped_mlp(dtype)
+    indices, weights = random_routes(t, E, A)
+
+    def f(hidden: Tensor, weights: Tensor) -> Tensor:
+        routes = ops.routing.routes(indices, weights, E, kernels=kernels)
+        return op_experts(hidden, routes, *mlp, A, kernels)
+
+    plain = functools.partial(plain_experts, indices=indices, gate_up=mlp[0], down=mlp[1])
+    check_gradients(f, plain, [random_hidden(t, dtype), weights.to(dtype)])
+
+
+@pytest.mark.parametrize(
+    ("gather", "scatter", "gammas", "activation"),
+    list(itertools.product((False, True), (False, True), (False, True), ("none", "swiglu"))),
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmul_with_and_without_each_of_its_parts(
+    dtype: torch.dtype, gather: bool, scatter: bool, gammas: bool, activation: str
+) -> None:
+    matrices = clamped_mlp(dtype)[0]
+    indices, weights = random_routes(T, E, A)
+    gather_index, scatter_index, offsets = (torch.tensor(part) for part in sort_routes(indices, E))
+    expert = indices.flatten()[scatter_index]
+
+    def f(x: Tensor, *factors: Tensor) -> Tensor:
+        return ops.matmul_ogs(
+            x, *matrices.operands, offsets.int(),
+            gather_index.int() if gather else None,
+            scatter_index.int() if scatter else None,
+            *factors,
+            experts_per_token=A, activation=activation, alpha=ALPHA, limit=LIMIT,
+        )  # fmt: skip
+
+    def plain(x: Tensor, *factors: Tensor) -> Tensor:
+        y = linear(x[gather_index] if gather else x, expert, matrices)
+        y = swiglu(y) if activation == "swiglu" else y
+        for factor in factors:
+            y = y * factor[:, None].to(y.dtype)
+        return y[scatter_index.argsort()].view(T, A, -1).sum(dim=1) if scatter else y
+
+    x = random_hidden(T if gather else T * A, dtype)
+    check_gradients(f, plain, [x, weights.flatten()] if gammas else [x])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_values_at_the_limit_itself_have_a_gradient(kernels: str) -> None:
+    """As ``torch.clamp``'s. x is zero, so that the biases are what is clamped."""
+    matrices = Matrices.random(1, 12, 32)
+    beside = torch.nextafter(torch.tensor(LIMIT), torch.tensor(8.0)).item()
+    values = [LIMIT, 0.5, beside, 0.5, -LIMIT, 0.5, 0.5, LIMIT, 0.5, -LIMIT, 0.5, -beside]
+    matrices.bias[0] = torch.tensor(values)
+
+    def f(x: Tensor) -> Tensor:
+        return ops.matmul_ogs(
+            x, *matrices.operands, torch.tensor([0, 1], dtype=torch.int32),
+            activation="swiglu", alpha=ALPHA, limit=LIMIT, kernels=kernels,
+        )  # fmt: skip
+
+    def plain(x: Tensor) -> Tensor:
+        return swiglu(linear(x, torch.tensor([0]), matrices))
+
+    check_gradients(f, plain, [torch.zeros(1, 32)])
+
+
+def test_routes_of_others_have_no_gradient() -> None:
+    mlp = clamped_mlp(torch.float32)
+    indices, weights = random_routes(T, E, A)
+    first, count = 1, 2
+    mine = (indices >= first) & (indices < first + count)
+    part = [Matrices(*(o[first : first + count] for o in m.operands)) for m in mlp]
+
+    def f(hidden: Tensor, weights: Tensor) -> Tensor:
+        routes = ops.routing.routes(indices, weights, count, first)
+        return op_experts(hidden, routes, *part, A, "reference")
+
+    def plain(hidden: Tensor, weights: Tensor) -> Tensor:
+        return plain_experts(hidden, weights * mine, indices, *mlp)
+
+    hidden = random_hidden(T, torch.float32)
+    check_gradients(f, plain, [hidden, weights])
+    grad_hidden, grad_weights = gradients(f, [hidden, weights])
+    assert not grad_weights[~mine].any()
+    assert not grad_hidden[~mine.any(dim=1)].any()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weights"])
+def test_one_of_the_two_may_be_frozen(frozen: str) -> None:
+    mlp = clamped_mlp(torch.float32)
+    indices, weights = random_routes(T, E, A)
+    inputs = {"hidden": random_hidden(T, torch.float32), "weights": weights}
+    inputs = {name: x.requires_grad_(name != frozen) for name, x in inputs.items()}
+    routes = ops.routing.routes(indices, inputs["weights"], E)
+    op_experts(inputs["hidden"], routes, *mlp, A, "reference").sum().backward()
+    for name, x in inputs.items():
+        assert (x.grad is None) == (name == frozen)
+
+
+def test_index_outputs_have_no_gradient() -> None:
+    logits = random_logits(T, E).requires_grad_()
+    indices, weights = random_routes(T, E, A)
+    for routes in (
+        ops.routing(logits, A),
+        ops.routing.routes(indices, weights.requires_grad_(), E),
+    ):
+        assert [output.requires_grad for output in routes] == [True, False, False, False]
+
+
+def test_a_bias_that_wants_a_gradient_is_an_error() -> None:
+    gate_up, _ = clamped_mlp(torch.float32)
+    gate_up.bias.requires_grad_()
+    offsets = torch.tensor([0, *[T] * E], dtype=torch.int32)
+    hidden = random_hidden(T, torch.float32)
+    with pytest.raises(
+        RuntimeError, match=r"no gradient for an expert bias.*requires_grad_\(False"
+    ):
+        ops.matmul_ogs(hidden, *gate_up.operands, offsets)
+    with torch.no_grad():
+        ops.matmul_ogs(hidden, *gate_up.operands, offsets)

@@ -1,0 +1,168 @@
+"""Canonicalize keeps the meaning: in-place calls that anybody can see stay in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4_fx.options import Options
+from mxfp4_fx.passes.canonicalize import canonicalize
+from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.pipeline import copy_graph, run_pass
+
+
+def canonical(f: Callable[..., Any], *args: Any) -> list[str]:
+    """The calls of ``f``'s graph after the pass, whose results and effects must be the same."""
+    calls: list[str] = []
+
+    def backend(gm: Any, inputs: list[Any]) -> Any:
+        copy = copy_graph(gm)
+        run_pass(canonicalize, copy, Context(Options(), inputs))
+        calls.extend(str(n.target) for n in copy.graph.nodes if n.op == "call_method")
+        calls.extend(n.target.__name__ for n in copy.graph.nodes if n.op == "call_function")
+        return copy.forward
+
+    torch.compiler.reset()
+    expected_args = [arg.clone() for arg in args]
+    expected = f(*expected_args)
+    actual = torch.compile(f, backend=backend, fullgraph=True)(*args)
+    torch.testing.assert_close((actual, args), (expected, tuple(expected_args)), rtol=0, atol=0)
+    return calls
+
+
+X = torch.arange(6.0).view(2, 3)
+
+
+def test_on_a_fresh_value_becomes_functional() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x * 2
+        y.add_(x)
+        return y * y
+
+    assert canonical(f, X.clone()) == ["add", "mul", "mul"]
+
+
+def test_on_a_view_of_a_fresh_value_becomes_functional() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = (x * 2).view(6)
+        y.add_(1.0)
+        return y * 3
+
+    assert "add" in canonical(f, X.clone())
+
+
+def input_itself(x: Tensor) -> Tensor:
+    x.add_(1.0)
+    return x * 2
+
+
+def view_of_input(x: Tensor) -> Tensor:
+    x.view(6).add_(1.0)
+    return x * 2
+
+
+def base_used_later(x: Tensor) -> Tensor:
+    y = x * 2
+    y.view(6).add_(1.0)
+    return y * 3
+
+
+def earlier_view_used_later(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y[0]
+    y.add_(1.0)
+    return z * y
+
+
+def returned_alias(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * 2
+    z = y.t()
+    y.add_(1.0)
+    return y, z
+
+
+@pytest.mark.parametrize(
+    "f", [input_itself, view_of_input, base_used_later, earlier_view_used_later, returned_alias]
+)
+def test_what_somebody_else_sees_stays_in_place(f: Callable[..., Any]) -> None:
+    assert "add_" in canonical(f, X.clone())
+
+
+def test_a_result_of_another_dtype_stays_in_place() -> None:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        z = x * 2
+        z.add_(y)  # keeps float16; z.add(y) would not
+        return z * 1
+
+    assert "add_" in canonical(f, X.half(), X.clone())
+
+
+def test_an_earlier_reader_keeps_the_old_value() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x * 2
+        before = y + 1
+        y.add_(x)
+        return before * y
+
+    assert "add" in canonical(f, X.clone())
+
+
+def test_an_assignment_by_index_becomes_functional() -> None:
+    def f(order: Tensor) -> Tensor:
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(4)
+        return inverse + 1
+
+    calls = canonical(f, torch.tensor([2, 0, 3, 1]))
+    assert "index_put" in calls
+    assert "setitem" not in calls
+
+
+def test_an_assignment_to_an_input_stays() -> None:
+    def f(x: Tensor, at: Tensor) -> Tensor:
+        x[at] = torch.zeros(1, 3)
+        return x * 2
+
+    assert "setitem" in canonical(f, X.clone(), torch.tensor([1]))
+
+
+def test_an_assignment_by_mask_stays() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x * 2
+        y[x > 1] = torch.tensor(7.0)
+        return y
+
+    assert "setitem" in canonical(f, X.clone())
+
+
+def test_views_and_casts_that_do_nothing_are_dropped() -> None:
+    def f(x: Tensor) -> Tensor:
+        return (x.to(torch.float32).reshape(2, 3).float() * 2).view(2, 3) + 1
+
+    assert canonical(f, X.clone()) == ["mul", "add"]
+
+
+def test_views_and_casts_that_do_something_stay() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.to(torch.float16).reshape(3, 2).float().view(torch.int32) + 1
+
+    calls = canonical(f, X.clone())
+    assert calls == ["to", "reshape", "float", "view", "add"]
+
+
+def test_the_bits_read_anew_are_not_a_view_that_does_nothing() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.view(torch.int32) + 1
+
+    assert "view" in canonical(f, X.clone())
+
+
+def test_what_the_graph_returns_stays_the_same_object() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.reshape(2, 3)
+
+    assert canonical(f, X.clone()) == ["reshape"]

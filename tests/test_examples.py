@@ -1,0 +1,100 @@
+"""The examples run and show what they say; an example that no test names is a fault."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mxfp4_fx.passes.pipeline import PIPELINE
+
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
+
+HERE = {"explain", "graph_passes"}
+ELSEWHERE = {"compile_model": "test_demo.py"}
+
+BLOCK, BYTES_PER_BLOCK = 32, 17  # MXFP4: 32 elements of four bits and a scale of eight
+
+
+@pytest.fixture(autouse=True)
+def examples_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def run(name: str, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What an example prints."""
+    assert name in HERE
+    assert importlib.import_module(name).main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def test_every_example_has_a_test() -> None:
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == HERE | ELSEWHERE.keys()
+    for name, file in ELSEWHERE.items():
+        assert name in (TESTS / file).read_text("utf-8"), f"{file} does not test {name}.py"
+
+
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+def test_explain_shows_rewrites_a_miss_and_data(
+    form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run("explain", capsys, "--form", form)
+    gpt_oss, other, data = re.split(r"^(?=The same|As data)", out, flags=re.MULTILINE)
+
+    assert "2 of 2 MoE layers rewritten, 1 graph" in gpt_oss
+    assert "not rewritten" not in gpt_oss
+    assert "1 of 2 MoE layers rewritten, 1 graph" in other
+    assert "not rewritten: model.layers.1.mlp.experts" in other
+
+    report = json.loads(data.partition("\n")[2])
+    (rewrite,), (miss,) = report["rewrites"], report["misses"]
+    elements = 8 * (64 * 2 * 96 + 96 * 64)
+    assert (rewrite["layer"], rewrite["form"]) == ("model.layers.0.mlp.experts", form)
+    assert rewrite["bytes_before"] == 2 * elements
+    assert rewrite["bytes_after"] == elements // BLOCK * BYTES_PER_BLOCK
+    assert miss["reason"]
+    assert miss["reason"] in other
+
+
+def test_explain_points_at_the_line_that_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    where = json.loads(run("explain", capsys).partition("to read:")[2])["misses"][0]["where"]
+    file, line, code = where.split(":", 2)
+    assert file == "explain.py"
+    assert (EXAMPLES / file).read_text("utf-8").splitlines()[int(line) - 1].strip() == code.strip()
+
+
+@pytest.mark.parametrize(
+    ("argv", "matmul"),
+    [((), "_grouped_mm("), (("--form", "batched_mm", "--dynamic"), "= bmm(")],
+    ids=["grouped_mm", "batched_mm dynamic"],
+)
+def test_graph_passes_shows_the_way_of_a_graph(
+    argv: tuple[str, ...], matmul: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run("graph_passes", capsys, *argv)
+    sections = dict(re.findall(r"^== (\w+)(.*?)(?=^== |\Z)", out, re.MULTILINE | re.DOTALL))
+    assert list(sections) == ["captured", *(step.__name__ for step in PIPELINE)]
+
+    assert sections["captured"].count(matmul) == 2
+    assert ("input s" in sections["captured"]) == ("--dynamic" in argv)
+    assert ".add_(" in sections["captured"]
+    assert ".add_(" not in sections["canonicalize"]
+
+    fused = sections["fuse_moe"]
+    assert fused.count("= moe.default(") == 1
+    assert matmul not in fused
+    assert "+ input" not in fused
+
+    lowered = sections["lower_moe"]
+    assert "= moe.default(" not in lowered
+    assert lowered.count("= routing.default(") == 1
+    assert lowered.count("= matmul_ogs.default(") == 2
+    for weight in ("gate_up_proj", "down_proj"):
+        assert f"input experts_{weight}:" in fused
+        assert f"input experts_{weight}:" not in lowered
+        assert f"+ input experts_{weight}_blocks: uint8" in lowered
+    assert "not rewritten" not in out

@@ -1,0 +1,108 @@
+"""``model.generate``: greedy tokens are the uncompiled model's, and few graphs are compiled."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import Graphs, model, tokens
+from transformers import CompileConfig, GptOssForCausalLM
+
+from mxfp4_fx.weights import STORE
+
+LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
+Compile = Callable[[GptOssForCausalLM, Graphs], dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def dead_models_are_gone() -> None:
+    gc.collect()  # what an earlier test left behind must not count
+
+
+def in_place(whole: GptOssForCausalLM, graphs: Graphs) -> dict[str, Any]:
+    whole.compile(backend="mxfp4", options={"inner": graphs})
+    return {}
+
+
+def forward(whole: GptOssForCausalLM, graphs: Graphs) -> dict[str, Any]:
+    whole.forward = torch.compile(whole.forward, backend="mxfp4", options={"inner": graphs})
+    return {}
+
+
+def compile_config(whole: GptOssForCausalLM, graphs: Graphs) -> dict[str, Any]:
+    config = CompileConfig(backend="mxfp4", mode=None, options={"inner": graphs})
+    config._compile_all_devices = True  # transformers leaves CPUs uncompiled otherwise
+    return {"compile_config": config, "cache_implementation": "static"}
+
+
+def generate(whole: GptOssForCausalLM, prompt: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    new = LENGTH - prompt.shape[1]
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    return whole.generate(prompt, attention_mask=(prompt > 0).long(), **settings | kwargs)
+
+
+def mxfp4_calls(graphs: Graphs) -> list[int]:
+    """For each graph, its number of grouped matmuls: two a layer."""
+    counted = [[str(n.target) for n in gm.graph.nodes] for gm in graphs.seen]
+    return [names.count("mxfp4.matmul_ogs.default") for names in counted]
+
+
+@pytest.mark.parametrize(
+    ("compile_it", "cache", "most_graphs"),
+    [
+        # prefill, one token with a fixed and then with a symbolic length; again past the window
+        pytest.param(in_place, "dynamic", 6, id="model.compile, dynamic cache"),
+        pytest.param(in_place, "static", 3, id="model.compile, static cache"),
+        pytest.param(forward, "dynamic", 6, id="compiled forward, dynamic cache"),
+        pytest.param(compile_config, "static", 3, id="compile_config, static cache"),
+    ],
+)
+def test_greedy_tokens_are_the_uncompiled_ones(
+    compile_it: Compile, cache: str, most_graphs: int
+) -> None:
+    expected = generate(model(), tokens(1) + 1, cache_implementation=cache)
+    whole, graphs = model(), Graphs()
+    swizzled = len(STORE)
+    kwargs = {"cache_implementation": cache} | compile_it(whole, graphs)
+    assert torch.equal(generate(whole, tokens(1) + 1, **kwargs), expected)
+    assert set(mxfp4_calls(graphs)) == {4}
+    assert len(graphs.seen) <= most_graphs
+    assert len(STORE) - swizzled == 4  # prefill and decode share them
+
+
+def test_a_second_prompt_of_another_length_compiles_little() -> None:
+    whole, graphs = model(), Graphs()
+    in_place(whole, graphs)
+    generate(whole, tokens(1, 7) + 1)
+    first = len(graphs.seen)
+    second = generate(whole, tokens(1, 9) + 1)
+    assert torch.equal(second, generate(model(), tokens(1, 9) + 1))
+    assert len(graphs.seen) - first <= 2
+
+
+def test_a_padded_batch() -> None:
+    prompt = tokens(2) % 127 + 1
+    prompt[0, :3] = 0
+    whole, graphs = model(), Graphs()
+    in_place(whole, graphs)
+    assert torch.equal(generate(whole, prompt), generate(model(), prompt))
+    assert graphs.seen
+
+
+def test_sampling_with_a_seed() -> None:
+    whole, plain, graphs = model(), model(), Graphs()
+    in_place(whole, graphs)
+    torch.manual_seed(3)
+    ours = generate(whole, tokens(1) + 1, do_sample=True)
+    torch.manual_seed(3)
+    assert torch.equal(ours, generate(plain, tokens(1) + 1, do_sample=True))
+    assert graphs.seen
+
+
+def test_inductor() -> None:
+    whole = model()
+    whole.compile(backend="mxfp4")
+    assert torch.equal(generate(whole, tokens(1) + 1), generate(model(), tokens(1) + 1))

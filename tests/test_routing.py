@@ -1,0 +1,219 @@
+"""Routing: what its four outputs mean, for logits and for routes that are chosen already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from models import DTYPES
+from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import mxfp4_fx.ops.schemas  # noqa: F401
+
+KERNELS = ("reference", "cpu")
+ops = torch.ops.mxfp4
+
+
+def assert_sorted(
+    routes: tuple[Tensor, ...], indices: Tensor, num_experts: int, first_expert: int = 0
+) -> None:
+    """The three index outputs are those of a plain loop over experts."""
+    expected = oracle.sort_routes(indices, num_experts, first_expert)
+    for actual, values in zip(routes[1:], expected, strict=True):
+        assert actual.dtype == torch.int32
+        assert actual.tolist() == values
+
+
+# ---- from logits
+
+
+@pytest.mark.parametrize("t", [0, 1, 257])
+@pytest.mark.parametrize(("e", "a"), [(1, 1), (3, 1), (5, 2), (7, 4), (3, 3), (32, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_routing_chooses_weighs_and_sorts(
+    kernels: str, dtype: torch.dtype, e: int, a: int, t: int
+) -> None:
+    logits = random_logits(t, e, dtype)
+    indices, weights = oracle.route(logits, a)
+    routes = ops.routing(logits, a, kernels=kernels)
+    assert_sorted(routes, indices, e)
+    assert routes[0].dtype == torch.float32
+    assert_within(routes[0], weights.view(t * a)[routes[2].long()])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_routing_of_logits_that_are_not_contiguous(kernels: str) -> None:
+    logits = random_logits(6, 9).T
+    for actual, expected in zip(
+        ops.routing(logits, 2, kernels=kernels), ops.routing(logits.contiguous(), 2), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("a", [1, 2, 4, 8])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_equal_logits_choose_what_topk_chooses(kernels: str, a: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (65, 8), generator=generator).float()
+    logits[0] = 1.0
+    chosen, indices = torch.topk(logits, a)
+    routes = ops.routing(logits, a, kernels=kernels)
+    assert_sorted(routes, indices, 8)
+    assert_within(routes[0], oracle.softmax(chosen).view(65 * a)[routes[2].long()])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_nan_and_inf_stay_in_their_token(kernels: str, value: float) -> None:
+    logits = random_logits(9, 4)
+    indices, weights = oracle.route(logits, 3)
+    logits[5] = value
+    indices[5] = torch.topk(logits[5], 3).indices
+    gammas, *index_outputs = ops.routing(logits, 3, kernels=kernels)
+    assert_sorted((gammas, *index_outputs), indices, 4)
+    slots = index_outputs[1].long()
+    poisoned = slots // 3 == 5
+    assert gammas[poisoned].isnan().all()
+    assert_within(gammas[~poisoned], weights.view(27)[slots[~poisoned]])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_logit_of_minus_infinity_weighs_nothing(kernels: str) -> None:
+    logits = torch.tensor([[0.25, -math.inf, 2.0]])
+    gammas = ops.routing(logits, 3, kernels=kernels)[0]
+    weights = oracle.softmax(logits[:, [0, 2]])
+    assert gammas[1] == 0
+    assert_within(gammas[[0, 2]], weights.view(2))
+
+
+# ---- from routes
+
+
+@pytest.mark.parametrize("t", [0, 1, 257])
+@pytest.mark.parametrize(("e", "a"), [(1, 1), (3, 1), (5, 2), (3, 3)])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_given_routes_are_sorted(kernels: str, e: int, a: int, t: int) -> None:
+    indices, weights = random_routes(t, e, a)
+    routes = ops.routing.routes(indices, weights, e, kernels=kernels)
+    assert_sorted(routes, indices, e)
+    assert torch.equal(routes[0], weights.flatten()[routes[2].long()])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_rows_of_an_expert_stay_in_the_order_of_their_slots(kernels: str) -> None:
+    indices = torch.tensor([[1, 0], [1, 0]]).repeat(200, 1)
+    _, gather_index, scatter_index, _ = ops.routing.routes(
+        indices, torch.ones(400, 2), 2, kernels=kernels
+    )
+    assert scatter_index.tolist() == [*range(1, 800, 2), *range(0, 800, 2)]
+    assert gather_index.tolist() == [*range(400), *range(400)]
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_given_routes_of_any_dtype(
+    kernels: str, dtype: torch.dtype, index_dtype: torch.dtype
+) -> None:
+    indices, weights = random_routes(9, 5, 2)
+    weights = weights.to(dtype)
+    routes = ops.routing.routes(indices.to(index_dtype), weights, 5, kernels=kernels)
+    assert_sorted(routes, indices, 5)
+    assert routes[0].dtype == torch.float32
+    assert torch.equal(routes[0], weights.flatten()[routes[2].long()].float())
+
+
+# ---- experts that are held elsewhere
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 2), (2, 3), (5, 1), (6, 4)])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_routes_of_others_go_last_and_weigh_nothing(kernels: str, first: int, count: int) -> None:
+    indices, weights = random_routes(33, 6, 2)
+    indices[0], indices[1, 0] = 6, -1  # what expert parallelism marks routes of others with
+    weights[0, 0], weights[1, 0] = math.nan, math.inf
+    routes = ops.routing.routes(indices, weights, count, first, kernels=kernels)
+    assert_sorted(routes, indices, count, first)
+    end = routes[3][-1]
+    mine = (indices >= first) & (indices < first + count)
+    assert end == mine.sum()
+    assert torch.equal(routes[0][end:], torch.zeros(66 - end))
+    expected = weights.flatten()[routes[2].long()][:end]
+    assert torch.equal(routes[0][:end].nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_ranges_of_experts_add_up(kernels: str) -> None:
+    """Two holders of experts compute parts whose sum is the whole."""
+    indices, weights = random_routes(17, 5, 2)
+    hidden = torch.randn((17, 64), generator=torch.Generator().manual_seed(0))
+    matrices = Matrices.random(5, 48, 64)
+    total = torch.zeros((17, 48), dtype=torch.float64)
+    bound = torch.zeros((17, 48), dtype=torch.float64)
+    for first, stop in ((0, 2), (2, 5)):
+        part = Matrices(*(operand[first:stop] for operand in matrices.operands))
+        gammas, gather, scatter, offsets = ops.routing.routes(
+            indices, weights, stop - first, first, kernels=kernels
+        )
+        y = ops.matmul_ogs(
+            hidden, *part.operands, offsets, gather, scatter, gammas,
+            experts_per_token=2, kernels=kernels,
+        )  # fmt: skip
+        expected = expected_rows(hidden, indices - first, weights, part)
+        assert_within(y, expected)
+        total += y
+        bound += expected.error
+    whole = expected_rows(hidden, indices, weights, matrices)
+    assert_within(total, Bounded(whole.value, bound))
+
+
+def expected_rows(hidden: Tensor, indices: Tensor, weights: Tensor, part: Matrices) -> Bounded:
+    """[T, N]: the experts of one matrix each, weighted and summed; others count nothing."""
+    t, a = indices.shape
+    rows = Bounded.exact(hidden.repeat_interleave(a, dim=0))
+    y = oracle.grouped_linear(rows, indices.flatten(), *part.exact)
+    y = oracle.times(y, Bounded.exact(weights.reshape(-1, 1)))
+    return oracle.combine(y.view(t, a, y.value.shape[1])).rounded(hidden.dtype)
+
+
+# ---- fakes
+
+
+def on_logits(t: int, dtype: torch.dtype, kernels: str) -> tuple[Callable[..., Any], list[Tensor]]:
+    return lambda logits: ops.routing(logits, 2, kernels=kernels), [random_logits(t, 5, dtype)]
+
+
+def on_routes(t: int, dtype: torch.dtype, kernels: str) -> tuple[Callable[..., Any], list[Tensor]]:
+    indices, weights = random_routes(t, 5, 2)
+
+    def call(indices: Tensor, weights: Tensor) -> Any:
+        return ops.routing.routes(indices, weights, 3, 1, kernels=kernels)
+
+    return call, [indices, weights.to(dtype)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("t", [0, 1, 257])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [on_logits, on_routes])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_fakes_are_like_the_real_outputs(
+    kernels: str, case: Callable[..., Any], dtype: torch.dtype, t: int, transposed: bool
+) -> None:
+    call, inputs = case(t, dtype, kernels)
+    if transposed:
+        inputs = [x.T.contiguous().T for x in inputs]
+    with FakeTensorMode() as mode:
+        fakes = call(*(mode.from_tensor(x) for x in inputs))
+    for fake, real in zip(fakes, call(*inputs), strict=True):
+        assert fake.shape == real.shape
+        assert fake.stride() == real.stride()
+        assert fake.dtype == real.dtype
+        assert fake.device == real.device

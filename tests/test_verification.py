@@ -1,0 +1,107 @@
+"""``verify=True``: right rewrites pass, wrong results are found, on the first call only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import DTYPES, compile_with, hidden, mlp, model, tokens
+from torch import Tensor
+
+from mxfp4_fx import verification
+from mxfp4_fx.errors import VerificationError
+from mxfp4_fx.ops import cpu, schemas
+
+VERIFY = {"verify": True}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def break_kernel(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    real = cpu.matmul_ogs
+
+    def broken(*args: Any) -> Tensor:
+        return change(real(*args))
+
+    monkeypatch.setattr(cpu, "matmul_ogs", broken)
+    schemas.kernel.cache_clear()
+    monkeypatch.setattr(schemas, "kernel", schemas.kernel.__wrapped__)
+
+
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_rewrites_pass(dtype: torch.dtype, form: str) -> None:
+    whole = model(dtype, form)
+    compiled = compile_with(whole, options=VERIFY)
+    assert compiled(tokens()).logits.isfinite().all()
+    assert compiled(tokens(seed=1)).logits.isfinite().all()
+
+
+def test_weights_that_are_not_mxfp4_are_no_difference() -> None:
+    """They are quantized on both sides: what is verified is the rewrite, not the quantization."""
+    module = mlp()
+    torch.nn.init.normal_(module.experts.gate_up_proj)
+    torch.nn.init.normal_(module.experts.down_proj)
+    compile_with(module, options=VERIFY)(hidden())
+
+
+def test_dynamic_shapes() -> None:
+    compile_with(mlp(), options=VERIFY, dynamic=True)(hidden())
+
+
+def test_routes_chosen_by_the_caller() -> None:
+    module, x = mlp(), hidden()[0]
+    indices, weights = torch.randint(0, 6, (7, 3)), torch.rand(7, 3)
+    compile_with(module.experts, options=VERIFY)(x, indices, weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda y: y * 1.25, id="scaled"),
+        pytest.param(lambda y: y.roll(1, 0), id="rows moved"),
+        pytest.param(lambda y: y.index_fill(1, torch.tensor([3]), 0.0), id="a column lost"),
+        pytest.param(lambda y: y.index_fill(0, torch.tensor([3]), float("nan")), id="NaN"),
+    ],
+)
+def test_a_wrong_result_is_found(
+    monkeypatch: pytest.MonkeyPatch, change: Any, dtype: torch.dtype
+) -> None:
+    break_kernel(monkeypatch, change)
+    with pytest.raises(VerificationError, match=r"experts differs from its original"):
+        compile_with(mlp(dtype), options=VERIFY)(hidden(dtype=dtype))
+
+
+def test_a_small_error_is_found_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kernel(monkeypatch, lambda y: y * (1 + 2**-9))
+    with pytest.raises(VerificationError):
+        compile_with(mlp(), options=VERIFY)(hidden())
+
+
+def test_only_the_first_call_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    real = verification.compare
+
+    def counting(layer: str, *args: Any) -> None:
+        calls.append(layer)
+        real(layer, *args)
+
+    monkeypatch.setattr(verification, "compare", counting)
+    compiled = compile_with(model(), options=VERIFY)
+    for seed in range(3):
+        compiled(tokens(seed=seed))
+    assert calls == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+
+
+def test_the_verified_call_returns_the_rewritten_result() -> None:
+    module, x = mlp(), hidden()
+    torch.nn.init.normal_(module.experts.down_proj)
+    first = compile_with(module, options=VERIFY)
+    assert torch.equal(first(x)[0], first(x)[0])

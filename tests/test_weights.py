@@ -1,0 +1,220 @@
+"""Swizzled weights at run time: whose they are, when they are made again, when they go."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, tokens
+from torch import Tensor, nn
+
+import mxfp4_fx
+from mxfp4_fx import weights
+from mxfp4_fx.errors import WeightError
+from mxfp4_fx.formats import dequantize
+from mxfp4_fx.weights import STORE, WeightStore, swizzle_weight
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    gc.collect()  # what an earlier test left behind must not count
+    with torch.no_grad():
+        yield
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    """Float32 against float32, same weights: apart by what two sums of H and of I products round."""
+    bound = 2 * (64 + 96) * 2**-24 * expected.abs().max()
+    return bool((actual - expected).abs().max() <= bound)
+
+
+def new_weight(like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return on_mxfp4_grid(torch.randn(like.shape, generator=generator) * 0.1)
+
+
+def test_one_graph_serves_two_modules() -> None:
+    first, second, x = mlp(seed=1), mlp(seed=2), hidden()
+    graphs = Graphs()
+    for module in (first, second):
+        out, _ = compile_with(module, graphs)(x)
+        assert close(out, module(x)[0])
+    assert len(graphs.seen) == 1
+
+
+def test_layers_of_one_model_compiled_one_by_one() -> None:
+    whole = model()
+    expected = whole(tokens()).logits
+    graphs = Graphs()
+    for layer in whole.model.layers:
+        layer.mlp.compile(backend="mxfp4", options={"inner": graphs})
+    assert close(whole(tokens()).logits, expected)
+    assert len(graphs.seen) == 1
+
+
+def test_tied_experts_are_swizzled_once() -> None:
+    tied = model()
+    tied.model.layers[1].mlp.experts = tied.model.layers[0].mlp.experts
+    before = len(STORE)
+    assert close(compile_with(tied)(tokens()).logits, tied(tokens()).logits)
+    assert len(STORE) - before == 2
+
+
+def test_prefill_and_decode_share_swizzled_weights() -> None:
+    shared = model()
+    graphs = Graphs()
+    compiled = compile_with(shared, graphs, dynamic=False)
+    before = len(STORE)
+    compiled(tokens(1, 7))
+    made = {id(part) for key, entry in STORE._entries.items() for part in entry.parts}
+    compiled(tokens(1, 1))
+    assert len(graphs.seen) == 2
+    assert len(STORE) - before == 4
+    assert {id(p) for entry in STORE._entries.values() for p in entry.parts} == made
+
+
+def test_load_state_dict_after_compiling() -> None:
+    module, other, x = mlp(seed=1), mlp(seed=2), hidden()
+    compiled = compile_with(module)
+    compiled(x)
+    module.load_state_dict(other.state_dict())
+    assert close(compiled(x)[0], other(x)[0])
+
+
+def test_load_state_dict_that_assigns_new_parameters() -> None:
+    module, other, x = mlp(seed=1), mlp(seed=2), hidden()
+    compiled = compile_with(module)
+    compiled(x)
+    module.load_state_dict(other.state_dict(), assign=True)
+    assert close(compiled(x)[0], other(x)[0])
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("how", ["copy_", "mul_", "data", "new parameter"])
+def test_a_changed_weight_is_noticed(name: str, how: str) -> None:
+    module, x = mlp(), hidden()
+    compiled = compile_with(module)
+    stale = compiled(x)[0]
+    weight = getattr(module.experts, name)
+    if how == "copy_":
+        weight.copy_(new_weight(weight, 5))
+    elif how == "mul_":
+        weight.mul_(-2.0)
+    elif how == "data":
+        weight.data = new_weight(weight, 5)
+    else:
+        setattr(module.experts, name, nn.Parameter(new_weight(weight, 5)))
+    assert close(compiled(x)[0], module(x)[0])
+    assert not close(stale, module(x)[0])
+
+
+def test_a_write_that_leaves_no_trace_is_seen_after_refresh() -> None:
+    module, x = mlp(), hidden()
+    compiled = compile_with(module)
+    compiled(x)
+    module.experts.down_proj.data.mul_(-2.0)
+    assert not close(compiled(x)[0], module(x)[0])
+    assert mxfp4_fx.refresh(module) == 2
+    assert close(compiled(x)[0], module(x)[0])
+
+
+def test_a_changed_weight_keeps_its_address() -> None:
+    """CUDA graphs record addresses, so a weight is swizzled again into the same memory."""
+    source = nn.Parameter(new_weight(torch.empty(3, 32, 8), 0))
+    store = WeightStore()
+    first = [part.data_ptr() for part in store.get(source, "row_major")]
+    source.mul_(2.0)
+    parts = store.get(source, "row_major")
+    assert [part.data_ptr() for part in parts] == first
+    assert torch.equal(dequantize(*parts, torch.float32), source.transpose(1, 2))
+
+
+def test_parameters_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        module, x = mlp(), hidden()
+        compiled = compile_with(module)
+        assert close(compiled(x)[0], module(x)[0])
+        assert close(compiled(x)[0], module(x)[0])
+
+
+def test_weights_swizzled_in_inference_mode_serve_a_backward() -> None:
+    module, x = mlp().requires_grad_(False), hidden()
+    compiled = compile_with(module, "aot_eager")
+    with torch.inference_mode():
+        compiled(x)
+    with torch.enable_grad():
+        x.requires_grad_()
+        compiled(x)[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_dead_model_frees_its_swizzled_weights() -> None:
+    module = mlp()
+    compiled = compile_with(module, "aot_eager")
+    compiled(hidden())
+    experts = module.experts
+    made = [STORE.get(w, "row_major") for w in (experts.gate_up_proj, experts.down_proj)]
+    parts = [weakref.ref(part) for pair in made for part in pair]
+    before = len(STORE)
+    del module, compiled, experts, made
+    gc.collect()
+    assert len(STORE) == before - 2
+    assert all(part() is None for part in parts)
+
+
+def test_an_id_that_is_used_again_is_another_weight() -> None:
+    store = WeightStore()
+    for seed in range(20):  # Python hands out the same addresses soon
+        source = new_weight(torch.empty(1, 32, 4), seed)
+        parts = store.get(source, "row_major")
+        assert torch.equal(dequantize(*parts, torch.float32), source.transpose(1, 2))
+        del source, parts
+    assert len(store) == 0
+
+
+def test_two_threads_swizzle_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    real = weights.swizzle_weight
+
+    def counting(source: Tensor, layout: str, out: weights.Parts | None = None) -> weights.Parts:
+        made.append(source)
+        return real(source, layout, out)
+
+    monkeypatch.setattr(weights, "swizzle_weight", counting)
+    store, source = WeightStore(), nn.Parameter(new_weight(torch.empty(8, 256, 64), 0))
+    start, found = threading.Barrier(4), []
+
+    def ask() -> None:
+        start.wait()
+        found.append(store.get(source, "row_major"))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert len({id(parts) for parts in found}) == 1
+
+
+def test_one_expert_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    real = weights.quantize
+
+    def recording(values: Tensor) -> tuple[Tensor, Tensor]:
+        shapes.append(tuple(values.shape))
+        return real(values)
+
+    monkeypatch.setattr(weights, "quantize", recording)
+    swizzle_weight(new_weight(torch.empty(5, 64, 8), 0), "row_major")
+    assert shapes == [(8, 64)] * 5
+
+
+def test_a_weight_that_cannot_be_mxfp4_names_its_shape() -> None:
+    with pytest.raises(WeightError, match=r"multiple of 32.*\(2, 48, 8\)"):
+        swizzle_weight(torch.zeros(2, 48, 8), "row_major")
