@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,9 +90,10 @@ def explain(
     reports: list[GraphReport] = []
     token = _reports.set(reports)
     chosen = dict(options) if options else None
+    # What the user compiled before must not use up the recompilations of this capture.
+    limits = torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
     try:
-        # What the user compiled before must not use up the recompilations of this capture.
-        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
+        with limits, _uncompiled(model):
             torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen)(*args, **kwargs)
     finally:
         _reports.reset(token)
@@ -112,12 +114,27 @@ def _collect(
     code that is compiled already.
     """
     _, ctx = run_pipeline(gm, example_inputs, Options.parse(options))
+    report = ctx.report  # the context holds the model's parameters and must not live on
 
     def run(*args: Any) -> Any:
-        _reports.get().append(ctx.report)
+        _reports.get().append(report)
         return gm.forward(*args)
 
     return run
+
+
+@contextlib.contextmanager
+def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
+    """Call a module that ``module.compile()`` has compiled, or parts of it, as it was before."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    compiled = {m: m._compiled_call_impl for m in modules if m._compiled_call_impl is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _row(rewrite: Rewrite) -> tuple[str, ...]:

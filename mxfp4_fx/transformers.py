@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from mxfp4_fx.errors import CheckpointError
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 _OURS = "_is_mxfp4_backend"
 
+_lock = threading.Lock()
 _prepared = False
 
 
@@ -39,17 +41,19 @@ def prepare_capture() -> bool:
         Whether it is capturable now.
     """
     global _prepared
-    modeling = sys.modules.get(_MODELING)
-    if _prepared or modeling is None:
-        return _prepared
-    interface = sys.modules.get("transformers.integrations.moe")
-    decorated = modeling.GptOssExperts.forward
-    original = getattr(decorated, "__wrapped__", None)
-    if interface is None or original is None:
-        return False  # transformers 4: its experts have one form, without a loop
-    _substitute(original, interface.ALL_EXPERTS_FUNCTIONS["grouped_mm"])
-    _prepared = True
-    return True
+    with _lock:
+        modeling = sys.modules.get(_MODELING)
+        if _prepared or modeling is None:
+            return _prepared
+        interface = sys.modules.get("transformers.integrations.moe")
+        # Half imported by another thread, or transformers 4, whose experts have no such loop.
+        experts = getattr(modeling, "GptOssExperts", None)
+        original = getattr(getattr(experts, "forward", None), "__wrapped__", None)
+        if interface is None or original is None:
+            return False
+        _substitute(original, interface.ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+        _prepared = True
+        return True
 
 
 def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) -> None:

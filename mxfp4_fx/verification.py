@@ -120,7 +120,7 @@ def _swiglu_with_error(
     swish = gate * torch.sigmoid(alpha * gate)
     gate_error, up_error = error[..., 0::2], error[..., 1::2]
     # the second term: alpha*gate itself is rounded
-    gate_error = gate_error * _SWISH_SLOPE + u * _SWISH_CURVE / abs(alpha)
+    gate_error = gate_error * _SWISH_SLOPE + u * _SWISH_CURVE / (abs(alpha) or 1.0)
     reach = (up + 1).abs() * gate_error + (swish.abs() + gate_error) * up_error
     return swish * (up + 1), reach
 

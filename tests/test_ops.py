@@ -134,7 +134,7 @@ def test_rows_of_nobody_are_zero(kernels: str) -> None:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_alpha_and_limit_are_those_given(kernels: str) -> None:
-    x, matrices = randn(6, 32), Matrices.random(1, 12, 32)
+    x, matrices = randn(6, 32), Matrices.random(1, 96, 32)
     y = ops.matmul_ogs(
         x, *matrices.operands, int32([0, 6]), activation="swiglu", alpha=0.9, limit=2.5,
         kernels=kernels,
@@ -327,40 +327,44 @@ def test_cpu_dequantizes_hit_experts_once_and_a_panel_at_a_time(
 
 
 def bad_matmul(**changes: Any) -> None:
+    """Four rows of two experts, N = 6 and K = 64, and what is wrong with them."""
     matrices = Matrices.random(2, 6, 64)
     arguments = {
-        "x": randn(3, 64),
+        "x": randn(2, 64),
         "blocks": matrices.blocks,
         "scales": matrices.scales,
         "bias": matrices.bias,
-        "expert_offsets": int32([0, 1, 3]),
+        "expert_offsets": int32([0, 1, 4]),
+        "gather_index": int32([0, 0, 1, 1]),
+        "scatter_index": int32([0, 1, 2, 3]),
+        "gammas": randn(4),
+        "experts_per_token": 2,
         **changes,
     }
     ops.matmul_ogs(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"layout": "cubic"}, r"layout='cubic' is not one of \['row_major'"),
-        ({"activation": "relu"}, "activation='relu' is not 'none' or 'swiglu'"),
-        ({"kernels": "abacus"}, "kernels='abacus' is not one of reference, cpu"),
-        ({"x": randn(3, 2, 64)}, r"x must be \[rows, K\].*\(3, 2, 64\)"),
-        ({"x": randn(3, 40)}, r"K a multiple of 32.*\(3, 40\)"),
-        ({"x": randn(3, 32)}, r"K=32 .*wants blocks \(2, 6, 1, 16\).*they are \(2, 6, 2, 16\)"),
-        ({"bias": randn(6)}, r"bias \[E, N\].*\(6,\)"),
-        ({"bias": randn(3, 6)}, r"bias \(3, 6\).*wants blocks \(3, 6, 2, 16\)"),
-        ({"scales": torch.zeros(2, 6, 1, dtype=torch.uint8)}, r"scales .*and \(2, 6, 1\)"),
-        (
-            {"activation": "swiglu", "blocks": torch.zeros(2, 5, 2, 16, dtype=torch.uint8),
-             "scales": torch.zeros(2, 5, 2, dtype=torch.uint8), "bias": randn(2, 5)},
-            "swiglu.*even.*5",
-        ),
-        ({"expert_offsets": int32([0, 3])}, r"expert_offsets.*\(3,\).*\(2,\)"),
-    ],
-    ids=["layout", "activation", "kernels", "x-3d", "k-40", "k", "bias-1d", "experts", "scales",
-         "odd-swiglu", "offsets"],
-)  # fmt: skip
+ODD = dict(zip(("blocks", "scales", "bias"), Matrices.random(2, 5, 64).operands, strict=True))
+BAD_OPERANDS = {
+    "layout": ({"layout": "cubic"}, r"layout='cubic' is not one of \['row_major'"),
+    "activation": ({"activation": "relu"}, "activation='relu' is not 'none' or 'swiglu'"),
+    "kernels": ({"kernels": "abacus"}, "kernels='abacus' is not one of reference, cpu"),
+    "x_3d": ({"x": randn(2, 2, 64)}, r"x must be \[rows, K\].*\(2, 2, 64\)"),
+    "x_dtype": ({"x": randn(2, 64).int()}, "x must be float32, bfloat16 or float16.*int32"),
+    "k_40": ({"x": randn(2, 40)}, r"K a multiple of 32.*\(2, 40\)"),
+    "k": ({"x": randn(2, 32)}, r"K=32 .*wants blocks \(2, 6, 1, 16\).*they are \(2, 6, 2, 16\)"),
+    "bias_1d": ({"bias": randn(6)}, r"bias \[E, N\].*\(6,\)"),
+    "experts": ({"bias": randn(3, 6)}, r"bias \(3, 6\).*wants blocks \(3, 6, 2, 16\)"),
+    "scales": ({"scales": torch.zeros(2, 6, 1).byte()}, r"scales .*and \(2, 6, 1\)"),
+    "odd_swiglu": ({"activation": "swiglu", **ODD}, "swiglu.*even.*5"),
+    "offsets": ({"expert_offsets": int32([0, 4])}, r"expert_offsets must be \[E\+1\].*\(2,\)"),
+    "gammas": ({"gammas": randn(1)}, r"gammas must be \[R\].*\(1,\)"),
+    "scatter": ({"scatter_index": int32([0, 1])}, r"scatter_index must be \[R\].*\(2,\)"),
+    "a": ({"experts_per_token": 3}, "experts_per_token=3 does not divide"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_OPERANDS.values(), ids=BAD_OPERANDS)
 def test_bad_operands_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bad_matmul(**changes)
@@ -427,6 +431,14 @@ def examples(t: int, kernels: str, grad: bool) -> dict[str, tuple[Any, tuple[Any
 def test_opcheck(kernels: str, grad: bool, t: int) -> None:
     for op, args, kwargs in examples(t, kernels, grad).values():
         torch.library.opcheck(op, args, kwargs)
+
+
+def test_opcheck_of_inputs_that_are_not_contiguous() -> None:
+    for op, args, kwargs in examples(5, "reference", False).values():
+        strided = [
+            x.mT.contiguous().mT if isinstance(x, Tensor) and x.ndim > 1 else x for x in args
+        ]
+        torch.library.opcheck(op, strided, kwargs)
 
 
 def test_every_op_is_an_example() -> None:

@@ -27,7 +27,7 @@ def no_gradients() -> Iterator[None]:
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
-    """Float32 against float32, same weights: apart by what two sums of H and of I products round."""
+    """Float32 on both sides, same weights: apart by the rounding of sums of H and I products."""
     bound = 2 * (64 + 96) * 2**-24 * expected.abs().max()
     return bool((actual - expected).abs().max() <= bound)
 

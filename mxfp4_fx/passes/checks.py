@@ -74,7 +74,9 @@ def _check_types(match: Match) -> None:
             _fail(match, f"{name} is {where}", node)
     for expr, node in match.nodes.items():
         result = tensor_of(node)
-        if expr.op in _ARITHMETIC and result is not None and result.dtype != hidden.dtype:
+        if expr.op not in _ARITHMETIC or result is None or not result.is_floating_point():
+            continue
+        if result.dtype != hidden.dtype:
             _fail(match, f"computed in {result.dtype} (autocast?), not {hidden.dtype}", node)
 
 
@@ -116,10 +118,14 @@ def _check_gradients(match: Match) -> None:
 
 
 def _check_writes(root: fx.Node, match: Match, memory: Memory) -> None:
-    """No weight is written to anywhere, no other input between its first read and the result."""
+    """No weight is written to anywhere, nothing else between the region's first read and its end.
+
+    Intermediates count, too: the router's may have other readers, who may write.
+    """
     first = min(match.nodes.values())
-    for name, leaf in match.leaves.items():
-        mine = memory.of(leaf)
+    values = match.leaves | {str(node): node for node in match.nodes.values()}
+    for name, value in values.items():
+        mine = memory.of(value)
         for writer, written in memory.writes:
             watched = name in _PACKED or first < writer < root
             if watched and not mine.isdisjoint(written):

@@ -44,25 +44,26 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             continue
         try:
             form, match = _match_experts(root)
-            has_router = _match_router(match)
+            has_router = _match_router(match, form)
             check_region(root, match, ctx, memory)
         except Mismatch as mismatch:
             for layer in _layers_near(root, mismatch, suspects):
                 if layer not in misses or misses[layer].matched < mismatch.matched:
                     misses[layer] = mismatch
             continue
-        layer = _layer_of(match, suspects) or module_name(root)
+        layers = [suspects.pop(node) for node in match.nodes.values() if node in suspects]
+        layer = layers[0] if layers else module_name(root)
         if any(fnmatch.fnmatch(layer, pattern) for pattern in ctx.options.skip):
             ctx.report.misses.append(Miss(layer, "skipped by options['skip']", skipped=True))
+            continue
+        ctx.report.rewrites.append(_rewrite(layer, form, match))
+        moe = _insert_moe(gm, root, match, has_router)
+        if ctx.verifying:
+            _keep_and_compare(layer, root, moe, match)
         else:
-            ctx.report.rewrites.append(_rewrite(layer, form, match))
-            moe = _insert_moe(gm, root, match, has_router)
-            if ctx.verifying:
-                _keep_and_compare(layer, root, moe, match)
-            else:
-                _erase(gm, match)
-        suspects.pop(layer, None)
-    for layer, node in suspects.items():
+            _erase(gm, match)
+    left = {layer: node for node, layer in reversed(suspects.items())}  # a layer's first
+    for layer, node in reversed(left.items()):
         ctx.report.misses.append(_explain_miss(layer, node, misses.get(layer)))
     ctx.report.misses += _in_subgraphs(gm)
 
@@ -81,13 +82,13 @@ def _match_experts(root: fx.Node) -> tuple[Form, Match]:
     raise max(failures, key=lambda m: m.matched)
 
 
-def _match_router(match: Match) -> bool:
-    """Prove the router, too; False where the routes are inputs of the graph.
+def _match_router(match: Match, form: Form) -> bool:
+    """Prove the router, too; False where the routes are inputs of the graph, and may be.
 
     The router's values may have other users (models return the scores): they stay in the graph.
     """
     scores, indices = match.leaves["scores"], match.leaves["indices"]
-    if scores.op == indices.op == "placeholder":
+    if scores.op == indices.op == "placeholder" and not form.needs_router:
         return False
     try:
         match.expect(ROUTER_SCORES, scores)
@@ -172,8 +173,8 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
         graph.call_function(verification.compare, args)
 
 
-def _suspects(gm: fx.GraphModule, ctx: Context) -> dict[str, fx.Node]:
-    """What looks like experts, by module: a matmul with a stack of matrices that is a parameter."""
+def _suspects(gm: fx.GraphModule, ctx: Context) -> dict[fx.Node, str]:
+    """What looks like experts, with its module: a matmul with a parameter of stacked matrices."""
     stacks = {
         node
         for node, value in zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True)
@@ -187,13 +188,10 @@ def _is_stack(node: fx.Node) -> bool:
     return value is not None and value.ndim == 3
 
 
-def _matmuls_with(graph: fx.Graph, stacks: set[fx.Node]) -> dict[str, fx.Node]:
-    """Module name -> its first matmul that reads one of ``stacks``."""
-    found: dict[str, fx.Node] = {}
-    for node in graph.nodes:
-        if op_name(node) in _MATMULS and not stacks.isdisjoint(_weights_of(node)):
-            found.setdefault(module_name(node), node)
-    return found
+def _matmuls_with(graph: fx.Graph, stacks: set[fx.Node]) -> dict[fx.Node, str]:
+    """Every matmul that reads one of ``stacks``, with its module's name."""
+    matmuls = (node for node in graph.nodes if op_name(node) in _MATMULS)
+    return {n: module_name(n) for n in matmuls if not stacks.isdisjoint(_weights_of(n))}
 
 
 def _weights_of(node: fx.Node) -> Iterator[fx.Node]:
@@ -205,17 +203,12 @@ def _weights_of(node: fx.Node) -> Iterator[fx.Node]:
         yield value
 
 
-def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[str, fx.Node]) -> list[str]:
+def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]) -> set[str]:
     """The suspects that a failed match speaks of: of the root's, or of the mismatch's, module."""
     names = {module_name(root)}
     if mismatch.node is not None:
         names.add(module_name(mismatch.node))
-    return [layer for layer in suspects if layer in names]
-
-
-def _layer_of(match: Match, suspects: dict[str, fx.Node]) -> str | None:
-    inside = set(match.nodes.values())
-    return next((layer for layer, node in suspects.items() if node in inside), None)
+    return names & set(suspects.values())
 
 
 def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
@@ -236,7 +229,6 @@ def _in_subgraphs(gm: fx.GraphModule) -> list[Miss]:
     for name, module in gm.named_modules():
         if name and isinstance(module, fx.GraphModule):
             stacks = {n for n in module.graph.find_nodes(op="placeholder") if _is_stack(n)}
-            for layer, node in _matmuls_with(module.graph, stacks).items():
-                layer = layer or name
+            for node, layer in _matmuls_with(module.graph, stacks).items():
                 found.setdefault(layer, Miss(layer, reason, source_line(node)))
     return list(found.values())

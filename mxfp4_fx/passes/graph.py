@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 Number = (int, float, torch.SymInt, torch.SymFloat)
 
@@ -53,11 +56,13 @@ _SIGNATURES = {
     "add": _signature("input, other, alpha=1"),
     "mul": _signature("input, other"),
     "neg": _signature("input"),
+    "ge": _signature("input, other"),
     "floordiv": _signature("input, other"),
     "clamp": _signature("input, min=None, max=None"),
     "sigmoid": _signature("input"),
     "silu": _signature("input, inplace=False"),
     "chunk": _signature("input, chunks, dim=0", "dim"),
+    "masked_fill": _signature("input, mask, value"),
     "getitem": _signature("input, index"),
     "cast": _signature("input, dtype"),
     "sort": _signature("input, dim=-1, descending=False, stable=False", "dim"),
@@ -88,6 +93,7 @@ _FUNCTIONS: dict[Any, str] = {
     operator.add: "add",
     operator.mul: "mul",
     operator.neg: "neg",
+    operator.ge: "ge",
     operator.floordiv: "floordiv",
     operator.getitem: "getitem",
     operator.matmul: "matmul",
@@ -310,11 +316,11 @@ def module_name(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The line of model code that made a node: ``file:line: code``, or "" if not known."""
+    """The line of model code, not torch's, that made a node: ``file:line: code``, or ""."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
     for at in range(len(lines) - 1, -1, -1):
         found = re.match(r'\s*File "(.*?)", line (\d+)', lines[at])
-        if found:
+        if found and not found[1].startswith(_TORCH):
             code = lines[at + 1].strip() if at + 1 < len(lines) else ""
             file = found[1].replace("\\", "/").rpartition("/")[2]
             return f"{file}:{found[2]}: {code}"

@@ -105,7 +105,7 @@ class Mismatch(Exception):
     Attributes:
         reason: what was expected and what is there.
         node: the place in the graph, if there is one.
-        matched: how many nodes agreed before; the attempt that got farthest explains best.
+        matched: how many calls agreed before; the attempt that got farthest explains best.
     """
 
     def __init__(self, reason: str, node: fx.Node | None, matched: int) -> None:
@@ -129,6 +129,7 @@ class Match:
         self.leaves: dict[str, fx.Node] = {}
         self.letters: dict[str, Any] = {}
         self._numbers: list[tuple[Scalar | float, Any, Op, fx.Node]] = []
+        self._agreed = 0
 
     def expect(self, expr: Expr, value: Any, user: fx.Node | None = None) -> None:
         """Prove that graph value ``value`` computes ``expr``.
@@ -158,6 +159,7 @@ class Match:
         call = read_call(value)
         if call is None or call.op != expr.op:
             raise self._mismatch(f"expected {expr}, found {_describe(value)}", value)
+        self._agreed += 1
         self._expect_call(expr, call, value)
         self.nodes[expr] = value
 
@@ -168,14 +170,14 @@ class Match:
             orders.append({**call.args, **swapped})
         failures: list[Mismatch] = []
         for args in orders:
-            saved = dict(self.nodes), dict(self.leaves), list(self._numbers)
+            saved = dict(self.nodes), dict(self.leaves), list(self._numbers), self._agreed
             try:
                 for name, expected in expr.args.items():
                     self._expect_argument(expected, args.get(name), expr, node)
                 return
             except Mismatch as mismatch:
                 failures.append(mismatch)
-                self.nodes, self.leaves, self._numbers = saved
+                self.nodes, self.leaves, self._numbers, self._agreed = saved
         raise max(failures, key=lambda m: m.matched)
 
     def _expect_argument(self, expected: Any, actual: Any, expr: Op, node: fx.Node) -> None:
@@ -232,7 +234,7 @@ class Match:
                 )
 
     def _mismatch(self, reason: str, node: fx.Node | None) -> Mismatch:
-        return Mismatch(reason, node, len(self.nodes))
+        return Mismatch(reason, node, self._agreed)
 
 
 def _is_number(value: Any) -> bool:

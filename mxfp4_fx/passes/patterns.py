@@ -10,6 +10,7 @@ Shape letters: T tokens, E experts, A experts per token, H hidden, I intermediat
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 import torch
 
@@ -36,15 +37,36 @@ EXPERT_SHAPES: dict[str, tuple[Scalar, ...]] = {
 ROUTER_SHAPES: dict[str, tuple[Scalar, ...]] = {"router_logits": (T, E)}
 
 
+class Sentinels(enum.Enum):
+    """What is done about ids from E on, which mark routes to experts that are held elsewhere.
+
+    transformers guards against them always (5.8 to 5.18) or under expert parallelism only. Ids that
+    come from the router's top-k are never sentinels.
+    """
+
+    NONE = "nothing"
+    ROWS = "input rows and the results of both projections are zeroed"
+    RESULT = "input rows and weighted results are zeroed"
+    SCORES = "ids are clamped, their scores zeroed"
+    CLAMP = "ids are clamped, and their scores are believed to be zero"
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A way to write the experts: its name in reports, and its result as an expression."""
+    """A way to write the experts.
+
+    Attributes:
+        name: in reports.
+        result: the experts' result as an expression.
+        needs_router: right only for ids that the router has chosen, which are all below E.
+    """
 
     name: str
     result: Op
+    needs_router: bool = False
 
 
-def grouped_mm(histogram_dtype: torch.dtype) -> Op:
+def grouped_mm(histogram_dtype: torch.dtype, sentinels: Sentinels) -> Op:
     """transformers 5's default: rows sorted by expert, one grouped matmul a projection.
 
     The histogram is taken of floats on a CPU and of int32 elsewhere.
@@ -53,22 +75,37 @@ def grouped_mm(histogram_dtype: torch.dtype) -> Op:
     ids, order = by_expert[0], by_expert[1]
     counts = histc(cast(ids, histogram_dtype), bins=E, low=0, high=E - 1)
     offsets = cumsum(counts, torch.int32)
+    x = HIDDEN[order // A]
 
-    gate_up = grouped(HIDDEN[order // A], GATE_UP, offsets) + GATE_UP_BIAS[ids]
+    guarded = sentinels is not Sentinels.NONE
+    foreign = view(at_least(ids, E), T * A, 1)
+    if guarded:
+        ids, x = clamp(ids, low=None, high=E - 1), zeroed(x, foreign)
+    gate_up = grouped(x, GATE_UP, offsets) + GATE_UP_BIAS[ids]
+    if sentinels is Sentinels.ROWS:
+        gate_up = zeroed(gate_up, foreign)
     y = grouped(swiglu(gate_up), DOWN, offsets) + DOWN_BIAS[ids]
+    if sentinels is Sentinels.ROWS:
+        y = zeroed(y, foreign)
     weighted = y * view(view(SCORES, T * A)[order], T * A, 1)
+    if sentinels is Sentinels.RESULT:
+        weighted = zeroed(weighted, foreign)
 
     inverse = index_put(empty_like(order), order, arange(T * A))
     return sum_over_choices(weighted[inverse])
 
 
-def batched_mm() -> Op:
+def batched_mm(sentinels: Sentinels) -> Op:
     """transformers 5's other form: each route gathers its own expert's weights."""
-    ids = view(INDICES, T * A)
+    ids, scores = view(INDICES, T * A), view(SCORES, T * A)
+    if sentinels is Sentinels.SCORES:
+        scores = zeroed(scores, at_least(ids, E))
+    if sentinels is not Sentinels.NONE:
+        ids = clamp(ids, low=0, high=E - 1)
     x = repeat_rows(HIDDEN, A)
     gate_up = routed(x, H, GATE_UP[ids], I * 2) + GATE_UP_BIAS[ids]
     y = routed(swiglu(gate_up), I, DOWN[ids], H) + DOWN_BIAS[ids]
-    return sum_over_choices(y * view(view(SCORES, T * A), T * A, 1))
+    return sum_over_choices(y * view(scores, T * A, 1))
 
 
 def swiglu(gate_up: Expr) -> Expr:
@@ -132,8 +169,16 @@ def repeat_rows(x: Expr, times: Scalar) -> Expr:
     return Op("repeat_interleave", {"input": x, "repeats": times, "dim": 0})
 
 
-def clamp(x: Expr, low: Scalar | None, high: Scalar | None) -> Expr:
+def clamp(x: Expr, low: Scalar | int | None, high: Scalar | None) -> Expr:
     return Op("clamp", {"input": x, "min": low, "max": high})
+
+
+def at_least(x: Expr, low: Scalar) -> Expr:
+    return Op("ge", {"input": x, "other": low})
+
+
+def zeroed(x: Expr, mask: Expr) -> Expr:
+    return Op("masked_fill", {"input": x, "mask": mask, "value": 0.0})
 
 
 def sigmoid(x: Expr) -> Expr:
@@ -154,8 +199,13 @@ def index_put(x: Expr, index: Expr, values: Expr) -> Expr:
 
 
 FORMS = (
-    Form("grouped_mm", grouped_mm(torch.float32)),
-    Form("grouped_mm", grouped_mm(torch.int32)),
-    Form("batched_mm", batched_mm()),
+    *(
+        Form("grouped_mm", grouped_mm(histogram_dtype, sentinels))
+        for sentinels in (Sentinels.NONE, Sentinels.ROWS, Sentinels.RESULT)
+        for histogram_dtype in (torch.float32, torch.int32)
+    ),
+    Form("batched_mm", batched_mm(Sentinels.NONE)),
+    Form("batched_mm", batched_mm(Sentinels.SCORES)),
+    Form("batched_mm", batched_mm(Sentinels.CLAMP), needs_router=True),
 )
 ROUTER_SCORES, ROUTER_INDICES = router()

@@ -1,0 +1,36 @@
+"""``make demo`` at tiny sizes: examples/compile_model.py from an absent checkpoint to the end."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import compile_model
+
+ARGS = ["--tiny", "--inner", "eager", "--new-tokens", "4", "--checkpoint"]
+
+
+@pytest.fixture
+def output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert compile_model.main([*ARGS, str(tmp_path / "checkpoint")]) == 0
+    return capsys.readouterr().out
+
+
+def test_says_what_it_promises(output: str) -> None:
+    assert "2 of 2 MoE layers rewritten" in output
+    assert re.search(r"total +576\.0 KiB +153\.0 KiB", output)
+    assert re.search(r"difference of the logits, .*: 0\.\d+; bound 3\*0\.\d+ \+ ", output)
+    assert re.search(r"tokens a second, .*: [\d.]+ uncompiled, [\d.]+ mxfp4", output)
+    assert "generated: " in output
+
+
+def test_a_difference_beyond_the_bound_stops_it() -> None:
+    exact = torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(SystemExit, match="exceeds its bound"):
+        compile_model.report_error(exact, exact + 0.01, exact + 0.1)
+    compile_model.report_error(exact, exact + 0.01, exact - 0.01)

@@ -1,0 +1,167 @@
+"""``mxfp4_fx.explain`` and the command line."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from models import compile_with, hidden, mlp, model, tokens
+from torch import nn
+
+import mxfp4_fx
+from mxfp4_fx.cli import main
+from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.weights import STORE
+
+TABLE = """\
+2 of 2 MoE layers rewritten, 1 graph
+layer                       form        experts   kernels (layout)  before     after
+model.layers.0.mlp.experts  grouped_mm  6, top-3  cpu (row_major)   432.0 KiB  57.4 KiB
+model.layers.1.mlp.experts  grouped_mm  6, top-3  cpu (row_major)   432.0 KiB  57.4 KiB
+total                                                               864.0 KiB  114.8 KiB"""
+
+
+def test_table() -> None:
+    with torch.no_grad():
+        assert str(mxfp4_fx.explain(model(), tokens())) == TABLE
+
+
+def test_table_of_misses_names_layer_reason_and_place() -> None:
+    lines = str(mxfp4_fx.explain(mlp(), hidden())).splitlines()  # outside no_grad
+    assert lines[:2] == ["0 of 1 MoE layers rewritten, 1 graph", "not rewritten: experts"]
+    assert lines[2].startswith("  gate_up requires a gradient, which MXFP4 experts do not have")
+    assert lines[3].startswith("  at moe.py:")
+
+
+def test_a_model_without_experts() -> None:
+    text = str(mxfp4_fx.explain(nn.Linear(4, 4), torch.zeros(1, 4)))
+    assert text.endswith("nothing in it looks like GPT-OSS experts")
+
+
+def test_the_same_as_data() -> None:
+    with torch.no_grad():
+        data = json.loads(json.dumps(mxfp4_fx.explain(model(), tokens()).to_dict()))
+    assert data["graphs"] == 1
+    assert data["misses"] == []
+    assert data["bytes_before"] == 2 * 6 * (64 * 192 + 96 * 64) * 4
+    assert data["bytes_after"] == 2 * 6 * (64 * 192 + 96 * 64) * 17 // 32
+    first = data["rewrites"][0]
+    assert (first["layer"], first["alpha"], first["limit"]) == (
+        "model.layers.0.mlp.experts",
+        1.702,
+        7.0,
+    )
+
+
+def test_nothing_is_quantized() -> None:
+    before = len(STORE)
+    with torch.no_grad():
+        mxfp4_fx.explain(model(), tokens())
+    assert len(STORE) == before
+
+
+def test_explaining_again_says_the_same() -> None:
+    whole = model()
+    with torch.no_grad():
+        texts = {str(mxfp4_fx.explain(whole, tokens())) for _ in range(10)}
+    assert texts == {TABLE}
+
+
+def test_a_compiled_model_is_unwrapped() -> None:
+    whole = model()
+    with torch.no_grad():
+        compiled = compile_with(whole)
+        compiled(tokens())
+        assert str(mxfp4_fx.explain(compiled, tokens())) == TABLE
+
+
+def test_a_model_compiled_in_place_is_explained_and_stays_compiled() -> None:
+    whole = model()
+    whole.compile(backend="mxfp4", options={"inner": "eager"})
+    whole.model.layers[0].mlp.compile(backend="mxfp4", options={"inner": "eager"})
+    with torch.no_grad():
+        assert str(mxfp4_fx.explain(whole, tokens())) == TABLE
+    assert whole._compiled_call_impl is not None
+    assert whole.model.layers[0].mlp._compiled_call_impl is not None
+
+
+def test_an_explained_model_can_die() -> None:
+    whole = model()
+    with torch.no_grad():
+        mxfp4_fx.explain(whole, tokens())
+    weight = weakref.ref(whole.model.layers[0].mlp.experts.gate_up_proj)
+    del whole
+    gc.collect()
+    assert weight() is None
+
+
+def test_the_reason_is_that_of_the_form_that_came_nearest() -> None:
+    module = mlp(form="batched_mm")
+    module.experts._apply_gate = lambda gate_up: gate_up[..., ::2]
+    with torch.no_grad():
+        (miss,) = mxfp4_fx.explain(module, hidden()).misses
+    assert miss.reason.startswith("not the batched_mm form: expected mul(add(..), other=mul(..))")
+
+
+def test_options_count() -> None:
+    with torch.no_grad():
+        explanation = mxfp4_fx.explain(
+            model(), tokens(), options={"kernels": "reference", "skip": ["*.0.*"]}
+        )
+    assert [r.kernels for r in explanation.rewrites] == ["reference"]
+    assert [(m.layer, m.skipped) for m in explanation.misses] == [
+        ("model.layers.0.mlp.experts", True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = CheckpointShape(
+        hidden=64,
+        intermediate=96,
+        experts=6,
+        experts_per_token=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+    )
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", shape)
+
+
+class TestCommandLine:
+    def test_explain(self, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["explain", str(checkpoint), "--dtype", "float32"]) == 0
+        assert capsys.readouterr().out.strip() == TABLE
+
+    def test_explain_reads_nothing_but_the_config(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+        assert main(["explain", str(tmp_path), "--experts", "batched_mm", "--json"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert [r["form"] for r in data["rewrites"]] == ["batched_mm", "batched_mm"]
+
+    def test_explain_without_a_config_says_so(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["explain", str(tmp_path)]) == 1
+        assert "has no config.json" in capsys.readouterr().err
+
+    def test_doctor_says_what_the_cpu_will_use(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["doctor"]) == 0
+        out = capsys.readouterr().out
+        assert f"torch {torch.__version__}" in out
+        assert "cpu: cpu kernels, layout row_major: " in out
+
+    def test_checkpoint(self, tmp_path: Path) -> None:
+        sizes = "--layers 1 --hidden 64 --intermediate 32 --experts 2 --experts-per-token 1"
+        assert main(["checkpoint", str(tmp_path / "new"), *sizes.split()]) == 0
+        assert (tmp_path / "new" / "config.json").exists()
+
+    def test_a_fault_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["checkpoint", str(tmp_path / "new"), "--hidden", "48"]) == 1
+        assert capsys.readouterr().err.startswith("error: hidden is 48: it must be a multiple of")

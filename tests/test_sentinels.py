@@ -1,0 +1,114 @@
+"""Ids from E on mark routes to experts held elsewhere: every guard against them is recognised.
+
+transformers guards under expert parallelism only since 5.19; from 5.8 to 5.18 it always did, in the
+two ways that are written down here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import Graphs, compile_with, hidden, mlp
+from oracle import assert_as_accurate
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+import mxfp4_fx
+
+
+def grouped_with_masked_result(self: Any, x: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
+    """transformers 5.8 to 5.12: rows are zeroed before the projections and after the scores."""
+    top_k, rows = indices.size(-1), indices.numel()
+    ids, order = torch.sort(indices.reshape(-1))
+    counts = torch.histc(ids.float(), bins=self.num_experts, min=0, max=self.num_experts - 1)
+    offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+    foreign = (ids >= self.num_experts).unsqueeze(-1)
+    ids.clamp_(max=self.num_experts - 1)
+    sorted_x = x[order // top_k]
+    sorted_x.masked_fill_(foreign, 0.0)
+    y = torch.ops.transformers.grouped_mm_fallback(sorted_x, self.gate_up_proj, offs=offsets)
+    y.add_(self.gate_up_proj_bias[ids])
+    y = torch.ops.transformers.grouped_mm_fallback(
+        self._apply_gate(y), self.down_proj, offs=offsets
+    )
+    y.add_(self.down_proj_bias[ids])
+    y = y * scores.reshape(-1)[order].unsqueeze(-1)
+    y.masked_fill_(foreign, 0.0)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(rows)
+    return y[inverse].view(-1, top_k, x.size(-1)).sum(dim=1)
+
+
+def batched_with_clamped_ids(self: Any, x: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
+    """transformers 5.8 to 5.18: ids are clamped; scores are believed to be zero already."""
+    top_k = indices.size(-1)
+    ids = indices.reshape(-1).clamp(0, self.num_experts - 1)
+    rows = x.repeat_interleave(top_k, dim=0)
+    y = torch.bmm(rows.unsqueeze(1), self.gate_up_proj[ids]).squeeze(1)
+    y = self._apply_gate(y.add_(self.gate_up_proj_bias[ids]))
+    y = torch.bmm(y.unsqueeze(1), self.down_proj[ids]).squeeze(1)
+    y = y.add_(self.down_proj_bias[ids]) * scores.reshape(-1).unsqueeze(-1)
+    return y.view(-1, top_k, x.size(-1)).sum(dim=1)
+
+
+OLDER = {"masked result": grouped_with_masked_result, "clamped ids": batched_with_clamped_ids}
+
+
+@pytest.fixture(autouse=True)
+def older_forms() -> Iterator[None]:
+    for name, function in OLDER.items():
+        ALL_EXPERTS_FUNCTIONS.register(name, function)
+    with torch.no_grad():
+        yield
+    for name in OLDER:
+        del ALL_EXPERTS_FUNCTIONS._global_mapping[name]
+
+
+def guarded(form: str) -> GptOssMLP:
+    module = mlp(form=form)
+    module.experts._is_expert_parallel = form not in OLDER
+    return module
+
+
+FORMS = ["grouped_mm", "batched_mm", *OLDER]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_behind_the_router(form: str, dynamic: bool) -> None:
+    module, x, graphs = guarded(form), hidden(), Graphs()
+    out, _ = compile_with(module, graphs, dynamic=dynamic)(x)
+    exact = mlp(form="eager").double()(x.double())[0]
+    assert_as_accurate(out, module(x)[0], exact)
+    calls = [str(n.target) for n in graphs.seen[0].graph.nodes]
+    assert calls.count("mxfp4.matmul_ogs.default") == 2
+    assert not {"clamp", "clamp_", "masked_fill", "masked_fill_"} & set(calls)
+
+
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm", "masked result"])
+def test_routes_to_other_experts_count_nothing(form: str) -> None:
+    experts, x, graphs = guarded(form).experts, hidden()[0], Graphs()
+    indices = torch.tensor([[0, 6, 3], [6, 6, 6], [5, 4, 6], [2, 1, 0]] + [[1, 2, 6]] * 3)
+    weights = torch.rand(7, 3)
+    out = compile_with(experts, graphs)(x, indices, weights)
+    assert "mxfp4.routing.routes" in [str(n.target) for n in graphs.seen[0].graph.nodes]
+    assert torch.equal(out[1], torch.zeros(64))
+    inside = indices < 6
+    exact = (
+        mlp(form="batched_mm")
+        .double()
+        .experts(x.double(), indices.where(inside, 0), (weights * inside).double())
+    )
+    assert_as_accurate(out, experts(x, indices, weights), exact)
+
+
+def test_clamped_ids_without_the_router_are_not_proven() -> None:
+    """Their scores might not be zero: only the router's ids are known to be below E."""
+    experts = guarded("clamped ids").experts
+    args = hidden()[0], torch.randint(0, 6, (7, 3)), torch.rand(7, 3)
+    (miss,) = mxfp4_fx.explain(experts, *args).misses
+    assert "the router is not" in miss.reason
