@@ -216,6 +216,14 @@ def test_routes_of_others_have_no_gradient() -> None:
     assert not grad_hidden[~mine.any(dim=1)].any()
 
 
+def test_gammas_of_others_hand_no_gradient_on() -> None:
+    indices, weights = random_routes(T, E, A)
+    weights.requires_grad_()
+    gammas = ops.routing.routes(indices, weights, 2, 1)[0]
+    (grad,) = torch.autograd.grad(gammas.sum(), weights)
+    assert torch.equal(grad, ((indices >= 1) & (indices < 3)).float())
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weights"])
 def test_one_of_the_two_may_be_frozen(frozen: str) -> None:
     mlp = clamped_mlp(torch.float32)

@@ -55,7 +55,7 @@ def matmul_ogs_backward(
     grad = grad.float()
     if scatter_index is not None:
         grad = grad[scatter_index // experts_per_token]
-    grad_rows = torch.zeros_like(rows)
+    grad_rows = rows.new_zeros(rows.shape)
     grad_gammas = rows.new_zeros(rows.shape[0])
     for expert, (start, stop) in enumerate(pairwise(expert_offsets.tolist())):
         if start == stop:
@@ -73,7 +73,7 @@ def matmul_ogs_backward(
         grad_rows[start:stop] = g @ weight
     if gather_index is None:
         return grad_rows.to(x.dtype), grad_gammas
-    grad_x = torch.zeros_like(x, dtype=torch.float32)
+    grad_x = x.new_zeros(x.shape, dtype=torch.float32)
     return grad_x.index_add_(0, gather_index, grad_rows).to(x.dtype), grad_gammas
 
 

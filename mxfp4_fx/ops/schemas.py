@@ -20,6 +20,7 @@ from torch import Tensor
 from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.layouts import LAYOUTS
 from mxfp4_fx.ops import backward, reference
+from mxfp4_fx.target import DTYPES
 
 _REFERENCE = {
     "matmul_ogs": "mxfp4_fx.ops.reference:matmul_ogs",
@@ -95,7 +96,8 @@ def _matmul_ogs(
     layout: str = "row_major",
     kernels: str = "reference",
 ) -> Tensor:
-    _check_matmul_ogs(x, blocks, scales, bias, activation, layout)
+    _check_matmul_ogs(x, blocks, scales, bias, expert_offsets, activation, layout)
+    _check_rows(x, gather_index, scatter_index, gammas, experts_per_token)
     y: Tensor = kernel(kernels, "matmul_ogs")(
         x,
         blocks,
@@ -155,7 +157,8 @@ def _fake_matmul_ogs(
     layout: str = "row_major",
     kernels: str = "reference",
 ) -> Tensor:
-    _check_matmul_ogs(x, blocks, scales, bias, activation, layout)
+    _check_matmul_ogs(x, blocks, scales, bias, expert_offsets, activation, layout)
+    _check_rows(x, gather_index, scatter_index, gammas, experts_per_token)
     rows = x.shape[0] if gather_index is None else gather_index.shape[0]
     if scatter_index is not None:
         rows = rows // experts_per_token
@@ -191,16 +194,29 @@ def _check_routes(indices: Tensor, weights: Tensor) -> None:
 
 
 def _check_matmul_ogs(
-    x: Tensor, blocks: Tensor, scales: Tensor, bias: Tensor, activation: str, layout: str
+    x: Tensor,
+    blocks: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    expert_offsets: Tensor,
+    activation: str,
+    layout: str,
 ) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"mxfp4::matmul_ogs: layout={layout!r} is not one of {list(LAYOUTS)}")
     if activation not in ("none", "swiglu"):
         raise ValueError(f"mxfp4::matmul_ogs: activation={activation!r} is not 'none' or 'swiglu'")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"mxfp4::matmul_ogs: x must be float32, bfloat16 or float16, not {x.dtype}")
     if x.ndim != 2 or bias.ndim != 2 or x.shape[1] % BLOCK:
         raise ValueError(
             f"mxfp4::matmul_ogs: x must be [rows, K] with K a multiple of {BLOCK} and bias [E, N]; "
             f"they are {tuple(x.shape)} and {tuple(bias.shape)}"
+        )
+    if activation == "swiglu" and bias.shape[1] % 2:
+        raise ValueError(
+            f"mxfp4::matmul_ogs: activation='swiglu' wants an even N, for gate and up alternate; "
+            f"N is {bias.shape[1]}"
         )
     (e, n), k = bias.shape, x.shape[1]
     expected = tuple((e, *shape) for shape in LAYOUTS[layout].shapes(n, k))
@@ -209,6 +225,30 @@ def _check_matmul_ogs(
             f"mxfp4::matmul_ogs: for K={k} and bias {tuple(bias.shape)}, layout {layout!r} wants "
             f"blocks {expected[0]} and scales {expected[1]}; they are {tuple(blocks.shape)} and "
             f"{tuple(scales.shape)}"
+        )
+    if expert_offsets.shape != (e + 1,):
+        raise ValueError(
+            f"mxfp4::matmul_ogs: expert_offsets must be [E+1] = ({e + 1},); it is "
+            f"{tuple(expert_offsets.shape)}"
+        )
+
+
+def _check_rows(
+    x: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    gammas: Tensor | None,
+    experts_per_token: int,
+) -> None:
+    r = x.shape[0] if gather_index is None else gather_index.shape[0]
+    for name, rows in (("scatter_index", scatter_index), ("gammas", gammas)):
+        if rows is not None and rows.shape != (r,):
+            raise ValueError(
+                f"mxfp4::matmul_ogs: {name} must be [R] = ({r},); it is {tuple(rows.shape)}"
+            )
+    if scatter_index is not None and (experts_per_token < 1 or r % experts_per_token):
+        raise ValueError(
+            f"mxfp4::matmul_ogs: experts_per_token={experts_per_token} does not divide R={r}"
         )
 
 

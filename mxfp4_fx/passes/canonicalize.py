@@ -8,6 +8,7 @@ Everything it does keeps the graph's meaning bit for bit; whatever is not certai
 
 from __future__ import annotations
 
+import collections
 import operator
 
 import torch
@@ -25,28 +26,37 @@ _FUNCTIONAL = {
 }
 
 
+# Key of a piece of memory -> the nodes behind which it is.
+Sharing = dict[object, list[fx.Node]]
+
+
 def canonicalize(gm: fx.GraphModule, ctx: Context) -> None:
     """Functionalize what is safe to, then drop what does nothing."""
+    sharing: Sharing = collections.defaultdict(list)
+    for node in gm.graph.nodes:
+        for key in storages(node):
+            sharing[key].append(node)
     for node in list(gm.graph.nodes):
         if node.op == "call_method" and node.target in _FUNCTIONAL:
-            _functionalize_method(node)
+            _functionalize_method(node, sharing)
         elif node.op == "call_function" and node.target is operator.setitem:
-            _functionalize_setitem(node)
+            _functionalize_setitem(node, sharing)
     for node in list(gm.graph.nodes):
         if _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
 
 
-def _functionalize_method(node: fx.Node) -> None:
+def _functionalize_method(node: fx.Node, sharing: Sharing) -> None:
     base = node.args[0]
-    if not isinstance(base, fx.Node) or not _keeps_type(node, base) or not _is_private(node, base):
+    if not isinstance(base, fx.Node) or not _keeps_type(node, base):
         return
-    node.target = _FUNCTIONAL[str(node.target)]
-    base.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
+    if _is_private(node, base, sharing):
+        node.target = _FUNCTIONAL[str(node.target)]
+        base.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
 
 
-def _functionalize_setitem(node: fx.Node) -> None:
+def _functionalize_setitem(node: fx.Node, sharing: Sharing) -> None:
     """``base[index] = values`` -> ``index_put(base, (index,), values)`` for one index tensor."""
     base, index, values = node.args
     value = tensor_of(values)
@@ -55,11 +65,13 @@ def _functionalize_setitem(node: fx.Node) -> None:
     base_value, index_value = tensor_of(base), tensor_of(index)
     if base_value is None or index_value is None or index_value.dtype is torch.bool:
         return
-    if value.dtype != base_value.dtype or node.users or not _is_private(node, base):
+    if value.dtype != base_value.dtype or node.users or not _is_private(node, base, sharing):
         return
     with node.graph.inserting_before(node):
         put = node.graph.call_function(torch.index_put, (base, (index,), values))
     put.meta = {**base.meta, "stack_trace": node.meta.get("stack_trace")}
+    for key in storages(put):
+        sharing[key].append(put)
     base.replace_all_uses_with(put, delete_user_cb=lambda user: user > node)
     node.graph.erase_node(node)
 
@@ -79,12 +91,9 @@ def _keeps_type(node: fx.Node, base: fx.Node) -> bool:
     return dtype == target.dtype and same_shape(tuple(shape), tuple(target.shape))
 
 
-def _is_private(write: fx.Node, base: fx.Node) -> bool:
+def _is_private(write: fx.Node, base: fx.Node, sharing: Sharing) -> bool:
     """Whether the memory that ``write`` changes is seen afterwards through ``base`` alone."""
-    memory = storages(base)
-    for node in write.graph.nodes:
-        if memory.isdisjoint(storages(node)):
-            continue
+    for node in (node for key in storages(base) for node in sharing[key]):
         if node.op in ("placeholder", "get_attr"):
             return False  # the caller sees it
         if node in (base, write):
