@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxfp4_fx import target
 from mxfp4_fx.errors import KernelsUnavailableError
@@ -67,6 +68,8 @@ def _check_types(match: Match) -> None:
         _fail(match, f"activations are {hidden.dtype}; supported are {names}", None)
     for name, node in match.leaves.items():
         value = _leaf(match, name)
+        if is_traceable_wrapper_subclass(value):
+            _fail(match, f"{name} is a {type(value).__name__}, not a plain tensor", node)
         if name != "indices" and value.dtype != hidden.dtype:
             _fail(match, f"{name} is {value.dtype}, the activations are {hidden.dtype}", node)
         if value.device != hidden.device:

@@ -175,12 +175,11 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
 
 def _suspects(gm: fx.GraphModule, ctx: Context) -> dict[fx.Node, str]:
     """What looks like experts, with its module: a matmul with a parameter of stacked matrices."""
-    stacks = {
-        node
-        for node, value in zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True)
-        if _is_stack(node) and is_parameter(node, value)
-    }
-    return _matmuls_with(gm.graph, stacks)
+    inputs = zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True)
+    parameters = {node for node, value in inputs if is_parameter(node, value)}
+    # Where Dynamo is told not to lift parameters they are attributes.
+    parameters |= set(gm.graph.find_nodes(op="get_attr"))
+    return _matmuls_with(gm.graph, {node for node in parameters if _is_stack(node)})
 
 
 def _is_stack(node: fx.Node) -> bool:
@@ -189,9 +188,14 @@ def _is_stack(node: fx.Node) -> bool:
 
 
 def _matmuls_with(graph: fx.Graph, stacks: set[fx.Node]) -> dict[fx.Node, str]:
-    """Every matmul that reads one of ``stacks``, with its module's name."""
-    matmuls = (node for node in graph.nodes if op_name(node) in _MATMULS)
-    return {n: module_name(n) for n in matmuls if not stacks.isdisjoint(_weights_of(n))}
+    """Every matmul that reads one of ``stacks``, and every grouped one, with its module's name."""
+    found: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        name = op_name(node)
+        reads = name in _MATMULS and not stacks.isdisjoint(_weights_of(node))
+        if name == "grouped_mm" or reads:
+            found[node] = module_name(node)
+    return found
 
 
 def _weights_of(node: fx.Node) -> Iterator[fx.Node]:
