@@ -181,3 +181,7 @@ def _warn_once(message: str, category: type[Warning]) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(f"backend 'mxfp4': {message}", category, stacklevel=2)
+
+
+# Whoever looks the backend up by name gets here: Dynamo has not begun to capture yet.
+prepare_capture()

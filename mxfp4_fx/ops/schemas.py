@@ -271,9 +271,25 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "matmul_ogs": (backward.matmul_ogs_gradients, backward.save_matmul_ogs),
 }
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
+    """The ops' arithmetic is float32; an autocast around them must not reach into it."""
+
+    @functools.wraps(impl)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return impl(*args, **kwargs)
+
+    return run
+
+
 for _name, (_impl, _fake) in _IMPLS.items():
     _LIBRARY.define(_name + SCHEMAS[_name])
-    _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _outside_autocast(_impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mxfp4::{_name}", _fake, lib=_LIBRARY)
 for _name, (_backward, _save) in _GRADIENTS.items():
     torch.library.register_autograd(f"mxfp4::{_name}", _backward, setup_context=_save, lib=_LIBRARY)

@@ -12,15 +12,21 @@ import collections
 import operator
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.graph import read_call, same_shape, storages, tensor_of
+from mxfp4_fx.passes.graph import (
+    UNKNOWN,
+    read_call,
+    same_shape,
+    storages,
+    surely_writes,
+    tensor_of,
+)
 
 # In-place methods and the functional methods of the same meaning.
 _FUNCTIONAL = {
     "add_": "add",
-    "mul_": "mul",
     "clamp_": "clamp",
     "masked_fill_": "masked_fill",
 }
@@ -41,9 +47,17 @@ def canonicalize(gm: fx.GraphModule, ctx: Context) -> None:
             _functionalize_method(node, sharing)
         elif node.op == "call_function" and node.target is operator.setitem:
             _functionalize_setitem(node, sharing)
+    # Dynamo notes one fake tensor a value: if its shape changes in place (``t_``), the note does.
+    reshaped = {
+        id(tensor_of(value))
+        for node in gm.graph.nodes
+        if surely_writes(node)
+        for value in node.all_input_nodes
+    }
     for node in list(gm.graph.nodes):
-        if _changes_nothing(node):
-            node.replace_all_uses_with(node.args[0])
+        base = _value_unchanged(node)
+        if base is not None and reshaped.isdisjoint({id(tensor_of(base)), id(tensor_of(node))}):
+            node.replace_all_uses_with(base)
             gm.graph.erase_node(node)
 
 
@@ -63,9 +77,14 @@ def _functionalize_setitem(node: fx.Node, sharing: Sharing) -> None:
     if not isinstance(base, fx.Node) or not isinstance(index, fx.Node) or value is None:
         return
     base_value, index_value = tensor_of(base), tensor_of(index)
-    if base_value is None or index_value is None or index_value.dtype is torch.bool:
+    if base_value is None or index_value is None or value.dtype != base_value.dtype:
         return
-    if value.dtype != base_value.dtype or node.users or not _is_private(node, base, sharing):
+    # Masks and numbers index in other ways, and an assignment broadcasts in more ways.
+    if index_value.dtype not in (torch.int64, torch.int32) or index_value.ndim == 0:
+        return
+    if not same_shape(tuple(value.shape), (*index_value.shape, *base_value.shape[1:])):
+        return
+    if node.users or not _is_private(node, base, sharing):
         return
     with node.graph.inserting_before(node):
         put = node.graph.call_function(torch.index_put, (base, (index,), values))
@@ -93,7 +112,10 @@ def _keeps_type(node: fx.Node, base: fx.Node) -> bool:
 
 def _is_private(write: fx.Node, base: fx.Node, sharing: Sharing) -> bool:
     """Whether the memory that ``write`` changes is seen afterwards through ``base`` alone."""
-    for node in (node for key in storages(base) for node in sharing[key]):
+    keys = storages(base)
+    if UNKNOWN in keys:
+        return False
+    for node in (node for key in keys for node in sharing[key]):
         if node.op in ("placeholder", "get_attr"):
             return False  # the caller sees it
         if node in (base, write):
@@ -105,18 +127,16 @@ def _is_private(write: fx.Node, base: fx.Node, sharing: Sharing) -> bool:
     return True
 
 
-def _changes_nothing(node: fx.Node) -> bool:
-    """A cast to the dtype, or a view to the shape, that the value has already."""
+def _value_unchanged(node: fx.Node) -> fx.Node | None:
+    """What a cast to the dtype, or a view to the shape, is of that its value has already."""
     if any(user.op == "output" for user in node.users):
-        return False  # the graph would return another object
+        return None  # the graph would return another object
     call = read_call(node)
     if call is None or call.op not in ("cast", "view"):
-        return False
-    before, after = tensor_of(call.args["input"]), tensor_of(node)
+        return None
+    base = call.args["input"]
+    before, after = tensor_of(base), tensor_of(node)
     if before is None or after is None or before.dtype != after.dtype:
-        return False
-    return _same_layout(before, after)
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return same_shape(tuple(a.shape), tuple(b.shape)) and a.device == b.device
+        return None
+    same = before.device == after.device and same_shape(tuple(before.shape), tuple(after.shape))
+    return base if same and isinstance(base, fx.Node) else None

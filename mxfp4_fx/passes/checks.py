@@ -12,7 +12,7 @@ from mxfp4_fx import target
 from mxfp4_fx.errors import KernelsUnavailableError
 from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.graph import Memory, tensor_of
+from mxfp4_fx.passes.graph import UNKNOWN, Memory, is_transformed, surely_writes, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch, Op
 from mxfp4_fx.passes.patterns import ROUTER_INDICES, ROUTER_SCORES
 
@@ -68,6 +68,8 @@ def _check_types(match: Match) -> None:
         _fail(match, f"activations are {hidden.dtype}; supported are {names}", None)
     for name, node in match.leaves.items():
         value = _leaf(match, name)
+        if is_transformed(value):
+            _fail(match, "it is inside a function transform, such as vmap", node)
         if is_traceable_wrapper_subclass(value):
             _fail(match, f"{name} is a {type(value).__name__}, not a plain tensor", node)
         if name != "indices" and value.dtype != hidden.dtype:
@@ -85,8 +87,9 @@ def _check_types(match: Match) -> None:
 
 def _check_sizes(match: Match) -> None:
     sizes = match.letters
-    if not all(isinstance(sizes[letter], int) for letter in "AEHI"):
-        _fail(match, "a size of the experts changes from call to call", None)
+    for letter in "AEHI":
+        # Symbolic where it is the size of an input: a guard fixes it.
+        sizes[letter] = int(sizes[letter])
     for letter, name in (("H", "hidden size"), ("I", "intermediate size")):
         if sizes[letter] % BLOCK:
             reason = f"the {name} {sizes[letter]} is not a multiple of {BLOCK}, MXFP4's block"
@@ -111,8 +114,12 @@ def _check_weights(match: Match, ctx: Context) -> None:
 
 
 def _check_gradients(match: Match) -> None:
+    # Not the mode that is on now: the graph itself may switch it on.
+    results = (tensor_of(node) for node in match.nodes.values())
+    if not any(result is not None and result.requires_grad for result in results):
+        return
     for name in WEIGHTS:
-        if torch.is_grad_enabled() and _leaf(match, name).requires_grad:
+        if _leaf(match, name).requires_grad:
             reason = (
                 f"{name} requires a gradient, which MXFP4 experts do not have: run under "
                 "torch.no_grad(), or freeze the experts with requires_grad_(False)"
@@ -131,8 +138,9 @@ def _check_writes(root: fx.Node, match: Match, memory: Memory) -> None:
         mine = memory.of(value)
         for writer, written in memory.writes:
             watched = name in _PACKED or first < writer < root
-            if watched and not mine.isdisjoint(written):
-                _fail(match, f"{name} is written to in the graph, by {writer}", writer)
+            if watched and (UNKNOWN in written or not mine.isdisjoint(written)):
+                how = "is" if surely_writes(writer) else "may be"
+                _fail(match, f"{name} {how} written to in the graph, by {writer}", writer)
 
 
 def _fail(match: Match, reason: str, node: fx.Node | None) -> NoReturn:

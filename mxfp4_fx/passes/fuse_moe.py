@@ -53,8 +53,8 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             continue
         layers = [suspects.pop(node) for node in match.nodes.values() if node in suspects]
         layer = layers[0] if layers else module_name(root)
-        if any(fnmatch.fnmatch(layer, pattern) for pattern in ctx.options.skip):
-            ctx.report.misses.append(Miss(layer, "skipped by options['skip']", skipped=True))
+        if _is_skipped(layer, ctx):
+            ctx.report.misses.append(_skipped(layer))
             continue
         ctx.report.rewrites.append(_rewrite(layer, form, match))
         moe = _insert_moe(gm, root, match, has_router)
@@ -63,9 +63,19 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
         else:
             _erase(gm, match)
     left = {layer: node for node, layer in reversed(suspects.items())}  # a layer's first
-    for layer, node in reversed(left.items()):
-        ctx.report.misses.append(_explain_miss(layer, node, misses.get(layer)))
-    ctx.report.misses += _in_subgraphs(gm)
+    found = [
+        *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(left.items())),
+        *_in_subgraphs(gm),
+    ]
+    ctx.report.misses += [_skipped(m.layer) if _is_skipped(m.layer, ctx) else m for m in found]
+
+
+def _is_skipped(layer: str, ctx: Context) -> bool:
+    return any(fnmatch.fnmatch(layer, pattern) for pattern in ctx.options.skip)
+
+
+def _skipped(layer: str) -> Miss:
+    return Miss(layer, "skipped by options['skip']", skipped=True)
 
 
 def _match_experts(root: fx.Node) -> tuple[Form, Match]:
@@ -201,9 +211,13 @@ def _matmuls_with(graph: fx.Graph, stacks: set[fx.Node]) -> dict[fx.Node, str]:
 def _weights_of(node: fx.Node) -> Iterator[fx.Node]:
     """The inputs of a matmul, and what they are picked from (``weight[expert_ids]``)."""
     for value in node.all_input_nodes:
-        while op_name(value) in ("getitem", "cast", "view") and value.all_input_nodes:
-            yield value
-            value = value.all_input_nodes[0]
+        yield value
+        yield from _picked_from(value)
+
+
+def _picked_from(value: fx.Node) -> Iterator[fx.Node]:
+    while op_name(value) in ("getitem", "cast", "view") and value.all_input_nodes:
+        value = value.all_input_nodes[0]
         yield value
 
 
@@ -232,7 +246,15 @@ def _in_subgraphs(gm: fx.GraphModule) -> list[Miss]:
     found: dict[str, Miss] = {}
     for name, module in gm.named_modules():
         if name and isinstance(module, fx.GraphModule):
-            stacks = {n for n in module.graph.find_nodes(op="placeholder") if _is_stack(n)}
-            for node, layer in _matmuls_with(module.graph, stacks).items():
+            # Inputs of a subgraph are not known to be parameters; one that a matmul picks matrices
+            # from is.
+            picked = {
+                weight
+                for node in module.graph.nodes
+                if op_name(node) == "bmm"
+                for weight in _picked_from(node.all_input_nodes[-1])
+                if weight.op == "placeholder" and _is_stack(weight)
+            }
+            for node, layer in _matmuls_with(module.graph, picked).items():
                 found.setdefault(layer, Miss(layer, reason, source_line(node)))
     return list(found.values())

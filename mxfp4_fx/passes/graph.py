@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -108,8 +110,12 @@ _FUNCTIONS: dict[Any, str] = {
 _SAME_NAME = set(_SIGNATURES) - {"getitem", "cast", "grouped_mm", "linear", "floordiv"}
 _FUNCTIONS |= {getattr(torch, n): n for n in _SAME_NAME | _VIEWS if hasattr(torch, n)}
 _METHODS = {n: n for n in _SAME_NAME | _VIEWS} | {"floor_divide": "floordiv", "clip": "clamp"}
-# Grouped matmuls by qualified name: which of them exists depends on the versions installed.
-_GROUPED_MM = re.compile(r"(^|\.)_?grouped_mm(_fallback)?(\.default)?$")
+# Which grouped matmuls there are depends on the versions installed.
+_GROUPED_MM = {
+    getattr(torch, "_grouped_mm", None),
+    getattr(torch.nn.functional, "grouped_mm", None),
+} - {None}
+_GROUPED_MM_OPS = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
 
 
 def op_name(node: fx.Node) -> str | None:
@@ -120,10 +126,10 @@ def op_name(node: fx.Node) -> str | None:
         return _METHODS.get(str(node.target))
     if node.op != "call_function":
         return None
-    name = _FUNCTIONS.get(node.target)
-    if name is None and _GROUPED_MM.search(_function_name(node.target)):
-        return "grouped_mm"
-    return name
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        named = str(node.target).removesuffix(".default")
+        return "grouped_mm" if named in _GROUPED_MM_OPS else None
+    return "grouped_mm" if node.target in _GROUPED_MM else _FUNCTIONS.get(node.target)
 
 
 def read_call(node: fx.Node) -> Call | None:
@@ -215,6 +221,16 @@ def equal(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def equal_or_guard(a: Any, b: Any) -> bool:
+    """:func:`equal`; two sizes that are equal now, but not for every run, become so by a guard."""
+    if equal(a, b):
+        return True
+    if not any(isinstance(size, torch.SymInt) for size in (a, b)):
+        return False
+    hints = [size.node.hint if isinstance(size, torch.SymInt) else size for size in (a, b)]
+    return None not in hints and hints[0] == hints[1] and bool(a == b)
+
+
 def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Whether two shapes are the same for every run of the graph."""
     return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
@@ -229,32 +245,49 @@ def tensors_in(node: fx.Node) -> Iterator[Tensor]:
 
 
 def storages(node: fx.Node) -> set[object]:
-    """Keys of the memory behind a node; nodes that may alias share one.
+    """Keys of the memory behind a node; nodes that may alias share one, or have :data:`UNKNOWN`.
 
     Dynamo propagates fake tensors, and a view's fake tensor shares its base's storage.
     """
     return {_storage(t) for t in tensors_in(node) if t.layout is torch.strided}
 
 
+# The key of memory that cannot be told: of values inside function transforms such as vmap.
+UNKNOWN = "unknown"
+
+
 def _storage(value: Tensor) -> object:
+    if is_transformed(value):
+        return UNKNOWN
     return value.untyped_storage()._cdata
 
 
+def is_transformed(value: Tensor) -> bool:
+    """Whether a value is inside a function transform (``torch.func``: vmap, grad)."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
 class Memory:
-    """Who shares memory with whom in a graph, and who writes to it.
+    """Who shares memory with whom in a graph, and who may write to it.
 
     Attributes:
-        writes: each node that writes, in order, with the keys of the memory that it writes to.
+        writes: each call that may write, in order, with the keys of the memory that it is given.
     """
 
     def __init__(self, graph: fx.Graph, inputs: list[Any]) -> None:
-        # Inputs have fake storages of their own even where the real ones are one (a parameter and
-        # a view of it): the real storage is a second key.
+        # Inputs have fake storages of their own even where the real memory is one (a parameter and
+        # a view of it, or an array of numpy's): the real memory is a second key.
         self._shared: dict[object, object] = {}
+        areas = _areas([value for value in inputs if _has_memory(value)])
         for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
-            if isinstance(value, Tensor) and value.layout is torch.strided:
-                self._shared |= {key: ("input", _storage(value)) for key in storages(node)}
-        self.writes = [(n, self.of(w)) for n in graph.nodes for w in written_nodes(n)]
+            if _has_memory(value):
+                self._shared |= {key: ("input", areas[id(value)]) for key in storages(node)}
+        self.writes = [(node, self._given(node)) for node in graph.nodes if may_write(node)]
+
+    def _given(self, node: fx.Node) -> set[object]:
+        given = {key for argument in node.all_input_nodes for key in self.of(argument)}
+        # A transform's calls are many and nearly all read: only sure writes are suspected of all.
+        return given if surely_writes(node) else given - {UNKNOWN}
 
     def of(self, node: fx.Node) -> set[object]:
         """Keys of the memory behind a node."""
@@ -262,46 +295,53 @@ class Memory:
         return keys | {self._shared[key] for key in keys if key in self._shared}
 
 
-def written_nodes(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node writes to: in place, through ``out=``, by a mutable schema."""
-    inputs = node.all_input_nodes
-    if node.op == "call_method":
-        name = str(node.target)
-        in_place = name == "__setitem__" or _is_in_place(name)
-        return inputs[:1] if in_place else []
-    if node.op == "call_module":
-        return inputs  # cannot be seen through
-    if node.op != "call_function":
-        return []
-    if node.target is operator.setitem or node.kwargs.get("inplace") is True:
-        return inputs[:1]
-    written = [v for k, v in node.kwargs.items() if k == "out" and isinstance(v, fx.Node)]
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return inputs  # a subgraph: cannot be seen through
+def _has_memory(value: object) -> bool:
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        return False
+    return value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
+
+
+def _areas(values: list[Tensor]) -> dict[int, int]:
+    """id of a tensor -> number of the piece of memory that it is in; what overlaps is one piece."""
+    spans = sorted(
+        (value.device.type, value.device.index or 0, s.data_ptr(), s.data_ptr() + s.nbytes(), at)
+        for at, value in enumerate(values)
+        for s in (value.untyped_storage(),)
+    )
+    found: dict[int, int] = {}
+    area, end, device = 0, 0, None
+    for *where, start, stop, at in spans:
+        if where != device or start >= end:
+            area, end, device = area + 1, stop, where
+        end = max(end, stop)
+        found[id(values[at])] = area
+    return found
+
+
+def may_write(node: fx.Node) -> bool:
+    """Whether a call may write to its arguments: it may unless it is known not to.
+
+    There are too many ways to write (``out=``, ``inplace`` by position, functions that Dynamo does
+    not look into) for a list of them to be complete.
+    """
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
     if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return inputs if any(schema.is_mutable for schema in _schemas(node.target)) else written
-    name = _function_name(node.target).rpartition(".")[2]
-    if _is_in_place(name):
-        written += inputs if name.startswith("_foreach") else inputs[:1]
-    elif name.startswith("i") and node.target is getattr(operator, name, None):
-        written += inputs[:1]  # operator.iadd and its kind
-    return written
+        return any(schema.is_mutable for schema in _schemas(node.target))
+    call = read_call(node)
+    return call is None or call.args.get("inplace") is True
 
 
-def _is_in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
+def surely_writes(node: fx.Node) -> bool:
+    """Whether the call's name says that it writes; for the words of a report."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.endswith("_") or name == "setitem"
 
 
 def _schemas(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[Any]:
     if isinstance(target, torch._ops.OpOverload):
         return [target._schema]
     return [getattr(target, name)._schema for name in target.overloads()]
-
-
-def _function_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
-        return str(target)
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
 
 
 def module_name(node: fx.Node) -> str:

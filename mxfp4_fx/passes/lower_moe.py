@@ -101,7 +101,7 @@ def _expand(
             top_k = values["top_k"]
             routes = call(_MXFP4.routing.default, values["router_logits"], top_k, **kernels)
         else:
-            top_k = _fake(values["indices"]).shape[1]
+            top_k = int(_fake(values["indices"]).shape[1])
             experts = _fake(values["gate_up"]).shape[0]
             routes = call(
                 _MXFP4.routing.routes, values["indices"], values["weights"], experts, **kernels

@@ -1,0 +1,129 @@
+"""Near misses: the real code with one thing changed, and the proof that it stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import expecttest
+import pytest
+import torch
+from models import Graphs, compile_with, hidden, mlp
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssExperts,
+    GptOssMLP,
+    GptOssTopKRouter,
+)
+
+import mxfp4_fx
+from mxfp4_fx import backend
+from mxfp4_fx.errors import MissedRewriteWarning
+
+
+def edited(
+    function: Callable[..., Any], changes: dict[str, str], **names: Any
+) -> Callable[..., Any]:
+    """A copy of ``function`` with pieces of its source replaced; each occurs there exactly once.
+
+    Args:
+        changes: old text -> new text.
+        names: what these global names mean in the copy.
+    """
+    source = textwrap.dedent(inspect.getsource(function))
+    for old, new in changes.items():
+        assert source.count(old) == 1, f"{old!r} does not occur once in\n{source}"
+        source = source.replace(old, new)
+    namespace = {**function.__globals__, **names}
+    exec(source, namespace)
+    return namespace[function.__name__]
+
+
+def swap_methods(module: nn.Module, **methods: Any) -> None:
+    """Make ``module`` an instance of a subclass with these methods; its weights stay."""
+    module.__class__ = type("Edited", (type(module),), methods)
+
+
+def with_gate(changes: dict[str, str], form: str = "grouped_mm") -> GptOssMLP:
+    """An MLP with an edited ``_apply_gate``."""
+    module = mlp(form=form)
+    swap_methods(module.experts, _apply_gate=edited(GptOssExperts._apply_gate, changes))
+    return module
+
+
+def with_router(changes: dict[str, str]) -> GptOssMLP:
+    """An MLP with an edited router."""
+    module = mlp()
+    swap_methods(module.router, forward=edited(GptOssTopKRouter.forward, changes))
+    return module
+
+
+def with_experts(changes: dict[str, str], form: str = "grouped_mm") -> GptOssMLP:
+    """An MLP with an edited form of the experts."""
+    module = mlp(form=form)
+    swap_methods(module.experts, forward=edited(ALL_EXPERTS_FUNCTIONS[form], changes))
+    return module
+
+
+def mxfp4_ops(graphs: Graphs) -> list[str]:
+    """The names of the package's ops, in the order of the graphs."""
+    names = (str(node.target) for gm in graphs.seen for node in gm.graph.nodes)
+    return [name for name in names if name.startswith("mxfp4.")]
+
+
+def state(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        assert torch.equal(a, e), f"off by up to {(a - e).abs().max()}"
+
+
+def missed(module: nn.Module, *inputs: Any, dynamic: bool = False, **options: Any) -> str:
+    """The reasons for not rewriting ``module``, after proof that it is compiled as it was.
+
+    Twice in a row, results and what is written to weights and inputs are the same bit for bit.
+    """
+    (eager, eager_inputs), (compiled, compiled_inputs), (explained, explained_inputs) = (
+        copy.deepcopy((module, inputs)) for _ in range(3)
+    )
+    graphs = Graphs()
+    run = compile_with(compiled, graphs, dynamic=dynamic, options=options)
+    with pytest.warns(MissedRewriteWarning, match="not in MXFP4"):
+        results = [run(*compiled_inputs)]
+    results.append(run(*compiled_inputs))
+    expected = [eager(*eager_inputs), eager(*eager_inputs)]
+    assert_same_bits(results, expected)
+    assert_same_bits([state(compiled), compiled_inputs], [state(eager), eager_inputs])
+    assert not mxfp4_ops(graphs)
+
+    torch.compiler.reset()
+    told = mxfp4_fx.explain(explained, *explained_inputs, dynamic=dynamic, options=options)
+    assert not told.rewrites
+    return reasons(told)
+
+
+def reasons(told: mxfp4_fx.Explanation) -> str:
+    """The misses in lines that fit into a source file."""
+    return "".join(textwrap.fill(f"{m.layer}: {m.reason}", 92) + "\n" for m in told.misses)
+
+
+class NearMisses(expecttest.TestCase):
+    """Tests outside gradient mode, each with warnings to come; reasons are snapshots."""
+
+    @pytest.fixture(autouse=True)
+    def _fresh(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(backend, "_warned", set())
+        with torch.no_grad():
+            yield
+
+    def assert_missed(self, module: nn.Module, expect: str, *inputs: Any, **options: Any) -> None:
+        """Not rewritten, for this reason. Inputs: enough to reach SwiGLU's limits, unless given."""
+        actual = missed(module, *(inputs or (hidden() * 8,)), **options)
+        self.assertExpectedInline(actual, expect, skip=1)

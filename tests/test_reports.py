@@ -1,0 +1,157 @@
+"""What is not rewritten is reported: every layer, once, with its reason, and nothing else is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import Graphs, compile_with, hidden, mlp, model, tokens
+from near_miss import NearMisses, missed, mxfp4_ops, with_gate
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+import mxfp4_fx
+from mxfp4_fx import backend
+from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning
+
+X = hidden()
+
+
+@pytest.fixture(autouse=True)
+def no_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(backend, "_warned", set())
+    with torch.no_grad():
+        yield
+
+
+class Scaled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+class Autocast(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(x)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.module, x, use_reentrant=False)
+
+
+class Mapped(nn.Module):
+    def __init__(self, module: GptOssMLP) -> None:
+        super().__init__()
+        self.mlp = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda x: self.mlp(x)[0])(x)
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.transpose(1, 2)).softmax(dim=-1) @ x
+
+
+class Both(nn.Module):
+    def __init__(self, a: nn.Module, b: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x)[0], self.b(x)[0]
+
+
+class TestReports(NearMisses):
+    def test_activation_checkpointing(self) -> None:
+        self.assert_missed(
+            Checkpointed(mlp()),
+            """\
+module.experts: it is inside a subgraph (activation checkpointing or a nested compile
+region), which is not searched
+""",
+        )
+
+    def test_a_function_transform(self) -> None:
+        assert "mlp.experts: " in missed(Mapped(mlp(form="batched_mm")), torch.stack([X, -X]))
+
+    def test_the_second_of_two_calls(self) -> None:
+        """One module, called as it should be and under autocast: the second call is reported."""
+        module = mlp()
+        told = mxfp4_fx.explain(Both(module, Autocast(module)), X)
+        assert (len(told.rewrites), len(told.misses)) == (1, 1)
+
+    def test_a_layer_of_computed_weights_beside_a_good_one(self) -> None:
+        computed = mlp(seed=1)
+        parametrize.register_parametrization(computed.experts, "gate_up_proj", Scaled())
+        parametrize.register_parametrization(computed.experts, "down_proj", Scaled())
+        told = mxfp4_fx.explain(Both(mlp(), computed), X)
+        assert (len(told.rewrites), len(told.misses)) == (1, 1)
+
+    def test_what_is_no_experts_inside_a_checkpoint_is_not_reported(self) -> None:
+        told = mxfp4_fx.explain(nn.Sequential(Checkpointed(Attention()), mlp()), X)
+        assert (len(told.rewrites), len(told.misses)) == (1, 0)
+
+
+UP_AND_TWO = {"(up + 1)": "(up + 2)"}
+
+
+class TestOptions:
+    def test_a_skipped_layer_stays_without_a_warning(self) -> None:
+        whole, graphs = model(), Graphs()
+        run = compile_with(whole, graphs, options={"skip": ["*.layers.0.*"], "strict": True})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", MissedRewriteWarning)
+            run(tokens())
+        assert mxfp4_ops(graphs).count("mxfp4.matmul_ogs.default") == 2
+        torch.compiler.reset()
+        (miss,) = mxfp4_fx.explain(whole, tokens(), options={"skip": ["*.layers.0.*"]}).misses
+        assert miss.layer == "model.layers.0.mlp.experts"
+        assert miss.skipped
+
+    def test_with_every_layer_skipped_nothing_changes(self) -> None:
+        whole, graphs = model(), Graphs()
+        run = compile_with(whole, graphs, options={"skip": "*", "strict": True})
+        assert torch.equal(run(tokens()).logits, whole(tokens()).logits)
+        assert not mxfp4_ops(graphs)
+
+    def test_a_layer_that_could_not_be_rewritten_can_be_skipped(self) -> None:
+        module = with_gate(UP_AND_TWO)
+        run = compile_with(module, options={"skip": "experts", "strict": True})
+        assert torch.equal(run(X)[0], module(X)[0])
+
+    def test_strict_names_layer_and_reason(self) -> None:
+        whole = model()
+        whole.model.layers[1].mlp = with_gate(UP_AND_TWO)
+        with pytest.raises(BackendCompilerFailed) as caught:
+            compile_with(whole, options={"strict": True})(tokens())
+        error = caught.value.inner_exception
+        assert isinstance(error, MissedRewriteError)
+        assert "1 MoE layer(s)" in str(error)
+        assert "model.layers.1.mlp.experts: not the grouped_mm form" in str(error)
+        assert "but found 2" in str(error)
+
+    def test_a_warning_names_layer_and_reason_once(self) -> None:
+        run = compile_with(with_gate(UP_AND_TWO), dynamic=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(hidden(5))
+            run(hidden(6))  # compiles again
+        (message,) = [str(w.message) for w in caught if w.category is MissedRewriteWarning]
+        assert "experts: not the grouped_mm form" in message
+        assert "but found 2" in message
