@@ -11,7 +11,7 @@ import inspect
 import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,43 +46,43 @@ class _Signature:
     dims: tuple[str, ...] = ()
 
 
-def _signature(text: str, *dims: str) -> _Signature:
-    # Written as the parameter list of a function: Python itself parses it.
-    parameters = inspect.signature(eval(f"lambda {text}: 0")).parameters.values()
+def _signature(like: Callable[..., Any], *dims: str) -> _Signature:
+    """The signature of a function written for it."""
+    parameters = inspect.signature(like).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return _Signature(tuple(p.name for p in parameters), defaults, dims)
 
 
 # Arguments that do not change the value are left out of the canonical call (_IGNORED).
 _SIGNATURES = {
-    "add": _signature("input, other, alpha=1"),
-    "mul": _signature("input, other"),
-    "neg": _signature("input"),
-    "ge": _signature("input, other"),
-    "floordiv": _signature("input, other"),
-    "clamp": _signature("input, min=None, max=None"),
-    "sigmoid": _signature("input"),
-    "silu": _signature("input, inplace=False"),
-    "chunk": _signature("input, chunks, dim=0", "dim"),
-    "masked_fill": _signature("input, mask, value"),
-    "getitem": _signature("input, index"),
-    "cast": _signature("input, dtype"),
-    "sort": _signature("input, dim=-1, descending=False, stable=False", "dim"),
-    "histc": _signature("input, bins=100, min=0, max=0"),
-    "cumsum": _signature("input, dim, dtype=None", "dim"),
-    "topk": _signature("input, k, dim=-1, largest=True, sorted=True", "dim"),
-    "softmax": _signature("input, dim=None, _stacklevel=3, dtype=None", "dim"),
-    "sum": _signature("input, dim=None, keepdim=False, dtype=None", "dim"),
-    "repeat_interleave": _signature("input, repeats, dim=None, output_size=None", "dim"),
-    "bmm": _signature("input, mat2"),
-    "matmul": _signature("input, other"),
-    "baddbmm": _signature("input, batch1, batch2, beta=1, alpha=1"),
-    "einsum": _signature("equation, *operands"),
-    "linear": _signature("input, weight, bias=None"),
-    "grouped_mm": _signature("input, mat2, offs=None, bias=None, out_dtype=None"),
-    "empty_like": _signature("input"),
-    "arange": _signature("end"),
-    "index_put": _signature("input, indices, values, accumulate=False"),
+    "add": _signature(lambda input, other, alpha=1: ...),
+    "mul": _signature(lambda input, other: ...),
+    "neg": _signature(lambda input: ...),
+    "ge": _signature(lambda input, other: ...),
+    "floordiv": _signature(lambda input, other: ...),
+    "clamp": _signature(lambda input, min=None, max=None: ...),
+    "sigmoid": _signature(lambda input: ...),
+    "silu": _signature(lambda input, inplace=False: ...),
+    "chunk": _signature(lambda input, chunks, dim=0: ..., "dim"),
+    "masked_fill": _signature(lambda input, mask, value: ...),
+    "getitem": _signature(lambda input, index: ...),
+    "cast": _signature(lambda input, dtype: ...),
+    "sort": _signature(lambda input, dim=-1, descending=False, stable=False: ..., "dim"),
+    "histc": _signature(lambda input, bins=100, min=0, max=0: ...),
+    "cumsum": _signature(lambda input, dim, dtype=None: ..., "dim"),
+    "topk": _signature(lambda input, k, dim=-1, largest=True, sorted=True: ..., "dim"),
+    "softmax": _signature(lambda input, dim=None, dtype=None: ..., "dim"),
+    "sum": _signature(lambda input, dim=None, keepdim=False, dtype=None: ..., "dim"),
+    "repeat_interleave": _signature(lambda input, repeats, dim=None, output_size=None: ..., "dim"),
+    "bmm": _signature(lambda input, mat2: ...),
+    "matmul": _signature(lambda input, other: ...),
+    "baddbmm": _signature(lambda input, batch1, batch2, beta=1, alpha=1: ...),
+    "einsum": _signature(lambda equation, *operands: ...),
+    "linear": _signature(lambda input, weight, bias=None: ...),
+    "grouped_mm": _signature(lambda input, mat2, offs=None, bias=None, out_dtype=None: ...),
+    "empty_like": _signature(lambda input: ...),
+    "arange": _signature(lambda end: ...),
+    "index_put": _signature(lambda input, indices, values, accumulate=False: ...),
 }
 _IGNORED = {"device", "memory_format", "_stacklevel"}
 _IGNORED_OF = {"sort": {"stable"}, "repeat_interleave": {"output_size"}}
