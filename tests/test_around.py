@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from models import Graphs, compile_with, hidden, mlp
-from near_miss import assert_same_bits, mxfp4_ops, state
+from near_miss import assert_same_bits, mxfp4_ops, state, with_router
 from oracle import assert_as_accurate
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+import mxfp4_fx
 
 X = hidden()
 
@@ -171,6 +173,17 @@ def test_beside_experts(other: Callable[[Any, Tensor], Any]) -> None:
     check_beside(other)
 
 
+def test_a_router_that_keeps_statistics() -> None:
+    """Whoever reads the scores or the indices meanwhile still can."""
+    statistics = "self.load = router_scores.mean(dim=0), router_indices.amax(dim=0)"
+    module, graphs = with_router({"return router": f"{statistics}; return router"}), Graphs()
+    eager, exact = copy.deepcopy(module), exact_copy(module)
+    actual = compile_with(module, graphs)(X)[0]
+    assert_as_accurate(actual, eager(X)[0], exact(X.double())[0])
+    assert_same_bits(module.router.load, eager.router.load)
+    assert mxfp4_ops(graphs).count("mxfp4.matmul_ogs.default") == 2
+
+
 class Stack(nn.Module):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -242,6 +255,34 @@ def test_experts_of_bfloat16_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = compile_with(stack)(x), stack(x)
     assert_as_accurate(actual, expected, exact_copy(stack)(x.double()))
+
+
+class Detached(nn.Module):
+    """Trainable experts in a part of the graph that records no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.scale = mlp(), nn.Parameter(torch.ones(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        with torch.no_grad():
+            y = self.mlp(x)[0]
+        return (x * y).square().mean()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_experts_without_a_gradient_amid_others_with_one(inner: str) -> None:
+    module = Detached()
+    eager, exact = copy.deepcopy(module), exact_copy(module)
+    with torch.enable_grad():
+        assert len(mxfp4_fx.explain(module, X).rewrites) == 1
+        torch.compiler.reset()
+        compile_with(module, inner)(X).backward()
+        eager(X).backward()
+        exact(X.double()).backward()
+    assert_as_accurate(module.scale.grad, eager.scale.grad, exact.scale.grad)
+    assert all(parameter.grad is None for parameter in module.mlp.parameters())
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -57,12 +57,18 @@ def routes(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Tensor]
     return result, chosen
 
 
-def check(actual: Tensor, module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """``actual`` is about as accurate as ``call(module, *inputs)`` is in eager."""
+def in_float64(module: Any) -> Any:
+    """A copy of a model or of a part; runs exactly under :class:`InFloat64`."""
     exact = copy.deepcopy(module).double()
     for part in exact.modules():
         if isinstance(part, GptOssExperts):
             part.config._experts_implementation = "batched_mm"  # the others have no float64
+    return exact
+
+
+def check(actual: Tensor, module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """``actual`` is about as accurate as ``call(module, *inputs)`` is in eager."""
+    exact = in_float64(module)
     reference, chosen = routes(module, lambda: call(module, *inputs))
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     with InFloat64():
@@ -185,6 +191,69 @@ def test_what_is_left_of_an_mlp(form: str) -> None:
     compile_with(mlp(form=form), graphs, dynamic=False)(hidden())
     (gm,) = graphs.seen
     assert sum(node.op.startswith("call_") for node in gm.graph.nodes) == 13
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_numbers_of_experts_a_token_in_routes_that_are_inputs(form: str) -> None:
+    experts, graphs = mlp(form=form).experts, Graphs()
+    run = compile_with(experts, graphs, dynamic=True)
+    for t, a in ((7, 3), (5, 2), (4, 4), (3, 3)):
+        routes = torch.arange(t * a).view(t, a) % 6, torch.rand(t, a)
+        check(run(hidden(t)[0], *routes), experts, itself, hidden(t)[0], *routes)
+    for gm in graphs.seen:
+        assert mxfp4_ops(gm) == ["mxfp4.routing.routes", *LAYER[1:]]
+
+
+class Packed(nn.Module):
+    """Only the tokens of a mask reach the MLP: how many these are, no shape tells."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.mlp = mlp(form=form)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.mlp(x[:, mask])[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_number_of_tokens_that_depends_on_data(form: str) -> None:
+    packed, graphs, x = Packed(form), Graphs(), hidden()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        run = compile_with(packed, graphs)
+        for mask in (torch.arange(7) % 2 == 0, torch.arange(7) > 4):
+            check(run(x, mask), packed, itself, x, mask)
+    check_graphs(graphs, 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inference_mode(form: str) -> None:
+    with torch.inference_mode():
+        module, graphs, x = mlp(form=form), Graphs(), hidden()
+        check(compile_with(module, graphs)(x)[0], module, first, x)
+    check_graphs(graphs, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+def test_gradients_through_frozen_experts(form: str, dtype: torch.dtype) -> None:
+    """Of the input and of the router, whose scores are returned and read by the experts."""
+
+    def gradients(module: nn.Module, run: Callable[..., Any], x: Tensor) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        y, scores = run(x)
+        wanted = [x, *module.router.parameters()]
+        return list(torch.autograd.grad(y.square().mean() + scores.square().mean(), wanted))
+
+    module, graphs, x = mlp(dtype, form), Graphs(), hidden(dtype=dtype)
+    module.experts.requires_grad_(False)
+    exact = in_float64(module)
+    with torch.enable_grad():
+        actual = gradients(module, compile_with(module, graphs), x)
+        expected = gradients(module, module, x)
+        ideal = gradients(exact, exact, x.double())
+    for a, e, i in zip(actual, expected, ideal, strict=True):
+        assert_as_accurate(a, e, i)
+    check_graphs(graphs, 1)
 
 
 CONSTANTS: dict[str, dict[str, Any]] = {

@@ -318,6 +318,15 @@ def _areas(values: list[Tensor]) -> dict[int, int]:
     return found
 
 
+# What models do with router scores besides: statistics, losses, masks. None takes ``inplace``.
+_READS = {
+    *("abs", "amax", "amin", "argmax", "bincount", "clone", "contiguous", "detach", "exp", "log"),
+    *("logsumexp", "max", "mean", "min", "norm", "numel", "one_hot", "size", "std", "var"),
+    *("eq", "ge", "gt", "le", "lt", "ne", "div", "pow", "sub", "truediv"),
+    *("cat", "expand", "gather", "permute", "stack", "t", "transpose", "where"),
+}
+
+
 def may_write(node: fx.Node) -> bool:
     """Whether a call may write to its arguments: it may unless it is known not to.
 
@@ -328,6 +337,10 @@ def may_write(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return any(schema.is_mutable for schema in _schemas(node.target))
+    name = getattr(node.target, "__name__", str(node.target))
+    spellings = (getattr(module, name, None) for module in (torch, operator, torch.nn.functional))
+    if name in _READS and (node.op == "call_method" or node.target in spellings):
+        return "out" in node.kwargs
     call = read_call(node)
     return call is None or call.args.get("inplace") is True
 

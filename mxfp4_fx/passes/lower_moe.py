@@ -92,7 +92,9 @@ def _expand(
         made = graph.call_function(function, args, kwargs)
         made.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
         fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
-        with _fake(node).fake_mode:  # type: ignore[attr-defined]
+        # The graph may switch gradients off around the experts.
+        recorded = torch.set_grad_enabled(_fake(node).requires_grad)
+        with recorded, _fake(node).fake_mode:  # type: ignore[attr-defined]
             made.meta["example_value"] = function(*fakes[0], **fakes[1])
         return made
 
