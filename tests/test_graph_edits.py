@@ -144,7 +144,7 @@ _WRITES: dict[str, tuple[Any, ...]] = {
     "mul_": ("mul_", 0),  # canonicalize makes it functional, where it may
     "sub_": ("sub_", 1),
     "setitem": (operator.setitem, 0, 0),
-    "hardtanh": (hardtanh, -0.1, 0.1, True),
+    "hardtanh": (hardtanh, -1000.0, 0.0, True),
 }
 
 

@@ -352,6 +352,21 @@ found view(bmm_1, shape=(21, 64))
 """,
         )
 
+    def test_autocast_that_reaches_the_matmuls_alone(self) -> None:
+        linear = edited(moe._batched_linear, {"out.add_(bias)": "out = out + bias"})
+        experts = mlp().experts
+        forward = edited(moe.batched_mm_experts_forward, {}, _batched_linear=linear)
+        swap_methods(experts, forward=forward)
+        routes = torch.arange(21).view(7, 3) % 6, torch.rand(7, 3)
+        self.assert_missed(
+            Autocast(experts),
+            """\
+module: computed in torch.bfloat16 (autocast?), not torch.float32
+""",
+            X[0],
+            *routes,
+        )
+
 
 class Scaled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
