@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
     print(f"\n{explanation}\n")
     report_error(exact, plain, fused)
-    print(f"tokens a second, prompt included: {plain_speed:.2f} uncompiled, {fused_speed:.2f} mxfp4")
+    print("tokens a second, prompt included:", end=" ")
+    print(f"{plain_speed:.2f} uncompiled, {fused_speed:.2f} mxfp4")
     print(f"generated: {tokenizer.decode(text)!r}")
     return 0
 
