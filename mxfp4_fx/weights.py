@@ -67,9 +67,12 @@ class WeightStore:
         """
         with self._lock:
             wanted = {id(source) for source in sources}
-            stale = [key for key in self._entries if key[0] in wanted]
-            for key in stale:
-                self._entries[key].pointer = -1
+            # A copy: a tensor that is collected meanwhile takes its entry along.
+            stale = [
+                entry for entry in list(self._entries.values()) if id(entry.source()) in wanted
+            ]
+            for entry in stale:
+                entry.pointer = -1
             return len(stale)
 
     def __len__(self) -> int:

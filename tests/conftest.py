@@ -10,9 +10,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Dynamo's caches and recompile limits last a process: tests would depend on their order."""
+    """What lasts a process, such as recompile limits and warnings given once, lasts a test."""
     yield
     if "torch._dynamo" in sys.modules:
         import torch
 
         torch.compiler.reset()
+    if "mxfp4_fx.backend" in sys.modules:
+        from mxfp4_fx import backend
+
+        backend._warned.clear()
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    import torch
+
+    with torch.no_grad():
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import expecttest
@@ -22,7 +22,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 
 import mxfp4_fx
-from mxfp4_fx import backend
 from mxfp4_fx.errors import MissedRewriteWarning
 
 
@@ -114,14 +113,9 @@ def reasons(told: mxfp4_fx.Explanation) -> str:
     return "".join(textwrap.fill(f"{m.layer}: {m.reason}", 92) + "\n" for m in told.misses)
 
 
+@pytest.mark.usefixtures("no_gradients")
 class NearMisses(expecttest.TestCase):
-    """Tests outside gradient mode, each with warnings to come; reasons are snapshots."""
-
-    @pytest.fixture(autouse=True)
-    def _fresh(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.setattr(backend, "_warned", set())
-        with torch.no_grad():
-            yield
+    """Tests outside gradient mode; the reasons are snapshots."""
 
     def assert_missed(self, module: nn.Module, expect: str, *inputs: Any, **options: Any) -> None:
         """Not rewritten, for this reason. Inputs: enough to reach SwiGLU's limits, unless given."""

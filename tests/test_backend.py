@@ -16,14 +16,8 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
-from mxfp4_fx import backend
 from mxfp4_fx.errors import MissedRewriteWarning, NoExpertsWarning, OptionError
 from mxfp4_fx.options import Options
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_warned", set())
 
 
 def mxfp4_nodes(graphs: Graphs) -> list[str]:

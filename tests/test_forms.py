@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,11 +26,7 @@ from mxfp4_fx.passes.graph import op_name
 # What the experts are made of; none of it may be left behind.
 EXPERT_OPS = {"grouped_mm", "bmm", "sort", "histc", "index_put", "clamp", "sigmoid", "empty_like"}
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class InFloat64(TorchFunctionMode):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import expecttest
@@ -75,11 +75,9 @@ def _text(value: Any) -> str:
     return "..." if value is Ellipsis else repr(value).removeprefix("torch.")
 
 
+@pytest.mark.usefixtures("no_gradients")
 class Snapshots(expecttest.TestCase):
-    @pytest.fixture(autouse=True)
-    def _no_gradients(self) -> Iterator[None]:
-        with torch.no_grad():
-            yield
+    """Graphs of models that run without gradients."""
 
 
 def after(passes: list[Pass], module: nn.Module, dynamic: bool = False) -> str:

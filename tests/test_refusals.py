@@ -6,7 +6,7 @@ Results and effects are those of eager, bit for bit; see ``near_miss.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,17 +32,11 @@ from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 import mxfp4_fx
-from mxfp4_fx import backend
 from mxfp4_fx.errors import MissedRewriteWarning, NoExpertsWarning
 
 X = hidden()
 
-
-@pytest.fixture(autouse=True)
-def no_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backend, "_warned", set())
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class Around(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,11 +15,7 @@ from mxfp4_fx.ops import cpu, schemas
 
 VERIFY = {"verify": True}
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def break_kernel(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
