@@ -13,6 +13,10 @@ class KernelsUnavailableError(Mxfp4Error, RuntimeError):
     """The kernels that were asked for cannot run on this device."""
 
 
+class NativeBuildError(Mxfp4Error, RuntimeError):
+    """The CPU's native kernels cannot be compiled or loaded."""
+
+
 class WeightError(Mxfp4Error, ValueError):
     """An expert weight cannot be turned into MXFP4."""
 
@@ -39,3 +43,7 @@ class MissedRewriteWarning(UserWarning):
 
 class NoExpertsWarning(UserWarning):
     """``backend="mxfp4"`` compiled a graph in which nothing looks like GPT-OSS experts."""
+
+
+class SlowKernelsWarning(UserWarning):
+    """The native kernels cannot be used here; everything works, several times slower."""

@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS, pack, unpack
 
 
 class Layout(ABC):
@@ -58,4 +59,50 @@ class RowMajor(Layout):
         return blocks, scales
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (RowMajor(),)}
+class CpuPanels(Layout):
+    """What the CPU's C++ kernels read; ``ops/cpu/panels.h`` describes it byte by byte.
+
+    Panels of 32 rows, a stream of pairs of blocks each: [P, Q, 1088], scales first. The second
+    tensor holds a flag a panel, 1 if a scale byte is outside ``SCALES``.
+    """
+
+    name = "cpu_panels"
+
+    ROWS, LANES = 32, 16  # of a panel: row 2 r + h is lane r of half h
+    PAIR_SCALES = 2 * ROWS  # bytes that a pair of blocks begins with
+    SCALES = (2, 252)  # the smallest and the largest that makes normal bfloat16 numbers
+
+    def shapes(self, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        panels, pairs = -(-n // self.ROWS), -(-k // (2 * BLOCK))
+        pair_bytes = self.PAIR_SCALES + 2 * self.ROWS * BYTES_PER_BLOCK
+        return (panels, pairs, pair_bytes), (panels,)
+
+    def swizzle(self, blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        n, groups = scales.shape
+        (panels, pairs, _), _ = self.shapes(n, groups * BLOCK)
+        missing = (0, 2 * pairs - groups, 0, panels * self.ROWS - n)
+        codes = unpack(pad(blocks, (0, 0, *missing)))
+        scales = pad(scales, missing, value=E8M0_BIAS)
+        # Element k of a block is element (0 to 3) of a half (0 or 1) of a group of eight, the lanes
+        # of a group lie together, and the halves share a byte. The two bits of the element swap.
+        codes = codes.view(panels, self.LANES, 2, pairs, 2, 4, 2, 2, 2)
+        codes = codes.permute(0, 3, 4, 2, 5, 1, 8, 7, 6).flatten(2)
+        rows = scales.view(panels, self.LANES, 2, pairs, 2)
+        rows = rows.permute(0, 3, 4, 2, 1).flatten(2)
+        outside = (rows < self.SCALES[0]) | (rows > self.SCALES[1])
+        return torch.cat([rows, pack(codes)], dim=-1), outside.flatten(1).any(dim=1).byte()
+
+    def unswizzle(self, blocks: Tensor, scales: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+        (panels, pairs, pair_bytes), _ = self.shapes(n, k)
+        size = [self.PAIR_SCALES, pair_bytes - self.PAIR_SCALES]
+        rows, codes = blocks.split(size, dim=-1)
+        codes = unpack(codes).view(panels, pairs, 2, 2, 4, self.LANES, 2, 2, 2)
+        codes = codes.permute(0, 5, 3, 1, 2, 4, 8, 7, 6)
+        codes = codes.reshape(panels * self.ROWS, 2 * pairs, BLOCK)
+        rows = rows.reshape(panels, pairs, 2, 2, self.LANES).permute(0, 4, 3, 1, 2)
+        rows = rows.reshape(panels * self.ROWS, 2 * pairs)
+        groups = k // BLOCK
+        return pack(codes[:n, :groups]), rows[:n, :groups].contiguous()
+
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (RowMajor(), CpuPanels())}

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
+import os
+import platform
+import warnings
 
 import torch
 
-from mxfp4_fx.errors import KernelsUnavailableError
+from mxfp4_fx import native
+from mxfp4_fx.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Forces an instruction-set path of the CPU's kernels, for tests and benchmarks.
+CPU_PATH_VARIABLE = "MXFP4_FX_CPU"
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
+_AVX512_BF16 = _AVX512 | {"avx512vbmi", "avx512_bf16"}
+# Instruction-set path -> the flags of /proc/cpuinfo that it needs; the best comes first.
+_NEEDS: dict[str, frozenset[str]] = {
+    "amx": _AVX512_BF16 | {"amx_tile", "amx_bf16"},
+    "avx512_bf16": _AVX512_BF16,
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "portable": frozenset(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +48,7 @@ class Target:
 
 
 def choose(device: torch.device, requested: str = "auto") -> Target:
-    """Choose kernels and layout for a device.
+    """Choose kernels and layout for a device. The CPU's kernels are compiled now if need be.
 
     Args:
         device: where the activations live.
@@ -39,9 +60,102 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
     """
     if requested == "reference":
         return Target("reference", "row_major", "plain PyTorch was asked for")
-    if device.type == "cpu":
-        return Target("cpu", "row_major", f"PyTorch on {torch.get_num_threads()} CPU threads")
-    raise KernelsUnavailableError(
-        f"there are no {requested!r} kernels for device {device.type!r} in this version; "
-        "kernels='reference' runs anywhere, slowly"
+    if device.type != "cpu":
+        raise KernelsUnavailableError(
+            f"there are no {requested!r} kernels for device {device.type!r} in this version; "
+            "kernels='reference' runs anywhere, slowly"
+        )
+    threads = f"on {torch.get_num_threads()} CPU threads"
+    if requested == "pytorch":
+        return Target("pytorch", "row_major", f"PyTorch {threads}, as was asked for")
+    try:
+        native.load(cpu_path())
+    except NativeBuildError as error:
+        if requested == "cpu":
+            raise KernelsUnavailableError(
+                f"kernels='cpu' was asked for, and the native kernels cannot be used: {error}"
+            ) from error
+        _warn_slow(str(error))
+        return Target("pytorch", "row_major", f"PyTorch {threads}, for {error}")
+    return Target("cpu", "cpu_panels", f"native {threads}, {cpu_path()}: {_why(cpu_path())}")
+
+
+@functools.cache
+def cpu_path() -> str:
+    """The instruction-set path of the CPU's native kernels, a key of ``native.PATHS``.
+
+    The best that this CPU runs, unless the environment variable ``MXFP4_FX_CPU`` names one.
+
+    Raises:
+        KernelsUnavailableError: the variable names a path that is not there or cannot run here.
+    """
+    forced = os.environ.get(CPU_PATH_VARIABLE)
+    if not forced:
+        return next(path for path in runnable_paths() if path != "avx512_bf16" or _is_amd())
+    if forced not in native.PATHS:
+        raise KernelsUnavailableError(
+            f"{CPU_PATH_VARIABLE}={forced!r} is not one of {', '.join(native.PATHS)}"
+        )
+    needed = "avx512_bf16" if forced == "amx_emulated" else forced
+    if needed not in runnable_paths():
+        missing = sorted(_NEEDS[needed] - _cpu_facts()[1])
+        raise KernelsUnavailableError(
+            f"{CPU_PATH_VARIABLE}={forced!r}, but this CPU lacks {', '.join(missing) or 'it'}; "
+            f"it runs {', '.join(runnable_paths())}"
+        )
+    return forced
+
+
+@functools.cache
+def runnable_paths() -> tuple[str, ...]:
+    """The instruction-set paths that this CPU can run, the best first."""
+    flags = _cpu_facts()[1]
+    paths = [path for path, needed in _NEEDS.items() if needed <= flags]
+    if "amx" in paths and not _amx_is_permitted():
+        paths.remove("amx")
+    return tuple(paths)
+
+
+def _why(path: str) -> str:
+    if os.environ.get(CPU_PATH_VARIABLE):
+        return f"{CPU_PATH_VARIABLE} says so"
+    return {
+        "amx": "the CPU has AMX tiles for bfloat16",
+        "avx512_bf16": "the CPU multiplies bfloat16 at twice the rate of float32 and has no AMX",
+        "avx512": "the CPU has AVX-512 with VNNI and no fast bfloat16",
+        "avx2": "the CPU has AVX2 and no AVX-512 with VNNI",
+    }.get(path, f"no vector instructions of this CPU ({platform.machine()}) are known")
+
+
+@functools.cache
+def _cpu_facts() -> tuple[str, frozenset[str]]:
+    """Vendor and instruction-set flags of an x86 CPU, as Linux tells them."""
+    facts = {}
+    if platform.machine() in ("x86_64", "AMD64"):
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8") as lines:
+                for line in lines:
+                    name, _, value = line.partition(":")
+                    facts.setdefault(name.strip(), value.strip())
+        except OSError:
+            pass
+    return facts.get("vendor_id", ""), frozenset(facts.get("flags", "").split())
+
+
+def _is_amd() -> bool:
+    # Intel's vdpbf16ps has half the rate of its float32 FMAs, AMD's twice.
+    return _cpu_facts()[0] == "AuthenticAMD"
+
+
+def _amx_is_permitted() -> bool:
+    """Whether Linux lets this process use AMX: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)."""
+    return ctypes.CDLL(None, use_errno=True).syscall(158, 0x1023, 18) == 0
+
+
+@functools.cache
+def _warn_slow(reason: str) -> None:
+    warnings.warn(
+        f"the experts run in PyTorch, several times slower than natively: {reason}",
+        SlowKernelsWarning,
+        stacklevel=3,
     )

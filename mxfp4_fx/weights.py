@@ -18,6 +18,7 @@ from torch import Tensor
 from mxfp4_fx.errors import WeightError
 from mxfp4_fx.formats import BLOCK, quantize
 from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.ops import cpu
 
 Parts = tuple[Tensor, Tensor]
 
@@ -102,7 +103,7 @@ STORE = WeightStore()
 
 
 def swizzle_weight(source: Tensor, layout: str, out: Parts | None = None) -> Parts:
-    """Quantize and swizzle a weight, one expert at a time.
+    """Quantize and swizzle a weight, one expert at a time (natively: a few kilobytes at a time).
 
     Args:
         source: [E, K, N] float32, bfloat16 or float16, as transformers holds it.
@@ -119,10 +120,16 @@ def swizzle_weight(source: Tensor, layout: str, out: Parts | None = None) -> Par
         )
     e, k, n = source.shape
     order = LAYOUTS[layout]
+    is_native = layout == "cpu_panels" and source.device.type == "cpu"
     # Neither an inference tensor (it could not be saved for a backward) nor part of a graph.
     with torch.inference_mode(False), torch.no_grad():
         if out is None or out[0].device != source.device:
-            out = order.empty(e, n, k, source.device)
+            out = (
+                cpu.empty(order, e, n, k) if is_native else order.empty(e, n, k, source.device)
+            )
+        if is_native:
+            cpu.quantize(source.detach(), *out)
+            return out
         for expert in range(e):
             swizzled = order.swizzle(*quantize(source.detach()[expert].T))
             for room, part in zip(out, swizzled, strict=True):

@@ -10,6 +10,7 @@ import pytest
 # first. Files of one layer do not import one another. ops/cpu/ holds C++ only.
 LAYERS = [
     ["errors.py"],
+    ["native.py"],
     ["formats.py", "target.py", "options.py"],
     ["layouts.py"],
     ["ops/reference.py", "ops/triton_kernels.py"],

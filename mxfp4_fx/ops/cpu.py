@@ -1,19 +1,28 @@
-"""The CPU's ``matmul_ogs``: experts that were hit, a panel of output rows at a time.
+"""The CPU's native kernels: operands are checked and handed to the C++ under ``ops/cpu/``.
 
-A panel of weights is dequantized into one buffer that stays in the core's cache and multiplied at
-once by the library, so that neither an expert nor a layer ever exists dequantized.
+The library is compiled when it is first needed (``native.py``), for the instruction set that
+``target.cpu_path`` names. It works on torch's own threads, as many as ``torch.get_num_threads()``.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import struct
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mxfp4_fx.formats import dequantize
-from mxfp4_fx.ops.reference import combine, swiglu
+from mxfp4_fx import native, target
+from mxfp4_fx.layouts import LAYOUTS, Layout
+from mxfp4_fx.ops.reference import Routes
 
-# Float32 bytes of a dequantized panel; from 2 to 8 MiB the speed is the same on 2 cores.
-PANEL_BYTES = 4 << 20
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # api.h: mxfp4_dtype
+_INDEX_DTYPES = {torch.int32: 0, torch.int64: 1}  # api.h: mxfp4_index_dtype
+# api.h: struct mxfp4_matmul. Packing bytes costs a tenth of filling a ctypes.Structure.
+_MATMUL = struct.Struct("9P7q4i2f")
 
 
 def matmul_ogs(
@@ -31,30 +40,179 @@ def matmul_ogs(
     limit: float,
     layout: str,
 ) -> Tensor:
-    """See ``ops.reference.matmul_ogs``; only ``layout="row_major"``."""
-    e, n, k = blocks.shape[0], blocks.shape[1], x.shape[1]
-    r = x.shape[0] if gather_index is None else gather_index.shape[0]
-    panel = torch.empty((min(n, max(2, PANEL_BYTES // (4 * k) & ~1)), k), dtype=torch.float32)
-    halved = activation == "swiglu"
-    y = x.new_zeros((r, n // 2 if halved else n), dtype=torch.float32)
-    offsets = expert_offsets.tolist()
-    for expert in range(e):
-        rows = slice(offsets[expert], offsets[expert + 1])
-        if rows.start == rows.stop:
-            continue
-        inputs = (x[rows] if gather_index is None else x[gather_index[rows]]).float()
-        for start in range(0, n, panel.shape[0]):
-            stop = min(start + panel.shape[0], n)
-            weight = panel[: stop - start]
-            part = blocks[expert, start:stop], scales[expert, start:stop]
-            dequantize(*part, weight.dtype, out=weight)
-            out = torch.addmm(bias[expert, start:stop].float(), inputs, weight.T)
-            if halved:
-                y[rows, start // 2 : stop // 2] = swiglu(out, alpha, limit)
-            else:
-                y[rows, start:stop] = out
-    if gammas is not None:
-        y *= gammas[:, None]
-    if scatter_index is not None:
-        y = combine(y, scatter_index, experts_per_token)
-    return y.to(x.dtype)
+    """See ``ops.reference.matmul_ogs``; only ``layout="cpu_panels"``.
+
+    A token's rows are summed in the order of their experts, whatever the number of threads.
+
+    Raises:
+        ValueError: another layout; an index or an offset that points outside its tensor.
+        MemoryError: no memory for the packed activations.
+    """
+    _require_panels(layout)
+    e, n = bias.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rows = x.shape[0] if gather_index is None else gather_index.shape[0]
+    swiglu = activation == "swiglu"
+    columns = n // 2 if swiglu else n
+    y = x.new_empty((rows if scatter_index is None else rows // experts_per_token, columns))
+    if y.numel() == 0:
+        return y
+    # Whatever is converted must stay alive until the call is over.
+    bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
+    blocks, scales = blocks.contiguous(), scales.contiguous()
+    expert_offsets = _int32(expert_offsets)
+    gather_index = None if gather_index is None else _int32(gather_index)
+    scatter_index = None if scatter_index is None else _int32(scatter_index)
+    gammas = None if gammas is None else gammas.to(torch.float32).contiguous()
+    arguments = _MATMUL.pack(
+        x.data_ptr(),
+        blocks.data_ptr(),
+        scales.data_ptr(),
+        bias.data_ptr(),
+        expert_offsets.data_ptr(),
+        0 if gather_index is None else gather_index.data_ptr(),
+        0 if scatter_index is None else scatter_index.data_ptr(),
+        0 if gammas is None else gammas.data_ptr(),
+        y.data_ptr(),
+        x.shape[0],
+        x.stride(0),
+        rows,
+        e,
+        n,
+        x.shape[1],
+        experts_per_token,
+        _DTYPES[x.dtype],
+        _DTYPES[bias.dtype],
+        swiglu,
+        torch.get_num_threads(),
+        alpha,
+        limit,
+    )
+    _check(
+        _library().mxfp4_matmul_ogs(arguments),
+        "matmul_ogs: an entry of gather_index, scatter_index or expert_offsets points outside its "
+        f"tensor: there are {x.shape[0]} rows of x and {rows} routed rows",
+    )
+    return y
+
+
+def routing(logits: Tensor, top_k: int) -> Routes:
+    """See ``ops.reference.routing``; top-k, softmax and sort in one pass."""
+    if logits.dtype not in _DTYPES:
+        logits = logits.float()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tokens, experts = logits.shape
+    routes = _empty_routes(tokens * top_k, experts)
+    _check(
+        _library().mxfp4_routing(
+            _pointer(logits),
+            _DTYPES[logits.dtype],
+            ctypes.c_int64(tokens),
+            ctypes.c_int64(logits.stride(0)),
+            ctypes.c_int64(experts),
+            ctypes.c_int64(top_k),
+            *map(_pointer, routes),
+            torch.get_num_threads(),
+        ),
+        "routing",
+    )
+    return routes
+
+
+def routing_from_routes(
+    indices: Tensor, weights: Tensor, num_experts: int, first_expert: int = 0
+) -> Routes:
+    """See ``ops.reference.routing_from_routes``."""
+    if indices.dtype not in _INDEX_DTYPES:
+        indices = indices.long()
+    if weights.dtype not in _DTYPES:
+        weights = weights.float()
+    indices, weights = indices.contiguous(), weights.contiguous()
+    routes = _empty_routes(indices.numel(), num_experts)
+    _check(
+        _library().mxfp4_routing_routes(
+            _pointer(indices),
+            _INDEX_DTYPES[indices.dtype],
+            _pointer(weights),
+            _DTYPES[weights.dtype],
+            ctypes.c_int64(indices.shape[0]),
+            ctypes.c_int64(indices.shape[1]),
+            ctypes.c_int64(num_experts),
+            ctypes.c_int64(first_expert),
+            *map(_pointer, routes),
+            torch.get_num_threads(),
+        ),
+        "routing.routes",
+    )
+    return routes
+
+
+def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
+    """Round a weight [E, K, N] to MXFP4 and swizzle it into ``blocks`` and ``scales``, in one pass.
+
+    The bytes are those of ``formats.quantize`` and ``CpuPanels.swizzle``. No memory besides the
+    result is needed. float32, bfloat16 or float16; any strides.
+
+    Raises:
+        MemoryError: no memory for a thread's buffers.
+    """
+    e, k, n = source.shape
+    _check(
+        _library().mxfp4_quantize(
+            _pointer(source),
+            _DTYPES[source.dtype],
+            *map(ctypes.c_int64, (e, n, k, source.stride(0), source.stride(2), source.stride(1))),
+            _pointer(blocks),
+            _pointer(scales),
+            torch.get_num_threads(),
+        ),
+        "quantize",
+    )
+
+
+def empty(layout: Layout, e: int, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """``layout.empty`` on huge pages, where the system has them."""
+    blocks, scales = layout.empty(e, n, k, torch.device("cpu"))
+    _library().mxfp4_huge_pages(_pointer(blocks), ctypes.c_int64(blocks.numel()))
+    return blocks, scales
+
+
+def _library() -> ctypes.CDLL:
+    return native.load(target.cpu_path())
+
+
+def _require_panels(layout: str) -> None:
+    if layout != "cpu_panels":
+        raise ValueError(
+            f"mxfp4::matmul_ogs: kernels='cpu' reads layout 'cpu_panels', not {layout!r}; "
+            f"kernels='reference' reads all of {list(LAYOUTS)}"
+        )
+
+
+def _empty_routes(rows: int, experts: int) -> Routes:
+    return (
+        torch.empty(rows, dtype=torch.float32),
+        torch.empty(rows, dtype=torch.int32),
+        torch.empty(rows, dtype=torch.int32),
+        torch.empty(experts + 1, dtype=torch.int32),
+    )
+
+
+def _int32(index: Tensor) -> Tensor:
+    return index.to(torch.int32).contiguous()
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _check(status: Any, what: str) -> None:
+    if status == errno.EINVAL:
+        raise ValueError(f"mxfp4::{what}")
+    if status:
+        raise MemoryError(f"mxfp4::{what}: no memory left for the kernel's buffers")
+
+
+assert sys.byteorder == "little", "cpu_panels is defined for little-endian machines"

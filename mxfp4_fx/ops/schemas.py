@@ -27,10 +27,15 @@ _REFERENCE = {
     "routing": "mxfp4_fx.ops.reference:routing",
     "routing.routes": "mxfp4_fx.ops.reference:routing_from_routes",
 }
-# kernels -> op -> "module:function". The CPU's routing is the library's sort: a few routes a token.
+# kernels -> op -> "module:function".
 KERNELS: dict[str, dict[str, str]] = {
     "reference": _REFERENCE,
-    "cpu": {**_REFERENCE, "matmul_ogs": "mxfp4_fx.ops.cpu:matmul_ogs"},
+    "pytorch": {**_REFERENCE, "matmul_ogs": "mxfp4_fx.ops.pytorch:matmul_ogs"},
+    "cpu": {
+        "matmul_ogs": "mxfp4_fx.ops.cpu:matmul_ogs",
+        "routing": "mxfp4_fx.ops.cpu:routing",
+        "routing.routes": "mxfp4_fx.ops.cpu:routing_from_routes",
+    },
 }
 
 _WEIGHTS = "Tensor gate_up, Tensor gate_up_bias, Tensor down, Tensor down_bias"

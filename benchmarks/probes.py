@@ -1,0 +1,126 @@
+"""Floors: the rate at which this machine reads memory and multiplies, measured beside the rest.
+
+``probes.cpp`` is compiled for this CPU into a temporary directory. torch must be imported before it
+is loaded: the two then share one OpenMP runtime, hence one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch  # noqa: F401  (first, for its OpenMP runtime)
+
+SOURCE = Path(__file__).with_name("probes.cpp")
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+
+# Units that multiply, and the probe of each: the best of them is the machine's matrix peak.
+UNITS = {
+    "f32": "float32 fused multiply-add",
+    "avx512_bf16": "vdpbf16ps (AVX512-BF16)",
+    "amx_bf16": "tdpbf16ps (AMX)",
+}
+# (streams a thread, bytes of prefetch ahead); which is best depends on the machine.
+VARIANTS = tuple((streams, ahead) for streams in (1, 2, 4) for ahead in (0, 1024, 2048))
+KEPT_VARIANTS = 2  # of those, the best are measured again in every round
+CHUNK = 4 << 20  # what probes.cpp reads at a time
+
+
+class ProbesUnavailable(Exception):
+    """The probes could not be built or have no memory; the message says why."""
+
+
+class Probes:
+    """Measures the floors once at each :meth:`measure`.
+
+    Args:
+        threads: the same number as the contenders have.
+        buffer_bytes: how much memory is read; choose several times the last cache.
+        seconds: how long each unit is kept busy.
+    """
+
+    def __init__(self, threads: int, buffer_bytes: int, seconds: float = 0.05) -> None:
+        self.threads, self.seconds = threads, seconds
+        self.bytes = max(buffer_bytes // CHUNK, 1) * CHUNK
+        self._library = _build()
+        self._data = self._library.probe_allocate(self.bytes, threads)
+        if not self._data:
+            raise ProbesUnavailable(f"no {self.bytes / 1e9:.1f} GB of memory to read")
+        self.read_rates: list[float] = []  # bytes a second, one for each measurement
+        self.unit_rates: defaultdict[str, list[float]] = defaultdict(list)  # FLOP a second
+        rates = {variant: max(self._read(variant) for _ in range(3)) for variant in VARIANTS}
+        self.variants = sorted(VARIANTS, key=lambda variant: -rates[variant])[:KEPT_VARIANTS]
+
+    def __enter__(self) -> Probes:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._library.probe_free(self._data)
+        self._data = None
+
+    def measure(self) -> None:
+        """Measure every floor once more."""
+        self.read_rates.append(max(self._read(variant) for variant in self.variants))
+        for unit in UNITS:
+            rate = getattr(self._library, f"probe_{unit}")(self.threads, self.seconds)
+            if rate > 0:
+                self.unit_rates[unit].append(rate)
+
+    def matrix_rates(self) -> list[float]:
+        """FLOP a second of the best unit, one for each measurement."""
+        return [max(rates) for rates in zip(*self.unit_rates.values(), strict=True)]
+
+    def _read(self, variant: tuple[int, int]) -> float:
+        streams, ahead = variant
+        rate: float = self._library.probe_read(self._data, self.bytes, self.threads, streams, ahead)
+        return rate
+
+
+def compiler_version() -> str:
+    """The first line of ``g++ --version``, or that there is none."""
+    try:
+        done = _run([COMPILER, "--version"])
+    except OSError:
+        return f"{COMPILER} not found"
+    return done.stdout.partition("\n")[0] or "unknown"
+
+
+def _build() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as directory:
+        target = Path(directory, "probes.so")
+        try:
+            done = _run([COMPILER, *FLAGS, str(SOURCE), "-o", str(target)])
+        except OSError:
+            raise ProbesUnavailable(f"no C++ compiler: {COMPILER} not found; set CXX") from None
+        if done.returncode:
+            error = next((line for line in done.stderr.splitlines() if "error" in line), "")
+            raise ProbesUnavailable(f"{COMPILER} could not compile {SOURCE.name}: {error}")
+        library = ctypes.CDLL(str(target))  # stays mapped when the file is gone
+    library.probe_allocate.restype = ctypes.c_void_p
+    library.probe_allocate.argtypes = [ctypes.c_int64, ctypes.c_int]
+    library.probe_free.restype = None
+    library.probe_free.argtypes = [ctypes.c_void_p]
+    library.probe_read.restype = ctypes.c_double
+    library.probe_read.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    ]
+    for unit in UNITS:
+        probe = getattr(library, f"probe_{unit}")
+        probe.restype, probe.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_double]
+    return library
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)

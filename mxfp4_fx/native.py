@@ -1,0 +1,399 @@
+"""Compiles the C++ under ``ops/cpu/`` on first use, keeps the result, and loads it.
+
+There is one library for each instruction-set path. It runs on the threads of torch's own OpenMP
+runtime. It includes no header of torch or Python, so that one build serves every version of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from mxfp4_fx.errors import NativeBuildError
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+_AVX512_BF16 = (*_AVX512, "-mavx512vbmi", "-mavx512bf16")
+# Instruction-set path -> the compiler's flags for it; the best comes first. "amx_emulated" computes
+# in software what AMX tiles do, for tests on machines without them.
+PATHS: dict[str, tuple[str, ...]] = {
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    "avx512_bf16": _AVX512_BF16,
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "portable": (),
+    "amx_emulated": _AVX512_BF16,
+}
+
+CXX_VARIABLE = "CXX"
+CACHE_DIR_VARIABLE = "MXFP4_FX_CACHE_DIR"
+CXXFLAGS_VARIABLE = "MXFP4_FX_CXXFLAGS"  # more flags, for development: sanitizers, -g, -Werror
+# As long as these stay the same, what has failed is not tried again.
+_MATTERS = (CXX_VARIABLE, CACHE_DIR_VARIABLE, CXXFLAGS_VARIABLE, "PATH", "HOME", "XDG_CACHE_HOME")
+
+_COMPILE = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
+# api.h makes its functions visible. The rest has the same names in every library and stays inside.
+_SHARED = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
+_COMPILERS = ("g++", "c++", "clang++")
+_SOURCES = Path(__file__).parent / "ops" / "cpu"
+_UNIT = "kernels.cpp"
+_LIBRARY = "kernels.so"  # while it is being built
+_TORCH = str(torch._C.__file__)
+_TIMEOUT = 300.0  # seconds for one run of the compiler, which takes about ten
+_SEAL_BYTES = hashlib.sha256().digest_size
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_loaded: dict[str, ctypes.CDLL] = {}
+_failed: dict[str, tuple[tuple[str | None, ...], str]] = {}  # path -> environment, message
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """All that a library is made from. The file's name has a hash of it."""
+
+    path: str
+    sources: dict[str, bytes]
+    compile: tuple[str, ...]  # commands, run one after the other
+    link: tuple[str, ...]
+    file_name: str
+
+
+class _DlInfo(ctypes.Structure):
+    """Dl_info of <dlfcn.h>."""
+
+    _fields_ = (("file", ctypes.c_char_p), ("not_read", ctypes.c_void_p * 3))
+
+
+def load(path: str) -> ctypes.CDLL:
+    """The kernels for an instruction-set path, a key of ``PATHS``; compiled now if need be.
+
+    Compiling takes seconds and is said on stderr. A loaded library stays for the process's life.
+
+    Raises:
+        NativeBuildError: no compiler, or it fails; no directory can be written; not Linux; torch
+            without OpenMP; the system refuses what the path needs. The same again, without another
+            try, until one of the environment variables that matter changes.
+    """
+    library = _loaded.get(path)
+    if library is not None:
+        return library
+    with _lock:
+        if path in _loaded:
+            return _loaded[path]
+        environment = tuple(map(os.environ.get, _MATTERS))
+        failed_in, message = _failed.get(path, (None, ""))
+        if failed_in == environment:
+            raise NativeBuildError(message)
+        try:
+            library = _find_or_build(_recipe(path))
+            if status := library.mxfp4_init():
+                raise NativeBuildError(
+                    f"the system refuses what the {path} CPU kernels need: {os.strerror(status)}"
+                )
+        except (NativeBuildError, OSError) as error:
+            _failed[path] = environment, str(error)
+            if isinstance(error, NativeBuildError):
+                raise
+            raise NativeBuildError(str(error)) from error
+        _loaded[path] = library
+        return library
+
+
+def is_built(path: str) -> bool:
+    """Whether ``load(path)`` would find a finished library and not compile. Writes nothing."""
+    try:
+        name = _recipe(path).file_name
+        return any(_is_trusted(d) and _is_whole(d / name) for d in _directories())
+    except (NativeBuildError, OSError):
+        return False
+
+
+def _recipe(path: str) -> _Recipe:
+    if sys.platform != "linux":
+        raise NativeBuildError(f"the CPU kernels run on Linux only, and this is {sys.platform}")
+    sources = {
+        file.name: file.read_bytes()
+        for file in sorted(_SOURCES.glob("*"))
+        if file.suffix in (".cpp", ".h") and file.is_file()
+    }
+    if _UNIT not in sources:
+        raise NativeBuildError(f"{_SOURCES / _UNIT} is missing; install mxfp4_fx again")
+    openmp, compiler = _openmp_runtime(), _compiler()
+    more = (*_SHARED, *os.environ.get(CXXFLAGS_VARIABLE, "").split())
+    flags = (*_COMPILE, *PATHS[path], f"-DMXFP4_PATH_{path.upper()}=1", "-fopenmp", *more)
+    compile_ = (*compiler, *flags, "-c", _UNIT, "-o", "kernels.o")
+    # Without -fopenmp, which would add the compiler's own runtime.
+    link = (*compiler, *more, "kernels.o", "-o", _LIBRARY)
+    made_from = (
+        *(path, sources, compile_, link, platform.machine()),
+        # A compiler of the same name may have been replaced.
+        *(os.path.realpath(compiler[0]), _run([*compiler, "--version"])),
+        # Not its place: environments with the same runtime share the library.
+        *(os.path.basename(openmp), hashlib.sha256(Path(openmp).read_bytes()).digest()),
+    )
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:32]
+    return _Recipe(path, sources, compile_, (*link, openmp), f"{path}-{key}.so")
+
+
+def _openmp_runtime() -> str:
+    """The file of the OpenMP runtime whose threads torch runs on.
+
+    Another runtime would bring a second pool of threads, and the two would wait for each other's
+    cores. Several may be loaded, so this is the one in which torch's own calls end.
+    """
+    try:
+        function = ctypes.CDLL(_TORCH, mode=os.RTLD_NOW | os.RTLD_NOLOAD).omp_get_max_threads
+    except (OSError, AttributeError):
+        raise NativeBuildError(
+            f"torch {torch.__version__} has no OpenMP, whose threads the CPU kernels run on; "
+            "install one for which torch.backends.openmp.is_available() is true"
+        ) from None
+    info = _DlInfo()
+    ctypes.CDLL(None).dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info))
+    return os.path.abspath(os.fsdecode(info.file))
+
+
+def _compiler() -> tuple[str, ...]:
+    """The C++ compiler's command, its program as an absolute path."""
+    named = os.environ.get(CXX_VARIABLE, "").strip()
+    # $CXX may be a path with spaces, or a program and its arguments.
+    for command in ([named], named.split()) if named else ([name] for name in _COMPILERS):
+        if program := shutil.which(command[0]):
+            return (os.path.abspath(program), *command[1:])
+    raise NativeBuildError(
+        f"there is no C++ compiler for the CPU kernels: {CXX_VARIABLE}={named!r} names no program"
+        if named
+        else f"there is no C++ compiler for the CPU kernels: none of {', '.join(_COMPILERS)} is "
+        f"installed; install g++ or set {CXX_VARIABLE}"
+    )
+
+
+def _directories() -> list[Path]:
+    """Where libraries are kept: the first that can be written is used."""
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(caches):  # the XDG specification: then it does not count
+        caches = "~/.cache"
+    chosen = os.environ.get(CACHE_DIR_VARIABLE) or os.path.join(caches, "mxfp4_fx")
+    chosen = os.path.expanduser(chosen)
+    if chosen.startswith("~"):  # a user without a home
+        return [_fallback()]
+    return [Path(os.path.abspath(chosen)), _fallback()]
+
+
+def _fallback() -> Path:
+    return Path(tempfile.gettempdir(), f"mxfp4_fx-{os.getuid()}")
+
+
+def _is_trusted(directory: Path) -> bool:
+    """Whether code may be loaded from there: the one for temporary files may be anybody's."""
+    if directory != _fallback():
+        return True
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return mine and not found.st_mode & 0o077
+
+
+def _find_or_build(recipe: _Recipe) -> ctypes.CDLL:
+    directories = _directories()
+    for directory in directories:
+        if _is_trusted(directory) and (library := _open_whole(directory / recipe.file_name)):
+            return library
+    unusable: list[str] = []
+    for directory in directories:
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_trusted(directory):
+                raise OSError("it is not this user's alone")
+            with _locked(directory / f"{recipe.path}.lock"):
+                return _build(recipe, directory, unusable)
+        except OSError as error:
+            unusable.append(f"{directory} cannot be used ({error.strerror or error})")
+    raise NativeBuildError(
+        f"the compiled CPU kernels can be kept nowhere: {'; '.join(unusable)}; "
+        f"set {CACHE_DIR_VARIABLE} to a directory that can be written"
+    )
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Lets one process at a time in. The kernel lets go for a process that is killed."""
+    import fcntl  # which is not on every system
+
+    with open(file, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("another process compiles the CPU kernels; waiting for it ...")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Closing is not enough if the process was forked meanwhile.
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.CDLL:
+    """Compile into `directory`, whose lock is held; other errors than OSError are final."""
+    file = directory / recipe.file_name
+    if library := _open_whole(file):  # whoever held the lock before has built it
+        return library
+    for left in directory.glob(f"{recipe.path}.*.building"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{recipe.path}.", suffix=".building", dir=directory, ignore_cleanup_errors=True
+    ) as folder:
+        # The bytes that the key was made from, even if somebody edits the files.
+        for name, content in recipe.sources.items():
+            Path(folder, name).write_bytes(content)
+        for reason in unusable:
+            _say(f"{reason}, so the CPU kernels are kept in {directory}")
+        with _announced(
+            f"compiling the CPU kernels ({recipe.path}), once for this machine"
+        ) as tick:
+            for command in (recipe.compile, recipe.link):
+                if warnings := _run(command, folder, tick):
+                    _log.debug("%s", warnings)
+        _seal(Path(folder, _LIBRARY))
+        os.replace(Path(folder, _LIBRARY), file)
+    try:
+        return _open(file)
+    except (OSError, AttributeError) as error:
+        file.unlink(missing_ok=True)
+        raise NativeBuildError(
+            f"the {recipe.path} CPU kernels that {recipe.compile[0]} made do not load: {error}; "
+            f"set {CXX_VARIABLE} to a g++ (clang++ cannot use the OpenMP runtime libgomp), or "
+            f"{CACHE_DIR_VARIABLE} if {directory} is mounted noexec"
+        ) from error
+
+
+def _run(
+    command: Sequence[str], folder: str | None = None, tick: Callable[[], None] = lambda: None
+) -> str:
+    """What a run of the compiler prints. `tick` is called about every second."""
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "LC_ALL": "C"},  # English, for _first_errors
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that the compiler's own children can be stopped with it
+        )
+    except OSError as error:
+        raise NativeBuildError(
+            f"{command[0]} cannot be run: {error.strerror}; install g++ or set {CXX_VARIABLE}"
+        ) from error
+    with process:
+        try:
+            output = _communicate(process, tick)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise NativeBuildError(
+            f"{command[0]} cannot compile the CPU kernels:\n{_first_errors(output)}\n"
+            f"install g++ 11 or newer, or set {CXX_VARIABLE} to another compiler"
+        )
+    return output
+
+
+def _communicate(process: subprocess.Popen[bytes], tick: Callable[[], None]) -> str:
+    until = time.monotonic() + _TIMEOUT
+    while True:
+        try:
+            left = until - time.monotonic()
+            return process.communicate(timeout=min(1.0, max(left, 0.0)))[0].decode(errors="replace")
+        except subprocess.TimeoutExpired:
+            tick()
+            if left <= 0:
+                raise NativeBuildError(
+                    f"the C++ compiler was stopped after {_TIMEOUT:.0f} s, too long for the CPU "
+                    f"kernels; set {CXX_VARIABLE} to another compiler"
+                ) from None
+
+
+def _first_errors(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line] or lines[-5:]
+    return "\n".join(f"    {line.strip()[:200]}" for line in errors[:5]) or "    (it says nothing)"
+
+
+def _seal(file: Path) -> None:
+    """Append the hash of a library to it, where the loader does not look."""
+    digest = hashlib.sha256(file.read_bytes()).digest()
+    with open(file, "ab") as end:
+        end.write(digest)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a library is as it was sealed: one that is cut short would crash the loader."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_SEAL_BYTES]).digest() == content[-_SEAL_BYTES:]
+
+
+def _open_whole(file: Path) -> ctypes.CDLL | None:
+    """The library if it is there, whole, and loads; otherwise it has to be built (again)."""
+    try:
+        return _open(file) if _is_whole(file) else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _open(file: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(file))
+    library.mxfp4_init  # noqa: B018  (AttributeError if this is another library)
+    return library
+
+
+@contextlib.contextmanager
+def _announced(text: str) -> Iterator[Callable[[], None]]:
+    """Say that long work begins and how it ended. What it yields shows, on a terminal, the time."""
+    begin = time.monotonic()
+
+    def elapsed() -> str:
+        return f"{time.monotonic() - begin:.0f} s"
+
+    def tick() -> None:
+        if sys.stderr is not None and sys.stderr.isatty():
+            _say(f"... {elapsed()}", end="\r")
+
+    _say(f"{text} ...")
+    try:
+        yield tick
+    except BaseException:
+        _say(f"... failed after {elapsed()}")
+        raise
+    _say(f"... done in {elapsed()}")
+
+
+def _say(text: str, end: str = "\n") -> None:
+    # Nobody may be listening, which is no reason to fail.
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(f"mxfp4_fx: {text}", end=end, file=sys.stderr, flush=True)

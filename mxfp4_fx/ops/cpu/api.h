@@ -1,0 +1,68 @@
+// What Python calls through ctypes (ops/cpu.py). One library is built for each instruction-set path;
+// all have these entry points and read the same layout of weights, `cpu_panels` (panels.h).
+//
+// Shape letters as in ops/reference.py: T tokens, E experts, A experts a token, R = T * A routed rows,
+// K contraction, N output. Functions that can fail return 0 or an errno: EINVAL for an index or an
+// offset that points outside its tensor, ENOMEM.
+#pragma once
+
+#include <cstdint>
+
+enum mxfp4_dtype : int32_t { MXFP4_F32 = 0, MXFP4_BF16 = 1, MXFP4_F16 = 2 };
+enum mxfp4_index_dtype : int32_t { MXFP4_I32 = 0, MXFP4_I64 = 1 };
+
+// Arguments of mxfp4_matmul_ogs; pointers first, then 8-byte, then 4-byte numbers: no padding.
+struct mxfp4_matmul {
+  const void* x;                  // [x_rows, K] of x_dtype, x_stride elements apart
+  const uint8_t* panels;          // [E, P, Q, 1088]
+  const uint8_t* flags;           // [E, P]
+  const void* bias;               // [E, N] of bias_dtype, contiguous
+  const int32_t* expert_offsets;  // [E + 1]
+  const int32_t* gather_index;    // [R] or null: row r reads x[r]
+  const int32_t* scatter_index;   // [R] or null: row r of the result is row r
+  const float* gammas;            // [R] or null
+  void* y;                        // [R or T, N or N / 2] of x_dtype, contiguous; all of it is written
+  int64_t x_rows, x_stride, rows, experts, n, k, experts_per_token;
+  int32_t x_dtype, bias_dtype;
+  int32_t swiglu;                 // 0 or 1
+  int32_t threads;
+  float alpha, limit;
+};
+
+// Only these are visible outside: libraries of several paths may be loaded side by side, and their
+// other names, which are the same, must not be taken for one another.
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Asks the system for what the path's units need (AMX: permission). 0 or an errno. Call it first.
+int mxfp4_init(void);
+
+int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);
+
+// logits [T, E], rows `stride` elements apart -> gammas [R], gather [R], scatter [R], offsets [E + 1].
+int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride, int64_t experts,
+                  int64_t top_k, float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,
+                  int32_t threads);
+
+// The same from routes chosen already: ids [T, A] and weights [T, A], contiguous. Ids outside
+// [first, first + experts) go last and weigh 0.
+int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const void* weights, int32_t dtype,
+                         int64_t tokens, int64_t per_token, int64_t experts, int64_t first,
+                         float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,
+                         int32_t threads);
+
+// Checkpoint order, blocks [E, N, K/32, 16] and scales [E, N, K/32], contiguous -> cpu_panels; back.
+int mxfp4_swizzle(const uint8_t* blocks, const uint8_t* scales, int64_t experts, int64_t n, int64_t k,
+                  uint8_t* panels, uint8_t* flags, int32_t threads);
+int mxfp4_unswizzle(const uint8_t* panels, int64_t experts, int64_t n, int64_t k, uint8_t* blocks,
+                    uint8_t* scales, int32_t threads);
+
+// Values of [E, N, K], any strides (in elements), rounded to MXFP4 as formats.quantize does.
+int mxfp4_quantize(const void* source, int32_t dtype, int64_t experts, int64_t n, int64_t k,
+                   int64_t stride_e, int64_t stride_n, int64_t stride_k, uint8_t* panels,
+                   uint8_t* flags, int32_t threads);
+
+// Asks for huge pages behind [start, start + bytes), which nothing was written to yet. Only a hint.
+void mxfp4_huge_pages(void* start, int64_t bytes);
+}
+#pragma GCC visibility pop

@@ -1,0 +1,209 @@
+// Rows times a panel with bfloat16 products and float32 sums (vdpbf16ps).
+//
+// A product of a bfloat16 activation and an MXFP4 weight is exact. But these units take subnormal
+// numbers for zero and flush what becomes subnormal, so a row with a subnormal activation is left to
+// float32, and what underflows here is off by 2^-126 where float32 is off by 2^-150.
+//
+// One or two tiles decode the weights each for itself, in registers, for the lookups go to other units
+// than the products. More tiles share a buffer of decoded weights, and the next chunk is decoded while
+// the first tile is multiplied.
+#pragma once
+
+#if defined(__AVX512BF16__)
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "f32_tile.h"
+#include "numbers.h"
+#include "panels.h"
+
+namespace mxfp4 {
+
+// Whether the units would take the value for a zero that it is not.
+inline bool is_subnormal_bf16(uint32_t value) {
+  return (value & 0x7f80) == 0 && (value & 0x7f) != 0;
+}
+
+struct Bf16Tile {
+  // Rows of a tile: their sums, a row of the panel and the table fit the registers.
+  static constexpr int ROWS = 12;
+  // Blocks of the buffer: two of these and what they meet stay in the first two caches.
+  static constexpr int64_t CHUNK = 8;
+  // A block of a panel in the buffer: [half][k / 2][lane][k % 2].
+  using Weights = uint16_t[2][BLOCK / 2][LANES][2];
+  struct Scratch {
+    Weights weights[2][CHUNK];
+  };
+
+  static int64_t packed_bytes(int64_t k) { return k * static_cast<int64_t>(sizeof(uint16_t)); }
+
+  // Row `row` of a tile of `rows`: the pair k, k + 1 goes to k * rows + 2 * row. The values are
+  // bfloat16 numbers. Returns whether this kernel can multiply them.
+  static bool pack(const float* values, int64_t k, int64_t row, int64_t rows, char* tile) {
+    uint32_t* target = reinterpret_cast<uint32_t*>(tile) + row;
+    bool subnormal = false;
+    for (int64_t i = 0; i < k / 2; i++) {
+      const uint32_t low = bits_of(values[2 * i]) >> 16, high = bits_of(values[2 * i + 1]) >> 16;
+      subnormal |= is_subnormal_bf16(low) || is_subnormal_bf16(high);
+      target[i * rows] = low | high << 16;
+    }
+    return !subnormal;
+  }
+
+  // sums [tiles][rows][32] += tiles times the panel.
+  static void multiply(const Tiles& x, const uint8_t* panel, const uint8_t*, float* sums,
+                       Scratch& scratch) {
+    multiply_rows(x, panel, sums, scratch);
+  }
+
+ private:
+  static constexpr int64_t PREFETCH = 3072;
+
+  template <int N = ROWS>
+  static void multiply_rows(const Tiles& x, const uint8_t* panel, float* sums, Scratch& scratch) {
+    if constexpr (N > 0) {
+      if (x.rows != N)
+        multiply_rows<N - 1>(x, panel, sums, scratch);
+      else if (x.tiles <= 2)
+        for (int64_t t = 0; t < x.tiles; t++)
+          multiply_direct<N>(tile<N>(x, t, 0), panel, x.blocks, sums + t * N * PANEL_ROWS);
+      else
+        multiply_buffered<N>(x, panel, sums, scratch);
+    }
+  }
+
+  // Tile t from a block on: [k / 2][N] pairs of values.
+  template <int N>
+  static const int32_t* tile(const Tiles& x, int64_t t, int64_t block) {
+    return reinterpret_cast<const int32_t*>(x.packed) + (t * x.blocks + block) * (BLOCK / 2) * N;
+  }
+
+  // The sums of a tile, in registers. Few rows have several sums for each result, for a product
+  // waits for the one before in its sum.
+  template <int N>
+  struct Sums {
+    static constexpr int SETS = N <= 2 ? 4 : N <= 3 ? 2 : 1;
+    __m512 sum[SETS][N][2] = {};
+
+    inline __attribute__((always_inline)) explicit Sums(const float* sums) {
+      for (int n = 0; n < N; n++)
+        for (int h = 0; h < 2; h++) sum[0][n][h] = _mm512_loadu_ps(sums + n * PANEL_ROWS + h * LANES);
+    }
+    inline __attribute__((always_inline)) void store(float* sums) {
+      for (int n = 0; n < N; n++) {
+        for (int h = 0; h < 2; h++) {
+          for (int set = 1; set < SETS; set++)
+            sum[0][n][h] = _mm512_add_ps(sum[0][n][h], sum[set][n][h]);
+          _mm512_storeu_ps(sums + n * PANEL_ROWS + h * LANES, sum[0][n][h]);
+        }
+      }
+    }
+    // Adds the products of N pairs of values with the rows of weights of both halves.
+    inline __attribute__((always_inline)) void add(int set, const int32_t* pairs, __m512i first,
+                                                   __m512i second) {
+#pragma GCC unroll 12
+      for (int n = 0; n < N; n++) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32(pairs[n]);
+        __m512* into = sum[set % SETS][n];
+        into[0] = _mm512_dpbf16_ps(into[0], pair, (__m512bh)first);
+        into[1] = _mm512_dpbf16_ps(into[1], pair, (__m512bh)second);
+      }
+    }
+  };
+
+  // 64 bytes of codes are eight weights of 16 rows: nibble i of each 16-bit word makes a row of the
+  // weights of a pair of neighbours in k, the one of this number.
+  static constexpr int pair_of(int i) { return i / 2 + i % 2 * 2; }
+  static inline __attribute__((always_inline)) __m512i decode(__m512i eight, int i, __m512i down) {
+    // Every code's bfloat16 times 2^125, twice, for the lookup reads five bits. The scale is then a
+    // subtraction from the exponent, which saturates, so that a zero stays one.
+    alignas(64) static constexpr uint16_t TABLE[32] = {
+        0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
+        0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40,
+        0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
+        0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40};
+    const __m512i code = i ? _mm512_srli_epi16(eight, static_cast<unsigned>(4 * i)) : eight;
+    return _mm512_subs_epu16(_mm512_permutexvar_epi16(code, _mm512_load_si512(TABLE)), down);
+  }
+
+  // 252 less the scale bytes of 16 rows, as bfloat16 exponents, for both values of a pair.
+  static inline __attribute__((always_inline)) __m512i exponents_down(const uint8_t* scales) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+    const __m512i down = _mm512_sub_epi32(_mm512_set1_epi32(SCALE_MAX), _mm512_cvtepu8_epi32(bytes));
+    return _mm512_or_si512(_mm512_slli_epi32(down, 7), _mm512_slli_epi32(down, 23));
+  }
+
+  template <int N>
+  static void multiply_direct(const int32_t* x, const uint8_t* panel, int64_t blocks, float* sums) {
+    Sums<N> sum(sums);
+    for (int64_t b = 0; b < blocks; b++, x += BLOCK / 2 * N) {
+      const uint8_t* codes = block_codes(panel, b);
+      const uint8_t* scales = block_scales(panel, b);
+      prefetch_block(panel, b, PREFETCH);
+      const __m512i down[2] = {exponents_down(scales), exponents_down(scales + LANES)};
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; g++) {
+        const __m512i first = _mm512_loadu_si512(codes + g * LINE);
+        const __m512i second = _mm512_loadu_si512(codes + CODE_BYTES / 2 + g * LINE);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+          sum.add(i, x + (4 * g + pair_of(i)) * N, decode(first, i, down[0]),
+                  decode(second, i, down[1]));
+      }
+    }
+    sum.store(sums);
+  }
+
+  template <int N>
+  static void multiply_buffered(const Tiles& x, const uint8_t* panel, float* sums,
+                                Scratch& scratch) {
+    for (int64_t b = 0; b < CHUNK && b < x.blocks; b++)
+      for (int g = 0; g < 8; g++) decode_group(panel, b, g, scratch.weights[0][b]);
+    int buffer = 0;
+    for (int64_t first = 0; first < x.blocks; first += CHUNK, buffer ^= 1) {
+      const int64_t count = x.blocks - first < CHUNK ? x.blocks - first : CHUNK;
+      const Weights* weights = scratch.weights[buffer];
+      multiply_chunk<N>(tile<N>(x, 0, first), weights, count, sums, panel, first + CHUNK, x.blocks,
+                        scratch.weights[buffer ^ 1]);
+      for (int64_t t = 1; t < x.tiles; t++)
+        multiply_chunk<N>(tile<N>(x, t, first), weights, count, sums + t * N * PANEL_ROWS, panel, 0,
+                          0, nullptr);
+    }
+  }
+
+  // Group g of half h is number 4 h + g.
+  static inline __attribute__((always_inline)) void decode_group(const uint8_t* panel, int64_t block,
+                                                                 int group, Weights& out) {
+    const int h = group / 4, g = group % 4;
+    const uint8_t* codes = block_codes(panel, block) + group * LINE;
+    __builtin_prefetch(codes + PREFETCH);
+    const __m512i eight = _mm512_loadu_si512(codes);
+    const __m512i down = exponents_down(block_scales(panel, block) + h * LANES);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+      _mm512_storeu_si512(out[h][4 * g + pair_of(i)], decode(eight, i, down));
+  }
+
+  // A tile with `count` blocks of the buffer; decodes the blocks [next, end) into `ahead` meanwhile.
+  template <int N>
+  static void multiply_chunk(const int32_t* x, const Weights* weights, int64_t count, float* sums,
+                             const uint8_t* panel, int64_t next, int64_t end, Weights* ahead) {
+    Sums<N> sum(sums);
+    for (int64_t b = 0; b < count; b++) {
+      for (int group = 0; group < 8; group++) {
+        if (next + b < end) decode_group(panel, next + b, group, ahead[b]);
+#pragma GCC unroll 2
+        for (int pair = 2 * group; pair < 2 * group + 2; pair++, x += N)
+          sum.add(pair, x, _mm512_loadu_si512(weights[b][0][pair]),
+                  _mm512_loadu_si512(weights[b][1][pair]));
+      }
+    }
+    sum.store(sums);
+  }
+};
+
+}  // namespace mxfp4
+
+#endif

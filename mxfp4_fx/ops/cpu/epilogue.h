@@ -1,0 +1,58 @@
+// What follows the sums of a panel: SwiGLU, gammas, and the way to the result.
+#pragma once
+
+#include <cstdint>
+
+#include "numbers.h"
+#include "panels.h"
+
+namespace mxfp4 {
+
+// e^x within 2 ulp for x >= -87; 2^128 and more is infinite, a NaN stays one.
+inline float exponential(float x) {
+  x = x > 89.f ? 89.f : x;
+  x = x < -87.f ? -87.f : x;
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const float shifted = x * 1.44269504f + 12582912.f;
+  const float n = shifted - 12582912.f;
+  // ln 2 in two parts, of which n times the first is exact (Cody and Waite).
+  float r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  // 2^128 as two factors, for a float32 has no exponent for it.
+  const uint32_t power = bits_of(shifted) - bits_of(12582912.f) + 127;
+  const uint32_t half = (power + 127) >> 1;
+  return p * float_of(half << 23) * float_of((power + 127 - half) << 23);
+}
+
+// The clamped SwiGLU of GPT-OSS. Comparisons are such that a NaN passes.
+inline float swiglu(float gate, float up, float alpha, float limit) {
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up;
+  up = up < -limit ? -limit : up;
+  const float z = gate * alpha;
+  return gate * (1.f / (1.f + exponential(-z))) * (up + 1.f);
+}
+
+// sums [32] by position (16 h + r) -> a row's results by column; returns how many a panel has.
+inline int64_t finish_row(const float* sums, bool gated, float alpha, float limit, float gamma,
+                          float* out) {
+  if (gated) {
+    for (int r = 0; r < LANES; r++)
+      out[r] = swiglu(sums[r], sums[LANES + r], alpha, limit) * gamma;
+    return LANES;
+  }
+  for (int r = 0; r < LANES; r++) {
+    out[2 * r] = sums[r] * gamma;
+    out[2 * r + 1] = sums[LANES + r] * gamma;
+  }
+  return PANEL_ROWS;
+}
+
+}  // namespace mxfp4

@@ -1,0 +1,176 @@
+// Rows times a panel in float32 FMAs: the kernel that every path has. It takes all scale bytes and
+// all activations, and is what the faster kernels leave their exceptions to.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "numbers.h"
+#include "panels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace mxfp4 {
+
+// Vectors of the machine's width, with operators; the compiler contracts a * b + c to an FMA.
+#if defined(__AVX512F__)
+constexpr int VECTOR = 16;
+#elif defined(__AVX2__)
+constexpr int VECTOR = 8;
+#else
+constexpr int VECTOR = 4;
+#endif
+constexpr int PANEL_VECTORS = PANEL_ROWS / VECTOR;
+typedef float Vector __attribute__((vector_size(VECTOR * sizeof(float))));
+
+inline Vector load_vector(const float* values) {
+  Vector vector;
+  std::memcpy(&vector, values, sizeof vector);
+  return vector;
+}
+
+inline void store_vector(float* values, Vector vector) {
+  std::memcpy(values, &vector, sizeof vector);
+}
+
+// 2^(b - 127). Bit 22 alone is 2^-127, which is subnormal, and makes a NaN of an infinity.
+inline uint32_t scale_bits(uint32_t byte) {
+  return byte << 23 | static_cast<uint32_t>(byte == 0 || byte == SCALE_NAN) << 22;
+}
+
+// Weight k of row `position` (16 h + r, see panels.h) is values[k][position].
+using F32Block = float[BLOCK][PANEL_ROWS];
+
+// Codes [512] and scales [32] of a block in a panel -> its weights, exactly.
+inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& values) {
+  alignas(64) float factors[PANEL_ROWS];
+  for (int i = 0; i < PANEL_ROWS; i++) factors[i] = float_of(scale_bits(scales[i]));
+#if defined(__AVX512F__)
+  const __m512 table = _mm512_loadu_ps(E2M1);
+  for (int h = 0; h < 2; h++) {
+    const __m512 factor = _mm512_load_ps(factors + LANES * h);
+    for (int g = 0; g < 4; g++) {
+      const __m512i eight = _mm512_loadu_si512(codes + 256 * h + 64 * g);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) {
+        // The lookup reads the four low bits of a dword.
+        const __m512i code = _mm512_srli_epi32(eight, static_cast<unsigned>(4 * i));
+        const __m512 weight = _mm512_mul_ps(_mm512_permutexvar_ps(code, table), factor);
+        _mm512_storeu_ps(&values[8 * g + KORDER[i / 2] + 4 * (i % 2)][LANES * h], weight);
+      }
+    }
+  }
+#elif defined(__AVX2__)
+  const __m256 table = _mm256_loadu_ps(E2M1);
+  const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000));
+  for (int q = 0; q < 4; q++) {  // eight rows
+    const __m256 factor = _mm256_load_ps(factors + 8 * q);
+    for (int g = 0; g < 4; g++) {
+      const __m256i eight = _mm256_loadu_si256(
+          reinterpret_cast<const __m256i*>(codes + 256 * (q / 2) + 64 * g + 32 * (q % 2)));
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) {
+        // The lookup reads the three low bits of a dword; the fourth is the sign.
+        const __m256 size = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(eight, 4 * i));
+        const __m256i negative = _mm256_and_si256(_mm256_slli_epi32(eight, 28 - 4 * i), sign);
+        const __m256 weight = _mm256_mul_ps(_mm256_xor_ps(size, _mm256_castsi256_ps(negative)), factor);
+        _mm256_storeu_ps(&values[8 * g + KORDER[i / 2] + 4 * (i % 2)][8 * q], weight);
+      }
+    }
+  }
+#else
+  for (int h = 0; h < 2; h++) {
+    for (int g = 0; g < 4; g++) {
+      for (int r = 0; r < LANES; r++) {
+        const float factor = factors[LANES * h + r];
+        for (int j = 0; j < 4; j++) {
+          const uint8_t byte = codes[256 * h + 64 * g + 4 * r + j];
+          values[8 * g + KORDER[j]][LANES * h + r] = E2M1[byte & 15] * factor;
+          values[8 * g + 4 + KORDER[j]][LANES * h + r] = E2M1[byte >> 4] * factor;
+        }
+      }
+    }
+  }
+#endif
+}
+
+struct F32Tile {
+  // Rows that are multiplied at once: their sums and a row of the panel fit the registers.
+#if defined(__AVX512F__)
+  static constexpr int ROWS = 12;
+#elif defined(__AVX2__) || defined(__aarch64__)
+  static constexpr int ROWS = 3;
+#else
+  static constexpr int ROWS = 1;
+#endif
+  // Blocks that are decoded before all tiles are multiplied with them: they stay in the first cache.
+  static constexpr int64_t CHUNK = 4;
+  struct Scratch {
+    F32Block weights[CHUNK];
+  };
+
+  static int64_t packed_bytes(int64_t k) { return k * static_cast<int64_t>(sizeof(float)); }
+
+  // Row `row` of a tile of `rows`: value k goes to k * rows + row. Returns whether this kernel can
+  // multiply it; this one always can.
+  static bool pack(const float* values, int64_t k, int64_t row, int64_t rows, char* tile) {
+    float* target = reinterpret_cast<float*>(tile) + row;
+    for (int64_t i = 0; i < k; i++) target[i * rows] = values[i];
+    return true;
+  }
+
+  // sums [tiles][rows][32] += tiles times the panel.
+  static void multiply(const Tiles& x, const uint8_t* panel, const uint8_t*, float* sums,
+                       Scratch& scratch) {
+    const int64_t tile_bytes = x.rows * packed_bytes(x.blocks * BLOCK);
+    for (int64_t block = 0; block < x.blocks; block += CHUNK) {
+      const int64_t count = CHUNK < x.blocks - block ? CHUNK : x.blocks - block;
+      for (int64_t b = 0; b < count; b++) {
+        prefetch_block(panel, block + b, PREFETCH);
+        decode_f32(block_codes(panel, block + b), block_scales(panel, block + b),
+                   scratch.weights[b]);
+      }
+      for (int64_t t = 0; t < x.tiles; t++) {
+        const float* tile = reinterpret_cast<const float*>(x.packed + t * tile_bytes);
+        float* sum = sums + t * x.rows * PANEL_ROWS;
+        multiply_rows(static_cast<int>(x.rows), tile + block * BLOCK * x.rows, scratch.weights,
+                      count, sum);
+      }
+    }
+  }
+
+  // sums [N][32] += values [blocks * 32][N] times weights.
+  template <int N>
+  static void multiply_chunk(const float* x, const F32Block* weights, int64_t blocks, float* sums) {
+    Vector sum[N][PANEL_VECTORS];
+    for (int n = 0; n < N; n++)
+      for (int v = 0; v < PANEL_VECTORS; v++)
+        sum[n][v] = load_vector(sums + n * PANEL_ROWS + v * VECTOR);
+    const float* weight = &weights[0][0][0];
+    for (int64_t k = 0; k < blocks * BLOCK; k++, x += N, weight += PANEL_ROWS)
+      for (int n = 0; n < N; n++)
+        for (int v = 0; v < PANEL_VECTORS; v++)
+          sum[n][v] = sum[n][v] + x[n] * load_vector(weight + v * VECTOR);
+    for (int n = 0; n < N; n++)
+      for (int v = 0; v < PANEL_VECTORS; v++)
+        store_vector(sums + n * PANEL_ROWS + v * VECTOR, sum[n][v]);
+  }
+
+ private:
+  static constexpr int64_t PREFETCH = 1536;
+
+  template <int N = ROWS>
+  static void multiply_rows(int rows, const float* x, const F32Block* weights, int64_t blocks,
+                            float* sums) {
+    if constexpr (N > 0) {
+      if (rows == N)
+        multiply_chunk<N>(x, weights, blocks, sums);
+      else
+        multiply_rows<N - 1>(rows, x, weights, blocks, sums);
+    }
+  }
+};
+
+}  // namespace mxfp4

@@ -1,0 +1,267 @@
+// mxfp4_matmul_ogs: who multiplies what, and the one parallel region of a call.
+//
+//   pack      all threads: rows are gathered, converted and packed into tiles
+//   multiply  each thread takes ranges of panels. Without a scatter these are ranges of (expert, panel);
+//             with one a thread does its panels for all experts in turn, so that a token's rows are
+//             added in the experts' order whatever the number of threads.
+//
+// An expert's rows are multiplied tile by tile: `Tile` is the path's way to multiply several rows with
+// a panel. One row has a kernel of its own (single_row.h).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "api.h"
+#include "epilogue.h"
+#include "f32_tile.h"
+#include "numbers.h"
+#include "panels.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace mxfp4 {
+
+// Packed rows of one expert that are multiplied with a panel before its next one: they should stay
+// in the second cache.
+constexpr int64_t GROUP_BYTES = 512 << 10;
+
+// One call. `Tile` says how several rows are multiplied.
+template <class Tile>
+class Matmul {
+ public:
+  explicit Matmul(const mxfp4_matmul& arguments) : m(arguments) {
+    panels = panel_count(m.n);
+    blocks = m.k / BLOCK;
+    columns = m.swiglu ? m.n / 2 : m.n;
+    panel_columns = m.swiglu ? LANES : PANEL_ROWS;
+  }
+
+  int run() {
+    if (!is_valid(m)) return EINVAL;
+    const int64_t row_bytes = Tile::packed_bytes(m.k);
+    for (int64_t e = 0; e < m.experts; e++) {
+      const int64_t first = m.expert_offsets[e], rows = m.expert_offsets[e + 1] - first;
+      if (rows) plan.add(e, first, rows, Tile::ROWS, row_bytes, m.k);
+    }
+    group_tiles = std::max<int64_t>(1, GROUP_BYTES / (Tile::ROWS * row_bytes));
+    const int64_t group_rows = std::min(group_tiles * Tile::ROWS, plan.most_rows + Tile::ROWS);
+
+    const int threads = std::max(m.threads, 1);
+    items = m.scatter_index ? panels : panels * static_cast<int64_t>(plan.experts.size());
+    // Long enough that packed rows are used again, short enough that the last thread is not late.
+    most_items = std::max<int64_t>(1, ceil_div(panels, 2 * threads));
+    least_items = std::max<int64_t>(1, panels / (32 * threads));
+    tokens = m.scatter_index ? m.rows / m.experts_per_token : 0;
+
+    sums_bytes = line_up(group_rows * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
+    values_bytes = line_up(m.k * static_cast<int64_t>(sizeof(float)));
+    results_bytes = line_up(tokens * most_items * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
+    scratch_bytes = line_up(sizeof(typename Tile::Scratch)) + sums_bytes + values_bytes +
+                    results_bytes;
+    packed = allocate(plan.packed_bytes);
+    scratch = allocate(threads * scratch_bytes);
+    if (!packed || !scratch) return ENOMEM;
+
+    Cursor cursor(items, threads, least_items, most_items);
+    parallel(threads, [&](int thread, int count) {
+      pack(thread, count);
+      clear_rows_of_nobody(thread, count);
+      barrier(count);
+      multiply(cursor, scratch.get() + thread * scratch_bytes);
+    });
+    return 0;
+  }
+
+ private:
+  // What a thread has to itself.
+  struct Buffers {
+    typename Tile::Scratch& scratch;
+    float* sums;     // [rows of a group][32]
+    float* results;  // [tokens][columns of the range], with a scatter
+  };
+
+  const mxfp4_matmul& m;
+  Plan plan;
+  int64_t panels, blocks, columns, panel_columns;
+  int64_t items, most_items, least_items, group_tiles, tokens;
+  int64_t sums_bytes, values_bytes, results_bytes, scratch_bytes;
+  Memory packed, scratch;
+
+  const void* input_row(int64_t row) const {
+    const int64_t at = m.gather_index ? m.gather_index[row] : row;
+    return element(m.x, m.x_dtype, at * m.x_stride);
+  }
+
+  void pack(int thread, int count) {
+    float* values = reinterpret_cast<float*>(scratch.get() + thread * scratch_bytes);
+    const int64_t first = m.expert_offsets[0], rows = m.expert_offsets[m.experts] - first;
+    const int64_t begin = first + rows * thread / count, end = first + rows * (thread + 1) / count;
+    for (Expert& expert : plan.experts) {
+      const int64_t from = std::max(begin, expert.first_row);
+      const int64_t to = std::min(end, expert.first_row + expert.rows);
+      for (int64_t row = from; row < to; row++) pack_row(expert, row - expert.first_row, values);
+      // The last tile's missing rows are zero; whoever packs the last row writes them.
+      if (expert.single || from >= to || to < expert.first_row + expert.rows) continue;
+      std::memset(values, 0, static_cast<size_t>(m.k) * sizeof(float));
+      for (int64_t row = expert.rows; row < expert.tiles * expert.tile_rows; row++)
+        pack_values(expert, row, values);
+    }
+  }
+
+  void pack_row(Expert& expert, int64_t row, float* values) {
+    to_f32(input_row(expert.first_row + row), m.x_dtype, m.k, values);
+    pack_values(expert, row, values);
+  }
+
+  void pack_values(Expert& expert, int64_t row, const float* values) {
+    char* target = packed.get() + expert.packed;
+    if constexpr (HAS_ROW_KERNEL) {
+      if (expert.single) {
+        RowBlock* limbs = reinterpret_cast<RowBlock*>(target);
+        for (int64_t b = 0; b < blocks; b++) limbs[b] = row_block(values + b * BLOCK);
+        std::memcpy(target + single_values_offset(), values,
+                    static_cast<size_t>(m.k) * sizeof(float));
+        return;
+      }
+    }
+    const int64_t tile = row / expert.tile_rows;
+    const bool able = Tile::pack(values, m.k, row % expert.tile_rows, expert.tile_rows,
+                                 target + tile * expert.tile_rows * Tile::packed_bytes(m.k));
+    if (!able) __atomic_store_n(&expert.exceptional, 1, __ATOMIC_RELAXED);
+  }
+
+  int64_t single_values_offset() const {
+    return line_up(blocks * static_cast<int64_t>(sizeof(RowBlock)));
+  }
+
+  // Rows that no expert here has are zero. With a scatter, every result is written anyway.
+  void clear_rows_of_nobody(int thread, int count) {
+    if (m.scatter_index) return;
+    const int64_t first = m.expert_offsets[0], last = m.expert_offsets[m.experts];
+    for (int64_t row = thread; row < m.rows; row += count) {
+      if (row >= first && row < last) continue;
+      std::memset(element(m.y, m.x_dtype, row * columns), 0,
+                  static_cast<size_t>(columns * dtype_bytes(m.x_dtype)));
+    }
+  }
+
+  void multiply(Cursor& cursor, char* memory) {
+    auto* kernel_scratch = new (memory) typename Tile::Scratch;
+    float* sums = reinterpret_cast<float*>(memory + line_up(sizeof(typename Tile::Scratch)));
+    float* results = reinterpret_cast<float*>(reinterpret_cast<char*>(sums) + sums_bytes +
+                                              values_bytes);
+    const Buffers buffers{*kernel_scratch, sums, results};
+    int64_t begin, end;
+    while (cursor.next(begin, end)) {
+      if (m.scatter_index) {
+        const int64_t width = (end - begin) * panel_columns;
+        std::memset(buffers.results, 0, static_cast<size_t>(tokens * width) * sizeof(float));
+        for (const Expert& expert : plan.experts)
+          multiply_range(expert, begin, end, begin, end, buffers);
+        write_results(begin, end, buffers.results);
+      } else {
+        while (begin < end) {
+          const int64_t first = begin % panels, last = std::min(panels, first + end - begin);
+          multiply_range(plan.experts[static_cast<size_t>(begin / panels)], first, last, 0, 0,
+                         buffers);
+          begin += last - first;
+        }
+      }
+    }
+  }
+
+  // Panels [first, last) of an expert for all its rows.
+  void multiply_range(const Expert& expert, int64_t first, int64_t last, int64_t range_begin,
+                      int64_t range_end, const Buffers& buffers) {
+    for (int64_t tile = 0; tile < expert.tiles; tile += group_tiles) {
+      const int64_t tiles = std::min(group_tiles, expert.tiles - tile);
+      const int64_t row = tile * expert.tile_rows;
+      const int64_t rows = std::min(tiles * expert.tile_rows, expert.rows - row);
+      for (int64_t panel = first; panel < last; panel++) {
+        set_biases(expert, panel, tiles * expert.tile_rows, buffers.sums);
+        const uint8_t* codes = m.panels + (expert.id * panels + panel) * panel_bytes(m.k);
+        if (m.flags[expert.id * panels + panel] || expert.exceptional)
+          multiply_exceptional(expert, row, rows, codes, buffers.sums);
+        else if (expert.single)
+          multiply_single(expert, codes, buffers.sums);
+        else
+          multiply_tiles(expert, tile, tiles, codes,
+                         panel + 1 < last ? codes + panel_bytes(m.k) : nullptr, buffers);
+        for (int64_t r = 0; r < rows; r++)
+          finish(expert.first_row + row + r, panel, buffers.sums + r * PANEL_ROWS, range_begin,
+                 range_end, buffers.results);
+      }
+    }
+  }
+
+  void set_biases(const Expert& expert, int64_t panel, int64_t rows, float* sums) const {
+    alignas(LINE) float bias[PANEL_ROWS] = {};
+    const int64_t first = panel * PANEL_ROWS, count = std::min(PANEL_ROWS, m.n - first);
+    to_f32(element(m.bias, m.bias_dtype, expert.id * m.n + first), m.bias_dtype, count, bias);
+    for (int i = 0; i < PANEL_ROWS; i++) sums[i] = bias[2 * (i % LANES) + i / LANES];
+    for (int64_t row = 1; row < rows; row++)
+      std::memcpy(sums + row * PANEL_ROWS, sums, PANEL_ROWS * sizeof(float));
+  }
+
+  void multiply_single([[maybe_unused]] const Expert& expert, [[maybe_unused]] const uint8_t* codes,
+                       [[maybe_unused]] float* sums) const {
+    if constexpr (HAS_ROW_KERNEL) {
+      const char* source = packed.get() + expert.packed;
+      multiply_row(reinterpret_cast<const RowBlock*>(source),
+                   reinterpret_cast<const float*>(source + single_values_offset()), codes, blocks,
+                   sums);
+    }
+  }
+
+  void multiply_tiles(const Expert& expert, int64_t tile, int64_t tiles, const uint8_t* panel,
+                      const uint8_t* next, const Buffers& buffers) const {
+    const int64_t tile_bytes = expert.tile_rows * Tile::packed_bytes(m.k);
+    const char* source = packed.get() + expert.packed + tile * tile_bytes;
+    Tile::multiply(Tiles{source, tiles, expert.tile_rows, blocks}, panel, next, buffers.sums,
+                   buffers.scratch);
+  }
+
+  // Any weights and activations, block by block in float32; slow.
+  void multiply_exceptional(const Expert& expert, int64_t row, int64_t rows, const uint8_t* panel,
+                            float* sums) const {
+    alignas(LINE) F32Block weights;
+    alignas(LINE) float values[BLOCK];
+    for (int64_t b = 0; b < blocks; b++) {
+      decode_f32(block_codes(panel, b), block_scales(panel, b), weights);
+      for (int64_t r = 0; r < rows; r++) {
+        const char* input = static_cast<const char*>(input_row(expert.first_row + row + r));
+        to_f32(input + b * BLOCK * dtype_bytes(m.x_dtype), m.x_dtype, BLOCK, values);
+        F32Tile::multiply_chunk<1>(values, &weights, 1, sums + r * PANEL_ROWS);
+      }
+    }
+  }
+
+  void finish(int64_t row, int64_t panel, const float* sums, int64_t range_begin, int64_t range_end,
+              float* results) const {
+    alignas(LINE) float out[PANEL_ROWS];
+    const float gamma = m.gammas ? m.gammas[row] : 1.f;
+    finish_row(sums, m.swiglu, m.alpha, m.limit, gamma, out);
+    const int64_t first = panel * panel_columns, count = std::min(panel_columns, columns - first);
+    if (m.scatter_index) {
+      const int64_t token = m.scatter_index[row] / m.experts_per_token;
+      const int64_t width = (range_end - range_begin) * panel_columns;
+      float* result = results + token * width + (panel - range_begin) * panel_columns;
+      for (int64_t i = 0; i < panel_columns; i++) result[i] += out[i];
+    } else {
+      from_f32(out, m.x_dtype, count, element(m.y, m.x_dtype, row * columns + first));
+    }
+  }
+
+  void write_results(int64_t begin, int64_t end, const float* results) const {
+    const int64_t width = (end - begin) * panel_columns, first = begin * panel_columns;
+    const int64_t count = std::min(width, columns - first);
+    for (int64_t token = 0; token < tokens; token++)
+      from_f32(results + token * width, m.x_dtype, count,
+               element(m.y, m.x_dtype, token * columns + first));
+  }
+};
+
+}  // namespace mxfp4

@@ -1,0 +1,117 @@
+// MXFP4's values; conversions between float32 and the 16-bit dtypes, one value and many at a time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "api.h"
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace mxfp4 {
+
+// What the codes mean: OCP Microscaling v1.0, table 5; see formats.py.
+constexpr float E2M1[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+                            -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float bf16_to_f32(uint16_t value) { return float_of(static_cast<uint32_t>(value) << 16); }
+
+// To nearest, ties to even; a NaN stays one.
+inline uint16_t f32_to_bf16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+inline float f16_to_f32(uint16_t value) {
+  const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
+  const uint32_t magnitude = value & 0x7fff;
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  if (magnitude >= 0x400) return float_of(sign | ((magnitude + 0x1c000) << 13));
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  return float_of(sign | bits_of(subnormal));
+}
+
+inline uint16_t f32_to_f16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and more
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 rounds at 2^-24, float32's ulp there
+    const uint32_t rounded = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    return static_cast<uint16_t>(sign | rounded);
+  }
+  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
+}
+
+inline int64_t dtype_bytes(int32_t dtype) { return dtype == MXFP4_F32 ? 4 : 2; }
+
+inline const void* element(const void* values, int32_t dtype, int64_t index) {
+  return static_cast<const char*>(values) + index * dtype_bytes(dtype);
+}
+
+inline void* element(void* values, int32_t dtype, int64_t index) {
+  return static_cast<char*>(values) + index * dtype_bytes(dtype);
+}
+
+// `count` neighbours of any dtype as float32; any alignment.
+inline void to_f32(const void* values, int32_t dtype, int64_t count, float* out) {
+  if (dtype == MXFP4_F32) {
+    std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  const char* source = static_cast<const char*>(values);
+  int64_t i = 0;
+#ifdef __F16C__
+  if (dtype == MXFP4_F16) {
+    for (; i + 8 <= count; i += 8) {
+      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 2 * i));
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+    }
+  }
+#endif
+  for (; i < count; i++) {
+    uint16_t value;
+    std::memcpy(&value, source + 2 * i, sizeof value);
+    out[i] = dtype == MXFP4_BF16 ? bf16_to_f32(value) : f16_to_f32(value);
+  }
+}
+
+// The inverse, rounded to nearest.
+inline void from_f32(const float* values, int32_t dtype, int64_t count, void* out) {
+  if (dtype == MXFP4_F32) {
+    std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  char* target = static_cast<char*>(out);
+  int64_t i = 0;
+#ifdef __F16C__
+  if (dtype == MXFP4_F16) {
+    for (; i + 8 <= count; i += 8) {
+      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + 2 * i), half);
+    }
+  }
+#endif
+  for (; i < count; i++) {
+    const uint16_t value = dtype == MXFP4_BF16 ? f32_to_bf16(values[i]) : f32_to_f16(values[i]);
+    std::memcpy(target + 2 * i, &value, sizeof value);
+  }
+}
+
+}  // namespace mxfp4

@@ -1,0 +1,84 @@
+// What is to be multiplied: the experts that have rows, how their rows are cut into tiles, and where
+// these lie packed.
+#pragma once
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "api.h"
+#include "single_row.h"
+#include "panels.h"
+
+namespace mxfp4 {
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+inline int64_t line_up(int64_t bytes) { return ceil_div(bytes, LINE) * LINE; }
+
+// Null if there is none left.
+inline Memory allocate(int64_t bytes) {
+  const auto size = static_cast<size_t>(std::max(line_up(bytes), LINE));
+  return Memory(static_cast<char*>(std::aligned_alloc(LINE, size)));
+}
+
+// An expert that has rows.
+struct Expert {
+  int64_t id;
+  int64_t first_row, rows;  // among the rows sorted by expert
+  int64_t tile_rows, tiles;  // all tiles have this height; the last may hold fewer rows
+  int64_t packed;            // offset in bytes of the first tile; tiles follow one another
+  bool single;               // one row, multiplied by single_row.h
+  int exceptional;           // a row that only float32 can multiply
+};
+
+inline int64_t packed_row_bytes(int64_t k) {
+  return line_up(k / BLOCK * static_cast<int64_t>(sizeof(RowBlock))) +
+         k * static_cast<int64_t>(sizeof(float));
+}
+
+struct Plan {
+  std::vector<Expert> experts;
+  int64_t packed_bytes = 0;
+  int64_t most_rows = 0;  // of one expert
+
+  // Cuts an expert's rows into the fewest tiles of at most `most` rows, and these equally high.
+  void add(int64_t id, int64_t first_row, int64_t rows, int64_t most, int64_t row_bytes, int64_t k) {
+    Expert expert{};
+    expert.id = id;
+    expert.first_row = first_row;
+    expert.rows = rows;
+    expert.single = HAS_ROW_KERNEL && rows == 1;
+    expert.tiles = ceil_div(rows, most);
+    expert.tile_rows = ceil_div(rows, expert.tiles);
+    expert.packed = packed_bytes;
+    packed_bytes += expert.single ? line_up(packed_row_bytes(k))
+                                  : line_up(expert.tiles * expert.tile_rows * row_bytes);
+    most_rows = std::max(most_rows, rows);
+    experts.push_back(expert);
+  }
+};
+
+// Whether every index points into its tensor.
+inline bool is_valid(const mxfp4_matmul& m) {
+  const int64_t outputs = m.scatter_index ? m.rows : 0;
+  int64_t previous = 0;
+  for (int64_t e = 0; e <= m.experts; e++) {
+    const int64_t offset = m.expert_offsets[e];
+    if (offset < previous || offset > m.rows) return false;
+    previous = offset;
+  }
+  for (int64_t r = m.expert_offsets[0]; r < m.expert_offsets[m.experts]; r++) {
+    if (m.gather_index && (m.gather_index[r] < 0 || m.gather_index[r] >= m.x_rows)) return false;
+    if (m.scatter_index && (m.scatter_index[r] < 0 || m.scatter_index[r] >= outputs)) return false;
+  }
+  return m.gather_index || m.x_rows >= m.rows;
+}
+
+}  // namespace mxfp4

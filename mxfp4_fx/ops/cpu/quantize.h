@@ -1,0 +1,259 @@
+// mxfp4_quantize: values of any strides -> `cpu_panels`, bit for bit what formats.quantize gives.
+//
+// All of it is done on 16-bit integers, the 32 rows of a panel being the lanes. A value becomes the
+// upper half of its float32, the last bit set if anything was cut off: a later rounding to the two
+// significant bits of E2M1 still sees on which side of a midpoint the value was. bfloat16 is that
+// already.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "api.h"
+#include "numbers.h"
+#include "panels.h"
+#include "parallel.h"
+#include "swizzle.h"
+
+namespace mxfp4 {
+
+// Panels whose blocks are read together. Where rows are neighbours in memory (the [E, K, N]
+// parameter of a model), that makes pieces of it of 256 bytes and more.
+constexpr int64_t GROUP_PANELS = 4;
+
+// The values of a block in a panel.
+using BlockValues = uint16_t[BLOCK][PANEL_ROWS];
+
+// Fields of the upper half of a float32.
+constexpr int FRACTION_BITS = 7, EXPONENT_BIAS = 127;
+constexpr int SIGN = 0x8000, MAGNITUDE = 0x7fff, INFINITE = 0x7f80;
+
+inline uint16_t upper_half(float value) {
+  const uint32_t bits = bits_of(value);
+  return static_cast<uint16_t>(bits >> 16 | static_cast<uint32_t>((bits & 0xffff) != 0));
+}
+
+// The scale byte of a block: the smallest b for which 6 * 2^(b - 127) is not below the block's
+// largest magnitude. That is its exponent less 2, plus 1 if the fraction is over a half.
+inline int scale_of(int largest) {
+  const int half = 1 << (FRACTION_BITS - 1);
+  return std::max(((largest + half - 1) >> FRACTION_BITS) - 2, 0);
+}
+
+// Only below this scale do some subnormal values not become zeros. Such blocks are multiplied by
+// 2^UP before they are encoded, so that all of their values are normal.
+constexpr int LEAST_NORMAL_SCALE = 3, UP = 64;
+
+inline uint16_t moved_up(uint16_t value) {
+  const int magnitude = value & MAGNITUDE;
+  const int normal = magnitude + (UP << FRACTION_BITS);
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-69f;  // of 2^-133 each, times 2^UP
+  const int moved = magnitude < 1 << FRACTION_BITS ? bits_of(subnormal) >> 16 : normal;
+  return static_cast<uint16_t>((value & SIGN) | moved);
+}
+
+// The E2M1 code of a normal value or zero. `down` is what divides it by the scale: a difference of
+// exponents, where they stand. All steps keep to 16 bits, or the compiler would widen them.
+inline int code_of(uint16_t value, int16_t down) {
+  const auto scaled = static_cast<int16_t>((value & MAGNITUDE) - down);  // 6 at most
+  // From 1 on, E2M1 is the exponent and one bit of the fraction: to nearest, to even at midpoints.
+  const int shift = FRACTION_BITS - 1, odd = scaled >> shift & 1;
+  const auto rounded = static_cast<int16_t>(scaled + (1 << (shift - 1)) - 1 + odd);
+  const int large = (rounded >> shift) - 2 * (EXPONENT_BIAS - 1);
+  // Below 1 it is a multiple of 1/2.
+  const int small = (scaled > 0x3e80) + (scaled >= 0x3f40);  // above 1/4, from 3/4 on
+  return std::max(large, small) | (value & SIGN) >> 12;
+}
+
+// The values of a block -> its scale bytes [32] and codes [512]; returns whether a scale is
+// outside.
+inline bool encode_block(BlockValues& values, uint8_t* scales, uint8_t* codes) {
+  uint16_t largest[PANEL_ROWS] = {};
+  for (int k = 0; k < BLOCK; k++)
+    for (int row = 0; row < PANEL_ROWS; row++)
+      largest[row] = std::max<uint16_t>(largest[row], values[k][row] & MAGNITUDE);
+
+  // Per row: the scale, as code_of and the panel have it, and what keeps the codes (all bits) or
+  // makes zeros of them. Everything has 16 bits, for the loop to become one of vectors.
+  int16_t down[PANEL_ROWS];
+  uint16_t keep[PANEL_ROWS], bytes[PANEL_ROWS];
+  uint16_t outside = 0, small = 0;
+  for (int row = 0; row < PANEL_ROWS; row++) {
+    const int top = std::min<int>(largest[row], INFINITE);
+    const int scale = top == 0 ? EXPONENT_BIAS : scale_of(top);
+    const int byte = top == INFINITE ? SCALE_NAN : scale;
+    down[row] = static_cast<int16_t>((scale - EXPONENT_BIAS) * (1 << FRACTION_BITS));
+    keep[row] = top == INFINITE ? 0 : 0xffff;
+    bytes[row] = static_cast<uint16_t>(byte);
+    outside = static_cast<uint16_t>(outside | (byte < SCALE_MIN) | (byte > SCALE_MAX));
+    small = static_cast<uint16_t>(small | (scale < LEAST_NORMAL_SCALE));
+  }
+  for (int lane = 0; lane < LANES; lane++) {
+    scales[lane] = static_cast<uint8_t>(bytes[2 * lane]);
+    scales[LANES + lane] = static_cast<uint8_t>(bytes[2 * lane + 1]);
+  }
+  if (small) {
+    for (int row = 0; row < PANEL_ROWS; row++) {
+      if (bytes[row] >= LEAST_NORMAL_SCALE) continue;
+      for (int k = 0; k < BLOCK; k++) values[k][row] = moved_up(values[k][row]);
+      down[row] = static_cast<int16_t>(down[row] + (UP << FRACTION_BITS));
+    }
+  }
+
+  for (int group = 0; group < 4; group++) {
+    // A row's eight codes in the order of panels.h, as the halves of a dword.
+    alignas(64) uint16_t low[PANEL_ROWS], high[PANEL_ROWS];
+    const auto* eight = values + 8 * group;
+    for (int row = 0; row < PANEL_ROWS; row++) {
+      const auto code = [&](int k) { return code_of(eight[k][row], down[row]); };
+      const int a = code(0) | code(4) << 4 | code(2) << 8 | code(6) << 12;
+      const int b = code(1) | code(5) << 4 | code(3) << 8 | code(7) << 12;
+      low[row] = static_cast<uint16_t>(a & keep[row]);
+      high[row] = static_cast<uint16_t>(b & keep[row]);
+    }
+    // Rows 2 r and 2 r + 1 are neighbours, but belong to halves 0 and 1.
+    uint32_t halves[2][LANES];
+    for (int lane = 0; lane < LANES; lane++) {
+      uint32_t lows, highs;
+      std::memcpy(&lows, low + 2 * lane, sizeof lows);
+      std::memcpy(&highs, high + 2 * lane, sizeof highs);
+      halves[0][lane] = (lows & 0xffff) | highs << 16;
+      halves[1][lane] = lows >> 16 | (highs & 0xffff0000);
+    }
+    for (int half = 0; half < 2; half++)
+      std::memcpy(codes + half * CODE_BYTES / 2 + group * 64, halves[half], sizeof halves[half]);
+  }
+  return outside;
+}
+
+// One expert's values, and how they are read.
+struct Source {
+  const void* values;
+  int32_t dtype;
+  int64_t k, stride_n, stride_k;
+
+  // The block from column `first` on of the panels with rows `row` to `row + rows - 1`. What the
+  // last panel has beyond these is zero.
+  void read(int64_t row, int64_t rows, int64_t first, BlockValues* blocks) const {
+    if (rows % PANEL_ROWS) std::memset(blocks[rows / PANEL_ROWS], 0, sizeof *blocks);
+    if (stride_n == 1)
+      read_lines(row, rows, first, blocks);
+    else
+      for (int64_t r = 0; r < rows; r += PANEL_ROWS)
+        read_rows(row + r, std::min(PANEL_ROWS, rows - r), first, blocks[r / PANEL_ROWS]);
+  }
+
+ private:
+  const void* at(int64_t row, int64_t column) const {
+    return element(values, dtype, row * stride_n + column * stride_k);
+  }
+
+  // Neighbours in memory.
+  inline __attribute__((always_inline)) void convert(const void* source, int64_t count,
+                                                     uint16_t* out) const {
+    if (dtype == MXFP4_BF16) {
+      std::memcpy(out, source, static_cast<size_t>(count) * sizeof *out);
+    } else if (dtype == MXFP4_F32) {
+      const auto* floats = static_cast<const float*>(source);
+      for (int64_t i = 0; i < count; i++) out[i] = upper_half(floats[i]);
+    } else {
+      float floats[PANEL_ROWS];
+      to_f32(source, dtype, count, floats);
+      for (int64_t i = 0; i < count; i++) out[i] = upper_half(floats[i]);
+    }
+  }
+
+  // Asks for values of the next block, which lie in as many pages as it has columns or rows: too
+  // many for the hardware to foresee. They go to the second cache, for the first has no room.
+  // Always inlined, as GCC drops calls of a function that does nothing else.
+  inline __attribute__((always_inline)) void prefetch(int64_t row, int64_t column,
+                                                      int64_t count) const {
+    if (column >= k) return;
+    const char* line = static_cast<const char*>(at(row, column));
+    for (int64_t i = 0; i < count * dtype_bytes(dtype); i += 64) __builtin_prefetch(line + i, 0, 2);
+  }
+
+  // Where rows are neighbours. All is asked for at once, which is faster than line by line.
+  void read_lines(int64_t row, int64_t rows, int64_t first, BlockValues* blocks) const {
+    for (int64_t i = 0; i < BLOCK; i++) prefetch(row, first + BLOCK + i, rows);
+    for (int64_t i = 0; i < BLOCK; i++) {
+      for (int64_t r = 0; r < rows; r += PANEL_ROWS) {
+        const void* line = at(row + r, first + i);
+        uint16_t* out = blocks[r / PANEL_ROWS][i];
+        if (rows - r >= PANEL_ROWS)
+          convert(line, PANEL_ROWS, out);  // a constant number: no loop
+        else
+          convert(line, rows - r, out);
+      }
+    }
+  }
+
+  void read_rows(int64_t row, int64_t rows, int64_t first, BlockValues& block) const {
+    BlockValues by_row;  // here [row][column]
+    for (int64_t r = 0; r < rows; r++) {
+      if (stride_k == 1) {
+        prefetch(row + r, first + BLOCK, BLOCK);
+        convert(at(row + r, first), BLOCK, by_row[r]);
+      } else {
+        for (int64_t i = 0; i < BLOCK; i++) convert(at(row + r, first + i), 1, by_row[r] + i);
+      }
+    }
+    // Two rows at a time (little-endian); one that is not there was not written.
+    if (rows % 2) std::memset(by_row[rows], 0, sizeof by_row[rows]);
+    for (int64_t r = 0; r < rows; r += 2) {
+      for (int64_t i = 0; i < BLOCK; i++) {
+        const uint32_t two = by_row[r][i] | static_cast<uint32_t>(by_row[r + 1][i]) << 16;
+        std::memcpy(&block[i][r], &two, sizeof two);
+      }
+    }
+  }
+};
+
+// The panels with rows `row` to `row + rows - 1`, GROUP_PANELS at most.
+inline void quantize_panels(const Source& source, int64_t row, int64_t rows, uint8_t* target,
+                            uint8_t* flags) {
+  alignas(64) BlockValues values[GROUP_PANELS];
+  const int64_t panels = panel_count(rows), stride = panel_bytes(source.k);
+  const int64_t blocks = source.k / BLOCK;
+  std::memset(flags, 0, static_cast<size_t>(panels));
+  for (int64_t block = 0; block < blocks; block++) {
+    source.read(row, rows, block * BLOCK, values);
+    for (int64_t panel = 0; panel < panels; panel++) {
+      uint8_t* pair = target + panel * stride + block / 2 * PAIR_BYTES;
+      const int64_t second = block % 2;
+      flags[panel] |= encode_block(values[panel], pair + second * PANEL_ROWS,
+                                   pair + SCALE_BYTES + second * CODE_BYTES);
+    }
+  }
+  if (blocks % 2) {
+    for (int64_t panel = 0; panel < panels; panel++) {
+      uint8_t* pair = target + (panel + 1) * stride - PAIR_BYTES;
+      pad_block(pair + PANEL_ROWS, pair + SCALE_BYTES + CODE_BYTES);
+    }
+  }
+}
+
+}  // namespace mxfp4
+
+extern "C" int mxfp4_quantize(const void* source, int32_t dtype, int64_t experts, int64_t n,
+                              int64_t k, int64_t stride_e, int64_t stride_n, int64_t stride_k,
+                              uint8_t* panels, uint8_t* flags, int32_t threads) {
+  using namespace mxfp4;
+  const int64_t count = panel_count(n), groups = ceil_div(count, GROUP_PANELS);
+  Cursor cursor(experts * groups, threads);
+  parallel(threads, [&](int, int) {
+    int64_t begin, end;
+    while (cursor.next(begin, end)) {
+      for (int64_t group = begin; group < end; group++) {
+        const int64_t expert = group / groups, panel = group % groups * GROUP_PANELS;
+        const int64_t row = panel * PANEL_ROWS, at = expert * count + panel;
+        const void* values = element(source, dtype, expert * stride_e);
+        quantize_panels({values, dtype, k, stride_n, stride_k}, row,
+                        std::min(GROUP_PANELS * PANEL_ROWS, n - row), panels + at * panel_bytes(k),
+                        flags + at);
+      }
+    }
+  });
+  return 0;
+}

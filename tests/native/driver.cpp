@@ -1,0 +1,251 @@
+// Runs the kernels of ops/cpu over many small problems and holds them against plain loops in double.
+// tests/test_sanitizers.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer: every buffer
+// here has exactly the size that its tensor has, so that a byte too far is an error.
+#include "kernels.cpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+#include <vector>
+
+namespace {
+
+std::mt19937_64 generator(1);
+
+int64_t random_int(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+// Values of a dtype, with what they mean in double.
+struct Values {
+  int32_t dtype;
+  std::vector<char> bytes;
+  std::vector<double> numbers;
+
+  Values(int32_t dtype, int64_t count, double size)
+      : dtype(dtype), bytes(static_cast<size_t>(count * mxfp4::dtype_bytes(dtype))) {
+    std::normal_distribution<float> normal(0.f, static_cast<float>(size));
+    for (int64_t i = 0; i < count; i++) {
+      float value = normal(generator);
+      mxfp4::from_f32(&value, dtype, 1, mxfp4::element(bytes.data(), dtype, i));
+      mxfp4::to_f32(mxfp4::element(bytes.data(), dtype, i), dtype, 1, &value);
+      numbers.push_back(value);
+    }
+  }
+};
+
+// MXFP4 weights [E, N, K] in checkpoint order, in the layout of the kernels, and in double.
+struct Weights {
+  std::vector<uint8_t> blocks, scales, panels, flags;
+  std::vector<double> numbers;
+
+  Weights(int64_t experts, int64_t n, int64_t k, bool all_scales)
+      : blocks(static_cast<size_t>(experts * n * k / 2)),
+        scales(static_cast<size_t>(experts * n * k / 32)),
+        panels(static_cast<size_t>(experts * mxfp4::panel_count(n) * mxfp4::panel_bytes(k))),
+        flags(static_cast<size_t>(experts * mxfp4::panel_count(n))) {
+    for (auto& byte : blocks) byte = static_cast<uint8_t>(random_int(0, 255));
+    for (auto& byte : scales)
+      byte = static_cast<uint8_t>(all_scales ? random_int(0, 255) : random_int(119, 124));
+    for (size_t i = 0; i < 2 * blocks.size(); i++) {
+      const int code = i % 2 ? blocks[i / 2] >> 4 : blocks[i / 2] & 15;
+      const uint8_t scale = scales[i / 32];
+      numbers.push_back(scale == 255 ? NAN
+                                     : static_cast<double>(mxfp4::E2M1[code]) *
+                                           std::ldexp(1., scale - 127));
+    }
+    const int threads = static_cast<int>(random_int(1, 3));
+    require(mxfp4_swizzle(blocks.data(), scales.data(), experts, n, k, panels.data(), flags.data(),
+                          threads) == 0,
+            "swizzle");
+    std::vector<uint8_t> back(blocks.size()), back_scales(scales.size());
+    require(mxfp4_unswizzle(panels.data(), experts, n, k, back.data(), back_scales.data(),
+                            threads) == 0,
+            "unswizzle");
+    require(back == blocks && back_scales == scales, "unswizzle undoes swizzle");
+  }
+};
+
+// Routes of [T, A] by plain loops.
+struct Routes {
+  std::vector<float> gammas;
+  std::vector<int32_t> gather, scatter, offsets;
+
+  Routes(int64_t rows, int64_t experts)
+      : gammas(static_cast<size_t>(rows)), gather(gammas.size()), scatter(gammas.size()),
+        offsets(static_cast<size_t>(experts + 1)) {}
+};
+
+Routes random_routes(int64_t tokens, int64_t experts, int64_t per_token) {
+  Routes routes(tokens * per_token, experts);
+  const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
+  const int threads = static_cast<int>(random_int(1, 3));
+  if (random_int(0, 1)) {
+    const int64_t stride = experts + random_int(0, 3);
+    const Values logits(dtype, std::max<int64_t>(0, (tokens - 1) * stride + experts), 1.);
+    require(mxfp4_routing(logits.bytes.data(), dtype, tokens, stride, experts, per_token,
+                          routes.gammas.data(), routes.gather.data(), routes.scatter.data(),
+                          routes.offsets.data(), threads) == 0,
+            "routing");
+    require(routes.offsets.back() == tokens * per_token, "every row has an expert");
+  } else {
+    std::vector<int64_t> ids(static_cast<size_t>(tokens * per_token));
+    for (auto& id : ids) id = random_int(-1, experts);  // some are somebody else's
+    const Values weights(dtype, tokens * per_token, 1.);
+    require(mxfp4_routing_routes(ids.data(), MXFP4_I64, weights.bytes.data(), dtype, tokens,
+                                 per_token, experts, 0, routes.gammas.data(),
+                                 routes.gather.data(), routes.scatter.data(),
+                                 routes.offsets.data(), threads) == 0,
+            "routing of given routes");
+  }
+  std::vector<int32_t> sorted = routes.scatter;
+  std::sort(sorted.begin(), sorted.end());
+  for (size_t i = 0; i < sorted.size(); i++)
+    require(sorted[i] == static_cast<int32_t>(i), "the slots are a permutation");
+  return routes;
+}
+
+void check_matmul() {
+  const int64_t experts = random_int(1, 5), per_token = random_int(1, experts);
+  const int64_t tokens = random_int(0, 3) ? random_int(0, 9) : random_int(30, 90);
+  const int64_t n = random_int(0, 1) ? random_int(1, 40) * 2 : random_int(1, 80);
+  const int64_t k = 32 * random_int(1, 7);
+  const bool gather = random_int(0, 1), scatter = random_int(0, 1), gammas = random_int(0, 1);
+  const bool swiglu = n % 2 == 0 && random_int(0, 1), all_scales = random_int(0, 3) == 0;
+  const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
+  const int64_t rows = tokens * per_token, x_rows = gather ? tokens : rows;
+  const int64_t columns = swiglu ? n / 2 : n;
+
+  const Weights weights(experts, n, k, all_scales);
+  const Routes routes = random_routes(tokens, experts, per_token);
+  const int64_t stride = k + random_int(0, 3);
+  const Values x(dtype, std::max<int64_t>(0, (x_rows - 1) * stride + k), 1.);
+  const Values bias(dtype, experts * n, 1.);
+  const int64_t y_rows = scatter ? tokens : rows;
+  std::vector<char> y(static_cast<size_t>(y_rows * columns * mxfp4::dtype_bytes(dtype)));
+
+  mxfp4_matmul m{};
+  m.x = x.bytes.data();
+  m.panels = weights.panels.data();
+  m.flags = weights.flags.data();
+  m.bias = bias.bytes.data();
+  m.expert_offsets = routes.offsets.data();
+  m.gather_index = gather ? routes.gather.data() : nullptr;
+  m.scatter_index = scatter ? routes.scatter.data() : nullptr;
+  m.gammas = gammas ? routes.gammas.data() : nullptr;
+  m.y = y.data();
+  m.x_rows = x_rows;
+  m.x_stride = stride;
+  m.rows = rows;
+  m.experts = experts;
+  m.n = n;
+  m.k = k;
+  m.experts_per_token = per_token;
+  m.x_dtype = m.bias_dtype = dtype;
+  m.swiglu = swiglu;
+  m.alpha = 1.702f;
+  m.limit = 7.f;
+  m.threads = 1;
+  require(mxfp4_matmul_ogs(&m) == 0, "matmul_ogs");
+  std::vector<char> again = y;
+  m.threads = static_cast<int32_t>(random_int(2, 4));
+  require(mxfp4_matmul_ogs(&m) == 0, "matmul_ogs with threads");
+  require(again == y, "any number of threads gives the same bits");
+  if (all_scales) return;  // NaN and overflow: the Python tests look at the values
+
+  std::vector<double> expected(static_cast<size_t>(y_rows * columns));
+  for (int64_t e = 0; e < experts; e++) {
+    for (int64_t row = routes.offsets[e]; row < routes.offsets[e + 1]; row++) {
+      std::vector<double> sums;
+      for (int64_t i = 0; i < n; i++) {
+        double sum = bias.numbers[e * n + i];
+        for (int64_t j = 0; j < k; j++)
+          sum += weights.numbers[(e * n + i) * k + j] *
+                 x.numbers[(gather ? routes.gather[row] : row) * stride + j];
+        sums.push_back(sum);
+      }
+      for (int64_t i = 0; i < columns; i++) {
+        double value = sums[i];
+        if (swiglu) {
+          const double gate = std::min(sums[2 * i], 7.);
+          const double up = std::max(std::min(sums[2 * i + 1], 7.), -7.);
+          value = gate / (1 + std::exp(-static_cast<double>(m.alpha) * gate)) * (up + 1);
+        }
+        if (gammas) value *= routes.gammas[row];
+        const int64_t to = scatter ? routes.scatter[row] / per_token : row;
+        expected[to * columns + i] += value;
+      }
+    }
+  }
+  // A coarse bound: what overruns a buffer or a loop is far outside. The oracle's tests are exact.
+  const double relative = dtype == MXFP4_BF16 ? 1e-2 : dtype == MXFP4_F16 ? 2e-3 : 1e-4;
+  for (size_t i = 0; i < expected.size(); i++) {
+    float value;
+    mxfp4::to_f32(mxfp4::element(y.data(), dtype, static_cast<int64_t>(i)), dtype, 1, &value);
+    require(std::fabs(value - expected[i]) <= relative * (1 + std::fabs(expected[i])), "a value");
+  }
+}
+
+void check_quantize() {
+  const int64_t experts = random_int(0, 3), n = random_int(1, 80), k = 32 * random_int(1, 5);
+  const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
+  const Values source(dtype, experts * n * k, 1.);
+  const bool transposed = random_int(0, 1);
+  std::vector<uint8_t> panels(
+      static_cast<size_t>(experts * mxfp4::panel_count(n) * mxfp4::panel_bytes(k)));
+  std::vector<uint8_t> flags(static_cast<size_t>(experts * mxfp4::panel_count(n)));
+  require(mxfp4_quantize(source.bytes.data(), dtype, experts, n, k, n * k, transposed ? 1 : k,
+                         transposed ? n : 1, panels.data(), flags.data(),
+                         static_cast<int>(random_int(1, 3))) == 0,
+          "quantize");
+  mxfp4_huge_pages(panels.data(), static_cast<int64_t>(panels.size()));
+}
+
+void check_bad_indices() {
+  const Weights weights(2, 32, 32, false);
+  const Values x(MXFP4_F32, 2 * 32, 1.), bias(MXFP4_F32, 2 * 32, 1.);
+  std::vector<float> y(2 * 32);
+  for (int wrong = 0; wrong < 4; wrong++) {
+    std::vector<int32_t> offsets{0, 1, 2}, gather{0, 1}, scatter{0, 1};
+    if (wrong == 0) gather[1] = 2;
+    if (wrong == 1) scatter[0] = -1;
+    if (wrong == 2) offsets[2] = 3;
+    if (wrong == 3) offsets[1] = -1;
+    mxfp4_matmul m{};
+    m.x = x.bytes.data();
+    m.panels = weights.panels.data();
+    m.flags = weights.flags.data();
+    m.bias = bias.bytes.data();
+    m.expert_offsets = offsets.data();
+    m.gather_index = gather.data();
+    m.scatter_index = scatter.data();
+    m.y = y.data();
+    m.x_rows = m.rows = 2;
+    m.x_stride = m.n = m.k = 32;
+    m.experts = 2;
+    m.experts_per_token = m.threads = 1;
+    require(mxfp4_matmul_ogs(&m) == EINVAL, "an index outside its tensor is refused");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
+  require(mxfp4_init() == 0, "init");
+  check_bad_indices();
+  for (int round = 0; round < rounds; round++) {
+    check_matmul();
+    check_quantize();
+  }
+  std::printf("%d rounds\n", rounds);
+}
