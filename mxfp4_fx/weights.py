@@ -124,9 +124,7 @@ def swizzle_weight(source: Tensor, layout: str, out: Parts | None = None) -> Par
     # Neither an inference tensor (it could not be saved for a backward) nor part of a graph.
     with torch.inference_mode(False), torch.no_grad():
         if out is None or out[0].device != source.device:
-            out = (
-                cpu.empty(order, e, n, k) if is_native else order.empty(e, n, k, source.device)
-            )
+            out = cpu.empty(order, e, n, k) if is_native else order.empty(e, n, k, source.device)
         if is_native:
             cpu.quantize(source.detach(), *out)
             return out

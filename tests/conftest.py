@@ -1,8 +1,12 @@
 import os
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from kernels import Kernels
 
 # Read by huggingface_hub when it is imported: no test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,3 +32,19 @@ def no_gradients() -> Iterator[None]:
 
     with torch.no_grad():
         yield
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kernels" in metafunc.fixturenames:
+        import kernels
+
+        metafunc.parametrize("kernels", kernels.ALL, indirect=True)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> "Iterator[Kernels]":
+    """Each of all kernels that run on this machine, one after the other."""
+    import kernels
+
+    with kernels.chosen(request.param) as found:
+        yield found

@@ -74,26 +74,31 @@ def times(a: Bounded, b: Bounded) -> Bounded:
     return Bounded(a.value * b.value, error).rounded(torch.float32)
 
 
-def linear(x: Bounded, weight: Tensor, bias: Tensor) -> Bounded:
-    """``x @ weight^T + bias`` for x [R, K], float64 weight [N, K] and bias [N]."""
+def linear(x: Bounded, weight: Tensor, bias: Tensor, underflow: float = UNDERFLOW) -> Bounded:
+    """``x @ weight^T + bias`` for x [R, K], float64 weight [N, K] and bias [N].
+
+    ``underflow`` is how far a product may be off beside relative rounding.
+    """
     k = weight.shape[1]
     size = weight.abs().T
     terms = x.largest @ size + bias.abs()
     error = (
         x.error @ size  # x's own error
         + roundings(k + 1) * terms  # a term meets one product and at most k additions
-        + k * UNDERFLOW  # of each product
+        + k * underflow  # of each product
     )
     return Bounded(x.value @ weight.T + bias, error)
 
 
-def grouped_linear(x: Bounded, expert: Tensor, weight: Tensor, bias: Tensor) -> Bounded:
+def grouped_linear(
+    x: Bounded, expert: Tensor, weight: Tensor, bias: Tensor, underflow: float = UNDERFLOW
+) -> Bounded:
     """Row r of x with weight[expert[r]] [N, K] and bias[expert[r]]; zero if there is no such."""
     shape = (x.value.shape[0], weight.shape[1])
     y = Bounded.exact(torch.zeros(shape))
     for e in range(weight.shape[0]):
         here = expert == e
-        part = linear(x[here], weight[e], bias[e])
+        part = linear(x[here], weight[e], bias[e], underflow)
         y.value[here], y.error[here] = part.value, part.error
     return y
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from kernels import ALPHA, LIMIT, Kernels
 from oracle import (
     Matrices,
     assert_as_accurate,
@@ -17,12 +18,9 @@ from oracle import (
 )
 from torch import Tensor
 
-import mxfp4_fx.ops.schemas  # noqa: F401
-
-ALPHA, LIMIT = 1.702, 7.0
 T, E, A, H, I = 9, 4, 2, 32, 96  # noqa: E741
-KERNELS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
+REFERENCE = Kernels("reference")
 ops = torch.ops.mxfp4
 
 Function = Callable[..., Tensor]
@@ -70,17 +68,15 @@ def plain_experts(
 
 def op_experts(
     hidden: Tensor, routes: tuple[Tensor, ...], gate_up: Matrices, down: Matrices, a: int,
-    kernels: str,
+    kernels: Kernels,
 ) -> Tensor:  # fmt: skip
     gammas, gather_index, scatter_index, offsets = routes
-    inner = ops.matmul_ogs(
-        hidden, *gate_up.operands, offsets, gather_index,
-        activation="swiglu", alpha=ALPHA, limit=LIMIT, kernels=kernels,
-    )  # fmt: skip
-    return ops.matmul_ogs(
-        inner, *down.operands, offsets, None, scatter_index, gammas,
-        experts_per_token=a, kernels=kernels,
-    )  # fmt: skip
+    inner = kernels.matmul_ogs(
+        hidden, gate_up, offsets, gather_index, activation="swiglu", alpha=ALPHA, limit=LIMIT
+    )
+    return kernels.matmul_ogs(
+        inner, down, offsets, None, scatter_index, gammas, experts_per_token=a
+    )
 
 
 def clamped_mlp(dtype: torch.dtype) -> tuple[Matrices, Matrices]:
@@ -111,8 +107,7 @@ def test_the_mlp_is_clamped_on_both_sides_and_never_near() -> None:
 @pytest.mark.parametrize("t", [0, 1, T])
 @pytest.mark.parametrize("a", [1, A, E])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_hidden_and_logits(kernels: str, dtype: torch.dtype, a: int, t: int) -> None:
+def test_hidden_and_logits(kernels: Kernels, dtype: torch.dtype, a: int, t: int) -> None:
     mlp = clamped_mlp(dtype)
     logits = random_logits(t, E, dtype)
     indices = torch.topk(logits, a).indices
@@ -121,7 +116,7 @@ def test_hidden_and_logits(kernels: str, dtype: torch.dtype, a: int, t: int) -> 
         return plain_experts(hidden, logits.gather(1, indices).softmax(dim=-1), indices, *mlp)
 
     def f(hidden: Tensor, logits: Tensor) -> Tensor:
-        routes = ops.routing(logits, a, kernels=kernels)
+        routes = kernels.routing(logits, a)
         return op_experts(hidden, routes, *mlp, a, kernels)
 
     check_gradients(f, plain, [random_hidden(t, dtype), logits])
@@ -129,13 +124,12 @@ def test_hidden_and_logits(kernels: str, dtype: torch.dtype, a: int, t: int) -> 
 
 @pytest.mark.parametrize("t", [0, 1, T])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_hidden_and_given_weights(kernels: str, dtype: torch.dtype, t: int) -> None:
+def test_hidden_and_given_weights(kernels: Kernels, dtype: torch.dtype, t: int) -> None:
     mlp = clamped_mlp(dtype)
     indices, weights = random_routes(t, E, A)
 
     def f(hidden: Tensor, weights: Tensor) -> Tensor:
-        routes = ops.routing.routes(indices, weights, E, kernels=kernels)
+        routes = kernels.routing_from_routes(indices, weights, E)
         return op_experts(hidden, routes, *mlp, A, kernels)
 
     plain = functools.partial(plain_experts, indices=indices, gate_up=mlp[0], down=mlp[1])
@@ -148,7 +142,7 @@ def test_hidden_and_given_weights(kernels: str, dtype: torch.dtype, t: int) -> N
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matmul_with_and_without_each_of_its_parts(
-    dtype: torch.dtype, gather: bool, scatter: bool, gammas: bool, activation: str
+    kernels: Kernels, dtype: torch.dtype, gather: bool, scatter: bool, gammas: bool, activation: str
 ) -> None:
     matrices = clamped_mlp(dtype)[0]
     indices, weights = random_routes(T, E, A)
@@ -156,8 +150,8 @@ def test_matmul_with_and_without_each_of_its_parts(
     expert = indices.flatten()[scatter_index]
 
     def f(x: Tensor, *factors: Tensor) -> Tensor:
-        return ops.matmul_ogs(
-            x, *matrices.operands, offsets.int(),
+        return kernels.matmul_ogs(
+            x, matrices, offsets.int(),
             gather_index.int() if gather else None,
             scatter_index.int() if scatter else None,
             *factors,
@@ -175,8 +169,7 @@ def test_matmul_with_and_without_each_of_its_parts(
     check_gradients(f, plain, [x, weights.flatten()] if gammas else [x])
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_values_at_the_limit_itself_have_a_gradient(kernels: str) -> None:
+def test_values_at_the_limit_itself_have_a_gradient(kernels: Kernels) -> None:
     """As ``torch.clamp``'s. x is zero, so that the biases are what is clamped."""
     matrices = Matrices.random(1, 12, 32)
     beside = torch.nextafter(torch.tensor(LIMIT), torch.tensor(8.0)).item()
@@ -184,10 +177,10 @@ def test_values_at_the_limit_itself_have_a_gradient(kernels: str) -> None:
     matrices.bias[0] = torch.tensor(values)
 
     def f(x: Tensor) -> Tensor:
-        return ops.matmul_ogs(
-            x, *matrices.operands, torch.tensor([0, 1], dtype=torch.int32),
-            activation="swiglu", alpha=ALPHA, limit=LIMIT, kernels=kernels,
-        )  # fmt: skip
+        offsets = torch.tensor([0, 1], dtype=torch.int32)
+        return kernels.matmul_ogs(
+            x, matrices, offsets, activation="swiglu", alpha=ALPHA, limit=LIMIT
+        )
 
     def plain(x: Tensor) -> Tensor:
         return swiglu(linear(x, torch.tensor([0]), matrices))
@@ -204,7 +197,7 @@ def test_routes_of_others_have_no_gradient() -> None:
 
     def f(hidden: Tensor, weights: Tensor) -> Tensor:
         routes = ops.routing.routes(indices, weights, count, first)
-        return op_experts(hidden, routes, *part, A, "reference")
+        return op_experts(hidden, routes, *part, A, REFERENCE)
 
     def plain(hidden: Tensor, weights: Tensor) -> Tensor:
         return plain_experts(hidden, weights * mine, indices, *mlp)
@@ -231,7 +224,7 @@ def test_one_of_the_two_may_be_frozen(frozen: str) -> None:
     inputs = {"hidden": random_hidden(T, torch.float32), "weights": weights}
     inputs = {name: x.requires_grad_(name != frozen) for name, x in inputs.items()}
     routes = ops.routing.routes(indices, inputs["weights"], E)
-    op_experts(inputs["hidden"], routes, *mlp, A, "reference").sum().backward()
+    op_experts(inputs["hidden"], routes, *mlp, A, REFERENCE).sum().backward()
     for name, x in inputs.items():
         assert (x.grad is None) == (name == frozen)
 

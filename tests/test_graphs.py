@@ -191,11 +191,11 @@ return [hidden_states_2, router_scores]
 input l_hidden_states_: float32[1, 7, 64]
 input router.weight: float32[6, 64]
 input router.bias: float32[6]
-input experts.gate_up_proj_blocks: uint8[6, 192, 2, 16]
-input experts.gate_up_proj_scales: uint8[6, 192, 2]
+input experts.gate_up_proj_blocks: uint8[6, 6, 1, 1088]
+input experts.gate_up_proj_scales: uint8[6, 6]
 input experts.gate_up_proj_bias: float32[6, 192]
-input experts.down_proj_blocks: uint8[6, 64, 3, 16]
-input experts.down_proj_scales: uint8[6, 64, 3]
+input experts.down_proj_blocks: uint8[6, 2, 2, 1088]
+input experts.down_proj_scales: uint8[6, 2]
 input experts.down_proj_bias: float32[6, 64]
 hidden_states: float32[7, 64] = .reshape(l_hidden_states_, -1, 64)
 router_logits: float32[7, 6] = linear(hidden_states, router.weight, router.bias)
@@ -210,11 +210,11 @@ getitem_3: int32[7] = getitem(routing_default, 3)
 matmul_ogs_default: float32[21, 96] = mxfp4.matmul_ogs.default(hidden_states,
     experts.gate_up_proj_blocks, experts.gate_up_proj_scales, experts.gate_up_proj_bias,
     getitem_3, gather_index=getitem_1, activation='swiglu', alpha=1.702, limit=7.0,
-    kernels='cpu', layout='row_major')
+    kernels='cpu', layout='cpu_panels')
 matmul_ogs_default_1: float32[7, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default,
     experts.down_proj_blocks, experts.down_proj_scales, experts.down_proj_bias, getitem_3,
     scatter_index=getitem_2, gammas=getitem, experts_per_token=3, kernels='cpu',
-    layout='row_major')
+    layout='cpu_panels')
 hidden_states_2: float32[1, 7, 64] = .reshape(matmul_ogs_default_1, 1, 7, 64)
 return [hidden_states_2, router_scores]
 """,
@@ -228,13 +228,13 @@ input T
 input l_hidden_states_: float32[1, T, 64]
 input router.weight: float32[6, 64]
 input router.bias: float32[6]
-input experts.gate_up_proj_blocks: uint8[6, 192, 2, 16]
-input experts.gate_up_proj_scales: uint8[6, 192, 2]
+input experts.gate_up_proj_blocks: uint8[6, 6, 1, 1088]
+input experts.gate_up_proj_scales: uint8[6, 6]
 input experts.gate_up_proj_bias: float32[6, 192]
 input experts_limit: float64[]
 input experts_alpha: float64[]
-input experts.down_proj_blocks: uint8[6, 64, 3, 16]
-input experts.down_proj_scales: uint8[6, 64, 3]
+input experts.down_proj_blocks: uint8[6, 2, 2, 1088]
+input experts.down_proj_scales: uint8[6, 2]
 input experts.down_proj_bias: float32[6, 64]
 size = .size(l_hidden_states_)
 getitem_2 = getitem(size, 2)
@@ -255,11 +255,11 @@ getitem_5: int32[7] = getitem(routing_default, 3)
 matmul_ogs_default: float32[3*T, 96] = mxfp4.matmul_ogs.default(hidden_states,
     experts.gate_up_proj_blocks, experts.gate_up_proj_scales, experts.gate_up_proj_bias,
     getitem_5, gather_index=getitem_3, activation='swiglu', alpha=1.702, limit=7.0,
-    kernels='cpu', layout='row_major')
+    kernels='cpu', layout='cpu_panels')
 matmul_ogs_default_1: float32[T, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default,
     experts.down_proj_blocks, experts.down_proj_scales, experts.down_proj_bias, getitem_5,
     scatter_index=getitem_4, gammas=getitem, experts_per_token=3, kernels='cpu',
-    layout='row_major')
+    layout='cpu_panels')
 hidden_states_2: float32[1, T, 64] = .reshape(matmul_ogs_default_1, 1, T, getitem_2)
 return [hidden_states_2, router_scores]
 """,
@@ -348,11 +348,11 @@ return [hidden_states_2, router_scores]
 input l_hidden_states_: float32[1, 7, 64]
 input router.weight: float32[6, 64]
 input router.bias: float32[6]
-input experts.gate_up_proj_blocks: uint8[6, 192, 2, 16]
-input experts.gate_up_proj_scales: uint8[6, 192, 2]
+input experts.gate_up_proj_blocks: uint8[6, 6, 1, 1088]
+input experts.gate_up_proj_scales: uint8[6, 6]
 input experts.gate_up_proj_bias: float32[6, 192]
-input experts.down_proj_blocks: uint8[6, 64, 3, 16]
-input experts.down_proj_scales: uint8[6, 64, 3]
+input experts.down_proj_blocks: uint8[6, 2, 2, 1088]
+input experts.down_proj_scales: uint8[6, 2]
 input experts.down_proj_bias: float32[6, 64]
 hidden_states: float32[7, 64] = .reshape(l_hidden_states_, -1, 64)
 router_logits: float32[7, 6] = linear(hidden_states, router.weight, router.bias)
@@ -367,11 +367,11 @@ getitem_3: int32[7] = getitem(routing_default, 3)
 matmul_ogs_default: float32[21, 96] = mxfp4.matmul_ogs.default(hidden_states,
     experts.gate_up_proj_blocks, experts.gate_up_proj_scales, experts.gate_up_proj_bias,
     getitem_3, gather_index=getitem_1, activation='swiglu', alpha=1.702, limit=7.0,
-    kernels='cpu', layout='row_major')
+    kernels='cpu', layout='cpu_panels')
 matmul_ogs_default_1: float32[7, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default,
     experts.down_proj_blocks, experts.down_proj_scales, experts.down_proj_bias, getitem_3,
     scatter_index=getitem_2, gammas=getitem, experts_per_token=3, kernels='cpu',
-    layout='row_major')
+    layout='cpu_panels')
 hidden_states_2: float32[1, 7, 64] = .reshape(matmul_ogs_default_1, 1, 7, 64)
 return [hidden_states_2, router_scores]
 """,
@@ -400,17 +400,17 @@ class TestWholeModel(Snapshots):
         self.assertExpectedInline(
             readable(gm, only=lambda node: node in ours),
             """\
-input model.layers.0.mlp.experts.gate_up_proj_blocks: uint8[6, 192, 2, 16]
-input model.layers.0.mlp.experts.gate_up_proj_scales: uint8[6, 192, 2]
+input model.layers.0.mlp.experts.gate_up_proj_blocks: uint8[6, 6, 1, 1088]
+input model.layers.0.mlp.experts.gate_up_proj_scales: uint8[6, 6]
 input model.layers.0.mlp.experts.gate_up_proj_bias: bfloat16[6, 192]
-input model.layers.0.mlp.experts.down_proj_blocks: uint8[6, 64, 3, 16]
-input model.layers.0.mlp.experts.down_proj_scales: uint8[6, 64, 3]
+input model.layers.0.mlp.experts.down_proj_blocks: uint8[6, 2, 2, 1088]
+input model.layers.0.mlp.experts.down_proj_scales: uint8[6, 2]
 input model.layers.0.mlp.experts.down_proj_bias: bfloat16[6, 64]
-input model.layers.1.mlp.experts.gate_up_proj_blocks: uint8[6, 192, 2, 16]
-input model.layers.1.mlp.experts.gate_up_proj_scales: uint8[6, 192, 2]
+input model.layers.1.mlp.experts.gate_up_proj_blocks: uint8[6, 6, 1, 1088]
+input model.layers.1.mlp.experts.gate_up_proj_scales: uint8[6, 6]
 input model.layers.1.mlp.experts.gate_up_proj_bias: bfloat16[6, 192]
-input model.layers.1.mlp.experts.down_proj_blocks: uint8[6, 64, 3, 16]
-input model.layers.1.mlp.experts.down_proj_scales: uint8[6, 64, 3]
+input model.layers.1.mlp.experts.down_proj_blocks: uint8[6, 2, 2, 1088]
+input model.layers.1.mlp.experts.down_proj_scales: uint8[6, 2]
 input model.layers.1.mlp.experts.down_proj_bias: bfloat16[6, 64]
 hidden_states_9: bfloat16[14, 64] = .reshape(hidden_states_8, -1, 64)
 router_logits: bfloat16[14, 6] = linear(hidden_states_9, model.layers.0.mlp.router.weight,
@@ -424,12 +424,12 @@ matmul_ogs_default: bfloat16[42, 96] = mxfp4.matmul_ogs.default(hidden_states_9,
     model.layers.0.mlp.experts.gate_up_proj_blocks,
     model.layers.0.mlp.experts.gate_up_proj_scales,
     model.layers.0.mlp.experts.gate_up_proj_bias, getitem_40, gather_index=getitem_38,
-    activation='swiglu', alpha=1.702, limit=7.0, kernels='cpu', layout='row_major')
+    activation='swiglu', alpha=1.702, limit=7.0, kernels='cpu', layout='cpu_panels')
 matmul_ogs_default_1: bfloat16[14, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default,
     model.layers.0.mlp.experts.down_proj_blocks,
     model.layers.0.mlp.experts.down_proj_scales, model.layers.0.mlp.experts.down_proj_bias,
     getitem_40, scatter_index=getitem_39, gammas=getitem, experts_per_token=3,
-    kernels='cpu', layout='row_major')
+    kernels='cpu', layout='cpu_panels')
 hidden_states_22: bfloat16[14, 64] = .reshape(hidden_states_21, -1, 64)
 router_logits_1: bfloat16[14, 6] = linear(hidden_states_22,
     model.layers.1.mlp.router.weight, model.layers.1.mlp.router.bias)
@@ -442,11 +442,11 @@ matmul_ogs_default_2: bfloat16[42, 96] = mxfp4.matmul_ogs.default(hidden_states_
     model.layers.1.mlp.experts.gate_up_proj_blocks,
     model.layers.1.mlp.experts.gate_up_proj_scales,
     model.layers.1.mlp.experts.gate_up_proj_bias, getitem_44, gather_index=getitem_42,
-    activation='swiglu', alpha=1.702, limit=7.0, kernels='cpu', layout='row_major')
+    activation='swiglu', alpha=1.702, limit=7.0, kernels='cpu', layout='cpu_panels')
 matmul_ogs_default_3: bfloat16[14, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default_2,
     model.layers.1.mlp.experts.down_proj_blocks,
     model.layers.1.mlp.experts.down_proj_scales, model.layers.1.mlp.experts.down_proj_bias,
     getitem_44, scatter_index=getitem_43, gammas=getitem_41, experts_per_token=3,
-    kernels='cpu', layout='row_major')
+    kernels='cpu', layout='cpu_panels')
 """,
         )

@@ -14,7 +14,7 @@ LAYERS = [
     ["formats.py", "target.py", "options.py"],
     ["layouts.py"],
     ["ops/reference.py", "ops/triton_kernels.py"],
-    ["ops/triton.py", "ops/cpu.py", "ops/hub.py", "ops/backward.py"],
+    ["ops/triton.py", "ops/cpu.py", "ops/pytorch.py", "ops/hub.py", "ops/backward.py"],
     ["ops/schemas.py"],
     ["weights.py", "verification.py", "passes/graph.py", "passes/report.py"],
     ["passes/matcher.py", "passes/context.py"],
@@ -33,6 +33,7 @@ FORBIDDEN = [
     ("passes/", "mxfp4_fx.ops.triton", "passes know nothing of kernels"),
     ("passes/", "mxfp4_fx.ops.triton_kernels", "passes know nothing of kernels"),
     ("passes/", "mxfp4_fx.ops.cpu", "passes know nothing of kernels"),
+    ("passes/", "mxfp4_fx.ops.pytorch", "passes know nothing of kernels"),
     ("passes/", "mxfp4_fx.ops.hub", "passes know nothing of kernels"),
     ("ops/", "torch.fx", "ops know nothing of FX"),
 ]

@@ -9,69 +9,16 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from kernels import ALPHA, LIMIT, Kernels, check_matmul, int32, randn
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
 from torch import Tensor
 
-import mxfp4_fx.ops.schemas  # noqa: F401
-from mxfp4_fx.ops import cpu
-
-ALPHA, LIMIT = 1.702, 7.0
-KERNELS = ("reference", "cpu")
+REFERENCE = Kernels("reference")
 ops = torch.ops.mxfp4
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def int32(values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 # ---- matmul_ogs alone
-
-
-def check_matmul(
-    x: Tensor,
-    matrices: Matrices,
-    indices: Tensor,
-    kernels: str = "reference",
-    gather: bool = True,
-    scatter: bool = True,
-    gammas: bool = True,
-    activation: str = "swiglu",
-) -> Tensor:
-    """Run matmul_ogs with routes [T, A] and hold it against the oracle."""
-    (t, a), e = indices.shape, matrices.blocks.shape[0]
-    gather_index, scatter_index, offsets = oracle.sort_routes(indices, e)
-    factors = randn(t * a, seed=4).abs()
-    y = ops.matmul_ogs(
-        x,
-        *matrices.operands,
-        int32(offsets),
-        int32(gather_index) if gather else None,
-        int32(scatter_index) if scatter else None,
-        factors if gammas else None,
-        experts_per_token=a,
-        activation=activation,
-        alpha=ALPHA,
-        limit=LIMIT,
-        kernels=kernels,
-    )
-    rows = Bounded.exact(x[gather_index] if gather else x)
-    expert = indices.flatten()[scatter_index]
-    expected = oracle.grouped_linear(rows, expert, *matrices.exact)
-    if activation == "swiglu":
-        expected = oracle.swiglu(expected, ALPHA, LIMIT)
-    if gammas:
-        expected = oracle.times(expected, Bounded.exact(factors)[:, None])
-    if scatter:
-        slots = expected[torch.tensor(scatter_index, dtype=torch.long).argsort()]
-        expected = oracle.combine(slots.view(t, a, slots.value.shape[1]))
-    assert y.dtype == x.dtype
-    assert_within(y, expected.rounded(x.dtype))
-    return y
 
 
 @pytest.mark.parametrize("activation", ["none", "swiglu"])
@@ -79,66 +26,58 @@ def check_matmul(
 @pytest.mark.parametrize("scatter", [False, True], ids=["rows", "scatter"])
 @pytest.mark.parametrize("gather", [False, True], ids=["sorted", "gather"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS)
 def test_matmul_with_and_without_each_of_its_parts(
-    kernels: str, dtype: torch.dtype, gather: bool, scatter: bool, gammas: bool, activation: str
+    kernels: Kernels, dtype: torch.dtype, gather: bool, scatter: bool, gammas: bool, activation: str
 ) -> None:
     t, e, a, k, n = 7, 4, 2, 64, 48
     x = randn(t if gather else t * a, k, dtype=dtype)
     matrices = Matrices.random(e, n, k, dtype)
     check_matmul(
-        x, matrices, random_routes(t, e, a)[0], kernels, gather, scatter, gammas, activation
+        kernels, x, matrices, random_routes(t, e, a)[0], gather, scatter, gammas, activation
     )
 
 
 @pytest.mark.parametrize(("activation", "n"), [("none", 5), ("none", 1), ("swiglu", 6)])
 @pytest.mark.parametrize("t", [0, 1, 257])
 @pytest.mark.parametrize(("e", "a"), [(1, 1), (3, 1), (3, 3)])
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_matmul_of_any_size(kernels: str, e: int, a: int, t: int, activation: str, n: int) -> None:
+def test_matmul_of_any_size(
+    kernels: Kernels, e: int, a: int, t: int, activation: str, n: int
+) -> None:
     matrices = Matrices.random(e, n, 32)
     x = randn(t, 32)
-    y = check_matmul(x, matrices, random_routes(t, e, a)[0], kernels, activation=activation)
+    y = check_matmul(kernels, x, matrices, random_routes(t, e, a)[0], activation=activation)
     assert y.shape == (t, n // 2 if activation == "swiglu" else n)
 
 
 @pytest.mark.parametrize("used", [[2], [0, 4], [1, 3]])
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_matmul_with_experts_that_nobody_chose(kernels: str, used: list[int]) -> None:
+def test_matmul_with_experts_that_nobody_chose(kernels: Kernels, used: list[int]) -> None:
     indices = torch.tensor(used).repeat(9, 1)
-    check_matmul(randn(9, 64), Matrices.random(5, 48, 64), indices, kernels)
+    check_matmul(kernels, randn(9, 64), Matrices.random(5, 48, 64), indices)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_matmul_of_x_that_is_not_contiguous(kernels: str) -> None:
+def test_matmul_of_x_that_is_not_contiguous(kernels: Kernels) -> None:
     matrices, indices = Matrices.random(3, 48, 64), random_routes(7, 3, 2)[0]
     for x in (randn(64, 7).T, randn(7, 128)[:, ::2], randn(1, 64).expand(7, 64)):
-        check_matmul(x, matrices, indices, kernels)
+        check_matmul(kernels, x, matrices, indices)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_matmul_of_a_slice_of_the_experts(kernels: str) -> None:
+def test_matmul_of_a_slice_of_the_experts(kernels: Kernels) -> None:
     whole = Matrices.random(6, 48, 64)
     part = Matrices(*(operand[1::2] for operand in whole.operands))
-    check_matmul(randn(7, 64), part, random_routes(7, 3, 2)[0], kernels)
+    check_matmul(kernels, randn(7, 64), part, random_routes(7, 3, 2)[0])
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_rows_of_nobody_are_zero(kernels: str) -> None:
+def test_rows_of_nobody_are_zero(kernels: Kernels) -> None:
     x = randn(5, 64)
     x[3:] = torch.nan
-    y = ops.matmul_ogs(x, *Matrices.random(2, 8, 64).operands, int32([0, 2, 3]), kernels=kernels)
+    y = kernels.matmul_ogs(x, Matrices.random(2, 8, 64), int32([0, 2, 3]))
     assert torch.equal(y[3:], torch.zeros(2, 8))
     assert (y[:3] != 0).all()
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_alpha_and_limit_are_those_given(kernels: str) -> None:
+def test_alpha_and_limit_are_those_given(kernels: Kernels) -> None:
     x, matrices = randn(6, 32), Matrices.random(1, 96, 32)
-    y = ops.matmul_ogs(
-        x, *matrices.operands, int32([0, 6]), activation="swiglu", alpha=0.9, limit=2.5,
-        kernels=kernels,
-    )  # fmt: skip
+    y = kernels.matmul_ogs(x, matrices, int32([0, 6]), activation="swiglu", alpha=0.9, limit=2.5)
     rows = oracle.linear(Bounded.exact(x), matrices.weight[0], matrices.exact[1][0])
     assert_within(y, oracle.swiglu(rows, 0.9, 2.5).rounded(torch.float32))
 
@@ -147,18 +86,16 @@ def test_alpha_and_limit_are_those_given(kernels: str) -> None:
 
 
 def chain(
-    hidden: Tensor, logits: Tensor, gate_up: Matrices, down: Matrices, a: int, kernels: str
+    kernels: Kernels, hidden: Tensor, logits: Tensor, gate_up: Matrices, down: Matrices, a: int
 ) -> Tensor:
     """What the graph passes make of an MLP."""
-    gammas, gather_index, scatter_index, offsets = ops.routing(logits, a, kernels=kernels)
-    inner = ops.matmul_ogs(
-        hidden, *gate_up.operands, offsets, gather_index,
-        activation="swiglu", alpha=ALPHA, limit=LIMIT, kernels=kernels,
-    )  # fmt: skip
-    return ops.matmul_ogs(
-        inner, *down.operands, offsets, None, scatter_index, gammas,
-        experts_per_token=a, kernels=kernels,
-    )  # fmt: skip
+    gammas, gather_index, scatter_index, offsets = kernels.routing(logits, a)
+    inner = kernels.matmul_ogs(
+        hidden, gate_up, offsets, gather_index, activation="swiglu", alpha=ALPHA, limit=LIMIT
+    )
+    return kernels.matmul_ogs(
+        inner, down, offsets, None, scatter_index, gammas, experts_per_token=a
+    )
 
 
 def expected_chain(
@@ -182,26 +119,23 @@ def random_mlp(t: int, e: int, dtype: torch.dtype = torch.float32) -> tuple[Any,
 @pytest.mark.parametrize("t", [0, 1, 257])
 @pytest.mark.parametrize(("e", "a"), [(1, 1), (3, 1), (5, 2), (3, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_chain(kernels: str, dtype: torch.dtype, e: int, a: int, t: int) -> None:
+def test_chain(kernels: Kernels, dtype: torch.dtype, e: int, a: int, t: int) -> None:
     mlp = random_mlp(t, e, dtype)
-    y = chain(*mlp, a, kernels)
+    y = chain(kernels, *mlp, a)
     assert y.dtype == dtype
     assert_within(y, expected_chain(*mlp, a))
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_chain_with_all_tokens_at_one_expert(kernels: str) -> None:
+def test_chain_with_all_tokens_at_one_expert(kernels: Kernels) -> None:
     hidden, _, gate_up, down = random_mlp(33, 4)
     logits = torch.tensor([0.0, 1.0, 3.0, 2.0]).expand(33, 4)
-    y = chain(hidden, logits, gate_up, down, 1, kernels)
+    y = chain(kernels, hidden, logits, gate_up, down, 1)
     assert_within(y, expected_chain(hidden, logits, gate_up, down, 1))
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_same_input_same_bits(kernels: str) -> None:
+def test_same_input_same_bits(kernels: Kernels) -> None:
     mlp = random_mlp(257, 5, torch.bfloat16)
-    assert torch.equal(chain(*mlp, 3, kernels), chain(*mlp, 3, kernels))
+    assert torch.equal(chain(kernels, *mlp, 3), chain(kernels, *mlp, 3))
 
 
 def model_weights(e: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -247,12 +181,11 @@ def test_moe_with_given_routes(dtype: torch.dtype, t: int) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_nan_and_inf_stay_in_their_token(kernels: str, value: float) -> None:
+def test_nan_and_inf_stay_in_their_token(kernels: Kernels, value: float) -> None:
     hidden, *rest = random_mlp(9, 4)
-    clean = chain(hidden, *rest, 2, kernels)
+    clean = chain(kernels, hidden, *rest, 2)
     hidden[4, 5] = value
-    y = chain(hidden, *rest, 2, kernels)
+    y = chain(kernels, hidden, *rest, 2)
     others = torch.arange(9) != 4
     assert_within(y[others], expected_chain(hidden, *rest, 2)[others])
     assert not torch.equal(y[4], clean[4])
@@ -260,8 +193,7 @@ def test_nan_and_inf_stay_in_their_token(kernels: str, value: float) -> None:
         assert y[4].isnan().all()
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_a_nan_scale_reaches_what_depends_on_it(kernels: str) -> None:
+def test_a_nan_scale_reaches_what_depends_on_it(kernels: Kernels) -> None:
     """In gate_up: tokens of its expert. In down: one column of these."""
     hidden, logits, gate_up, down = random_mlp(9, 5)
     hit = (oracle.route(logits, 2)[0] == 3).any(dim=1)
@@ -272,55 +204,11 @@ def test_a_nan_scale_reaches_what_depends_on_it(kernels: str) -> None:
         poisoned[3, 17, 0] = 255
         replaced = dataclasses.replace(matrices, scales=poisoned)
         pair = (replaced, down) if matrices is gate_up else (gate_up, replaced)
-        y = chain(hidden, logits, *pair, 2, kernels)
+        y = chain(kernels, hidden, logits, *pair, 2)
         expected = torch.zeros_like(y, dtype=torch.bool)
         expected[hit, columns] = True
         assert torch.equal(y.isnan(), expected)
         assert_within(y, expected_chain(hidden, logits, *pair, 2))
-
-
-# ---- how the CPU's kernels go about it
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 6, 10])
-@pytest.mark.parametrize(("activation", "n"), [("none", 5), ("none", 48), ("swiglu", 48)])
-def test_cpu_panels_of_any_height(
-    monkeypatch: pytest.MonkeyPatch, activation: str, n: int, rows: int
-) -> None:
-    monkeypatch.setattr(cpu, "PANEL_BYTES", rows * 64 * 4)
-    matrices, indices = Matrices.random(3, n, 64), random_routes(7, 3, 2)[0]
-    check_matmul(randn(7, 64), matrices, indices, "cpu", activation=activation)
-
-
-@pytest.fixture
-def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """(blocks, weight) of each time that the CPU's kernels dequantize."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    original = cpu.dequantize
-
-    def record(blocks: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight = original(blocks, *args, **kwargs)
-        seen.append((blocks, weight))
-        return weight
-
-    monkeypatch.setattr(cpu, "dequantize", record)
-    return seen
-
-
-def test_cpu_dequantizes_hit_experts_once_and_a_panel_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, dequantized: list[tuple[Tensor, Tensor]]
-) -> None:
-    monkeypatch.setattr(cpu, "PANEL_BYTES", 10 * 64 * 4)
-    matrices = Matrices.random(5, 48, 64)
-    check_matmul(randn(9, 64), matrices, torch.tensor([[1, 3]]).repeat(9, 1), "cpu")
-    bytes_per_row = matrices.blocks[0, 0].numel()
-    start = matrices.blocks.data_ptr()
-    rows = []
-    for blocks, weight in dequantized:
-        assert weight.numel() * weight.element_size() <= cpu.PANEL_BYTES
-        first = (blocks.data_ptr() - start) // bytes_per_row
-        rows += range(first, first + blocks.shape[0])
-    assert sorted(rows) == [*range(48, 96), *range(144, 192)]
 
 
 # ---- bad input
@@ -348,7 +236,7 @@ ODD = dict(zip(("blocks", "scales", "bias"), Matrices.random(2, 5, 64).operands,
 BAD_OPERANDS = {
     "layout": ({"layout": "cubic"}, r"layout='cubic' is not one of \['row_major'"),
     "activation": ({"activation": "relu"}, "activation='relu' is not 'none' or 'swiglu'"),
-    "kernels": ({"kernels": "abacus"}, "kernels='abacus' is not one of reference, cpu"),
+    "kernels": ({"kernels": "abacus"}, "kernels='abacus' is not one of reference, pytorch, cpu"),
     "x_3d": ({"x": randn(2, 2, 64)}, r"x must be \[rows, K\].*\(2, 2, 64\)"),
     "x_dtype": ({"x": randn(2, 64).int()}, "x must be float32, bfloat16 or float16.*int32"),
     "k_40": ({"x": randn(2, 40)}, r"K a multiple of 32.*\(2, 40\)"),
@@ -395,7 +283,7 @@ def test_bad_routes_are_named(call: Callable[[], Any], message: str) -> None:
 # ---- as torch sees them
 
 
-def examples(t: int, kernels: str, grad: bool) -> dict[str, tuple[Any, tuple[Any, ...], Any]]:
+def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple[Any, ...], Any]]:
     """An op, its arguments and its keywords, by name."""
     e, a = 3, 2
     hidden, logits, gate_up, down = random_mlp(t, e)
@@ -404,17 +292,18 @@ def examples(t: int, kernels: str, grad: bool) -> dict[str, tuple[Any, tuple[Any
     inner, dense = randn(t * a, 32), model_weights(e, torch.float32)
     for tensor in (hidden, logits, weights, inner, gammas):
         tensor.requires_grad_(grad)
-    chosen = {"kernels": kernels}
-    swiglu = {"activation": "swiglu", "alpha": ALPHA, "limit": LIMIT, **chosen}
-    first = (hidden, *gate_up.operands, offsets, gather_index)
-    second = (inner, *down.operands, offsets, None, scatter_index, gammas, a)
+    chosen = {"kernels": kernels.name}
+    order = {"layout": kernels.layout, **chosen}
+    swiglu = {"activation": "swiglu", "alpha": ALPHA, "limit": LIMIT, **order}
+    first = (hidden, *kernels.operands(gate_up), offsets, gather_index)
+    second = (inner, *kernels.operands(down), offsets, None, scatter_index, gammas, a)
     cases: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
         "routing": (ops.routing.default, (logits, a), chosen),
         "routing.routes": (ops.routing.routes, (indices, weights, e), chosen),
         "matmul_ogs, first": (ops.matmul_ogs.default, first, swiglu),
-        "matmul_ogs, second": (ops.matmul_ogs.default, second, chosen),
+        "matmul_ogs, second": (ops.matmul_ogs.default, second, order),
     }
-    if not grad and kernels == "reference":  # these have neither kernels nor a gradient
+    if not grad and kernels.name == "reference":  # these have neither kernels nor a gradient
         constants = (ALPHA, LIMIT)
         moe = (randn(t, 48), logits, *dense, a, *constants)
         moe_routes = (randn(t, 48), indices, weights, *dense, *constants)
@@ -427,14 +316,13 @@ def examples(t: int, kernels: str, grad: bool) -> dict[str, tuple[Any, tuple[Any
 
 @pytest.mark.parametrize("t", [0, 5])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_opcheck(kernels: str, grad: bool, t: int) -> None:
+def test_opcheck(kernels: Kernels, grad: bool, t: int) -> None:
     for op, args, kwargs in examples(t, kernels, grad).values():
         torch.library.opcheck(op, args, kwargs)
 
 
 def test_opcheck_of_inputs_that_are_not_contiguous() -> None:
-    for op, args, kwargs in examples(5, "reference", False).values():
+    for op, args, kwargs in examples(5, REFERENCE, False).values():
         strided = [
             x.mT.contiguous().mT if isinstance(x, Tensor) and x.ndim > 1 else x for x in args
         ]
@@ -442,16 +330,16 @@ def test_opcheck_of_inputs_that_are_not_contiguous() -> None:
 
 
 def test_every_op_is_an_example() -> None:
-    checked = {op for op, _, _ in examples(1, "reference", False).values()}
+    checked = {op for op, _, _ in examples(1, REFERENCE, False).values()}
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mxfp4::")]
     assert {str(op) for op in checked} == {
         name.replace("::", ".") + ("" if "." in name else ".default") for name in names
     }
 
 
-@pytest.mark.parametrize("name", examples(1, "reference", False))
+@pytest.mark.parametrize("name", examples(1, REFERENCE, False))
 def test_one_graph_for_any_number_of_tokens(name: str) -> None:
-    op = examples(1, "reference", False)[name][0]
+    op = examples(1, REFERENCE, False)[name][0]
     compiled = torch.compile(
         lambda *args, **kwargs: op(*args, **kwargs),
         backend="aot_eager",
@@ -459,7 +347,7 @@ def test_one_graph_for_any_number_of_tokens(name: str) -> None:
         fullgraph=True,
     )
     for t, stance in ((5, "default"), (2, "fail_on_recompile"), (33, "fail_on_recompile")):
-        _, args, kwargs = examples(t, "reference", False)[name]
+        _, args, kwargs = examples(t, REFERENCE, False)[name]
         with torch.compiler.set_stance(stance):
             y = compiled(*args, **kwargs)
         torch.testing.assert_close(y, op(*args, **kwargs), rtol=0, atol=0)

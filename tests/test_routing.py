@@ -9,15 +9,12 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from kernels import Kernels
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-import mxfp4_fx.ops.schemas  # noqa: F401
-
-KERNELS = ("reference", "cpu")
-ops = torch.ops.mxfp4
 
 
 def assert_sorted(
@@ -36,47 +33,43 @@ def assert_sorted(
 @pytest.mark.parametrize("t", [0, 1, 257])
 @pytest.mark.parametrize(("e", "a"), [(1, 1), (3, 1), (5, 2), (7, 4), (3, 3), (32, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS)
 def test_routing_chooses_weighs_and_sorts(
-    kernels: str, dtype: torch.dtype, e: int, a: int, t: int
+    kernels: Kernels, dtype: torch.dtype, e: int, a: int, t: int
 ) -> None:
     logits = random_logits(t, e, dtype)
     indices, weights = oracle.route(logits, a)
-    routes = ops.routing(logits, a, kernels=kernels)
+    routes = kernels.routing(logits, a)
     assert_sorted(routes, indices, e)
     assert routes[0].dtype == torch.float32
     assert_within(routes[0], weights.view(t * a)[routes[2].long()])
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_routing_of_logits_that_are_not_contiguous(kernels: str) -> None:
+def test_routing_of_logits_that_are_not_contiguous(kernels: Kernels) -> None:
     logits = random_logits(6, 9).T
     for actual, expected in zip(
-        ops.routing(logits, 2, kernels=kernels), ops.routing(logits.contiguous(), 2), strict=True
+        kernels.routing(logits, 2), kernels.routing(logits.contiguous(), 2), strict=True
     ):
         assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("a", [1, 2, 4, 8])
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_equal_logits_choose_what_topk_chooses(kernels: str, a: int) -> None:
+def test_equal_logits_choose_what_topk_chooses(kernels: Kernels, a: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (65, 8), generator=generator).float()
     logits[0] = 1.0
     chosen, indices = torch.topk(logits, a)
-    routes = ops.routing(logits, a, kernels=kernels)
+    routes = kernels.routing(logits, a)
     assert_sorted(routes, indices, 8)
     assert_within(routes[0], oracle.softmax(chosen).view(65 * a)[routes[2].long()])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_nan_and_inf_stay_in_their_token(kernels: str, value: float) -> None:
+def test_nan_and_inf_stay_in_their_token(kernels: Kernels, value: float) -> None:
     logits = random_logits(9, 4)
     indices, weights = oracle.route(logits, 3)
     logits[5] = value
     indices[5] = torch.topk(logits[5], 3).indices
-    gammas, *index_outputs = ops.routing(logits, 3, kernels=kernels)
+    gammas, *index_outputs = kernels.routing(logits, 3)
     assert_sorted((gammas, *index_outputs), indices, 4)
     slots = index_outputs[1].long()
     poisoned = slots // 3 == 5
@@ -84,10 +77,9 @@ def test_nan_and_inf_stay_in_their_token(kernels: str, value: float) -> None:
     assert_within(gammas[~poisoned], weights.view(27)[slots[~poisoned]])
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_a_logit_of_minus_infinity_weighs_nothing(kernels: str) -> None:
+def test_a_logit_of_minus_infinity_weighs_nothing(kernels: Kernels) -> None:
     logits = torch.tensor([[0.25, -math.inf, 2.0]])
-    gammas = ops.routing(logits, 3, kernels=kernels)[0]
+    gammas = kernels.routing(logits, 3)[0]
     weights = oracle.softmax(logits[:, [0, 2]])
     assert gammas[1] == 0
     assert_within(gammas[[0, 2]], weights.view(2))
@@ -98,33 +90,28 @@ def test_a_logit_of_minus_infinity_weighs_nothing(kernels: str) -> None:
 
 @pytest.mark.parametrize("t", [0, 1, 257])
 @pytest.mark.parametrize(("e", "a"), [(1, 1), (3, 1), (5, 2), (3, 3)])
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_given_routes_are_sorted(kernels: str, e: int, a: int, t: int) -> None:
+def test_given_routes_are_sorted(kernels: Kernels, e: int, a: int, t: int) -> None:
     indices, weights = random_routes(t, e, a)
-    routes = ops.routing.routes(indices, weights, e, kernels=kernels)
+    routes = kernels.routing_from_routes(indices, weights, e)
     assert_sorted(routes, indices, e)
     assert torch.equal(routes[0], weights.flatten()[routes[2].long()])
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_rows_of_an_expert_stay_in_the_order_of_their_slots(kernels: str) -> None:
+def test_rows_of_an_expert_stay_in_the_order_of_their_slots(kernels: Kernels) -> None:
     indices = torch.tensor([[1, 0], [1, 0]]).repeat(200, 1)
-    _, gather_index, scatter_index, _ = ops.routing.routes(
-        indices, torch.ones(400, 2), 2, kernels=kernels
-    )
+    _, gather_index, scatter_index, _ = kernels.routing_from_routes(indices, torch.ones(400, 2), 2)
     assert scatter_index.tolist() == [*range(1, 800, 2), *range(0, 800, 2)]
     assert gather_index.tolist() == [*range(400), *range(400)]
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS)
 def test_given_routes_of_any_dtype(
-    kernels: str, dtype: torch.dtype, index_dtype: torch.dtype
+    kernels: Kernels, dtype: torch.dtype, index_dtype: torch.dtype
 ) -> None:
     indices, weights = random_routes(9, 5, 2)
     weights = weights.to(dtype)
-    routes = ops.routing.routes(indices.to(index_dtype), weights, 5, kernels=kernels)
+    routes = kernels.routing_from_routes(indices.to(index_dtype), weights, 5)
     assert_sorted(routes, indices, 5)
     assert routes[0].dtype == torch.float32
     assert torch.equal(routes[0], weights.flatten()[routes[2].long()].float())
@@ -134,12 +121,13 @@ def test_given_routes_of_any_dtype(
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 2), (2, 3), (5, 1), (6, 4)])
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_routes_of_others_go_last_and_weigh_nothing(kernels: str, first: int, count: int) -> None:
+def test_routes_of_others_go_last_and_weigh_nothing(
+    kernels: Kernels, first: int, count: int
+) -> None:
     indices, weights = random_routes(33, 6, 2)
     indices[0], indices[1, 0] = 6, -1  # what expert parallelism marks routes of others with
     weights[0, 0], weights[1, 0] = math.nan, math.inf
-    routes = ops.routing.routes(indices, weights, count, first, kernels=kernels)
+    routes = kernels.routing_from_routes(indices, weights, count, first)
     assert_sorted(routes, indices, count, first)
     end = routes[3][-1]
     mine = (indices >= first) & (indices < first + count)
@@ -149,8 +137,7 @@ def test_routes_of_others_go_last_and_weigh_nothing(kernels: str, first: int, co
     assert torch.equal(routes[0][:end].nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_ranges_of_experts_add_up(kernels: str) -> None:
+def test_ranges_of_experts_add_up(kernels: Kernels) -> None:
     """Two holders of experts compute parts whose sum is the whole."""
     indices, weights = random_routes(17, 5, 2)
     hidden = torch.randn((17, 64), generator=torch.Generator().manual_seed(0))
@@ -159,13 +146,12 @@ def test_ranges_of_experts_add_up(kernels: str) -> None:
     bound = torch.zeros((17, 48), dtype=torch.float64)
     for first, stop in ((0, 2), (2, 5)):
         part = Matrices(*(operand[first:stop] for operand in matrices.operands))
-        gammas, gather, scatter, offsets = ops.routing.routes(
-            indices, weights, stop - first, first, kernels=kernels
+        gammas, gather, scatter, offsets = kernels.routing_from_routes(
+            indices, weights, stop - first, first
         )
-        y = ops.matmul_ogs(
-            hidden, *part.operands, offsets, gather, scatter, gammas,
-            experts_per_token=2, kernels=kernels,
-        )  # fmt: skip
+        y = kernels.matmul_ogs(
+            hidden, part, offsets, gather, scatter, gammas, experts_per_token=2
+        )
         expected = expected_rows(hidden, indices - first, weights, part)
         assert_within(y, expected)
         total += y
@@ -186,15 +172,19 @@ def expected_rows(hidden: Tensor, indices: Tensor, weights: Tensor, part: Matric
 # ---- fakes
 
 
-def on_logits(t: int, dtype: torch.dtype, kernels: str) -> tuple[Callable[..., Any], list[Tensor]]:
-    return lambda logits: ops.routing(logits, 2, kernels=kernels), [random_logits(t, 5, dtype)]
+def on_logits(
+    t: int, dtype: torch.dtype, kernels: Kernels
+) -> tuple[Callable[..., Any], list[Tensor]]:
+    return lambda logits: kernels.routing(logits, 2), [random_logits(t, 5, dtype)]
 
 
-def on_routes(t: int, dtype: torch.dtype, kernels: str) -> tuple[Callable[..., Any], list[Tensor]]:
+def on_routes(
+    t: int, dtype: torch.dtype, kernels: Kernels
+) -> tuple[Callable[..., Any], list[Tensor]]:
     indices, weights = random_routes(t, 5, 2)
 
     def call(indices: Tensor, weights: Tensor) -> Any:
-        return ops.routing.routes(indices, weights, 3, 1, kernels=kernels)
+        return kernels.routing_from_routes(indices, weights, 3, 1)
 
     return call, [indices, weights.to(dtype)]
 
@@ -203,9 +193,8 @@ def on_routes(t: int, dtype: torch.dtype, kernels: str) -> tuple[Callable[..., A
 @pytest.mark.parametrize("t", [0, 1, 257])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [on_logits, on_routes])
-@pytest.mark.parametrize("kernels", KERNELS)
 def test_fakes_are_like_the_real_outputs(
-    kernels: str, case: Callable[..., Any], dtype: torch.dtype, t: int, transposed: bool
+    kernels: Kernels, case: Callable[..., Any], dtype: torch.dtype, t: int, transposed: bool
 ) -> None:
     call, inputs = case(t, dtype, kernels)
     if transposed:

@@ -13,9 +13,10 @@ from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, toke
 from torch import Tensor, nn
 
 import mxfp4_fx
-from mxfp4_fx import weights
+from mxfp4_fx import target, weights
 from mxfp4_fx.errors import WeightError
 from mxfp4_fx.formats import dequantize
+from mxfp4_fx.layouts import LAYOUTS
 from mxfp4_fx.weights import STORE, WeightStore, swizzle_weight
 
 
@@ -122,15 +123,18 @@ def test_a_write_that_leaves_no_trace_is_seen_after_refresh() -> None:
     assert close(compiled(x)[0], module(x)[0])
 
 
-def test_a_changed_weight_keeps_its_address() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_changed_weight_keeps_its_address(layout: str) -> None:
     """CUDA graphs record addresses, so a weight is swizzled again into the same memory."""
     source = nn.Parameter(new_weight(torch.empty(3, 32, 8), 0))
     store = WeightStore()
-    first = [part.data_ptr() for part in store.get(source, "row_major")]
+    first = [part.data_ptr() for part in store.get(source, layout)]
     source.mul_(2.0)
-    parts = store.get(source, "row_major")
+    parts = store.get(source, layout)
     assert [part.data_ptr() for part in parts] == first
-    assert torch.equal(dequantize(*parts, torch.float32), source.transpose(1, 2))
+    for blocks, scales, weight in zip(*parts, source, strict=True):
+        order = LAYOUTS[layout].unswizzle(blocks, scales, n=8, k=32)
+        assert torch.equal(dequantize(*order, torch.float32), weight.T)
 
 
 def test_parameters_made_in_inference_mode() -> None:
@@ -158,7 +162,8 @@ def test_a_dead_model_frees_its_swizzled_weights() -> None:
     compiled = compile_with(module, "aot_eager")
     compiled(hidden())
     experts = module.experts
-    made = [STORE.get(w, "row_major") for w in (experts.gate_up_proj, experts.down_proj)]
+    layout = target.choose(torch.device("cpu")).layout
+    made = [STORE.get(w, layout) for w in (experts.gate_up_proj, experts.down_proj)]
     parts = [weakref.ref(part) for pair in made for part in pair]
     before = len(STORE)
     del module, compiled, experts, made

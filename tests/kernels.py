@@ -1,0 +1,130 @@
+"""All kernels that run on this machine, for tests that hold for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from oracle import UNDERFLOW, Bounded, Matrices, assert_within
+from torch import Tensor
+
+import mxfp4_fx.ops.schemas  # noqa: F401
+from mxfp4_fx import target
+from mxfp4_fx.layouts import LAYOUTS
+
+ALPHA, LIMIT = 1.702, 7.0
+ops = torch.ops.mxfp4
+
+
+class Kernels:
+    """The device ops by one of ``ops.schemas.KERNELS``, fed with weights in the layout it reads.
+
+    Attributes:
+        name: of the kernels.
+        path: the instruction-set path of native ones, otherwise empty.
+        layout: of the weights.
+        underflow: how far a float32 product may be off beside relative rounding: bfloat16 units
+            make zeros of what is below float32's normal numbers.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self.name, _, self.path = spec.partition(":")
+        self.layout = "cpu_panels" if self.name == "cpu" else "row_major"
+        self.underflow = 2.0**-126 if self.path in BF16_UNITS else UNDERFLOW
+
+    def operands(self, matrices: Matrices) -> tuple[Tensor, Tensor, Tensor]:
+        """blocks, scales and bias of the matrices, swizzled expert by expert."""
+        if self.layout == "row_major":
+            return matrices.operands
+        swizzle = LAYOUTS[self.layout].swizzle
+        each = [swizzle(*e) for e in zip(matrices.blocks, matrices.scales, strict=True)]
+        blocks, scales = (torch.stack(parts) for parts in zip(*each, strict=True))
+        return blocks, scales, matrices.bias
+
+    def matmul_ogs(self, x: Tensor, matrices: Matrices, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = ops.matmul_ogs(
+            x, *self.operands(matrices), *args, **kwargs, layout=self.layout, kernels=self.name
+        )
+        return y
+
+    def routing(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        routes: tuple[Tensor, Tensor, Tensor, Tensor]
+        routes = ops.routing(logits, top_k, kernels=self.name)
+        return routes
+
+    def routing_from_routes(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        routes: tuple[Tensor, Tensor, Tensor, Tensor]
+        routes = ops.routing.routes(*args, kernels=self.name)
+        return routes
+
+
+BF16_UNITS = ("amx", "amx_emulated", "avx512_bf16")
+_PATHS = target.runnable_paths()
+CPU_PATHS = (*_PATHS, *(("amx_emulated",) if "avx512_bf16" in _PATHS else ()))
+ALL = ("reference", "pytorch", *(f"cpu:{path}" for path in CPU_PATHS))
+
+
+@contextmanager
+def chosen(spec: str) -> Iterator[Kernels]:
+    """The kernels of that name, ``cpu:PATH`` for native ones on an instruction-set path."""
+    kernels = Kernels(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(target.CPU_PATH_VARIABLE, kernels.path)
+        target.cpu_path.cache_clear()
+        try:
+            yield kernels
+        finally:
+            target.cpu_path.cache_clear()
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def check_matmul(
+    kernels: Kernels,
+    x: Tensor,
+    matrices: Matrices,
+    indices: Tensor,
+    gather: bool = True,
+    scatter: bool = True,
+    gammas: bool = True,
+    activation: str = "swiglu",
+) -> Tensor:
+    """Run matmul_ogs with routes [T, A] and hold it against the oracle."""
+    (t, a), e = indices.shape, matrices.blocks.shape[0]
+    gather_index, scatter_index, offsets = oracle.sort_routes(indices, e)
+    factors = randn(t * a, seed=4).abs()
+    y = kernels.matmul_ogs(
+        x,
+        matrices,
+        int32(offsets),
+        int32(gather_index) if gather else None,
+        int32(scatter_index) if scatter else None,
+        factors if gammas else None,
+        experts_per_token=a,
+        activation=activation,
+        alpha=ALPHA,
+        limit=LIMIT,
+    )
+    rows = Bounded.exact(x[gather_index] if gather else x)
+    expert = indices.flatten()[scatter_index]
+    expected = oracle.grouped_linear(rows, expert, *matrices.exact, kernels.underflow)
+    if activation == "swiglu":
+        expected = oracle.swiglu(expected, ALPHA, LIMIT)
+    if gammas:
+        expected = oracle.times(expected, Bounded.exact(factors)[:, None])
+    if scatter:
+        slots = expected[torch.tensor(scatter_index, dtype=torch.long).argsort()]
+        expected = oracle.combine(slots.view(t, a, slots.value.shape[1]))
+    assert y.dtype == x.dtype
+    assert_within(y, expected.rounded(x.dtype))
+    return y
