@@ -59,6 +59,7 @@ class Explanation:
             rows = [_row(rewrite) for rewrite in self.rewrites]
             total = ("total", "", "", "", _size(self.bytes_before), _size(self.bytes_after))
             lines += _table([header, *rows, total])
+            lines += dict.fromkeys(f"{_target(r)}: {r.reason}" for r in self.rewrites)
         for miss in self.misses:
             lines += [f"not rewritten: {miss.layer}", f"  {miss.reason}"]
             lines += [f"  at {miss.where}"] if miss.where else []
@@ -137,12 +138,16 @@ def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
+def _target(rewrite: Rewrite) -> str:
+    return f"{rewrite.kernels} ({rewrite.layout})"
+
+
 def _row(rewrite: Rewrite) -> tuple[str, ...]:
     return (
         rewrite.layer,
         rewrite.form,
         f"{rewrite.experts}, top-{rewrite.top_k}",
-        f"{rewrite.kernels} ({rewrite.layout})",
+        _target(rewrite),
         _size(rewrite.bytes_before),
         _size(rewrite.bytes_after),
     )

@@ -52,10 +52,12 @@ def test_explain_shows_rewrites_a_miss_and_data(
 
     report = json.loads(data.partition("\n")[2])
     (rewrite,), (miss,) = report["rewrites"], report["misses"]
-    elements = 8 * (64 * 2 * 96 + 96 * 64)
+    gate_up, down = 64 * 2 * 96, 96 * 64
+    swizzled = gate_up + down // 3 * 4  # blocks go in pairs, and 96 columns are three of them
     assert (rewrite["layer"], rewrite["form"]) == ("model.layers.0.mlp.experts", form)
-    assert rewrite["bytes_before"] == 2 * elements
-    assert rewrite["bytes_after"] == elements // BLOCK * BYTES_PER_BLOCK
+    assert rewrite["bytes_before"] == 8 * 2 * (gate_up + down)
+    # One more byte for each 32 rows.
+    assert rewrite["bytes_after"] == 8 * (swizzled // BLOCK * BYTES_PER_BLOCK + (192 + 64) // 32)
     assert miss["reason"]
     assert miss["reason"] in other
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 
-
 def assert_sorted(
     routes: tuple[Tensor, ...], indices: Tensor, num_experts: int, first_expert: int = 0
 ) -> None:
@@ -149,9 +148,7 @@ def test_ranges_of_experts_add_up(kernels: Kernels) -> None:
         gammas, gather, scatter, offsets = kernels.routing_from_routes(
             indices, weights, stop - first, first
         )
-        y = kernels.matmul_ogs(
-            hidden, part, offsets, gather, scatter, gammas, experts_per_token=2
-        )
+        y = kernels.matmul_ogs(hidden, part, offsets, gather, scatter, gammas, experts_per_token=2)
         expected = expected_rows(hidden, indices - first, weights, part)
         assert_within(y, expected)
         total += y
