@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS, pack, unpack
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS
 
 
 class Layout(ABC):
@@ -69,6 +69,7 @@ class CpuPanels(Layout):
     name = "cpu_panels"
 
     ROWS, LANES = 32, 16  # of a panel: row 2 r + h is lane r of half h
+    DWORDS = BYTES_PER_BLOCK // 4  # of a row in a block, eight codes each
     PAIR_SCALES = 2 * ROWS  # bytes that a pair of blocks begins with
     SCALES = (2, 252)  # the smallest and the largest that makes normal bfloat16 numbers
 
@@ -81,28 +82,32 @@ class CpuPanels(Layout):
         n, groups = scales.shape
         (panels, pairs, _), _ = self.shapes(n, groups * BLOCK)
         missing = (0, 2 * pairs - groups, 0, panels * self.ROWS - n)
-        codes = unpack(pad(blocks, (0, 0, *missing)))
-        scales = pad(scales, missing, value=E8M0_BIAS)
-        # Element k of a block is element (0 to 3) of a half (0 or 1) of a group of eight, the lanes
-        # of a group lie together, and the halves share a byte. The two bits of the element swap.
-        codes = codes.view(panels, self.LANES, 2, pairs, 2, 4, 2, 2, 2)
-        codes = codes.permute(0, 3, 4, 2, 5, 1, 8, 7, 6).flatten(2)
-        rows = scales.view(panels, self.LANES, 2, pairs, 2)
+        dwords = pad(blocks, (0, 0, *missing)).view(torch.int32)
+        dwords = dwords.view(panels, self.LANES, 2, pairs, 2, self.DWORDS).permute(0, 3, 4, 2, 5, 1)
+        codes = _reorder_nibbles(dwords.contiguous()).flatten(2).view(torch.uint8)
+        rows = pad(scales, missing, value=E8M0_BIAS).view(panels, self.LANES, 2, pairs, 2)
         rows = rows.permute(0, 3, 4, 2, 1).flatten(2)
         outside = (rows < self.SCALES[0]) | (rows > self.SCALES[1])
-        return torch.cat([rows, pack(codes)], dim=-1), outside.flatten(1).any(dim=1).byte()
+        return torch.cat([rows, codes], dim=-1), outside.flatten(1).any(dim=1).byte()
 
     def unswizzle(self, blocks: Tensor, scales: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
         (panels, pairs, pair_bytes), _ = self.shapes(n, k)
         size = [self.PAIR_SCALES, pair_bytes - self.PAIR_SCALES]
         rows, codes = blocks.split(size, dim=-1)
-        codes = unpack(codes).view(panels, pairs, 2, 2, 4, self.LANES, 2, 2, 2)
-        codes = codes.permute(0, 5, 3, 1, 2, 4, 8, 7, 6)
-        codes = codes.reshape(panels * self.ROWS, 2 * pairs, BLOCK)
+        dwords = codes.contiguous().view(torch.int32)
+        dwords = dwords.view(panels, pairs, 2, 2, self.DWORDS, self.LANES).permute(0, 5, 3, 1, 2, 4)
+        dwords = dwords.reshape(panels * self.ROWS, 2 * pairs, self.DWORDS)
         rows = rows.reshape(panels, pairs, 2, 2, self.LANES).permute(0, 4, 3, 1, 2)
         rows = rows.reshape(panels * self.ROWS, 2 * pairs)
         groups = k // BLOCK
-        return pack(codes[:n, :groups]), rows[:n, :groups].contiguous()
+        dwords = _reorder_nibbles(dwords[:n, :groups].contiguous())
+        return dwords.view(torch.uint8), rows[:n, :groups].contiguous()
+
+
+def _reorder_nibbles(dwords: Tensor) -> Tensor:
+    """Eight codes of a row: checkpoint order <-> that of panels, where 1 and 4, 3 and 6 swap."""
+    differences = (dwords ^ dwords >> 12) & 0xF0F0
+    return dwords ^ differences ^ differences << 12
 
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (RowMajor(), CpuPanels())}

@@ -130,7 +130,7 @@ def _why(path: str) -> str:
 @functools.cache
 def _cpu_facts() -> tuple[str, frozenset[str]]:
     """Vendor and instruction-set flags of an x86 CPU, as Linux tells them."""
-    facts = {}
+    facts: dict[str, str] = {}
     if platform.machine() in ("x86_64", "AMD64"):
         try:
             with open("/proc/cpuinfo", encoding="utf-8") as lines:

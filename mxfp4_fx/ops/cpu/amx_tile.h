@@ -81,6 +81,7 @@ struct AmxDecoder {
 template <int LIMBS_OF_X>
 struct AmxTile {
   static constexpr int ROWS = 16;
+  static int one_by_one(int32_t) { return 1; }
   // Blocks of a panel that are decoded together; two such buffers stay in the second cache.
   static constexpr int64_t CHUNK = 96;
 

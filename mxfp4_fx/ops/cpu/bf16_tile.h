@@ -29,6 +29,7 @@ inline bool is_subnormal_bf16(uint32_t value) {
 struct Bf16Tile {
   // Rows of a tile: their sums, a row of the panel and the table fit the registers.
   static constexpr int ROWS = 12;
+  static int one_by_one(int32_t) { return 1; }
   // Blocks of the buffer: two of these and what they meet stay in the first two caches.
   static constexpr int64_t CHUNK = 8;
   // A block of a panel in the buffer: [half][k / 2][lane][k % 2].

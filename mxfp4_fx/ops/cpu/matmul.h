@@ -6,7 +6,7 @@
 //             added in the experts' order whatever the number of threads.
 //
 // An expert's rows are multiplied tile by tile: `Tile` is the path's way to multiply several rows with
-// a panel. One row has a kernel of its own (single_row.h).
+// a panel. Few rows go one by one, through a kernel of their own (single_row.h).
 #pragma once
 
 #include <algorithm>
@@ -42,9 +42,10 @@ class Matmul {
   int run() {
     if (!is_valid(m)) return EINVAL;
     const int64_t row_bytes = Tile::packed_bytes(m.k);
+    const int64_t few = Tile::one_by_one(m.x_dtype);
     for (int64_t e = 0; e < m.experts; e++) {
       const int64_t first = m.expert_offsets[e], rows = m.expert_offsets[e + 1] - first;
-      if (rows) plan.add(e, first, rows, Tile::ROWS, row_bytes, m.k);
+      if (rows) plan.add(e, first, rows, Tile::ROWS, few, row_bytes, m.k);
     }
     group_tiles = std::max<int64_t>(1, GROUP_BYTES / (Tile::ROWS * row_bytes));
     const int64_t group_rows = std::min(group_tiles * Tile::ROWS, plan.most_rows + Tile::ROWS);
@@ -104,7 +105,7 @@ class Matmul {
       const int64_t to = std::min(end, expert.first_row + expert.rows);
       for (int64_t row = from; row < to; row++) pack_row(expert, row - expert.first_row, values);
       // The last tile's missing rows are zero; whoever packs the last row writes them.
-      if (expert.single || from >= to || to < expert.first_row + expert.rows) continue;
+      if (expert.one_by_one || from >= to || to < expert.first_row + expert.rows) continue;
       std::memset(values, 0, static_cast<size_t>(m.k) * sizeof(float));
       for (int64_t row = expert.rows; row < expert.tiles * expert.tile_rows; row++)
         pack_values(expert, row, values);
@@ -119,10 +120,11 @@ class Matmul {
   void pack_values(Expert& expert, int64_t row, const float* values) {
     char* target = packed.get() + expert.packed;
     if constexpr (HAS_ROW_KERNEL) {
-      if (expert.single) {
+      if (expert.one_by_one) {
+        target += row * single_row_bytes(m.k);
         RowBlock* limbs = reinterpret_cast<RowBlock*>(target);
         for (int64_t b = 0; b < blocks; b++) limbs[b] = row_block(values + b * BLOCK);
-        std::memcpy(target + single_values_offset(), values,
+        std::memcpy(target + single_row_values(m.k), values,
                     static_cast<size_t>(m.k) * sizeof(float));
         return;
       }
@@ -131,10 +133,6 @@ class Matmul {
     const bool able = Tile::pack(values, m.k, row % expert.tile_rows, expert.tile_rows,
                                  target + tile * expert.tile_rows * Tile::packed_bytes(m.k));
     if (!able) __atomic_store_n(&expert.exceptional, 1, __ATOMIC_RELAXED);
-  }
-
-  int64_t single_values_offset() const {
-    return line_up(blocks * static_cast<int64_t>(sizeof(RowBlock)));
   }
 
   // Rows that no expert here has are zero. With a scatter, every result is written anyway.
@@ -185,8 +183,8 @@ class Matmul {
         const uint8_t* codes = m.panels + (expert.id * panels + panel) * panel_bytes(m.k);
         if (m.flags[expert.id * panels + panel] || expert.exceptional)
           multiply_exceptional(expert, row, rows, codes, buffers.sums);
-        else if (expert.single)
-          multiply_single(expert, codes, buffers.sums);
+        else if (expert.one_by_one)
+          multiply_one_by_one(expert, row, rows, codes, buffers.sums);
         else
           multiply_tiles(expert, tile, tiles, codes,
                          panel + 1 < last ? codes + panel_bytes(m.k) : nullptr, buffers);
@@ -206,13 +204,16 @@ class Matmul {
       std::memcpy(sums + row * PANEL_ROWS, sums, PANEL_ROWS * sizeof(float));
   }
 
-  void multiply_single([[maybe_unused]] const Expert& expert, [[maybe_unused]] const uint8_t* codes,
-                       [[maybe_unused]] float* sums) const {
+  void multiply_one_by_one([[maybe_unused]] const Expert& expert, [[maybe_unused]] int64_t first,
+                           [[maybe_unused]] int64_t rows, [[maybe_unused]] const uint8_t* codes,
+                           [[maybe_unused]] float* sums) const {
     if constexpr (HAS_ROW_KERNEL) {
-      const char* source = packed.get() + expert.packed;
-      multiply_row(reinterpret_cast<const RowBlock*>(source),
-                   reinterpret_cast<const float*>(source + single_values_offset()), codes, blocks,
-                   sums);
+      for (int64_t row = first; row < first + rows; row++, sums += PANEL_ROWS) {
+        const char* source = packed.get() + expert.packed + row * single_row_bytes(m.k);
+        multiply_row(reinterpret_cast<const RowBlock*>(source),
+                     reinterpret_cast<const float*>(source + single_row_values(m.k)), codes, blocks,
+                     sums);
+      }
     }
   }
 

@@ -34,13 +34,17 @@ struct Expert {
   int64_t first_row, rows;  // among the rows sorted by expert
   int64_t tile_rows, tiles;  // all tiles have this height; the last may hold fewer rows
   int64_t packed;            // offset in bytes of the first tile; tiles follow one another
-  bool single;               // one row, multiplied by single_row.h
+  bool one_by_one;           // few rows, each multiplied by single_row.h
   int exceptional;           // a row that only float32 can multiply
 };
 
-inline int64_t packed_row_bytes(int64_t k) {
-  return line_up(k / BLOCK * static_cast<int64_t>(sizeof(RowBlock))) +
-         k * static_cast<int64_t>(sizeof(float));
+// A row for single_row.h: its blocks, then its values.
+inline int64_t single_row_values(int64_t k) {
+  return line_up(k / BLOCK * static_cast<int64_t>(sizeof(RowBlock)));
+}
+
+inline int64_t single_row_bytes(int64_t k) {
+  return single_row_values(k) + line_up(k * static_cast<int64_t>(sizeof(float)));
 }
 
 struct Plan {
@@ -48,18 +52,20 @@ struct Plan {
   int64_t packed_bytes = 0;
   int64_t most_rows = 0;  // of one expert
 
-  // Cuts an expert's rows into the fewest tiles of at most `most` rows, and these equally high.
-  void add(int64_t id, int64_t first_row, int64_t rows, int64_t most, int64_t row_bytes, int64_t k) {
+  // Cuts an expert's rows into the fewest tiles of at most `most` rows, and these equally high. Up to
+  // `few` rows are multiplied one by one.
+  void add(int64_t id, int64_t first_row, int64_t rows, int64_t most, int64_t few,
+           int64_t row_bytes, int64_t k) {
     Expert expert{};
     expert.id = id;
     expert.first_row = first_row;
     expert.rows = rows;
-    expert.single = HAS_ROW_KERNEL && rows == 1;
+    expert.one_by_one = HAS_ROW_KERNEL && rows <= few;
     expert.tiles = ceil_div(rows, most);
     expert.tile_rows = ceil_div(rows, expert.tiles);
     expert.packed = packed_bytes;
-    packed_bytes += expert.single ? line_up(packed_row_bytes(k))
-                                  : line_up(expert.tiles * expert.tile_rows * row_bytes);
+    packed_bytes += expert.one_by_one ? rows * single_row_bytes(k)
+                                      : line_up(expert.tiles * expert.tile_rows * row_bytes);
     most_rows = std::max(most_rows, rows);
     experts.push_back(expert);
   }
