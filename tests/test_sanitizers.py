@@ -1,0 +1,39 @@
+"""The C++ under ops/cpu on every path that runs here, with AddressSanitizer and UBSan watching."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from kernels import CPU_PATHS
+
+from mxfp4_fx import native
+
+TESTS = Path(__file__).parent
+SOURCES = TESTS.parent / "mxfp4_fx" / "ops" / "cpu"
+FLAGS = (
+    *("-std=c++17", "-O1", "-g", "-fopenmp", "-pthread", "-Wall", "-Wextra", "-Werror"),
+    # gcc 12 sees uninitialized variables inside its own intrinsics.
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
+
+
+def build(path: str, folder: Path, *more: str) -> Path:
+    program = folder / "driver"
+    define = f"-DMXFP4_PATH_{path.upper()}=1"
+    source = TESTS / "native" / "driver.cpp"
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *native.PATHS[path], define, *more]
+    subprocess.run([*command, f"-I{SOURCES}", str(source), "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("path", CPU_PATHS)
+def test_no_byte_too_far_and_nothing_undefined(path: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [build(path, tmp_path), "150"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "150 rounds\n"
