@@ -1,6 +1,7 @@
 # make demo    compile a GPT-OSS model with backend="mxfp4" (CHECKPOINT: where its files are)
 # make test    run the tests
 # make lint    check style and types
+# make bench   measure the CPU's kernels beside others: build/cpu.json and a plot
 # make clean   remove build/ and the caches; make distclean removes .venv too
 #
 # The first of them sets up .venv, which takes python3 (3.10 or newer, with venv and its headers) and
@@ -10,6 +11,7 @@
 PYTHON ?= python3
 CHECKPOINT ?= build/gpt-oss-2-layers
 STAMP := .venv/.stamp
+CXX_FILES := $(wildcard mxfp4_fx/ops/cpu/*.h mxfp4_fx/ops/cpu/*.cpp tests/native/*.cpp benchmarks/*.cpp)
 TORCH := $(shell grep '^torch==' constraints.txt)
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/torchinductor
 
@@ -19,7 +21,7 @@ WORKERS = $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? core
 test: export OMP_NUM_THREADS := 2
 test: export TORCHINDUCTOR_COMPILE_THREADS := 1
 
-.PHONY: demo test lint clean distclean
+.PHONY: demo test lint bench clean distclean
 
 demo: $(STAMP)
 	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
@@ -30,7 +32,12 @@ test: $(STAMP)
 lint: $(STAMP)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	.venv/bin/mypy
+
+bench: $(STAMP)
+	mkdir -p build
+	.venv/bin/python benchmarks/cpu.py --output build/cpu.json --plot build/cpu.svg
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache *.egg-info
@@ -54,5 +61,5 @@ $(STAMP): pyproject.toml constraints.txt
 		$(call or_stop,$(no_compiler))
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt $(TORCH)
-	.venv/bin/python -m pip install -c constraints.txt -e '.[dev,transformers]'
+	.venv/bin/python -m pip install -c constraints.txt -e '.[dev,transformers,benchmarks]'
 	@touch $@

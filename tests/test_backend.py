@@ -275,6 +275,17 @@ class TestFreshProcess:
         assert "moe.default +2" in done.stderr
         assert "model.layers.1.mlp.experts: grouped_mm -> MXFP4, cpu kernels" in done.stderr
 
+    def test_without_a_compiler_the_experts_run_in_pytorch_and_say_so_once(
+        self, tmp_path: Any
+    ) -> None:
+        cache = str(tmp_path / "nothing built yet")
+        done = in_fresh_process(
+            MODEL, CXX="no-such-compiler", MXFP4_FX_CACHE_DIR=cache, TMPDIR=str(tmp_path)
+        )
+        assert done.stdout.split() == ["4"], done.stderr
+        assert done.stderr.count("SlowKernelsWarning") == 1
+        assert "CXX='no-such-compiler' names no program" in done.stderr
+
     def test_graphs_are_artifacts_of_the_structured_trace(self, tmp_path: Any) -> None:
         done = in_fresh_process(MODEL, TORCH_TRACE=str(tmp_path))
         assert done.returncode == 0, done.stderr

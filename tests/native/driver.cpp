@@ -1,6 +1,6 @@
-// Runs the kernels of ops/cpu over many small problems and holds them against plain loops in double.
-// tests/test_sanitizers.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer: every buffer
-// here has exactly the size that its tensor has, so that a byte too far is an error.
+// Runs the kernels of ops/cpu over many small problems and holds them against plain loops in
+// double. tests/test_sanitizers.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer:
+// every buffer here has exactly the size that its tensor has, so that a byte too far is an error.
 #include "kernels.cpp"
 
 #include <algorithm>
@@ -59,9 +59,9 @@ struct Weights {
     for (size_t i = 0; i < 2 * blocks.size(); i++) {
       const int code = i % 2 ? blocks[i / 2] >> 4 : blocks[i / 2] & 15;
       const uint8_t scale = scales[i / 32];
-      numbers.push_back(scale == 255 ? NAN
-                                     : static_cast<double>(mxfp4::E2M1[code]) *
-                                           std::ldexp(1., scale - 127));
+      numbers.push_back(scale == 255
+                            ? NAN
+                            : static_cast<double>(mxfp4::E2M1[code]) * std::ldexp(1., scale - 127));
     }
     const int threads = static_cast<int>(random_int(1, 3));
     require(mxfp4_swizzle(blocks.data(), scales.data(), experts, n, k, panels.data(), flags.data(),
@@ -81,7 +81,9 @@ struct Routes {
   std::vector<int32_t> gather, scatter, offsets;
 
   Routes(int64_t rows, int64_t experts)
-      : gammas(static_cast<size_t>(rows)), gather(gammas.size()), scatter(gammas.size()),
+      : gammas(static_cast<size_t>(rows)),
+        gather(gammas.size()),
+        scatter(gammas.size()),
         offsets(static_cast<size_t>(experts + 1)) {}
 };
 
@@ -102,9 +104,8 @@ Routes random_routes(int64_t tokens, int64_t experts, int64_t per_token) {
     for (auto& id : ids) id = random_int(-1, experts);  // some are somebody else's
     const Values weights(dtype, tokens * per_token, 1.);
     require(mxfp4_routing_routes(ids.data(), MXFP4_I64, weights.bytes.data(), dtype, tokens,
-                                 per_token, experts, 0, routes.gammas.data(),
-                                 routes.gather.data(), routes.scatter.data(),
-                                 routes.offsets.data(), threads) == 0,
+                                 per_token, experts, 0, routes.gammas.data(), routes.gather.data(),
+                                 routes.scatter.data(), routes.offsets.data(), threads) == 0,
             "routing of given routes");
   }
   std::vector<int32_t> sorted = routes.scatter;

@@ -1,5 +1,5 @@
-// Rows times a panel on the matrix units of AMX: tiles of rows are their A, weights in bfloat16 their
-// B, 16 x 16 float32 sums their C.
+// Rows times a panel on the matrix units of AMX: tiles of rows are their A, weights in bfloat16
+// their B, 16 x 16 float32 sums their C.
 //
 // Activations keep all their bits: a bfloat16 is one operand, a float16 is the sum of two bfloat16
 // numbers (limbs), a float32 of three, and each limb is multiplied with the same weights. As with
@@ -27,9 +27,9 @@ struct AmxDecoder {
   __m512i low, high, low_bytes, spread, largest;
 
   AmxDecoder() {
-    // The low and the high byte of every code's bfloat16 times 2^125, four times, for the lookup reads
-    // six bits, of which the upper two belong to another code. The scale is then a subtraction from
-    // the exponent, which saturates, so that a zero stays one.
+    // The low and the high byte of every code's bfloat16 times 2^125, four times, for the lookup
+    // reads six bits, of which the upper two belong to another code. The scale is then a
+    // subtraction from the exponent, which saturates, so that a zero stays one.
     alignas(64) uint8_t lows[64], highs[64], lanes[64];
     for (int i = 0; i < 64; i++) {
       const uint32_t value = i & 7 ? bits_of(E2M1[i & 15] * 0x1p125f) >> 16 : 0;
@@ -50,8 +50,7 @@ struct AmxDecoder {
     const uint8_t* codes = block_codes(panel, block);
     const uint8_t* scales = block_scales(panel, block);
     for (int h = 0; h < 2; h++) {
-      const __m128i bytes =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + h * LANES));
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + h * LANES));
       const __m512i scale = _mm512_maskz_permutexvar_epi8(0x5555555555555555ull, spread,
                                                           _mm512_castsi128_si512(bytes));
       const __m512i down = _mm512_slli_epi16(_mm512_sub_epi16(largest, scale), 7);
@@ -112,7 +111,7 @@ struct AmxTile {
         // The upper half of a NaN may be that of an infinity.
         const uint32_t upper = bits >> 16 | static_cast<uint32_t>(rest != rest) << 6;
         *at = static_cast<uint16_t>(upper);
-        able &= (upper & 0x7fff) == 0 || (upper & 0x7f80) != 0;
+        able &= rest == 0.f || (upper & 0x7f80) != 0;
         // Cutting is exact: a limb has the next eight bits of what the ones before left over.
         rest = finite ? rest - float_of(upper << 16) : 0.f;
       }
@@ -120,8 +119,8 @@ struct AmxTile {
     return able;
   }
 
-  // sums [tiles][rows][32] += tiles times the panel. `next` is the panel that is multiplied after this
-  // one, or null: it is decoded meanwhile.
+  // sums [tiles][rows][32] += tiles times the panel. `next` is the panel that is multiplied after
+  // this one, or null: it is decoded meanwhile.
   static void multiply(const Tiles& x, const uint8_t* panel, const uint8_t* next, float* sums,
                        Scratch& scratch) {
     amx::Configuration configuration;

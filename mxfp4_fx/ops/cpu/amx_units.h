@@ -1,5 +1,5 @@
-// The matrix units of AMX, one function for each instruction; or the same in plain C++, for machines
-// without them to run the tests of what is built on them.
+// The matrix units of AMX, one function for each instruction; or the same in plain C++, for
+// machines without them to run the tests of what is built on them.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace mxfp4::amx {
 
-// What ldtilecfg reads: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, 18.3.
+// What ldtilecfg reads: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1, 18.3.
 struct alignas(64) Configuration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -25,10 +25,9 @@ struct alignas(64) Configuration {
 
 #if defined(MXFP4_PATH_AMX)
 
-// Linux gives a process the units' registers when it asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
-inline int request() {
-  return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 0 : errno;
-}
+// Linux gives a process the units' registers when it asks:
+// arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+inline int request() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 0 : errno; }
 
 inline void configure(const Configuration& configuration) {
   // gcc 12's own intrinsic does not say that memory is read.

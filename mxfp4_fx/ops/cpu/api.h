@@ -1,9 +1,9 @@
-// What Python calls through ctypes (ops/cpu.py). One library is built for each instruction-set path;
-// all have these entry points and read the same layout of weights, `cpu_panels` (panels.h).
+// What Python calls through ctypes (ops/cpu.py). One library is built for each instruction-set
+// path; all have these entry points and read the same layout of weights, `cpu_panels` (panels.h).
 //
-// Shape letters as in ops/reference.py: T tokens, E experts, A experts a token, R = T * A routed rows,
-// K contraction, N output. Functions that can fail return 0 or an errno: EINVAL for an index or an
-// offset that points outside its tensor, ENOMEM.
+// Shape letters as in ops/reference.py: T tokens, E experts, A experts a token, R = T * A routed
+// rows, K contraction, N output. Functions that can fail return 0 or an errno: EINVAL for an index
+// or an offset that points outside its tensor, ENOMEM.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +21,10 @@ struct mxfp4_matmul {
   const int32_t* gather_index;    // [R] or null: row r reads x[r]
   const int32_t* scatter_index;   // [R] or null: row r of the result is row r
   const float* gammas;            // [R] or null
-  void* y;                        // [R or T, N or N / 2] of x_dtype, contiguous; all of it is written
+  void* y;                        // [R or T, N or N / 2] of x_dtype; all of it is written
   int64_t x_rows, x_stride, rows, experts, n, k, experts_per_token;
   int32_t x_dtype, bias_dtype;
-  int32_t swiglu;                 // 0 or 1
+  int32_t swiglu;  // 0 or 1
   int32_t threads;
   float alpha, limit;
 };
@@ -39,10 +39,10 @@ int mxfp4_init(void);
 
 int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);
 
-// logits [T, E], rows `stride` elements apart -> gammas [R], gather [R], scatter [R], offsets [E + 1].
-int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride, int64_t experts,
-                  int64_t top_k, float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,
-                  int32_t threads);
+// logits [T, E], rows `stride` elements apart -> gammas, gather, scatter [R], offsets [E + 1].
+int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride,
+                  int64_t experts, int64_t top_k, float* gammas, int32_t* gather, int32_t* scatter,
+                  int32_t* offsets, int32_t threads);
 
 // The same from routes chosen already: ids [T, A] and weights [T, A], contiguous. Ids outside
 // [first, first + experts) go last and weigh 0.
@@ -51,9 +51,10 @@ int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const void* weigh
                          float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,
                          int32_t threads);
 
-// Checkpoint order, blocks [E, N, K/32, 16] and scales [E, N, K/32], contiguous -> cpu_panels; back.
-int mxfp4_swizzle(const uint8_t* blocks, const uint8_t* scales, int64_t experts, int64_t n, int64_t k,
-                  uint8_t* panels, uint8_t* flags, int32_t threads);
+// Contiguous blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order -> cpu_panels, and
+// back.
+int mxfp4_swizzle(const uint8_t* blocks, const uint8_t* scales, int64_t experts, int64_t n,
+                  int64_t k, uint8_t* panels, uint8_t* flags, int32_t threads);
 int mxfp4_unswizzle(const uint8_t* panels, int64_t experts, int64_t n, int64_t k, uint8_t* blocks,
                     uint8_t* scales, int32_t threads);
 

@@ -1,12 +1,12 @@
 // Rows times a panel with bfloat16 products and float32 sums (vdpbf16ps).
 //
 // A product of a bfloat16 activation and an MXFP4 weight is exact. But these units take subnormal
-// numbers for zero and flush what becomes subnormal, so a row with a subnormal activation is left to
-// float32, and what underflows here is off by 2^-126 where float32 is off by 2^-150.
+// numbers for zero and flush what becomes subnormal, so a row with a subnormal activation is left
+// to float32, and what underflows here is off by 2^-126 where float32 is off by 2^-150.
 //
-// One or two tiles decode the weights each for itself, in registers, for the lookups go to other units
-// than the products. More tiles share a buffer of decoded weights, and the next chunk is decoded while
-// the first tile is multiplied.
+// One or two tiles decode the weights each for itself, in registers, for the lookups go to other
+// units than the products. More tiles share a buffer of decoded weights, and the next chunk is
+// decoded while the first tile is multiplied.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -90,7 +90,8 @@ struct Bf16Tile {
 
     inline __attribute__((always_inline)) explicit Sums(const float* sums) {
       for (int n = 0; n < N; n++)
-        for (int h = 0; h < 2; h++) sum[0][n][h] = _mm512_loadu_ps(sums + n * PANEL_ROWS + h * LANES);
+        for (int h = 0; h < 2; h++)
+          sum[0][n][h] = _mm512_loadu_ps(sums + n * PANEL_ROWS + h * LANES);
     }
     inline __attribute__((always_inline)) void store(float* sums) {
       for (int n = 0; n < N; n++) {
@@ -121,10 +122,12 @@ struct Bf16Tile {
     // Every code's bfloat16 times 2^125, twice, for the lookup reads five bits. The scale is then a
     // subtraction from the exponent, which saturates, so that a zero stays one.
     alignas(64) static constexpr uint16_t TABLE[32] = {
+        // clang-format off
         0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
         0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40,
         0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
         0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40};
+    // clang-format on
     const __m512i code = i ? _mm512_srli_epi16(eight, static_cast<unsigned>(4 * i)) : eight;
     return _mm512_subs_epu16(_mm512_permutexvar_epi16(code, _mm512_load_si512(TABLE)), down);
   }
@@ -132,7 +135,8 @@ struct Bf16Tile {
   // 252 less the scale bytes of 16 rows, as bfloat16 exponents, for both values of a pair.
   static inline __attribute__((always_inline)) __m512i exponents_down(const uint8_t* scales) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
-    const __m512i down = _mm512_sub_epi32(_mm512_set1_epi32(SCALE_MAX), _mm512_cvtepu8_epi32(bytes));
+    const __m512i down =
+        _mm512_sub_epi32(_mm512_set1_epi32(SCALE_MAX), _mm512_cvtepu8_epi32(bytes));
     return _mm512_or_si512(_mm512_slli_epi32(down, 7), _mm512_slli_epi32(down, 23));
   }
 
@@ -175,8 +179,9 @@ struct Bf16Tile {
   }
 
   // Group g of half h is number 4 h + g.
-  static inline __attribute__((always_inline)) void decode_group(const uint8_t* panel, int64_t block,
-                                                                 int group, Weights& out) {
+  static inline __attribute__((always_inline)) void decode_group(const uint8_t* panel,
+                                                                 int64_t block, int group,
+                                                                 Weights& out) {
     const int h = group / 4, g = group % 4;
     const uint8_t* codes = block_codes(panel, block) + group * LINE;
     __builtin_prefetch(codes + PREFETCH);
@@ -187,7 +192,8 @@ struct Bf16Tile {
       _mm512_storeu_si512(out[h][4 * g + pair_of(i)], decode(eight, i, down));
   }
 
-  // A tile with `count` blocks of the buffer; decodes the blocks [next, end) into `ahead` meanwhile.
+  // A tile with `count` blocks of the buffer; meanwhile the blocks [next, end) are decoded into
+  // `ahead`.
   template <int N>
   static void multiply_chunk(const int32_t* x, const Weights* weights, int64_t count, float* sums,
                              const uint8_t* panel, int64_t next, int64_t end, Weights* ahead) {

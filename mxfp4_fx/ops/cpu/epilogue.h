@@ -44,8 +44,7 @@ inline float swiglu(float gate, float up, float alpha, float limit) {
 inline int64_t finish_row(const float* sums, bool gated, float alpha, float limit, float gamma,
                           float* out) {
   if (gated) {
-    for (int r = 0; r < LANES; r++)
-      out[r] = swiglu(sums[r], sums[LANES + r], alpha, limit) * gamma;
+    for (int r = 0; r < LANES; r++) out[r] = swiglu(sums[r], sums[LANES + r], alpha, limit) * gamma;
     return LANES;
   }
   for (int r = 0; r < LANES; r++) {

@@ -75,7 +75,8 @@ inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& va
         // The lookup reads the three low bits of a dword; the fourth is the sign.
         const __m256 size = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(eight, 4 * i));
         const __m256i negative = _mm256_and_si256(_mm256_slli_epi32(eight, 28 - 4 * i), sign);
-        const __m256 weight = _mm256_mul_ps(_mm256_xor_ps(size, _mm256_castsi256_ps(negative)), factor);
+        const __m256 weight =
+            _mm256_mul_ps(_mm256_xor_ps(size, _mm256_castsi256_ps(negative)), factor);
         _mm256_storeu_ps(&values[8 * g + KORDER[i / 2] + 4 * (i % 2)][8 * q], weight);
       }
     }
@@ -105,10 +106,10 @@ struct F32Tile {
 #else
   static constexpr int ROWS = 1;
 #endif
-  // Blocks that are decoded before all tiles are multiplied with them: they stay in the first cache.
+  // Blocks that are decoded before all tiles are multiplied with them: they stay in the L1 cache.
   static constexpr int64_t CHUNK = 4;
-  // Up to so many rows of an expert are multiplied faster one by one. Values of 16 bits are exact in
-  // single_row.h's integers and take half of the time there.
+  // Up to so many rows of an expert are multiplied faster one by one. Values of 16 bits are exact
+  // in single_row.h's integers and take half of the time there.
   static int one_by_one(int32_t dtype) {
 #if defined(__AVX512F__)
     return dtype == MXFP4_F32 ? 3 : 4;

@@ -1,5 +1,5 @@
-// The one translation unit of the library; see api.h. MXFP4_PATH_<NAME> and the compiler's flags say
-// which instruction-set path it is built for (native.py).
+// The one translation unit of the library; see api.h. MXFP4_PATH_<NAME> and the compiler's flags
+// say which instruction-set path it is built for (native.py).
 #include "amx_tile.h"
 #include "api.h"
 #include "bf16_tile.h"
@@ -25,9 +25,12 @@ namespace mxfp4 {
 static int matmul_ogs(const mxfp4_matmul& arguments) {
 #if defined(MXFP4_PATH_AMX) || defined(MXFP4_PATH_AMX_EMULATED)
   switch (arguments.x_dtype) {
-    case MXFP4_BF16: return Matmul<AmxTile<1>>(arguments).run();
-    case MXFP4_F16: return Matmul<AmxTile<2>>(arguments).run();
-    default: return Matmul<AmxTile<3>>(arguments).run();
+    case MXFP4_BF16:
+      return Matmul<AmxTile<1>>(arguments).run();
+    case MXFP4_F16:
+      return Matmul<AmxTile<2>>(arguments).run();
+    default:
+      return Matmul<AmxTile<3>>(arguments).run();
   }
 #elif defined(MXFP4_PATH_AVX512_BF16)
   if (arguments.x_dtype == MXFP4_BF16) return Matmul<Bf16Tile>(arguments).run();

@@ -1,12 +1,12 @@
 // mxfp4_matmul_ogs: who multiplies what, and the one parallel region of a call.
 //
 //   pack      all threads: rows are gathered, converted and packed into tiles
-//   multiply  each thread takes ranges of panels. Without a scatter these are ranges of (expert, panel);
+//   multiply  each thread takes ranges of panels. Without a scatter they are of (expert, panel);
 //             with one a thread does its panels for all experts in turn, so that a token's rows are
 //             added in the experts' order whatever the number of threads.
 //
-// An expert's rows are multiplied tile by tile: `Tile` is the path's way to multiply several rows with
-// a panel. Few rows go one by one, through a kernel of their own (single_row.h).
+// An expert's rows are multiplied tile by tile: `Tile` is the path's way to multiply several rows
+// with a panel. Few rows go one by one, through a kernel of their own (single_row.h).
 #pragma once
 
 #include <algorithm>
@@ -60,8 +60,8 @@ class Matmul {
     sums_bytes = line_up(group_rows * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
     values_bytes = line_up(m.k * static_cast<int64_t>(sizeof(float)));
     results_bytes = line_up(tokens * most_items * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
-    scratch_bytes = line_up(sizeof(typename Tile::Scratch)) + sums_bytes + values_bytes +
-                    results_bytes;
+    scratch_bytes =
+        line_up(sizeof(typename Tile::Scratch)) + sums_bytes + values_bytes + results_bytes;
     packed = allocate(plan.packed_bytes);
     scratch = allocate(threads * scratch_bytes);
     if (!packed || !scratch) return ENOMEM;
@@ -149,8 +149,8 @@ class Matmul {
   void multiply(Cursor& cursor, char* memory) {
     auto* kernel_scratch = new (memory) typename Tile::Scratch;
     float* sums = reinterpret_cast<float*>(memory + line_up(sizeof(typename Tile::Scratch)));
-    float* results = reinterpret_cast<float*>(reinterpret_cast<char*>(sums) + sums_bytes +
-                                              values_bytes);
+    float* results =
+        reinterpret_cast<float*>(reinterpret_cast<char*>(sums) + sums_bytes + values_bytes);
     const Buffers buffers{*kernel_scratch, sums, results};
     int64_t begin, end;
     while (cursor.next(begin, end)) {

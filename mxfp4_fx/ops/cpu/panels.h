@@ -7,26 +7,26 @@
 //     512 bytes   codes of the first block    [half h: 2][group g: 4][lane r: 16][byte j: 4]
 //     512 bytes   codes of the second block
 //
-// Half h, lane r is output row 32 p + 2 r + h: gates (even rows) and ups (odd rows) of SwiGLU lie in
-// lanes of the same number. Its scale is byte 16 h + r. A dword holds the eight weights k = 8 g ..
-// 8 g + 7 of a block: byte j has k = 8 g + KORDER[j] in the low nibble and k = 8 g + 4 + KORDER[j] in
-// the high one. So the low nibbles are a dword of VNNI, and a byte lookup that widens them to bfloat16
-// gives neighbouring pairs, which is the order that AMX and vdpbf16ps want: nothing is transposed.
+// Half h, lane r is output row 32 p + 2 r + h: gates (even rows) and ups (odd rows) of SwiGLU lie
+// in lanes of the same number. Its scale is byte 16 h + r. A dword of group g holds eight weights
+// of a block: byte j has k = 8 g + KORDER[j] in the low nibble, k = 8 g + 4 + KORDER[j] in the high
+// one. So the low nibbles are a dword of VNNI, and a byte lookup that widens them to bfloat16 gives
+// neighbouring pairs, the order that AMX and vdpbf16ps want: nothing is transposed.
 //
 // What is not there (rows from N on, the second block of an odd last pair) is code 0, scale 127.
-// A panel's flag is 1 if one of its scale bytes is outside [SCALE_MIN, SCALE_MAX]: within, a weight is
-// a normal bfloat16 number.
+// A panel's flag is 1 if one of its scale bytes is outside [SCALE_MIN, SCALE_MAX]: within, a weight
+// is a normal bfloat16 number.
 #pragma once
 
 #include <cstdint>
 
 namespace mxfp4 {
 
-constexpr int64_t BLOCK = 32;           // values that share a scale
-constexpr int64_t PANEL_ROWS = 32;      // output rows of a panel
-constexpr int64_t LANES = 16;           // of a half
-constexpr int64_t SCALE_BYTES = 64;     // of a pair
-constexpr int64_t CODE_BYTES = 512;     // of a block in a panel
+constexpr int64_t BLOCK = 32;        // values that share a scale
+constexpr int64_t PANEL_ROWS = 32;   // output rows of a panel
+constexpr int64_t LANES = 16;        // of a half
+constexpr int64_t SCALE_BYTES = 64;  // of a pair
+constexpr int64_t CODE_BYTES = 512;  // of a block in a panel
 constexpr int64_t PAIR_BYTES = SCALE_BYTES + 2 * CODE_BYTES;
 constexpr int KORDER[4] = {0, 2, 1, 3};
 constexpr uint8_t SCALE_MIN = 2, SCALE_MAX = 252, SCALE_PADDING = 127, SCALE_NAN = 255;
@@ -46,7 +46,8 @@ inline const uint8_t* block_scales(const uint8_t* panel, int64_t block) {
   return panel + block / 2 * PAIR_BYTES + block % 2 * PANEL_ROWS;
 }
 
-// Asks for what lies `ahead` bytes behind a block, so that memory is busy while the block is computed.
+// Asks for what lies `ahead` bytes behind a block, so that memory is busy while the block is
+// computed.
 inline void prefetch_block(const uint8_t* panel, int64_t block, int64_t ahead) {
   const uint8_t* codes = block_codes(panel, block) + ahead;
   for (int64_t i = 0; i < CODE_BYTES; i += LINE) __builtin_prefetch(codes + i);

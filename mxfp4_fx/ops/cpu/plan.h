@@ -1,5 +1,5 @@
-// What is to be multiplied: the experts that have rows, how their rows are cut into tiles, and where
-// these lie packed.
+// What is to be multiplied: the experts that have rows, how their rows are cut into tiles, and
+// where these lie packed.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "api.h"
-#include "single_row.h"
 #include "panels.h"
+#include "single_row.h"
 
 namespace mxfp4 {
 
@@ -31,7 +31,7 @@ inline Memory allocate(int64_t bytes) {
 // An expert that has rows.
 struct Expert {
   int64_t id;
-  int64_t first_row, rows;  // among the rows sorted by expert
+  int64_t first_row, rows;   // among the rows sorted by expert
   int64_t tile_rows, tiles;  // all tiles have this height; the last may hold fewer rows
   int64_t packed;            // offset in bytes of the first tile; tiles follow one another
   bool one_by_one;           // few rows, each multiplied by single_row.h
@@ -52,8 +52,8 @@ struct Plan {
   int64_t packed_bytes = 0;
   int64_t most_rows = 0;  // of one expert
 
-  // Cuts an expert's rows into the fewest tiles of at most `most` rows, and these equally high. Up to
-  // `few` rows are multiplied one by one.
+  // Cuts an expert's rows into the fewest tiles of at most `most` rows, and these equally high. Up
+  // to `few` rows are multiplied one by one.
   void add(int64_t id, int64_t first_row, int64_t rows, int64_t most, int64_t few,
            int64_t row_bytes, int64_t k) {
     Expert expert{};

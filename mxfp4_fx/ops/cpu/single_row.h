@@ -1,9 +1,9 @@
 // One row times a panel in integers, exactly: what is fastest while memory sets the pace.
 //
-// A block of activations becomes fixed-point numbers of 24 bits, three signed bytes (limbs) each, so
-// that a value is (limb 0 + 2^8 limb 1 + 2^16 limb 2) times a power of two. Weights are the bytes
-// 2 w + 12, which are unsigned as the dot product of bytes wants them; what the 12 adds is taken off
-// in the sums' starting values. Block sums are exact and meet float32 only then.
+// A block of activations becomes fixed-point numbers of 24 bits, three signed bytes (limbs) each,
+// so that a value is (limb 0 + 2^8 limb 1 + 2^16 limb 2) times a power of two. Weights are the
+// bytes 2 w + 12, which are unsigned as the dot product of bytes wants them; what the 12 adds is
+// taken off in the sums' starting values. Block sums are exact and meet float32 only then.
 //
 // A block whose values are not all exact in that form, be it one tiny value beside a large one or a
 // float32 with all its bits, is multiplied in float32, straight from the codes as well.
@@ -27,8 +27,8 @@ constexpr int LIMBS = 3;
 
 enum class BlockKind : int32_t { EXACT, FLOAT, EXTREME };
 
-// A block of activations. Dword 2 g of a limb meets the low nibbles of group g, dword 2 g + 1 the high
-// ones.
+// A block of activations. Dword 2 g of a limb meets the low nibbles of group g, dword 2 g + 1 the
+// high ones.
 struct RowBlock {
   int8_t limbs[LIMBS][BLOCK];
   int32_t start[LIMBS];
@@ -131,7 +131,8 @@ inline __attribute__((always_inline)) RowVector limb_products(const uint8_t* cod
 #pragma GCC unroll 3
     for (int limb = 0; limb < LIMBS; limb++) {
       sum[limb] = _mm512_dpbusd_epi32(sum[limb], low, _mm512_set1_epi32(dword(x, limb, 2 * g)));
-      sum[limb] = _mm512_dpbusd_epi32(sum[limb], high, _mm512_set1_epi32(dword(x, limb, 2 * g + 1)));
+      sum[limb] =
+          _mm512_dpbusd_epi32(sum[limb], high, _mm512_set1_epi32(dword(x, limb, 2 * g + 1)));
     }
   }
   const __m512i lower = _mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]);
@@ -149,16 +150,15 @@ inline __attribute__((always_inline)) RowVector limb_products(const uint8_t* cod
     __m256i part[LIMBS];
 #pragma GCC unroll 2
     for (int g = 2 * two; g < 2 * two + 2; g++) {
-      const __m256i eight =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64 * g));
+      const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64 * g));
       const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(eight, nibble));
       const __m256i high =
           _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(eight, 4), nibble));
 #pragma GCC unroll 3
       for (int limb = 0; limb < LIMBS; limb++) {
-          const __m256i products =
-            _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_set1_epi32(dword(x, limb, 2 * g))),
-                             _mm256_maddubs_epi16(high, _mm256_set1_epi32(dword(x, limb, 2 * g + 1))));
+        const __m256i products = _mm256_add_epi16(
+            _mm256_maddubs_epi16(low, _mm256_set1_epi32(dword(x, limb, 2 * g))),
+            _mm256_maddubs_epi16(high, _mm256_set1_epi32(dword(x, limb, 2 * g + 1))));
         part[limb] = g == 2 * two ? products : _mm256_add_epi16(part[limb], products);
       }
     }
@@ -252,10 +252,9 @@ inline void multiply_row(const RowBlock* row, const float* values, const uint8_t
       const int position = p * ROW_LANES;
       const uint8_t* part = codes + position / LANES * (CODE_BYTES / 2) + position % LANES * 4;
       // The unit first: times the scale it might underflow where the sum does not.
-      const RowVector products =
-          __builtin_expect(row[b].kind == BlockKind::EXACT, 1)
-              ? limb_products(part, row[b]) * row[b].unit
-              : float_products(part, values + b * BLOCK);
+      const RowVector products = __builtin_expect(row[b].kind == BlockKind::EXACT, 1)
+                                     ? limb_products(part, row[b]) * row[b].unit
+                                     : float_products(part, values + b * BLOCK);
       sum[p] = sum[p] + products * row_scales(scales + position);
     }
   }

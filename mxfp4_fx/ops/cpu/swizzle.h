@@ -129,8 +129,8 @@ extern "C" int mxfp4_unswizzle(const uint8_t* panels, int64_t experts, int64_t n
   const int64_t row_blocks = k / BLOCK;
   for_each_panel(experts, n, threads, [&](int64_t panel, int64_t first_row, int64_t rows) {
     const int64_t block = first_row * row_blocks;
-    unswizzle_panel(panels + panel * panel_bytes(k), rows, row_blocks,
-                    blocks + block * BLOCK_BYTES, scales + block);
+    unswizzle_panel(panels + panel * panel_bytes(k), rows, row_blocks, blocks + block * BLOCK_BYTES,
+                    scales + block);
   });
   return 0;
 }
