@@ -1,8 +1,8 @@
 // Rows times a panel with bfloat16 products and float32 sums (vdpbf16ps).
 //
 // A product of a bfloat16 activation and an MXFP4 weight is exact. But these units take subnormal
-// numbers for zero and flush what becomes subnormal, so a row with a subnormal activation is left
-// to float32, and what underflows here is off by 2^-126 where float32 is off by 2^-150.
+// numbers for zero and flush what becomes subnormal: what underflows here is off by 2^-126, where
+// float32 is off by 2^-150. So a row with extreme values is left to float32.
 //
 // One or two tiles decode the weights each for itself, in registers, for the lookups go to other
 // units than the products. More tiles share a buffer of decoded weights, and the next chunk is
@@ -18,18 +18,14 @@
 #include "f32_tile.h"
 #include "numbers.h"
 #include "panels.h"
+#include "single_row.h"
 
 namespace mxfp4 {
-
-// Whether the units would take the value for a zero that it is not.
-inline bool is_subnormal_bf16(uint32_t value) {
-  return (value & 0x7f80) == 0 && (value & 0x7f) != 0;
-}
 
 struct Bf16Tile {
   // Rows of a tile: their sums, a row of the panel and the table fit the registers.
   static constexpr int ROWS = 12;
-  static int one_by_one(int32_t) { return 1; }
+  static int one_by_one(int32_t) { return 0; }
   // Blocks of the buffer: two of these and what they meet stay in the first two caches.
   static constexpr int64_t CHUNK = 8;
   // A block of a panel in the buffer: [half][k / 2][lane][k % 2].
@@ -44,13 +40,13 @@ struct Bf16Tile {
   // bfloat16 numbers. Returns whether this kernel can multiply them.
   static bool pack(const float* values, int64_t k, int64_t row, int64_t rows, char* tile) {
     uint32_t* target = reinterpret_cast<uint32_t*>(tile) + row;
-    bool subnormal = false;
+    bool moderate = true;
     for (int64_t i = 0; i < k / 2; i++) {
-      const uint32_t low = bits_of(values[2 * i]) >> 16, high = bits_of(values[2 * i + 1]) >> 16;
-      subnormal |= is_subnormal_bf16(low) || is_subnormal_bf16(high);
-      target[i * rows] = low | high << 16;
+      const float low = values[2 * i], high = values[2 * i + 1];
+      moderate &= is_moderate(low) && is_moderate(high);
+      target[i * rows] = bits_of(low) >> 16 | (bits_of(high) & 0xffff0000);
     }
-    return !subnormal;
+    return moderate;
   }
 
   // sums [tiles][rows][32] += tiles times the panel.
@@ -60,7 +56,8 @@ struct Bf16Tile {
   }
 
  private:
-  static constexpr int64_t PREFETCH = 3072;
+  // How far ahead weights are asked for, in bytes.
+  static constexpr int64_t PREFETCH = 3072, DIRECT_PREFETCH = 8192;
 
   template <int N = ROWS>
   static void multiply_rows(const Tiles& x, const uint8_t* panel, float* sums, Scratch& scratch) {
@@ -81,55 +78,58 @@ struct Bf16Tile {
     return reinterpret_cast<const int32_t*>(x.packed) + (t * x.blocks + block) * (BLOCK / 2) * N;
   }
 
-  // The sums of a tile, in registers. Few rows have several sums for each result, for a product
-  // waits for the one before in its sum.
+  // The sums of a tile, in registers.
   template <int N>
   struct Sums {
-    static constexpr int SETS = N <= 2 ? 4 : N <= 3 ? 2 : 1;
-    __m512 sum[SETS][N][2] = {};
+    __m512 of[N][2];  // row, half
 
     inline __attribute__((always_inline)) explicit Sums(const float* sums) {
       for (int n = 0; n < N; n++)
-        for (int h = 0; h < 2; h++)
-          sum[0][n][h] = _mm512_loadu_ps(sums + n * PANEL_ROWS + h * LANES);
+        for (int h = 0; h < 2; h++) of[n][h] = _mm512_loadu_ps(sums + n * PANEL_ROWS + h * LANES);
     }
-    inline __attribute__((always_inline)) void store(float* sums) {
-      for (int n = 0; n < N; n++) {
-        for (int h = 0; h < 2; h++) {
-          for (int set = 1; set < SETS; set++)
-            sum[0][n][h] = _mm512_add_ps(sum[0][n][h], sum[set][n][h]);
-          _mm512_storeu_ps(sums + n * PANEL_ROWS + h * LANES, sum[0][n][h]);
-        }
-      }
+    inline __attribute__((always_inline)) void store(float* sums) const {
+      for (int n = 0; n < N; n++)
+        for (int h = 0; h < 2; h++) _mm512_storeu_ps(sums + n * PANEL_ROWS + h * LANES, of[n][h]);
     }
     // Adds the products of N pairs of values with the rows of weights of both halves.
-    inline __attribute__((always_inline)) void add(int set, const int32_t* pairs, __m512i first,
+    inline __attribute__((always_inline)) void add(const int32_t* pairs, __m512i first,
                                                    __m512i second) {
 #pragma GCC unroll 12
       for (int n = 0; n < N; n++) {
         const __m512bh pair = (__m512bh)_mm512_set1_epi32(pairs[n]);
-        __m512* into = sum[set % SETS][n];
-        into[0] = _mm512_dpbf16_ps(into[0], pair, (__m512bh)first);
-        into[1] = _mm512_dpbf16_ps(into[1], pair, (__m512bh)second);
+        of[n][0] = _mm512_dpbf16_ps(of[n][0], pair, (__m512bh)first);
+        of[n][1] = _mm512_dpbf16_ps(of[n][1], pair, (__m512bh)second);
       }
     }
   };
 
+  // Every code's bfloat16, twice, for the lookup reads five bits; and the same times 2^125.
+  // clang-format off
+  alignas(64) static constexpr uint16_t VALUES[32] = {
+      0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+      0, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+      0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+      0, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+  alignas(64) static constexpr uint16_t LARGE_VALUES[32] = {
+      0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
+      0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40,
+      0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
+      0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40};
+  // clang-format on
+
   // 64 bytes of codes are eight weights of 16 rows: nibble i of each 16-bit word makes a row of the
   // weights of a pair of neighbours in k, the one of this number.
   static constexpr int pair_of(int i) { return i / 2 + i % 2 * 2; }
-  static inline __attribute__((always_inline)) __m512i decode(__m512i eight, int i, __m512i down) {
-    // Every code's bfloat16 times 2^125, twice, for the lookup reads five bits. The scale is then a
-    // subtraction from the exponent, which saturates, so that a zero stays one.
-    alignas(64) static constexpr uint16_t TABLE[32] = {
-        // clang-format off
-        0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
-        0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40,
-        0, 0x7d80, 0x7e00, 0x7e40, 0x7e80, 0x7ec0, 0x7f00, 0x7f40,
-        0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40};
-    // clang-format on
+  static inline __attribute__((always_inline)) __m512i look_up(__m512i eight, int i,
+                                                               const uint16_t* table) {
     const __m512i code = i ? _mm512_srli_epi16(eight, static_cast<unsigned>(4 * i)) : eight;
-    return _mm512_subs_epu16(_mm512_permutexvar_epi16(code, _mm512_load_si512(TABLE)), down);
+    return _mm512_permutexvar_epi16(code, _mm512_load_si512(table));
+  }
+
+  // The same with their scales: these are a subtraction from the exponent, which saturates, so that
+  // a zero stays one.
+  static inline __attribute__((always_inline)) __m512i decode(__m512i eight, int i, __m512i down) {
+    return _mm512_subs_epu16(look_up(eight, i, LARGE_VALUES), down);
   }
 
   // 252 less the scale bytes of 16 rows, as bfloat16 exponents, for both values of a pair.
@@ -140,22 +140,42 @@ struct Bf16Tile {
     return _mm512_or_si512(_mm512_slli_epi32(down, 7), _mm512_slli_epi32(down, 23));
   }
 
+  // A tile times weights without their scales, which the sums of each block then meet.
   template <int N>
   static void multiply_direct(const int32_t* x, const uint8_t* panel, int64_t blocks, float* sums) {
+    // One row has two sums for each result, for a product waits for the one before in its sum.
+    constexpr int SETS = N == 1 ? 2 : 1;
     Sums<N> sum(sums);
     for (int64_t b = 0; b < blocks; b++, x += BLOCK / 2 * N) {
       const uint8_t* codes = block_codes(panel, b);
       const uint8_t* scales = block_scales(panel, b);
-      prefetch_block(panel, b, PREFETCH);
-      const __m512i down[2] = {exponents_down(scales), exponents_down(scales + LANES)};
+      prefetch_block(panel, b, DIRECT_PREFETCH);
+      __m512 part[SETS][N][2] = {};
 #pragma GCC unroll 4
       for (int g = 0; g < 4; g++) {
         const __m512i first = _mm512_loadu_si512(codes + g * LINE);
         const __m512i second = _mm512_loadu_si512(codes + CODE_BYTES / 2 + g * LINE);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-          sum.add(i, x + (4 * g + pair_of(i)) * N, decode(first, i, down[0]),
-                  decode(second, i, down[1]));
+        for (int i = 0; i < 4; i++) {
+          const __m512bh weights[2] = {(__m512bh)look_up(first, i, VALUES),
+                                       (__m512bh)look_up(second, i, VALUES)};
+#pragma GCC unroll 12
+          for (int n = 0; n < N; n++) {
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(x[(4 * g + pair_of(i)) * N + n]);
+            __m512* into = part[i % SETS][n];
+            into[0] = _mm512_dpbf16_ps(into[0], pair, weights[0]);
+            into[1] = _mm512_dpbf16_ps(into[1], pair, weights[1]);
+          }
+        }
+      }
+      for (int h = 0; h < 2; h++) {
+        const __m512 scale = row_scales(scales + h * LANES);
+#pragma GCC unroll 12
+        for (int n = 0; n < N; n++) {
+          __m512 total = part[0][n][h];
+          for (int set = 1; set < SETS; set++) total = _mm512_add_ps(total, part[set][n][h]);
+          sum.of[n][h] = _mm512_fmadd_ps(total, scale, sum.of[n][h]);
+        }
       }
     }
     sum.store(sums);
@@ -203,7 +223,7 @@ struct Bf16Tile {
         if (next + b < end) decode_group(panel, next + b, group, ahead[b]);
 #pragma GCC unroll 2
         for (int pair = 2 * group; pair < 2 * group + 2; pair++, x += N)
-          sum.add(pair, x, _mm512_loadu_si512(weights[b][0][pair]),
+          sum.add(x, _mm512_loadu_si512(weights[b][0][pair]),
                   _mm512_loadu_si512(weights[b][1][pair]));
       }
     }

@@ -39,6 +39,11 @@ struct RowBlock {
 // In this range neither products with codes nor block sums with a scale can over- or underflow.
 constexpr float ROW_SMALLEST = 0x1p-100f, ROW_LARGEST = 0x1p90f;
 
+inline bool is_moderate(float value) {  // false for a NaN
+  const float size = std::fabs(value);
+  return size == 0 || (size >= ROW_SMALLEST && size <= ROW_LARGEST);
+}
+
 inline RowBlock row_block(const float* values) {
   RowBlock block{};
   float largest = 0;
@@ -46,7 +51,7 @@ inline RowBlock row_block(const float* values) {
   for (int k = 0; k < BLOCK; k++) {
     const float size = std::fabs(values[k]);
     largest = size > largest ? size : largest;
-    moderate &= size == 0 || (size >= ROW_SMALLEST && size <= ROW_LARGEST);  // false for a NaN
+    moderate &= is_moderate(values[k]);
   }
   block.kind = moderate ? BlockKind::FLOAT : BlockKind::EXTREME;
   if (!moderate) return block;
