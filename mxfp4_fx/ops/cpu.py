@@ -61,10 +61,10 @@ def matmul_ogs(
     # Whatever is converted must stay alive until the call is over.
     bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
     blocks, scales = blocks.contiguous(), scales.contiguous()
-    expert_offsets = _int32(expert_offsets)
-    gather_index = None if gather_index is None else _int32(gather_index)
-    scatter_index = None if scatter_index is None else _int32(scatter_index)
-    gammas = None if gammas is None else gammas.to(torch.float32).contiguous()
+    expert_offsets = _as(torch.int32, expert_offsets)
+    gather_index = None if gather_index is None else _as(torch.int32, gather_index)
+    scatter_index = None if scatter_index is None else _as(torch.int32, scatter_index)
+    gammas = None if gammas is None else _as(torch.float32, gammas)
     arguments = _MATMUL.pack(
         x.data_ptr(),
         blocks.data_ptr(),
@@ -200,8 +200,9 @@ def _empty_routes(rows: int, experts: int) -> Routes:
     )
 
 
-def _int32(index: Tensor) -> Tensor:
-    return index.to(torch.int32).contiguous()
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    # A conversion that does nothing costs a microsecond.
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -9,9 +9,11 @@
 // float32 with all its bits, is multiplied in float32, straight from the codes as well.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "f32_tile.h"
 #include "numbers.h"
@@ -44,44 +46,41 @@ inline bool is_moderate(float value) {  // false for a NaN
   return size == 0 || (size >= ROW_SMALLEST && size <= ROW_LARGEST);
 }
 
+// All of its loops have a fixed length, no branch and integer reductions: the compiler makes
+// vectors of them.
 inline RowBlock row_block(const float* values) {
   RowBlock block{};
-  float largest = 0;
-  bool moderate = true;
+  uint32_t largest = 0, smallest = UINT32_MAX;  // of the magnitudes' bits; of those less 1
   for (int k = 0; k < BLOCK; k++) {
-    const float size = std::fabs(values[k]);
-    largest = size > largest ? size : largest;
-    moderate &= is_moderate(values[k]);
+    const uint32_t size = bits_of(values[k]) & 0x7fffffff;
+    largest = std::max(largest, size);
+    smallest = std::min(smallest, size - 1);  // a zero is out of the way
   }
-  block.kind = moderate ? BlockKind::FLOAT : BlockKind::EXTREME;
-  if (!moderate) return block;
-  if (largest == 0) {
-    block.kind = BlockKind::EXACT;
+  if (largest == 0) return block;  // EXACT
+  if (smallest < bits_of(ROW_SMALLEST) - 1 || largest > bits_of(ROW_LARGEST)) {
+    block.kind = BlockKind::EXTREME;
     return block;
   }
-  const int exponent = static_cast<int>(bits_of(largest) >> 23) - 126;  // largest < 2^exponent
+  const int exponent = static_cast<int>(largest >> 23) - 126;  // all are below 2^exponent
   const float scale = float_of(static_cast<uint32_t>(127 + 22 - exponent) << 23);
-  int32_t fixed[BLOCK];
-  bool exact = true;
+  int32_t fixed[BLOCK], inexact = 0;
   for (int k = 0; k < BLOCK; k++) {
     const float scaled = values[k] * scale;
-    // Adding 2^23 rounds to an integer.
-    const float whole = (std::fabs(scaled) + 0x1p23f) - 0x1p23f;
-    exact &= whole == std::fabs(scaled);
-    fixed[k] = whole == std::fabs(scaled) ? static_cast<int32_t>(scaled) : 0;
+    fixed[k] = static_cast<int32_t>(scaled);
+    inexact |= static_cast<float>(fixed[k]) != scaled;
   }
-  if (!exact) return block;
-  block.kind = BlockKind::EXACT;
+  if (inexact) {
+    block.kind = BlockKind::FLOAT;
+    return block;
+  }
+  for (int g = 0; g < BLOCK; g += 4) std::swap(fixed[g + 1], fixed[g + 2]);  // KORDER
   for (int limb = 0; limb < LIMBS; limb++) {
     int32_t sum = 0;
-    for (int g = 0; g < 8; g++) {
-      for (int j = 0; j < 4; j++) {
-        int32_t& value = fixed[4 * g + KORDER[j]];
-        const int32_t byte = limb + 1 < LIMBS ? static_cast<int8_t>(value & 255) : value;
-        value = (value - byte) / 256;
-        block.limbs[limb][4 * g + j] = static_cast<int8_t>(byte);
-        sum += byte;
-      }
+    for (int i = 0; i < BLOCK; i++) {
+      const int32_t byte = limb + 1 < LIMBS ? static_cast<int8_t>(fixed[i]) : fixed[i];
+      block.limbs[limb][i] = static_cast<int8_t>(byte);
+      fixed[i] = (fixed[i] - byte) >> 8;
+      sum += byte;
     }
     block.start[limb] = -12 * sum;
   }
