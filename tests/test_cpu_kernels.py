@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import oracle
@@ -214,6 +215,16 @@ def test_same_bits_for_any_number_of_threads(
         )
     for other in results[1:]:
         assert torch.equal(results[0], other)
+
+
+def test_two_threads_of_python_at_once(cpu: Kernels) -> None:
+    matrices, offsets = Matrices.random(4, 200, 96), int32([0, 10, 20, 30, 40])
+    inputs = [randn(40, 96, seed=seed) for seed in range(8)]
+    expected = [cpu.matmul_ogs(x, matrices, offsets) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: cpu.matmul_ogs(x, matrices, offsets), inputs * 20))
+    for i, y in enumerate(found):
+        assert torch.equal(y, expected[i % 8])
 
 
 class Outputs(Dataset[Tensor]):

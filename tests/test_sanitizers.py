@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,3 +39,33 @@ def test_no_byte_too_far_and_nothing_undefined(path: str, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "150 rounds\n"
+
+
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+@pytest.mark.parametrize("path", native.PATHS if IS_X86 else ["portable"])
+def test_every_path_compiles_without_a_warning(path: str) -> None:
+    """Those of other CPUs, too, which cannot run here."""
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-fopenmp", "-fsyntax-only"]
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    define = f"-DMXFP4_PATH_{path.upper()}=1"
+    subprocess.run(
+        [*command, *warnings, *native.PATHS[path], define, str(SOURCES / "kernels.cpp")], check=True
+    )
+
+
+ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ARM)), reason=f"wants {' and '.join(ARM)} (Debian: qemu-user)"
+)
+def test_the_portable_path_on_arm(tmp_path: Path) -> None:
+    compiler, emulator = ARM
+    program = tmp_path / "driver"
+    flags = ["-std=c++17", "-O3", "-static", "-fopenmp", "-DMXFP4_PATH_PORTABLE=1", f"-I{SOURCES}"]
+    source = TESTS / "native" / "driver.cpp"
+    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([emulator, program, "60"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "60 rounds\n"), done.stderr
