@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,6 +168,26 @@ def test_a_contender_that_is_wrong_stops_the_run() -> None:
     experts.down_proj_bias += 0.05
     with pytest.raises(rounds.WrongResult, match=r"eager loop at T=3: relative error"):
         check(experts)
+
+
+def test_figures_of_the_readme_are_those_of_a_run() -> None:
+    readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
+    (name,) = re.findall(r"`benchmarks/(results/\S+\.json)`", readme)
+    results = json.loads((BENCHMARKS / name).read_text("utf-8"))
+    best, rows = results["path"]["contender"], results["layer"]
+
+    def row(title: str) -> list[float]:
+        (line,) = re.findall(rf"^\| {title} \| (.*) \|$", readme, re.MULTILINE)
+        return [float(cell) for cell in line.split(" | ")]
+
+    assert row("tokens") == [r["tokens"] for r in rows]
+    faster = [round(r["speedup_over_best_bf16"][best], 1) for r in rows]
+    assert row("times faster than the best of bfloat16") == faster
+    floor = [round(r["fraction_of_floor"][best], 2) for r in rows]
+    assert row("part of what the machine can do at best") == floor
+    speeds = results["end_to_end"]["tokens_per_second"]
+    decode = [f"{speeds[name]['decode']['median']:.1f}" for name in ("mxfp4", "inductor")]
+    assert f"decodes {decode[0]} tokens a second instead of {decode[1]}" in readme
 
 
 def test_an_unknown_peer_is_an_error_that_names_the_known_ones() -> None:
