@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import logging
 import os
@@ -53,8 +54,7 @@ _COMPILE = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall
 _SHARED = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
 _COMPILERS = ("g++", "c++", "clang++")
 _SOURCES = Path(__file__).parent / "ops" / "cpu"
-_UNIT = "kernels.cpp"
-_LIBRARY = "kernels.so"  # while it is being built
+_UNIT, _LIBRARY = "kernels.cpp", "kernels.so"  # the second while it is being built
 _TORCH = str(torch._C.__file__)
 _TIMEOUT = 300.0  # seconds for one run of the compiler, which takes about ten
 _SEAL_BYTES = hashlib.sha256().digest_size
@@ -89,7 +89,7 @@ def load(path: str) -> ctypes.CDLL:
 
     Raises:
         NativeBuildError: no compiler, or it fails; no directory can be written; not Linux; torch
-            without OpenMP; the system refuses what the path needs. The same again, without another
+            without OpenMP; refused by the system; wrong results. The same again, without another
             try, until one of the environment variables that matter changes.
     """
     library = _loaded.get(path)
@@ -105,9 +105,7 @@ def load(path: str) -> ctypes.CDLL:
         try:
             library = _find_or_build(_recipe(path))
             if status := library.mxfp4_init():
-                raise NativeBuildError(
-                    f"the system refuses what the {path} CPU kernels need: {os.strerror(status)}"
-                )
+                raise NativeBuildError(_init_failed(path, status))
         except (NativeBuildError, OSError) as error:
             _failed[path] = environment, str(error)
             if isinstance(error, NativeBuildError):
@@ -115,6 +113,12 @@ def load(path: str) -> ctypes.CDLL:
             raise NativeBuildError(str(error)) from error
         _loaded[path] = library
         return library
+
+
+def _init_failed(path: str, status: int) -> str:
+    wrong = f"compute wrong results as compiled here; set {CXX_VARIABLE} to another compiler"
+    refused = f"need what the system refuses: {os.strerror(status)}"
+    return f"the {path} CPU kernels {wrong if status == errno.EDOM else refused}"  # api.h
 
 
 def is_built(path: str) -> bool:
@@ -374,22 +378,18 @@ def _open(file: Path) -> ctypes.CDLL:
 @contextlib.contextmanager
 def _announced(text: str) -> Iterator[Callable[[], None]]:
     """Say that long work begins and how it ended. What it yields shows, on a terminal, the time."""
-    begin = time.monotonic()
-
-    def elapsed() -> str:
-        return f"{time.monotonic() - begin:.0f} s"
+    begin, ended = time.monotonic(), "failed after"
 
     def tick() -> None:
         if sys.stderr is not None and sys.stderr.isatty():
-            _say(f"... {elapsed()}", end="\r")
+            _say(f"... {time.monotonic() - begin:.0f} s", end="\r")
 
     _say(f"{text} ...")
     try:
         yield tick
-    except BaseException:
-        _say(f"... failed after {elapsed()}")
-        raise
-    _say(f"... done in {elapsed()}")
+        ended = "done in"
+    finally:
+        _say(f"... {ended} {time.monotonic() - begin:.0f} s")
 
 
 def _say(text: str, end: str = "\n") -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import oracle
 import pytest
@@ -366,6 +368,21 @@ def test_without_a_compiler_pytorch_serves_and_says_so_once(
     assert len(warned) == 1
     assert {(f.kernels, f.layout) for f in found} == {("pytorch", "row_major")}
     assert "there is no C++ compiler" in found[0].reason
+
+
+def test_kernels_that_compute_wrong_results_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As of a faulty compiler: a small problem with known results is computed before any use."""
+    sources = Path(shutil.copytree(native._SOURCES, tmp_path / "cpu"))
+    numbers = (sources / "numbers.h").read_text()
+    assert "3.f,  4.f" in numbers
+    (sources / "numbers.h").write_text(numbers.replace("3.f,  4.f", "3.f,  5.f"))
+    monkeypatch.setenv(native.CACHE_DIR_VARIABLE, str(tmp_path / "libraries"))
+    for name, value in {"_SOURCES": sources, "_loaded": {}, "_failed": {}}.items():
+        monkeypatch.setattr(native, name, value)
+    with pytest.raises(NativeBuildError, match="portable CPU kernels compute wrong results"):
+        native.load("portable")
 
 
 def test_without_a_compiler_asking_for_native_is_an_error(

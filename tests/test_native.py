@@ -467,7 +467,7 @@ def test_what_the_system_refuses_is_an_error(workshop: Workshop) -> None:
     source = SOURCE.replace("init(void) { return 0; }", f"init(void) {{ return {errno.EPERM}; }}")
     workshop.write_source(source)
     assert refusal() == (
-        "the system refuses what the portable CPU kernels need: Operation not permitted"
+        "the portable CPU kernels need what the system refuses: Operation not permitted"
     )
 
 

@@ -34,7 +34,8 @@ struct mxfp4_matmul {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Asks the system for what the path's units need (AMX: permission). 0 or an errno. Call it first.
+// Call it first: asks the system for what the path's units need (AMX: permission) and computes a
+// small problem. 0 or an errno; EDOM if the result is wrong.
 int mxfp4_init(void);
 
 int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);

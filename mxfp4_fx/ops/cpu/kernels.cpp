@@ -7,17 +7,10 @@
 #include "matmul.h"
 #include "quantize.h"
 #include "routing.h"
+#include "self_test.h"
 #include "swizzle.h"
 
 #include <new>
-
-extern "C" int mxfp4_init(void) {
-#if defined(MXFP4_PATH_AMX)
-  return mxfp4::amx::request();
-#else
-  return 0;
-#endif
-}
 
 namespace mxfp4 {
 
@@ -43,6 +36,17 @@ static int matmul_ogs(const mxfp4_matmul& arguments) {
 extern "C" int mxfp4_matmul_ogs(const mxfp4_matmul* arguments) {
   try {
     return mxfp4::matmul_ogs(*arguments);
+  } catch (const std::bad_alloc&) {
+    return ENOMEM;
+  }
+}
+
+extern "C" int mxfp4_init(void) {
+#if defined(MXFP4_PATH_AMX)
+  if (const int status = mxfp4::amx::request()) return status;
+#endif
+  try {
+    return mxfp4::SelfTest().passes() ? 0 : EDOM;
   } catch (const std::bad_alloc&) {
     return ENOMEM;
   }

@@ -1,0 +1,92 @@
+// Whether the kernels compute what they should on this machine, as this compiler has built them: a
+// small problem whose sums are exact in float32 in any order, so that every bit is known.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "api.h"
+#include "numbers.h"
+#include "panels.h"
+
+namespace mxfp4 {
+
+class SelfTest {
+ public:
+  // Few rows and several tiles, in every dtype. All scales are 1.
+  bool passes() {
+    for (auto& byte : blocks_) byte = static_cast<uint8_t>(random());
+    mxfp4_swizzle(blocks_.data(), scales_.data(), 1, N, K, panels_.data(), flags_.data(), 1);
+    for (const int32_t dtype : {MXFP4_F32, MXFP4_BF16, MXFP4_F16})
+      for (const int64_t rows : {1, 5, 40})
+        if (!passes(dtype, rows)) return false;
+    return true;
+  }
+
+ private:
+  static constexpr int64_t N = 64, K = 96;
+
+  std::vector<uint8_t> blocks_ = std::vector<uint8_t>(N * K / 2);
+  std::vector<uint8_t> scales_ = std::vector<uint8_t>(N * K / BLOCK, 127);
+  std::vector<uint8_t> panels_ = std::vector<uint8_t>(panel_count(N) * panel_bytes(K));
+  std::vector<uint8_t> flags_ = std::vector<uint8_t>(panel_count(N));
+  uint32_t state_ = 1;
+
+  uint32_t random() { return state_ = state_ * 1664525 + 1013904223, state_ >> 8; }
+
+  // Below 1, with as many bits as the dtype has, but 15 of float32's: products are multiples of
+  // 2^-16 then, and the magnitudes of a sum's products add up to less than 2^8.
+  float activation(int32_t dtype) {
+    const int bits = dtype == MXFP4_BF16 ? 8 : dtype == MXFP4_F16 ? 11 : 15;
+    const auto size = static_cast<float>(random() % (1 << bits));
+    return std::ldexp(random() & 1 ? size : -size, -bits);
+  }
+
+  // From table 5 of OCP Microscaling v1.0 once more, not from the table of the kernels.
+  float weight(int64_t n, int64_t k) const {
+    const uint8_t byte = blocks_[static_cast<size_t>((n * K + k) / 2)];
+    const int code = k % 2 ? byte >> 4 : byte & 15, size = code & 7;
+    const int halves = size < 5 ? size : size == 5 ? 6 : size == 6 ? 8 : 12;
+    return static_cast<float>(halves) * (code & 8 ? -.5f : .5f);
+  }
+
+  bool passes(int32_t dtype, int64_t rows) {
+    std::vector<float> values(static_cast<size_t>(rows * K)), sums;
+    for (float& value : values) value = activation(dtype);
+    for (int64_t row = 0; row < rows; row++) {
+      for (int64_t n = 0; n < N; n++) {
+        float sum = 0;
+        for (int64_t k = 0; k < K; k++)
+          sum += values[static_cast<size_t>(row * K + k)] * weight(n, k);
+        sums.push_back(sum);
+      }
+    }
+    const auto bytes = [&](size_t count) {
+      return count * static_cast<size_t>(dtype_bytes(dtype));
+    };
+    std::vector<char> x(bytes(values.size())), y(bytes(sums.size())), expected(y.size());
+    from_f32(values.data(), dtype, static_cast<int64_t>(values.size()), x.data());
+    from_f32(sums.data(), dtype, static_cast<int64_t>(sums.size()), expected.data());
+
+    const std::vector<float> bias(N);
+    const int32_t offsets[2] = {0, static_cast<int32_t>(rows)};
+    mxfp4_matmul m{};
+    m.x = x.data();
+    m.panels = panels_.data();
+    m.flags = flags_.data();
+    m.bias = bias.data();
+    m.expert_offsets = offsets;
+    m.y = y.data();
+    m.x_rows = m.rows = rows;
+    m.x_stride = m.k = K;
+    m.n = N;
+    m.experts = m.experts_per_token = m.threads = 1;
+    m.x_dtype = dtype;
+    m.bias_dtype = MXFP4_F32;
+    return mxfp4_matmul_ogs(&m) == 0 && y == expected;
+  }
+};
+
+}  // namespace mxfp4
