@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from mxfp4_fx.console import announced, say
 from mxfp4_fx.errors import NativeBuildError
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
@@ -61,6 +62,7 @@ _SEAL_BYTES = hashlib.sha256().digest_size
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
+_forked = False
 _loaded: dict[str, ctypes.CDLL] = {}
 _failed: dict[str, tuple[tuple[str | None, ...], str]] = {}  # path -> environment, message
 
@@ -74,6 +76,16 @@ class _Recipe:
     compile: tuple[str, ...]  # commands, run one after the other
     link: tuple[str, ...]
     file_name: str
+
+
+def _after_fork() -> None:
+    """In the child: threads are gone, with what they held; torch's too, which OpenMP waits for."""
+    global _lock, _forked
+    _lock, _forked = threading.Lock(), True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _DlInfo(ctypes.Structure):
@@ -104,7 +116,7 @@ def load(path: str) -> ctypes.CDLL:
             raise NativeBuildError(message)
         try:
             library = _find_or_build(_recipe(path))
-            if status := library.mxfp4_init():
+            if status := library.mxfp4_init(_forked):
                 raise NativeBuildError(_init_failed(path, status))
         except (NativeBuildError, OSError) as error:
             _failed[path] = environment, str(error)
@@ -248,7 +260,7 @@ def _locked(file: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say("another process compiles the CPU kernels; waiting for it ...")
+            say("another process compiles the CPU kernels; waiting for it ...")
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
@@ -271,10 +283,8 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
         for name, content in recipe.sources.items():
             Path(folder, name).write_bytes(content)
         for reason in unusable:
-            _say(f"{reason}, so the CPU kernels are kept in {directory}")
-        with _announced(
-            f"compiling the CPU kernels ({recipe.path}), once for this machine"
-        ) as tick:
+            say(f"{reason}, so the CPU kernels are kept in {directory}")
+        with announced(f"compiling the CPU kernels ({recipe.path}), once for this machine") as tick:
             for command in (recipe.compile, recipe.link):
                 if warnings := _run(command, folder, tick):
                     _log.debug("%s", warnings)
@@ -373,27 +383,3 @@ def _open(file: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(file))
     library.mxfp4_init  # noqa: B018  (AttributeError if this is another library)
     return library
-
-
-@contextlib.contextmanager
-def _announced(text: str) -> Iterator[Callable[[], None]]:
-    """Say that long work begins and how it ended. What it yields shows, on a terminal, the time."""
-    begin, ended = time.monotonic(), "failed after"
-
-    def tick() -> None:
-        if sys.stderr is not None and sys.stderr.isatty():
-            _say(f"... {time.monotonic() - begin:.0f} s", end="\r")
-
-    _say(f"{text} ...")
-    try:
-        yield tick
-        ended = "done in"
-    finally:
-        _say(f"... {ended} {time.monotonic() - begin:.0f} s")
-
-
-def _say(text: str, end: str = "\n") -> None:
-    # Nobody may be listening, which is no reason to fail.
-    with contextlib.suppress(OSError, ValueError):
-        if sys.stderr is not None:
-            print(f"mxfp4_fx: {text}", end=end, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ here is baked into a graph or enters a cache key.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import weakref
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mxfp4_fx.errors import WeightError
 from mxfp4_fx.formats import BLOCK, quantize
-from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.layouts import LAYOUTS, Layout
 from mxfp4_fx.ops import cpu
 
 Parts = tuple[Tensor, Tensor]
@@ -41,7 +42,8 @@ class _Entry:
 
 
 class WeightStore:
-    """Source parameter -> swizzled weight. Safe to use from several threads.
+    """Source parameter -> swizzled weight. Safe to use from several threads, but for a weight that
+    one of them changes while another computes with it.
 
     A change in place (``copy_``, ``load_state_dict``, an optimizer) raises the source's version and
     ``p.data = t`` moves its memory: both are noticed and the weight is swizzled again, into the
@@ -100,6 +102,9 @@ class WeightStore:
 
 
 STORE = WeightStore()
+if hasattr(os, "register_at_fork"):
+    # A thread that held the lock is not there to release it.
+    os.register_at_fork(after_in_child=lambda: setattr(STORE, "_lock", threading.RLock()))
 
 
 def swizzle_weight(source: Tensor, layout: str, out: Parts | None = None) -> Parts:
@@ -108,7 +113,8 @@ def swizzle_weight(source: Tensor, layout: str, out: Parts | None = None) -> Par
     Args:
         source: [E, K, N] float32, bfloat16 or float16, as transformers holds it.
         layout: a key of ``layouts.LAYOUTS``.
-        out: an earlier result for the same shape and device; its memory is used again.
+        out: an earlier result; its memory is used again if it fits. What autograd saved of it for
+            a backward then counts as modified.
 
     Raises:
         WeightError: not three-dimensional, or K no multiple of 32.
@@ -123,10 +129,11 @@ def swizzle_weight(source: Tensor, layout: str, out: Parts | None = None) -> Par
     is_native = layout == "cpu_panels" and source.device.type == "cpu"
     # Neither an inference tensor (it could not be saved for a backward) nor part of a graph.
     with torch.inference_mode(False), torch.no_grad():
-        if out is None or out[0].device != source.device:
+        if out is None or not _fits(out, source, order):
             out = cpu.empty(order, e, n, k) if is_native else order.empty(e, n, k, source.device)
         if is_native:
             cpu.quantize(source.detach(), *out)
+            torch.autograd.graph.increment_version(out)  # torch has not seen the write
             return out
         for expert in range(e):
             swizzled = order.swizzle(*quantize(source.detach()[expert].T))
@@ -144,6 +151,12 @@ def refresh(model: torch.nn.Module) -> int:
         How many swizzled weights are affected.
     """
     return STORE.refresh(model.parameters())
+
+
+def _fits(parts: Parts, source: Tensor, order: Layout) -> bool:
+    e, k, n = source.shape
+    shapes = tuple((e, *shape) for shape in order.shapes(n, k))
+    return parts[0].device == source.device and tuple(part.shape for part in parts) == shapes
 
 
 def _version(source: Tensor) -> int | None:

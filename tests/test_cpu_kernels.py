@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,20 @@ def test_same_bits_for_any_number_of_threads(
         assert torch.equal(results[0], other)
 
 
+def test_flushing_of_subnormals_by_torch_changes_nothing(cpu: Kernels, threads: None) -> None:
+    """It holds for one thread and not for another; a scale byte of 0 is a subnormal number."""
+    matrices = Matrices.random(1, 256, 64)
+    matrices = Matrices(matrices.blocks, torch.zeros_like(matrices.scales), torch.zeros(1, 256))
+    x = randn(20, 64) * 2.0**100
+    torch.set_num_threads(2)
+    expected = cpu.matmul_ogs(x, matrices, int32([0, 20]))
+    try:
+        assert torch.set_flush_denormal(True)
+        assert torch.equal(cpu.matmul_ogs(x, matrices, int32([0, 20])), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_two_threads_of_python_at_once(cpu: Kernels) -> None:
     matrices, offsets = Matrices.random(4, 200, 96), int32([0, 10, 20, 30, 40])
     inputs = [randn(40, 96, seed=seed) for seed in range(8)]
@@ -252,15 +267,41 @@ def test_in_the_workers_of_a_data_loader(method: str) -> None:
     assert torch.equal(torch.cat(list(loader)), here)
 
 
+FIRST_USE_IN_A_CHILD = """
+import os, sys
+import torch
+from kernels import Kernels, int32, randn
+from oracle import Matrices
+
+torch.set_num_threads(2)
+x = torch.randn(512, 512) @ torch.randn(512, 512)  # starts torch's threads
+child = os.fork()
+if not child:
+    y = Kernels("cpu").matmul_ogs(randn(20, 64), Matrices.random(2, 64, 64), int32([0, 9, 20]))
+    os._exit(0 if y.isfinite().all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_child_that_is_the_first_to_use_them() -> None:
+    subprocess.run(
+        [sys.executable, "-c", FIRST_USE_IN_A_CHILD],
+        check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+
+
 # ---- bad input
 
 
 WRONG = {
     "gather too large": {"gather_index": int32([0, 0, 1, 2])},
     "gather negative": {"gather_index": int32([0, 0, -1, 1])},
+    "gather beyond 32 bits": {"gather_index": torch.tensor([0, 0, 1, 2**32])},
     "scatter too large": {"scatter_index": int32([0, 1, 2, 4])},
     "offset too large": {"expert_offsets": int32([0, 3, 5])},
     "offsets that fall": {"expert_offsets": int32([0, 3, 2])},
+    "offset beyond 32 bits": {"expert_offsets": torch.tensor([0, 1, 2**32 + 4])},
     "offset negative": {"expert_offsets": int32([-1, 3, 4])},
 }
 

@@ -49,6 +49,12 @@ def test_matmul_of_any_size(
     assert y.shape == (t, n // 2 if activation == "swiglu" else n)
 
 
+def test_matmul_of_no_columns_is_the_bias(kernels: Kernels) -> None:
+    matrices = Matrices.random(2, 40, 0)
+    y = kernels.matmul_ogs(randn(3, 0), matrices, int32([0, 1, 3]))
+    assert torch.equal(y, matrices.bias[[0, 1, 1]])
+
+
 @pytest.mark.parametrize("used", [[2], [0, 4], [1, 3]])
 def test_matmul_with_experts_that_nobody_chose(kernels: Kernels, used: list[int]) -> None:
     indices = torch.tensor(used).repeat(9, 1)
@@ -268,6 +274,10 @@ def test_bad_operands_are_named(changes: dict[str, Any], message: str) -> None:
         (
             lambda: ops.routing.routes(torch.zeros(4, 2).long(), randn(4, 3), 5),
             r"must both be \[T, A\].*\(4, 2\) and \(4, 3\)",
+        ),
+        (
+            lambda: ops.routing.routes(torch.zeros(4, 2).long(), randn(4, 2), -1),
+            "num_experts is negative: -1",
         ),
         (
             lambda: ops.routing.routes(torch.zeros(4).long(), randn(4), 5),

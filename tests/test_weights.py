@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernels import Kernels
 from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, tokens
 from torch import Tensor, nn
 
@@ -137,6 +138,55 @@ def test_a_changed_weight_keeps_its_address(layout: str) -> None:
         assert torch.equal(dequantize(*order, torch.float32), weight.T)
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 40), (2, 32, 8)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_parameter_of_another_shape_gets_new_memory(
+    layout: str, shape: tuple[int, int, int]
+) -> None:
+    source = nn.Parameter(new_weight(torch.empty(3, 32, 8), 0))
+    store = WeightStore()
+    store.get(source, layout)
+    source.data = new_weight(torch.empty(shape), 1)
+    for part, fresh in zip(store.get(source, layout), swizzle_weight(source, layout), strict=True):
+        assert torch.equal(part, fresh)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autograd_notices_that_a_weight_is_made_again(layout: str) -> None:
+    source = nn.Parameter(new_weight(torch.empty(3, 32, 8), 0))
+    store = WeightStore()
+    before = [part._version for part in store.get(source, layout)]
+    source.mul_(2.0)
+    assert all(p._version > v for p, v in zip(store.get(source, layout), before, strict=True))
+
+
+def test_a_weight_that_is_made_again_of_the_same_values_serves_meanwhile() -> None:
+    """Its panels' flags must not be down for a moment: here they hold NaN scales."""
+    source = nn.Parameter(torch.zeros(1, 4096, 512))
+    source[:, -1] = torch.inf
+    kernels, offsets = Kernels("cpu"), torch.tensor([0, 40], dtype=torch.int32)
+    x, bias = torch.ones(40, 4096, dtype=torch.bfloat16), torch.zeros(1, 512)
+    done = threading.Event()
+
+    def make_again() -> None:
+        while not done.is_set():
+            STORE.refresh([source])
+            STORE.get(source, kernels.layout)
+
+    thread = threading.Thread(target=make_again)
+    parts = STORE.get(source, kernels.layout)
+    thread.start()
+    try:
+        for _ in range(10):
+            y = torch.ops.mxfp4.matmul_ogs(
+                x, *parts, bias, offsets, layout=kernels.layout, kernels=kernels.name
+            )
+            assert y.isnan().all()
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_parameters_made_in_inference_mode() -> None:
     with torch.inference_mode():
         module, x = mlp(), hidden()
@@ -218,6 +268,12 @@ def test_one_expert_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "quantize", recording)
     swizzle_weight(new_weight(torch.empty(5, 64, 8), 0), "row_major")
     assert shapes == [(8, 64)] * 5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_weight_of_another_dtype_is_an_error(layout: str) -> None:
+    with pytest.raises(TypeError, match=r"float32, bfloat16 or float16, not torch\.float64"):
+        swizzle_weight(torch.zeros(2, 32, 8, dtype=torch.float64), layout)
 
 
 def test_a_weight_that_cannot_be_mxfp4_names_its_shape() -> None:

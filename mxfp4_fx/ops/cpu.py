@@ -61,10 +61,11 @@ def matmul_ogs(
     # Whatever is converted must stay alive until the call is over.
     bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
     blocks, scales = blocks.contiguous(), scales.contiguous()
-    expert_offsets = _as(torch.int32, expert_offsets)
-    gather_index = None if gather_index is None else _as(torch.int32, gather_index)
-    scatter_index = None if scatter_index is None else _as(torch.int32, scatter_index)
-    gammas = None if gammas is None else _as(torch.float32, gammas)
+    expert_offsets = _int32(expert_offsets)
+    gather_index = None if gather_index is None else _int32(gather_index)
+    scatter_index = None if scatter_index is None else _int32(scatter_index)
+    if gammas is not None:
+        gammas = (gammas if gammas.dtype == torch.float32 else gammas.float()).contiguous()
     arguments = _MATMUL.pack(
         x.data_ptr(),
         blocks.data_ptr(),
@@ -156,8 +157,10 @@ def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
     result is needed. float32, bfloat16 or float16; any strides.
 
     Raises:
-        MemoryError: no memory for a thread's buffers.
+        TypeError: another dtype.
     """
+    if source.dtype not in _DTYPES:
+        raise TypeError(f"a weight must be float32, bfloat16 or float16, not {source.dtype}")
     e, k, n = source.shape
     _check(
         _library().mxfp4_quantize(
@@ -200,9 +203,12 @@ def _empty_routes(rows: int, experts: int) -> Routes:
     )
 
 
-def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    # A conversion that does nothing costs a microsecond.
-    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
+def _int32(index: Tensor) -> Tensor:
+    if index.dtype != torch.int32:  # a conversion that does nothing would cost a microsecond
+        # What does not fit stays outside of any tensor.
+        info = torch.iinfo(torch.int32)
+        index = index.clamp(info.min, info.max).to(torch.int32)
+    return index.contiguous()
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

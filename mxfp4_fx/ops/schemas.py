@@ -81,7 +81,7 @@ def _routing_routes(
     first_expert: int = 0,
     kernels: str = "reference",
 ) -> Any:
-    _check_routes(indices, weights)
+    _check_routes(indices, weights, num_experts)
     return kernel(kernels, "routing.routes")(indices, weights, num_experts, first_expert)
 
 
@@ -142,7 +142,7 @@ def _fake_routing_routes(
     first_expert: int = 0,
     kernels: str = "reference",
 ) -> tuple[Tensor, ...]:
-    _check_routes(indices, weights)
+    _check_routes(indices, weights, num_experts)
     return _fake_routes(weights, indices.shape[0] * indices.shape[1], num_experts)
 
 
@@ -190,7 +190,9 @@ def _check_routing(logits: Tensor, top_k: int) -> None:
         )
 
 
-def _check_routes(indices: Tensor, weights: Tensor) -> None:
+def _check_routes(indices: Tensor, weights: Tensor, num_experts: int) -> None:
+    if num_experts < 0:
+        raise ValueError(f"mxfp4::routing.routes: num_experts is negative: {num_experts}")
     if indices.ndim != 2 or indices.shape != weights.shape:
         raise ValueError(
             "mxfp4::routing.routes: indices and weights must both be [T, A]; "

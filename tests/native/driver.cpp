@@ -239,7 +239,7 @@ void check_bad_indices() {
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
-  require(mxfp4_init() == 0, "init");
+  require(mxfp4_init(0) == 0, "init");
   check_bad_indices();
   for (int round = 0; round < rounds; round++) {
     check_matmul();

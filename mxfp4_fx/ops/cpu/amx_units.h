@@ -92,7 +92,8 @@ inline void zero() {
   std::memset(units.data[TILE], 0, sizeof units.data[TILE]);
 }
 
-// As the manual has it: subnormals count as zero and become zero, the odd product is added first.
+// As the units do it, subnormals count as zero and become zero. They add in another order and round
+// less often, so the bits may differ from theirs; the bound is the same.
 template <int C, int A, int B>
 inline void multiply() {
   const auto operand = [](const char* at) {

@@ -35,8 +35,9 @@ struct mxfp4_matmul {
 extern "C" {
 
 // Call it first: asks the system for what the path's units need (AMX: permission) and computes a
-// small problem. 0 or an errno; EDOM if the result is wrong.
-int mxfp4_init(void);
+// small problem. `forked`: whether the process is the fork of one that may have had threads. 0 or
+// an errno; EDOM if the result is wrong.
+int mxfp4_init(int32_t forked);
 
 int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);
 

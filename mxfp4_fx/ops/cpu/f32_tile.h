@@ -43,7 +43,7 @@ inline uint32_t scale_bits(uint32_t byte) {
 // Weight k of row `position` (16 h + r, see panels.h) is values[k][position].
 using F32Block = float[BLOCK][PANEL_ROWS];
 
-// Codes [512] and scales [32] of a block in a panel -> its weights, exactly.
+// Codes [512] and scales [32] of a block in a panel -> its weights as float32: exact, or infinite.
 inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& values) {
   alignas(64) float factors[PANEL_ROWS];
   for (int i = 0; i < PANEL_ROWS; i++) factors[i] = float_of(scale_bits(scales[i]));

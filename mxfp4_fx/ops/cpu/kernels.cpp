@@ -41,7 +41,8 @@ extern "C" int mxfp4_matmul_ogs(const mxfp4_matmul* arguments) {
   }
 }
 
-extern "C" int mxfp4_init(void) {
+extern "C" int mxfp4_init(int32_t forked) {
+  if (forked) mxfp4::forked = true;
 #if defined(MXFP4_PATH_AMX)
   if (const int status = mxfp4::amx::request()) return status;
 #endif

@@ -47,7 +47,7 @@ class Matmul {
       const int64_t first = m.expert_offsets[e], rows = m.expert_offsets[e + 1] - first;
       if (rows) plan.add(e, first, rows, Tile::ROWS, few, row_bytes, m.k);
     }
-    group_tiles = std::max<int64_t>(1, GROUP_BYTES / (Tile::ROWS * row_bytes));
+    group_tiles = std::max<int64_t>(1, GROUP_BYTES / std::max<int64_t>(1, Tile::ROWS * row_bytes));
     const int64_t group_rows = std::min(group_tiles * Tile::ROWS, plan.most_rows + Tile::ROWS);
 
     const int threads = std::max(m.threads, 1);

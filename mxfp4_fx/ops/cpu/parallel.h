@@ -6,30 +6,49 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cstdint>
 #include <limits>
 
 namespace mxfp4 {
 
-// Set in a process that was forked after the library was loaded. The threads of OpenMP's pool are
-// not forked with it, and the runtime would wait for them forever.
+// Set in a process that was forked. The threads of OpenMP's pool are not forked with it, and the
+// runtime would wait for them forever. (mxfp4_init is told of forks before the library was loaded.)
 static bool forked = false;
 
 __attribute__((constructor)) static void watch_forks() {
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 }
 
+// Arithmetic as IEEE 754 has it while it lives. torch.set_flush_denormal changes it for one thread
+// and not for another, and results must not depend on the number of threads.
+class DefaultArithmetic {
+ public:
+  DefaultArithmetic() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultArithmetic() { std::fesetenv(&before_); }
+
+ private:
+  std::fenv_t before_;
+};
+
 // Runs body(thread, threads) on `threads` threads, or on as many as OpenMP gives, which the body is
 // told; on this one alone, without OpenMP, where that could hang or would be nested. No exception
 // may leave the body.
 template <class F>
 void parallel(int threads, F body) {
+  const auto run = [&](int thread, int count) {
+    const DefaultArithmetic arithmetic;
+    body(thread, count);
+  };
   if (threads <= 1 || forked || omp_in_parallel()) {
-    body(0, 1);
+    run(0, 1);
     return;
   }
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  run(omp_get_thread_num(), omp_get_num_threads());
 }
 
 // For the body of `parallel`, with its own number of threads: waits until all of them are here.

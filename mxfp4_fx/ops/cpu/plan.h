@@ -61,6 +61,7 @@ struct Plan {
     expert.first_row = first_row;
     expert.rows = rows;
     expert.one_by_one = HAS_ROW_KERNEL && rows <= few;
+    expert.exceptional = k == 0;  // the fast ways need a first block
     expert.tiles = ceil_div(rows, most);
     expert.tile_rows = ceil_div(rows, expert.tiles);
     expert.packed = packed_bytes;

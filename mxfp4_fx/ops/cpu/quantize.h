@@ -216,16 +216,18 @@ inline void quantize_panels(const Source& source, int64_t row, int64_t rows, uin
   alignas(64) BlockValues values[GROUP_PANELS];
   const int64_t panels = panel_count(rows), stride = panel_bytes(source.k);
   const int64_t blocks = source.k / BLOCK;
-  std::memset(flags, 0, static_cast<size_t>(panels));
+  // Stored at the end: another thread may compute with what is made again, of the same values.
+  uint8_t outside[GROUP_PANELS] = {};
   for (int64_t block = 0; block < blocks; block++) {
     source.read(row, rows, block * BLOCK, values);
     for (int64_t panel = 0; panel < panels; panel++) {
       uint8_t* pair = target + panel * stride + block / 2 * PAIR_BYTES;
       const int64_t second = block % 2;
-      flags[panel] |= encode_block(values[panel], pair + second * PANEL_ROWS,
-                                   pair + SCALE_BYTES + second * CODE_BYTES);
+      outside[panel] |= encode_block(values[panel], pair + second * PANEL_ROWS,
+                                     pair + SCALE_BYTES + second * CODE_BYTES);
     }
   }
+  std::memcpy(flags, outside, static_cast<size_t>(panels));
   if (blocks % 2) {
     for (int64_t panel = 0; panel < panels; panel++) {
       uint8_t* pair = target + (panel + 1) * stride - PAIR_BYTES;

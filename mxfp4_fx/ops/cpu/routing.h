@@ -83,7 +83,7 @@ struct Routes {
 
   bool fits() const {
     constexpr int64_t most = std::numeric_limits<int32_t>::max();
-    return experts < most && (per_token == 0 || tokens <= most / per_token);
+    return experts >= 0 && experts < most && (per_token == 0 || tokens <= most / per_token);
   }
 
   int64_t first_token(int thread, int threads) const { return tokens * thread / threads; }

@@ -38,7 +38,7 @@ struct RowBlock {
   BlockKind kind;
 };
 
-// In this range neither products with codes nor block sums with a scale can over- or underflow.
+// In this range products with codes and their sums can neither over- nor underflow.
 constexpr float ROW_SMALLEST = 0x1p-100f, ROW_LARGEST = 0x1p90f;
 
 inline bool is_moderate(float value) {  // false for a NaN
