@@ -149,7 +149,8 @@ struct Bf16Tile {
     for (int64_t b = 0; b < blocks; b++, x += BLOCK / 2 * N) {
       const uint8_t* codes = block_codes(panel, b);
       const uint8_t* scales = block_scales(panel, b);
-      prefetch_block(panel, b, DIRECT_PREFETCH);
+      // With one row the hardware foresees enough, and more would cost time.
+      if constexpr (N > 1) prefetch_block(panel, b, DIRECT_PREFETCH);
       __m512 part[SETS][N][2] = {};
 #pragma GCC unroll 4
       for (int g = 0; g < 4; g++) {
