@@ -128,7 +128,10 @@ def load(path: str) -> ctypes.CDLL:
 
 
 def _init_failed(path: str, status: int) -> str:
-    wrong = f"compute wrong results as compiled here; set {CXX_VARIABLE} to another compiler"
+    wrong = (
+        f"compute wrong results as compiled here; set {CXX_VARIABLE} to another compiler or "
+        "MXFP4_FX_CPU to another path"
+    )
     refused = f"need what the system refuses: {os.strerror(status)}"
     return f"the {path} CPU kernels {wrong if status == errno.EDOM else refused}"  # api.h
 

@@ -309,6 +309,13 @@ def test_routing_refuses_what_has_no_result(library: Library) -> None:
         assert status == errno.EINVAL
 
 
+def test_given_routes_to_fewer_than_no_experts_are_refused(library: Library) -> None:
+    ids, weights, out = torch.zeros(2, 2).long(), torch.ones(2, 2), dirty_routes(4, 1)
+    inputs = ids, c_int32(CODE[ids.dtype]), weights, c_int32(CODE[weights.dtype])
+    status = library.status("mxfp4_routing_routes", *inputs, 2, 2, -1, 0, *out, c_int32(1))
+    assert status == errno.EINVAL
+
+
 # ---- routing.routes
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -220,6 +223,37 @@ def test_a_dead_model_frees_its_swizzled_weights() -> None:
     gc.collect()
     assert len(STORE) == before - 2
     assert all(part() is None for part in parts)
+
+
+LOCKED_AT_THE_FORK = """
+import os, signal, sys, threading
+import torch
+from mxfp4_fx.weights import STORE
+
+locked, done = threading.Event(), threading.Event()
+
+def hold():
+    with STORE._lock:
+        locked.set()
+        done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+locked.wait()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    STORE.get(torch.zeros(1, 32, 8), "row_major")
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+done.set()
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
+    subprocess.run([sys.executable, "-c", LOCKED_AT_THE_FORK], check=True, timeout=120)
 
 
 def test_an_id_that_is_used_again_is_another_weight() -> None:
