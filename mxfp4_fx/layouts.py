@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS, pack, unpack
 
 
 class Layout(ABC):
@@ -104,10 +104,114 @@ class CpuPanels(Layout):
         return dwords.view(torch.uint8), rows[:n, :groups].contiguous()
 
 
+class Fragments(Layout):
+    """Tiles of 16 rows and 64 of K, in the order of a matrix instruction's registers (NVIDIA).
+
+    Lane 4 g + t of a warp reads four words of 32 bits, which lie side by side: 512 bytes a tile. A
+    word holds eight codes, four in each half, one for each register of an operand that it becomes;
+    ``ops/triton_kernels/decode.py`` is the other side. Row 8 r + g of a tile is the matrix's row
+    2 g + r: gate and up of a SwiGLU then meet in one thread. Nothing is padded where N is a
+    multiple of 16 and K of 64.
+
+    Scales lie tile by tile too, as bytes (g, kb, r), each with 126 added (modulo 256), for a code
+    in a bfloat16's place lacks a factor 2^126. One more tile of bytes says whether all that holds:
+    they are 1 if a scale of these 16 rows is above ``LARGEST_SCALE``, and the kernel takes a
+    slower, exact way.
+    """
+
+    ROWS, COLUMNS = 16, 64
+    TILE_BYTES, TILE_SCALES = ROWS * COLUMNS // 2, ROWS * COLUMNS // BLOCK
+    STORED_BIAS = 126
+    LARGEST_SCALE = 254 - STORED_BIAS  # beyond it the sum is no finite bfloat16's exponent
+
+    # Axes of a tile's K, and the order in which codes are stored: [..., half of a word, register].
+    _k_axes: tuple[int, ...]
+    _order: tuple[int, ...]
+
+    def shapes(self, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        n_tiles, k_tiles = -(-n // self.ROWS), -(-k // self.COLUMNS)
+        return (n_tiles, k_tiles, self.TILE_BYTES), (n_tiles, k_tiles + 1, self.TILE_SCALES)
+
+    def swizzle(self, blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        n, groups = scales.shape
+        (n_tiles, k_tiles, _), _ = self.shapes(n, groups * BLOCK)
+        missing = (0, 2 * k_tiles - groups, 0, n_tiles * self.ROWS - n)
+        codes = unpack(pad(blocks, (0, 0, *missing)).flatten(1))
+        codes = codes.view(n_tiles, 8, 2, k_tiles, *self._k_axes).permute(self._order)
+        words = _interleave(codes.reshape(n_tiles, k_tiles, self.TILE_BYTES // 2, 4))
+        rows = pad(scales, missing, value=E8M0_BIAS).view(n_tiles, 8, 2, k_tiles, 2)
+        rows = rows.permute(0, 3, 1, 4, 2).reshape(n_tiles, k_tiles, self.TILE_SCALES)
+        is_wide = (rows > self.LARGEST_SCALE).flatten(1).any(dim=1).byte()
+        flags = is_wide[:, None, None].expand(-1, 1, self.TILE_SCALES)
+        return words, torch.cat([rows + self.STORED_BIAS, flags], dim=1)
+
+    def unswizzle(self, blocks: Tensor, scales: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+        n_tiles, k_tiles = -(-n // self.ROWS), -(-k // self.COLUMNS)
+        shape = [(n_tiles, 8, 2, k_tiles, *self._k_axes)[axis] for axis in self._order]
+        inverse = [self._order.index(axis) for axis in range(len(self._order))]
+        codes = _take_apart(blocks).view(shape).permute(inverse)
+        codes = codes.reshape(n_tiles * self.ROWS, k_tiles * self.COLUMNS)
+        rows = scales[:, :k_tiles].reshape(n_tiles, k_tiles, 8, 2, 2) - self.STORED_BIAS
+        rows = rows.permute(0, 2, 4, 1, 3).reshape(n_tiles * self.ROWS, 2 * k_tiles)
+        groups = k // BLOCK
+        blocks = pack(codes[:n, :k]).view(n, groups, BYTES_PER_BLOCK)
+        return blocks, rows[:n, :groups].contiguous()
+
+
+class WgmmaFragments(Fragments):
+    """For ``wgmma`` (sm_90): K = 16 s + 8 a + 2 t + h, word s, register 2 a + r, half h."""
+
+    name = "wgmma_fragments"
+
+    _k_axes = (4, 2, 4, 2)  # s, a, t, h
+    _order = (0, 3, 1, 6, 4, 7, 5, 2)  # N tile, K tile, g, t, s, h, a, r
+
+
+class MmaFragments(Fragments):
+    """For ``mma.sync`` (sm_80, 86, 89, 120): K = 32 kb + 16 d + 4 t + 2 c + h, word 2 kb + r.
+
+    Register c + 2 d of a word, half h: a thread's activations are then four neighbours.
+    """
+
+    name = "mma_fragments"
+
+    _k_axes = (2, 2, 4, 2, 2)  # kb, d, t, c, h
+    _order = (0, 3, 1, 6, 4, 2, 8, 5, 7)  # N tile, K tile, g, t, kb, r, h, d, c
+
+
+def _interleave(codes: Tensor) -> Tensor:
+    """[.., halves of words, 4] codes -> [.., bytes].
+
+    Codes 0 to 2 have their sign at bit 15 and the rest at 8:6 of a half, each 3 bits further down
+    than the one before; code 3 fills the gaps: sign at 14, exponent at 11:10, mantissa at 13.
+    """
+    codes = codes.int()
+    halves = torch.zeros(codes.shape[:-1], dtype=torch.int32, device=codes.device)
+    for j in range(3):
+        code = codes[..., j]
+        halves |= ((code >> 3) << 15 | (code & 7) << 6) >> 3 * j
+    code = codes[..., 3]
+    halves |= (code >> 3) << 14 | (code >> 1 & 3) << 10 | (code & 1) << 13
+    # Little-endian, which every GPU is, whatever the host.
+    return torch.stack([halves & 255, halves >> 8], dim=-1).byte().flatten(-2)
+
+
+def _take_apart(data: Tensor) -> Tensor:
+    """The inverse of :func:`_interleave`: [.., bytes] -> [.., halves of words, 4]."""
+    low, high = data.int().unflatten(-1, (-1, 2)).unbind(-1)
+    halves = low | high << 8
+    codes = [(halves << 3 * j) >> 12 & 8 | (halves << 3 * j) >> 6 & 7 for j in range(3)]
+    codes.append(halves >> 11 & 8 | halves >> 9 & 6 | halves >> 13 & 1)
+    return torch.stack(codes, dim=-1).byte()
+
+
 def _reorder_nibbles(dwords: Tensor) -> Tensor:
     """Eight codes of a row: checkpoint order <-> that of panels, where 1 and 4, 3 and 6 swap."""
     differences = (dwords ^ dwords >> 12) & 0xF0F0
     return dwords ^ differences ^ differences << 12
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (RowMajor(), CpuPanels())}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (RowMajor(), CpuPanels(), WgmmaFragments(), MmaFragments())
+}

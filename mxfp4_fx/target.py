@@ -81,6 +81,20 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
 
 
 @functools.cache
+def gpu_name(device: torch.device) -> str:
+    """The compiler's name of a GPU's architecture, such as ``sm_90`` or ``gfx942``.
+
+    A CPU, where Triton's interpreter runs, has the name ``interpreter``.
+    """
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
 def cpu_path() -> str:
     """The instruction-set path of the CPU's native kernels, a key of ``native.PATHS``.
 

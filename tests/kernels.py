@@ -33,7 +33,7 @@ class Kernels:
 
     def __init__(self, spec: str) -> None:
         self.name, _, self.path = spec.partition(":")
-        self.layout = "cpu_panels" if self.name == "cpu" else "row_major"
+        self.layout = {"cpu": "cpu_panels", "triton": self.path}.get(self.name, "row_major")
         self.underflow = 2.0**-126 if self.path in BF16_UNITS else UNDERFLOW
 
     def operands(self, matrices: Matrices) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +65,8 @@ class Kernels:
 BF16_UNITS = ("amx", "amx_emulated", "avx512_bf16")
 _PATHS = target.runnable_paths()
 CPU_PATHS = (*_PATHS, *(("amx_emulated",) if "avx512_bf16" in _PATHS else ()))
-ALL = ("reference", "pytorch", *(f"cpu:{path}" for path in CPU_PATHS))
+TRITON = ("triton:wgmma_fragments", "triton:mma_fragments", "triton:row_major")
+ALL = ("reference", "pytorch", *(f"cpu:{path}" for path in CPU_PATHS), *TRITON)
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def chosen(spec: str) -> Iterator[Kernels]:
     """The kernels of that name, ``cpu:PATH`` for native ones on an instruction-set path."""
     kernels = Kernels(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(target.CPU_PATH_VARIABLE, kernels.path)
+        patch.setenv(target.CPU_PATH_VARIABLE, kernels.path if kernels.name == "cpu" else "")
         target.cpu_path.cache_clear()
         try:
             yield kernels

@@ -36,6 +36,11 @@ KERNELS: dict[str, dict[str, str]] = {
         "routing": "mxfp4_fx.ops.cpu:routing",
         "routing.routes": "mxfp4_fx.ops.cpu:routing_from_routes",
     },
+    "triton": {
+        "matmul_ogs": "mxfp4_fx.ops.triton:matmul_ogs",
+        "routing": "mxfp4_fx.ops.triton:routing",
+        "routing.routes": "mxfp4_fx.ops.triton:routing_from_routes",
+    },
 }
 
 _WEIGHTS = "Tensor gate_up, Tensor gate_up_bias, Tensor down, Tensor down_bias"

@@ -1,0 +1,79 @@
+"""Which tile a matmul runs with: a table for each target, in ``tiles/*.json``.
+
+An entry serves up to ``rows`` routed rows in all and ``rows_per_expert`` of them for each expert;
+the first that serves a problem is taken, the last serves all. ``benchmarks/gpu.py --tune`` writes
+the tables. They are chosen from T and E alone, never from what the device computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("tiles")
+# Layout -> the table of a target that reads it and has none of its own.
+LAYOUTS = {"wgmma_fragments": "sm_90", "mma_fragments": "sm_80", "row_major": "sm_100"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How a matmul is cut up.
+
+    Attributes:
+        regime: "decode", "streaming" or "prefill": what the entry is meant for.
+        rows, rows_per_expert: the largest problem that it serves; 0 stands for no bound.
+        block_m, block_n, block_k: rows of activations, rows of a weight, and columns of both that a
+            program takes at a time.
+        splits: parts of K with a program each; 1 unless the rows are summed afterwards anyway.
+        warps, stages: Triton's num_warps and num_stages.
+    """
+
+    regime: str
+    rows: int
+    rows_per_expert: int
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def table(target: str) -> tuple[Tile, ...]:
+    """The entries of a target, such as ``"sm_90"``, in order."""
+    document = json.loads((FOLDER / f"{target}.json").read_text(encoding="utf-8"))
+    return tuple(Tile(**entry) for entry in document["tiles"])
+
+
+def choose(target: str, layout: str, rows: int, experts: int, k: int, splits: bool) -> Tile:
+    """The tile for ``rows`` routed rows and ``experts`` experts of contraction length ``k``.
+
+    Args:
+        target: as ``target.gpu_name`` says.
+        layout: a key of :data:`LAYOUTS`.
+        splits: whether K may be split.
+    """
+    name = target if (FOLDER / f"{target}.json").exists() else LAYOUTS[layout]
+    tile = next(
+        tile
+        for tile in table(name)
+        if (not tile.rows or rows <= tile.rows)
+        and (not tile.rows_per_expert or rows <= tile.rows_per_expert * experts)
+    )
+    return fit(tile, layout, k, splits)
+
+
+def fit(tile: Tile, layout: str, k: int, splits: bool) -> Tile:
+    """The tile with steps that divide K's fragments, and no more splits than steps."""
+    block_k = tile.block_k
+    if layout != "row_major":
+        k_tiles = -(-k // 64)
+        unrolled = next(u for u in range(block_k // 64, 0, -1) if k_tiles % u == 0)
+        block_k = 64 * unrolled
+    steps = max(1, -(-k // block_k))
+    return dataclasses.replace(
+        tile, block_k=block_k, splits=min(tile.splits, steps) if splits else 1
+    )

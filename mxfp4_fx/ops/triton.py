@@ -1,0 +1,191 @@
+"""Launches the Triton kernels: operands are checked, a tile is chosen, grids are set.
+
+Nothing is read back from the device and every grid follows from shapes alone, so that CUDA graphs
+capture the ops. Indices are trusted: one that points outside its tensor is a fault that a GPU may
+not notice, as in any of torch's own kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+from torch import Tensor
+
+from mxfp4_fx import target
+from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.ops import tiles
+from mxfp4_fx.ops.reference import Routes
+from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
+from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
+
+# bfloat16 numbers that make up an activation exactly.
+_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+# From so many routes on, three launches with many programs are faster than one program.
+_ONE_PROGRAM_ROUTES = 2048
+_COMBINE_TILE = (4, 512)  # tokens, columns
+_SCAN_TILE = (256, 8)  # blocks, groups
+
+
+def matmul_ogs(
+    x: Tensor,
+    blocks: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    expert_offsets: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    gammas: Tensor | None,
+    experts_per_token: int,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+) -> Tensor:
+    """See ``ops.reference.matmul_ogs``; layouts ``wgmma_fragments``, ``mma_fragments``, ``row_major``.
+
+    One launch, and with ``scatter_index`` a second, which sums a token's rows in slot order.
+
+    Raises:
+        ValueError: another layout.
+    """
+    if layout not in tiles.LAYOUTS:
+        raise ValueError(
+            f"mxfp4::matmul_ogs: kernels='triton' reads layouts {', '.join(tiles.LAYOUTS)}, not "
+            f"{layout!r}; kernels='reference' reads all of {list(LAYOUTS)}"
+        )
+    (e, n), k = bias.shape, x.shape[1]
+    rows = x.shape[0] if gather_index is None else gather_index.shape[0]
+    swiglu = activation == "swiglu"
+    columns = n // 2 if swiglu else n
+    y_rows = rows if scatter_index is None else rows // experts_per_token
+    y = x.new_empty((y_rows, columns))
+    if y.numel() == 0:
+        return y
+    if e == 0:
+        return y.zero_()
+    tile = tiles.choose(target.gpu_name(x.device), layout, rows, e, k, scatter_index is not None)
+    out = y
+    if scatter_index is not None:
+        out = x.new_empty((tile.splits, rows, columns), dtype=torch.float32)
+    if layout != "row_major":
+        blocks, scales = (part.contiguous().view(torch.uint32) for part in (blocks, scales))
+    n_tiles = -(-n // tile.block_n)
+    row_tiles = min(rows, e + 1 + rows // tile.block_m)  # the most there can be
+    with _on(x.device):
+        matmul_kernels.matmul_ogs_kernel[(n_tiles * row_tiles, tile.splits)](
+            x if x.stride(1) == 1 else (x := x.contiguous()),
+            blocks.contiguous(),
+            scales.contiguous(),
+            bias.contiguous(),
+            _int32(expert_offsets),
+            None if gather_index is None else _int32(gather_index),
+            None if scatter_index is None else _int32(scatter_index),
+            None if gammas is None else gammas.float().contiguous(),
+            out,
+            x.stride(0),
+            rows,
+            e,
+            alpha,
+            limit,
+            N=n,
+            K=k,
+            LAYOUT=layout,
+            SWIGLU=swiglu,
+            TERMS=_TERMS[x.dtype],
+            GROUPS=triton.next_power_of_2(e + 1),
+            BM=tile.block_m,
+            BN=tile.block_n,
+            BK=tile.block_k,
+            SPLITS=tile.splits,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if scatter_index is not None:
+            bt, bn = _COMBINE_TILE
+            matmul_kernels.combine_kernel[(-(-y_rows // bt), -(-columns // bn))](
+                out, y, y_rows, N=columns, A=experts_per_token, SPLITS=tile.splits, BT=bt, BN=bn
+            )
+    return y
+
+
+def routing(logits: Tensor, top_k: int) -> Routes:
+    """See ``ops.reference.routing``; of equal logits the first expert is taken.
+
+    One launch up to 2048 routes, three beyond.
+    """
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    return _route(logits, None, logits.shape[0], top_k, logits.shape[1], 0)
+
+
+def routing_from_routes(
+    indices: Tensor, weights: Tensor, num_experts: int, first_expert: int = 0
+) -> Routes:
+    """See ``ops.reference.routing_from_routes``; launches as in :func:`routing`."""
+    if indices.dtype == torch.bool:
+        indices = indices.to(torch.uint8)
+    indices, weights = indices.contiguous(), weights.contiguous()
+    return _route(indices, weights, *indices.shape, num_experts, first_expert)
+
+
+def _route(
+    source: Tensor, weights: Tensor | None, t: int, a: int, e: int, first_expert: int
+) -> Routes:
+    device, rows = source.device, t * a
+    given = weights is not None
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    routes = empty(rows, dtype=torch.float32), empty(rows), empty(rows), empty(e + 1)
+    if rows == 0:
+        routes[3].zero_()
+        return routes
+    groups = triton.next_power_of_2(e + given)
+    ap = triton.next_power_of_2(a)
+    bt = _tokens_per_block(t, ap, groups)
+    notes = empty(rows), empty(rows, dtype=torch.float32)
+    shape = {"A": a, "AP": ap, "BT": bt, "GROUPS": groups}
+    warps = 4 if bt * ap * groups <= 2048 else 8
+    inputs = (source, source.stride(0), weights, *notes)
+    blocks = -(-t // bt)
+    with _on(device):
+        if rows <= _ONE_PROGRAM_ROUTES:
+            routing_kernels.routing_kernel[(1,)](
+                *inputs, *routes, t, e, first_expert, GIVEN=given, **shape,
+                num_warps=4 if blocks == 1 and warps == 4 else 16,
+            )  # fmt: skip
+            return routes
+        block_counts, counts = empty(blocks, groups), empty(groups)
+        routing_kernels.decide_kernel[(blocks,)](
+            *inputs, block_counts, t, e, first_expert, GIVEN=given, **shape, num_warps=warps
+        )
+        bb, bg = _SCAN_TILE[0], min(_SCAN_TILE[1], groups)
+        routing_kernels.scan_kernel[(groups // bg,)](
+            block_counts, counts, blocks, BB=bb, BG=bg, GROUPS=groups
+        )
+        routing_kernels.place_kernel[(blocks,)](
+            *notes, block_counts, counts, *routes, t, e, **shape, num_warps=warps
+        )
+    return routes
+
+
+def _tokens_per_block(t: int, ap: int, groups: int) -> int:
+    """A power of 2 such that a block's slots times groups stay in registers."""
+    room = max(1, min(256 // ap, 16384 // (ap * groups)))
+    return min(1 << room.bit_length() - 1, triton.next_power_of_2(t))
+
+
+def _int32(index: Tensor) -> Tensor:
+    return index.to(torch.int32).contiguous()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    if device.type == "cpu":  # the interpreter
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

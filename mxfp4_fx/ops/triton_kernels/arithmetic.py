@@ -1,0 +1,57 @@
+"""Numbers in kernels: exponentials, SwiGLU, and activations as sums of bfloat16 numbers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# In Triton's interpreter bfloat16 arithmetic works on raw bits and there is no inline assembly, so
+# there float32 stands for bfloat16, and plain operations for assembly. One switch, here.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+UNIT = tl.constexpr(tl.float32 if INTERPRETED.value else tl.bfloat16)  # what matrix units are fed
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG2_E_REST = tl.constexpr(1.925963033500e-08)  # log2(e) minus its float32 neighbour
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exponential(x):
+    """exp(x) in float32 within 2 ulp: exp2 of the product's upper part, times 1 + the lower."""
+    if INTERPRETED:
+        return tl.exp(x)
+    product = x * _LOG2_E
+    rest = tl.fma(x, _LOG2_E, -product) + x * _LOG2_E_REST
+    power = tl.exp2(product)
+    exact = tl.fma(power, rest * _LN_2, power)
+    # Beyond float32's range `rest` is inf - inf and the power is right by itself.
+    return tl.where((power == 0) | (power == float("inf")), power, exact)
+
+
+@triton.jit
+def swiglu(gate, up, alpha, limit):
+    """GPT-OSS's clamped SwiGLU. NaN stays NaN, as in PyTorch's clamp."""
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.div_rn(gate, 1.0 + exponential(-alpha * gate)) * (up + 1.0)
+
+
+@triton.jit
+def take_term(rest):
+    """Split float32 into its upper 8 bits of significand, a bfloat16 number, and what remains.
+
+    Three such terms hold every float32 number, two every float16 number. Infinity is one term.
+    """
+    bits = rest.to(tl.int32, bitcast=True) & -65536
+    term = bits.to(tl.float32, bitcast=True)
+    return term.to(UNIT), tl.where(tl.abs(rest) == float("inf"), 0.0, rest - term)
+
+
+@triton.jit
+def rounded(value, TO: tl.constexpr):
+    """float32 to a result's dtype, to nearest, ties to even; the interpreter cuts bfloat16 off."""
+    if INTERPRETED and TO == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, up, value)
+    return value.to(TO)
