@@ -48,6 +48,11 @@ def table(target: str) -> tuple[Tile, ...]:
     return tuple(Tile(**entry) for entry in document["tiles"])
 
 
+def table_name(target: str, layout: str) -> str:
+    """The target itself if it has a table, otherwise one that reads the same layout."""
+    return target if (FOLDER / f"{target}.json").exists() else LAYOUTS[layout]
+
+
 def choose(target: str, layout: str, rows: int, experts: int, k: int, splits: bool) -> Tile:
     """The tile for ``rows`` routed rows and ``experts`` experts of contraction length ``k``.
 
@@ -56,10 +61,9 @@ def choose(target: str, layout: str, rows: int, experts: int, k: int, splits: bo
         layout: a key of :data:`LAYOUTS`.
         splits: whether K may be split.
     """
-    name = target if (FOLDER / f"{target}.json").exists() else LAYOUTS[layout]
     tile = next(
         tile
-        for tile in table(name)
+        for tile in table(table_name(target, layout))
         if (not tile.rows or rows <= tile.rows)
         and (not tile.rows_per_expert or rows <= tile.rows_per_expert * experts)
     )
@@ -67,13 +71,14 @@ def choose(target: str, layout: str, rows: int, experts: int, k: int, splits: bo
 
 
 def fit(tile: Tile, layout: str, k: int, splits: bool) -> Tile:
-    """The tile with steps that divide K's fragments, and no more splits than steps."""
+    """The tile with steps that divide K's fragments, and splits that divide the steps."""
     block_k = tile.block_k
     if layout != "row_major":
         k_tiles = -(-k // 64)
         unrolled = next(u for u in range(block_k // 64, 0, -1) if k_tiles % u == 0)
         block_k = 64 * unrolled
-    steps = max(1, -(-k // block_k))
+    steps = -(-k // block_k)
+    most = tile.splits if splits else 1
     return dataclasses.replace(
-        tile, block_k=block_k, splits=min(tile.splits, steps) if splits else 1
+        tile, block_k=block_k, splits=next(s for s in range(most, 0, -1) if steps % s == 0)
     )

@@ -55,3 +55,19 @@ def rounded(value, TO: tl.constexpr):
         up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         value = tl.where(value == value, up, value)
     return value.to(TO)
+
+
+@triton.jit
+def uniform(condition, NVIDIA: tl.constexpr):
+    """A condition that is the same for all threads, in a form that NVIDIA's compiler knows to be."""
+    if INTERPRETED or not NVIDIA:
+        return condition
+    votes = tl.inline_asm_elementwise(
+        "redux.sync.max.s32 $0, $1, 0xffffffff;",
+        "=r,r",
+        [condition.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    return votes != 0

@@ -12,7 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxfp4_fx.ops.triton_kernels.arithmetic import UNIT, rounded, swiglu, take_term
+from mxfp4_fx.ops.triton_kernels.arithmetic import (
+    UNIT,
+    rounded,
+    swiglu,
+    take_term,
+    uniform,
+)
 from mxfp4_fx.ops.triton_kernels.decode import (
     TILE_SCALE_WORDS,
     TILE_WORDS,
@@ -59,27 +65,53 @@ def _multiply(acc, weight, x, TERMS: tl.constexpr):
 
 
 @triton.jit
-def _multiply_fragments(
-    acc, words, scales, x, first, last, K: tl.constexpr, R: tl.constexpr,
-    U: tl.constexpr, WGMMA: tl.constexpr, EXACT: tl.constexpr, TERMS: tl.constexpr,
-):  # fmt: skip
-    """Add the products of K tiles [first, last), a multiple of U, to ``acc``.
+def _rows(first_row, stop, BM: tl.constexpr):
+    """The rows of a tile, and which of them are its own; the others repeat the last."""
+    row = first_row + tl.arange(0, BM)
+    return tl.minimum(row, stop - 1), row < stop
 
-    ``words`` [R, 128], ``scales`` [R, 8] and ``x`` [BM, 64] point to K tile 0.
+
+@triton.jit
+def _fragments(blocks, scales, n_tile, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
+    """Where a tile's codes [BN/16, 128] and scales [BN/16, 8] begin, and whether it is wide.
+
+    Wide: a scale of it needs the exact way. ``blocks`` and ``scales`` point to the expert's.
+    """
+    K_TILES: tl.constexpr = (K + 63) // 64
+    N_TILES: tl.constexpr = (N + 15) // 16
+    tile = n_tile * (BN // 16) + tl.arange(0, BN // 16)
+    if N % BN:
+        tile = tl.minimum(tile, N_TILES - 1)
+    words = blocks + tile[:, None] * (K_TILES * TILE_WORDS) + tl.arange(0, TILE_WORDS)[None, :]
+    scales += tile * ((K_TILES + 1) * TILE_SCALE_WORDS)
+    is_wide = tl.max(tl.load(scales + K_TILES * TILE_SCALE_WORDS), 0) != 0
+    return words, scales[:, None] + tl.arange(0, TILE_SCALE_WORDS)[None, :], is_wide
+
+
+@triton.jit
+def _multiply_fragments(
+    acc, words, scales, x, in_rows, first, K: tl.constexpr, BN: tl.constexpr,
+    STEPS: tl.constexpr, U: tl.constexpr, WGMMA: tl.constexpr, EXACT: tl.constexpr,
+    TERMS: tl.constexpr,
+):  # fmt: skip
+    """Add the products of STEPS times U tiles of K to ``acc``, from tile ``first`` on.
+
+    ``words`` [BN/16, 128], ``scales`` [BN/16, 8] and ``x`` [BM, 64] point to tile 0.
     """
     words += first * TILE_WORDS
     scales += first * TILE_SCALE_WORDS
     x += first * 64
     k = first * 64 + tl.arange(0, 64)[None, :]
-    for _ in range(0, (last - first) // U):
+    mask = in_rows[:, None]  # what is not read costs no bandwidth
+    for _ in range(STEPS):
         for u in tl.static_range(U):
             tile_words = tl.load(words + u * TILE_WORDS)
             tile_scales = tl.load(scales + u * TILE_SCALE_WORDS)
             if K % 64 == 0:
-                tile_x = tl.load(x + u * 64)
+                tile_x = tl.load(x + u * 64, mask=mask, other=0.0)
             else:
-                tile_x = tl.load(x + u * 64, mask=k + u * 64 < K, other=0.0)
-            weight = decode_fragments(tile_words, tile_scales, R, WGMMA, EXACT)
+                tile_x = tl.load(x + u * 64, mask=mask & (k + u * 64 < K), other=0.0)
+            weight = decode_fragments(tile_words, tile_scales, BN // 16, WGMMA, EXACT)
             acc = _multiply(acc, weight, tile_x, TERMS)
         words += U * TILE_WORDS
         scales += U * TILE_SCALE_WORDS
@@ -90,23 +122,23 @@ def _multiply_fragments(
 
 @triton.jit
 def _multiply_rows(
-    acc, codes, scales, x, in_n, first, last, K: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, EXACT: tl.constexpr, TERMS: tl.constexpr,
+    acc, codes, scales, x, in_rows, in_n, first, K: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_multiply_fragments`, in checkpoint order and steps of BK.
+    """Add the products of STEPS times BK columns to ``acc``, in checkpoint order, from BK first on.
 
     ``codes`` [BN, 1], ``scales`` [BN, 1] and ``x`` [BM, 1] point to column 0 of their rows.
     """
     column = tl.arange(0, BK)[None, :]
     half = tl.arange(0, BK // 2)[None, :]
     group = tl.arange(0, BK // 32)[None, :]
-    for step in range(first, last):
+    for step in range(first, first + STEPS):
         k = step * BK
         tile_codes = tl.load(codes + k // 2 + half, mask=in_n & (k // 2 + half < K // 2), other=0)
         tile_scales = tl.load(
             scales + k // 32 + group, mask=in_n & (k // 32 + group < K // 32), other=127
         )
-        tile_x = tl.load(x + k + column, mask=k + column < K, other=0.0)
+        tile_x = tl.load(x + k + column, mask=in_rows[:, None] & (k + column < K), other=0.0)
         if EXACT:
             weight = decode_rows(tile_codes, tile_scales, BN, BK)
             acc = _multiply(acc, weight, tile_x, TERMS)
@@ -133,6 +165,106 @@ def _has_extreme_scale(scales, in_n, K: tl.constexpr, BN: tl.constexpr, BK: tl.c
     return tl.max(tl.max(found, 1), 0) != 0
 
 
+@triton.jit
+def _put(
+    value, first_row, stop, split, scatter_index, y, rows, n_tile, N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Store ``value`` [BN, BM] as a tile of y's columns, in rows [first_row, stop) or their slots."""
+    row, in_rows = _rows(first_row, stop, BM)
+    if scatter_index is None:
+        to = row.to(tl.int64)
+    else:
+        to = split.to(tl.int64) * rows + tl.load(scatter_index + row)
+    n = n_tile * BN + tl.arange(0, BN)
+    at = y + to[None, :] * N + n[:, None]
+    tl.store(at, rounded(value, y.dtype.element_ty), mask=(n < N)[:, None] & in_rows[None, :])
+
+
+@triton.jit
+def _finish_part(
+    acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
+    N: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """:func:`_finish` for no more elements than registers hold beside their addresses."""
+    COLUMNS: tl.constexpr = BN // 2 if SWIGLU else BN
+    n = n_tile * COLUMNS + tl.arange(0, COLUMNS)
+    biased = tl.where(split == 0, N, 0)  # columns that get a bias
+    if SWIGLU:
+        if LAYOUT == "row_major":
+            gate, up = acc.reshape(BN // 2, 2, BM).permute(0, 2, 1).split()
+        else:  # a tile's rows: eight gates, then their eight ups
+            gate, up = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1).split()
+            gate, up = gate.reshape(COLUMNS, BM), up.reshape(COLUMNS, BM)
+        has_bias = 2 * n < biased
+        gate += tl.load(bias + 2 * n, mask=has_bias, other=0.0).to(tl.float32)[:, None]
+        up += tl.load(bias + 2 * n + 1, mask=has_bias, other=0.0).to(tl.float32)[:, None]
+        value = swiglu(gate, up, alpha, limit)
+    else:
+        value = acc
+        if LAYOUT != "row_major":
+            value = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 1, 3).reshape(BN, BM)
+        value += tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)[:, None]
+    if gammas is not None:
+        row, _in_rows = _rows(first_row, stop, BM)
+        value *= tl.load(gammas + row)[None, :]
+    _put(
+        value, first_row, stop, split, scatter_index, y, rows, n_tile, N // 2 if SWIGLU else N, BM,
+        COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
+    N: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Bias, SwiGLU and gammas for ``acc`` [BN, BM], then :func:`_put`. ``bias``: the expert's."""
+    if BN * BM > 16384:
+        first, second = acc.reshape(BN, 2, BM // 2).permute(0, 2, 1).split()
+        _finish_part(
+            first, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha,
+            limit, N, LAYOUT, SWIGLU, BM // 2, BN,
+        )  # fmt: skip
+        _finish_part(
+            second, bias, first_row + BM // 2, stop, split, scatter_index, gammas, y, rows, n_tile,
+            alpha, limit, N, LAYOUT, SWIGLU, BM // 2, BN,
+        )  # fmt: skip
+    else:
+        _finish_part(
+            acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
+            N, LAYOUT, SWIGLU, BM, BN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _exact_fragments(
+    blocks, scales, bias, x, first_row, stop, first, split, scatter_index, gammas, y, rows,
+    n_tile, alpha, limit, N: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
+    LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """A tile of fragments for every scale byte there is, 32 rows of the weight at a time.
+
+    So small a product is no wgmma: two loops of those in a kernel, and the compiler waits for each
+    instruction before the next.
+    """
+    PART: tl.constexpr = 32
+    _row, in_rows = _rows(first_row, stop, BM)
+    for part in range(n_tile * (BN // PART), (n_tile + 1) * (BN // PART)):
+        words, w_scales, _is_wide = _fragments(blocks, scales, part, N, K, PART)
+        acc = _multiply_fragments(
+            tl.zeros((PART, BM), tl.float32), words, w_scales, x, in_rows, first, K, PART, STEPS,
+            1, LAYOUT == "wgmma_fragments", True, TERMS,
+        )  # fmt: skip
+        _finish(
+            acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, part, alpha, limit,
+            N, LAYOUT, SWIGLU, BM, PART,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows"])
 def matmul_ogs_kernel(
     x, blocks, scales, bias, expert_offsets, gather_index, scatter_index, gammas, y,
@@ -147,13 +279,21 @@ def matmul_ogs_kernel(
     row r goes to slot ``scatter_index[r]``; each split sums its part of K, and ``combine_kernel``
     adds them up. Grid: (tiles of all experts, SPLITS).
 
+    NVIDIA's compiler keeps the main loop's wgmma instructions in flight and its counters in uniform
+    registers only if the rest of the kernel lets it (``tests/test_ahead_of_time.py`` notices). So
+    the rare ways leave by a return of their own, on conditions that it knows all threads to share,
+    and the number of steps is a constant.
+
     Args:
         x: [*, K] with rows ``x_stride`` apart; bfloat16, float16 or float32.
         blocks, scales: uint32 words of E experts in fragments, or bytes in checkpoint order.
         bias: [E, N]; expert_offsets: [E + 1]; gather_index, scatter_index, gammas: [R] or None.
-        GROUPS: a power of 2 above E. BK: 64 U for fragments.
         TERMS: bfloat16 numbers that make up an activation: 1, 2 (float16) or 3 (float32).
+        GROUPS: a power of 2 above E.
+        BK: columns of a step, 64 U for fragments; SPLITS: divides the steps.
     """
+    IS_FRAGMENTS: tl.constexpr = LAYOUT != "row_major"
+    STEPS: tl.constexpr = (K + BK - 1) // BK // SPLITS
     n_tiles: tl.constexpr = (N + BN - 1) // BN
     expert, start, stop, row_tile, n_tile = _find_tile(
         expert_offsets, rows, experts, n_tiles, BM, GROUPS
@@ -161,87 +301,59 @@ def matmul_ogs_kernel(
     if expert > experts:
         return
     split = tl.program_id(1)
-    is_served = expert < experts
-    served = tl.minimum(expert, experts - 1).to(tl.int64)
-
-    row = start + row_tile * BM + tl.arange(0, BM)
-    in_rows = row < stop
-    row = tl.minimum(row, stop - 1)  # reads what is there; the results are not stored
+    first_row = start + row_tile * BM
+    if uniform(expert == experts, IS_FRAGMENTS):
+        COLUMNS: tl.constexpr = BN // 2 if SWIGLU else BN
+        _put(
+            tl.zeros((COLUMNS, BM), tl.float32), first_row, stop, split, scatter_index, y, rows,
+            n_tile, N // 2 if SWIGLU else N, BM, COLUMNS,
+        )  # fmt: skip
+        return
+    expert = expert.to(tl.int64)
+    bias += expert * N
+    row, in_rows = _rows(first_row, stop, BM)
     token = row if gather_index is None else tl.load(gather_index + row)
     x_rows = x + token.to(tl.int64)[:, None] * x_stride
+    first = split * STEPS if SPLITS > 1 else 0
 
     acc = tl.zeros((BN, BM), tl.float32)
-    steps: tl.constexpr = (K + BK - 1) // BK
-    per_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
-    first = tl.minimum(split * per_split, steps)
-    last = tl.minimum(first + per_split, steps)
-    last = tl.where(is_served, last, first)
-    if LAYOUT == "row_major":
+    if IS_FRAGMENTS:
+        U: tl.constexpr = BK // 64
+        TILES: tl.constexpr = (N + 15) // 16
+        K_TILES: tl.constexpr = (K + 63) // 64
+        blocks += expert * (TILES * K_TILES * TILE_WORDS)
+        scales += expert * (TILES * (K_TILES + 1) * TILE_SCALE_WORDS)
+        x_tile = x_rows + tl.arange(0, 64)[None, :]
+        words, w_scales, is_wide = _fragments(blocks, scales, n_tile, N, K, BN)
+        if uniform(is_wide, True):
+            _exact_fragments(
+                blocks, scales, bias, x_tile, first_row, stop, first * U, split, scatter_index,
+                gammas, y, rows, n_tile, alpha, limit, N, K, STEPS * U, LAYOUT, SWIGLU, TERMS, BM,
+                BN,
+            )  # fmt: skip
+            return
+        acc = _multiply_fragments(
+            acc, words, w_scales, x_tile, in_rows, first * U, K, BN, STEPS, U,
+            LAYOUT == "wgmma_fragments", False, TERMS,
+        )  # fmt: skip
+    else:
         n = n_tile * BN + tl.arange(0, BN)
         in_n = (n < N)[:, None]
-        w_row = served * N + tl.minimum(n, N - 1)[:, None]
+        w_row = expert * N + tl.minimum(n, N - 1)[:, None]
         codes = blocks + w_row * (K // 2)
         w_scales = scales + w_row * (K // 32)
         if _has_extreme_scale(w_scales, in_n, K, BN, BK):
             acc = _multiply_rows(
-                acc, codes, w_scales, x_rows, in_n, first, last, K, BN, BK, True, TERMS
+                acc, codes, w_scales, x_rows, in_rows, in_n, first, K, BN, BK, STEPS, True, TERMS
             )
         else:
             acc = _multiply_rows(
-                acc, codes, w_scales, x_rows, in_n, first, last, K, BN, BK, False, TERMS
+                acc, codes, w_scales, x_rows, in_rows, in_n, first, K, BN, BK, STEPS, False, TERMS
             )
-    else:
-        R: tl.constexpr = BN // 16
-        U: tl.constexpr = BK // 64
-        K_TILES: tl.constexpr = (K + 63) // 64
-        N_TILES: tl.constexpr = (N + 15) // 16
-        WGMMA: tl.constexpr = LAYOUT == "wgmma_fragments"
-        tile = served * N_TILES + tl.minimum(n_tile * R + tl.arange(0, R), N_TILES - 1)
-        words = blocks + tile[:, None] * (K_TILES * TILE_WORDS)
-        words += tl.arange(0, TILE_WORDS)[None, :]
-        w_scales = scales + tile * ((K_TILES + 1) * TILE_SCALE_WORDS)
-        is_wide = tl.load(w_scales + K_TILES * TILE_SCALE_WORDS)
-        w_scales = w_scales[:, None] + tl.arange(0, TILE_SCALE_WORDS)[None, :]
-        x_tile = x_rows + tl.arange(0, 64)[None, :]
-        first, last = first * U, last * U
-        if tl.max(is_wide, 0) != 0:
-            acc = _multiply_fragments(
-                acc, words, w_scales, x_tile, first, last, K, R, 1, WGMMA, True, TERMS
-            )
-        else:
-            acc = _multiply_fragments(
-                acc, words, w_scales, x_tile, first, last, K, R, U, WGMMA, False, TERMS
-            )
-
-    factor = tl.full((BM,), 1.0, tl.float32) if gammas is None else tl.load(gammas + row)
-    if scatter_index is None:
-        to = row.to(tl.int64)
-    else:
-        to = split.to(tl.int64) * rows + tl.load(scatter_index + row)
-    biased = tl.where(is_served & (split == 0), N, 0)  # columns that get a bias
-    bias += served * N
-    if SWIGLU:
-        if LAYOUT == "row_major":
-            gate, up = acc.reshape(BN // 2, 2, BM).permute(0, 2, 1).split()
-        else:  # a tile's rows: eight gates, then their eight ups
-            gate, up = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1).split()
-            gate, up = gate.reshape(BN // 2, BM), up.reshape(BN // 2, BM)
-        n = n_tile * (BN // 2) + tl.arange(0, BN // 2)
-        in_n = n < N // 2
-        gate += tl.load(bias + 2 * n, mask=2 * n < biased, other=0.0).to(tl.float32)[:, None]
-        up += tl.load(bias + 2 * n + 1, mask=2 * n < biased, other=0.0).to(tl.float32)[:, None]
-        value = swiglu(gate, up, alpha, limit)
-        y += to[None, :] * (N // 2)
-    else:
-        i = tl.arange(0, BN)
-        if LAYOUT != "row_major":
-            i = i // 16 * 16 + i % 8 * 2 + i // 8 % 2
-        n = n_tile * BN + i
-        in_n = n < N
-        value = acc + tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)[:, None]
-        y += to[None, :] * N
-    value = value * factor[None, :]
-    tl.store(y + n[:, None], rounded(value, y.dtype.element_ty), mask=in_n[:, None] & in_rows[None, :])
+    _finish(
+        acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
+        N, LAYOUT, SWIGLU, BM, BN,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])

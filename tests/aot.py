@@ -1,0 +1,184 @@
+"""Compiles the Triton kernels ahead of time and says what the machine code is like.
+
+``python tests/aot.py TARGET`` compiles every tile of a target's table, for both matmuls of an MLP of
+GPT-OSS's sizes, and the other kernels, and prints a JSON list with one object for each: a
+:class:`Fact`. No GPU is needed. It is a program of its own because tests run with Triton's
+interpreter switched on, which cannot compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+HIDDEN = INTERMEDIATE = 2880
+TARGETS = {
+    # name: (Triton's target, bytes of shared memory that a program may use, layout)
+    "sm_80": (("cuda", 80, 32), 163 << 10, "mma_fragments"),
+    "sm_86": (("cuda", 86, 32), 99 << 10, "mma_fragments"),
+    "sm_89": (("cuda", 89, 32), 99 << 10, "mma_fragments"),
+    "sm_90": (("cuda", 90, 32), 227 << 10, "wgmma_fragments"),
+    "sm_100": (("cuda", 100, 32), 227 << 10, "row_major"),
+    "sm_120": (("cuda", 120, 32), 99 << 10, "mma_fragments"),
+    "gfx942": (("hip", "gfx942", 64), 64 << 10, "row_major"),
+    "gfx950": (("hip", "gfx950", 64), 160 << 10, "row_major"),
+}
+
+
+@dataclasses.dataclass
+class Fact:
+    """What came out of one compilation.
+
+    Attributes:
+        shared: bytes of shared memory; stack: bytes of a thread's stack, which is where registers
+            spill to; registers: of a thread.
+        per_weight: instructions of the fast loop, of all threads, by weights that it decodes.
+        mma: matrix instructions in that loop; wgmma: how many are wgmma's.
+        load_bytes: the widest load from global to shared memory in it, a thread.
+    """
+
+    kernel: str
+    regime: str
+    tile: dict[str, Any]
+    shared: int
+    stack: int
+    registers: int
+    per_weight: float | None = None
+    mma: int = 0
+    wgmma: int = 0
+    load_bytes: int = 0
+    instructions: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def compile_kernel(
+    kernel: Any, target: tuple[str, Any, int], values: dict[str, Any], warps: int, stages: int
+) -> Any:
+    """``values``: parameter -> a type's name, or ``(value,)`` for a constant."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    signature, constants, attributes = {}, {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if isinstance(value, tuple):
+            signature[name], constants[name] = "constexpr", value[0]
+        else:
+            # "16": as in a launch whose pointers and sizes are divisible by 16.
+            signature[name] = value.removesuffix("%16")
+            if value.startswith("*") or value.endswith("%16"):
+                attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    return compile(source, target=GPUTarget(*target), options=options)
+
+
+def matmul_values(
+    layout: str, tile: Any, n: int, k: int, e: int, down: bool, dtype: str
+) -> dict[str, Any]:
+    """Parameters of ``matmul_ogs_kernel`` as ``ops.triton`` launches it."""
+    terms = {"bf16": 1, "fp16": 2, "fp32": 3}
+    words = "*u8" if layout == "row_major" else "*u32"
+    return {
+        "x": f"*{dtype}", "blocks": words, "scales": words, "bias": f"*{dtype}",
+        "expert_offsets": "*i32", "gather_index": (None,) if down else "*i32",
+        "scatter_index": "*i32" if down else (None,), "gammas": "*fp32" if down else (None,),
+        "y": "*fp32" if down else f"*{dtype}", "x_stride": "i32%16", "rows": "i32",
+        "experts": "i32%16", "alpha": "fp32", "limit": "fp32", "N": (n,), "K": (k,),
+        "LAYOUT": (layout,), "SWIGLU": (not down,), "TERMS": (terms[dtype],),
+        "GROUPS": (1 << e.bit_length(),), "BM": (tile.block_m,), "BN": (tile.block_n,),
+        "BK": (tile.block_k,), "SPLITS": (tile.splits,),
+    }  # fmt: skip
+
+
+def matmul_facts(name: str, dtype: str = "bf16") -> Iterator[Fact]:
+    from mxfp4_fx.ops import tiles
+    from mxfp4_fx.ops.triton_kernels.matmul import matmul_ogs_kernel
+
+    target, _, layout = TARGETS[name]
+    table = tiles.table(tiles.table_name(name, layout))
+    for entry in table:
+        for down, n, k in ((False, 2 * INTERMEDIATE, HIDDEN), (True, HIDDEN, INTERMEDIATE)):
+            tile = tiles.fit(entry, layout, k, down)
+            values = matmul_values(layout, tile, n, k, 32, down, dtype)
+            made = compile_kernel(matmul_ogs_kernel, target, values, tile.warps, tile.stages)
+            kernel = f"{'down' if down else 'gate_up'} {dtype}"
+            yield describe(kernel, entry.regime, dataclasses.asdict(tile), made, target)
+
+
+def describe(
+    kernel: str, regime: str, tile: dict[str, Any], made: Any, target: tuple[str, Any, int]
+) -> Fact:
+    if target[0] == "hip":
+        text = made.asm["amdgcn"]
+        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
+        spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
+        return Fact(kernel, regime, tile, made.metadata.shared, spilled, number("vgpr_count"))
+    usage, code = disassemble(made.asm["cubin"])
+    stack, registers = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("STACK", "REG"))
+    fact = Fact(kernel, regime, tile, made.metadata.shared, stack, registers)
+    for loop in loops(code):
+        names = [instruction.split()[0] for instruction in loop]
+        products = sum(name.startswith(("HMUL2.BF16", "HFMA2.BF16")) for name in names)
+        mma = sum("MMA" in name and not name.startswith("WARP") for name in names)
+        if not (products and mma):
+            continue  # the exact loop, or none of the matmul's
+        threads = 32 * tile["warps"]
+        weights = tile["block_n"] * tile["block_k"]
+        assert 2 * products * threads == weights, (kernel, tile, products)
+        fact.per_weight = len(loop) * threads / weights
+        fact.mma = mma
+        fact.wgmma = sum(name.startswith("HGMMA") for name in names)
+        widths = [int(re.search(r"\.(\d+)$", n)[1]) if re.search(r"\.\d+$", n) else 32
+                  for n in names if n.startswith("LDGSTS")]  # fmt: skip
+        fact.load_bytes = max(widths, default=0) // 8
+        for name in names:
+            fact.instructions[name] = fact.instructions.get(name, 0) + 1
+    return fact
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and SASS, by the tools in Triton's package."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = (
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            [triton.knobs.nvidia.nvdisasm.path, "-c", file.name],
+        )
+        results = [subprocess.run(c, capture_output=True, text=True, check=True) for c in commands]
+    return results[0].stdout + results[0].stderr, results[1].stdout
+
+
+def loops(code: str) -> list[list[str]]:
+    """The instructions of each innermost loop: between a label and a branch back to it."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    found: list[tuple[int, int]] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
+            instructions.append(instruction[1])
+            target = re.match(r"BRA.*\((\.L_\w+)\)", instruction[1])
+            if target and target[1] in labels:
+                found.append((labels[target[1]], len(instructions)))
+    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    return [instructions[start:stop] for start, stop in inner]
+
+
+def main() -> None:
+    name = sys.argv[1]
+    facts = list(matmul_facts(name))
+    print(json.dumps([dataclasses.asdict(fact) for fact in facts]))
+
+
+if __name__ == "__main__":
+    main()
