@@ -39,6 +39,7 @@ class Fact:
         shared: bytes of shared memory; stack: bytes of a thread's stack, which is where registers
             spill to; registers: of a thread.
         per_weight: instructions of the fast loop, of all threads, by weights that it decodes.
+        copies: how many threads decode the same weight.
         mma: matrix instructions in that loop; wgmma: how many are wgmma's.
         load_bytes: the widest load from global to shared memory in it, a thread.
     """
@@ -50,6 +51,7 @@ class Fact:
     stack: int
     registers: int
     per_weight: float | None = None
+    copies: int = 0
     mma: int = 0
     wgmma: int = 0
     load_bytes: int = 0
@@ -130,7 +132,8 @@ def describe(
             continue  # the exact loop, or none of the matmul's
         threads = 32 * tile["warps"]
         weights = tile["block_n"] * tile["block_k"]
-        assert 2 * products * threads == weights, (kernel, tile, products)
+        fact.copies, rest = divmod(2 * products * threads, weights)
+        assert rest == 0, (kernel, tile, products)
         fact.per_weight = len(loop) * threads / weights
         fact.mma = mma
         fact.wgmma = sum(name.startswith("HGMMA") for name in names)
