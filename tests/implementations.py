@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import hub_repository
 import oracle
 import pytest
 import torch
@@ -65,14 +67,18 @@ class Kernels:
 BF16_UNITS = ("amx", "amx_emulated", "avx512_bf16")
 _PATHS = target.runnable_paths()
 CPU_PATHS = (*_PATHS, *(("amx_emulated",) if "avx512_bf16" in _PATHS else ()))
-ALL = ("reference", "pytorch", *(f"cpu:{path}" for path in CPU_PATHS))
+# Without a GPU: the package of hub_package.py, which takes the kernels library to load.
+HUB = ("hub",) if importlib.util.find_spec("kernels") else ()
+ALL = ("reference", "pytorch", *(f"cpu:{path}" for path in CPU_PATHS), *HUB)
 
 
 @contextmanager
 def chosen(spec: str) -> Iterator[Kernels]:
     """The kernels of that name, ``cpu:PATH`` for native ones on an instruction-set path."""
     kernels = Kernels(spec)
-    with pytest.MonkeyPatch.context() as patch:
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        if spec == "hub":
+            stack.enter_context(hub_repository.served(hub_repository.standard()))
         patch.setenv(target.CPU_PATH_VARIABLE, kernels.path)
         target.cpu_path.cache_clear()
         try:
