@@ -46,6 +46,15 @@ _loaded: list[Any] = []
 _failed: dict[str | None, str] = {}
 
 
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread that held it is not there to release it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def load() -> Any:
     """The kernel package, fetched and imported when this is first called.
 

@@ -2,18 +2,22 @@
 
 That values are right, test_ops.py and test_routing.py test, too, with the package of
 ``hub_package.py``. The real package is used where ``triton_kernels`` can be imported, or lies in
-the folder that ``MXFP4_FX_TRITON_KERNELS`` names: in Triton's interpreter, and on a GPU.
+the folder that ``MXFP4_FX_TRITON_KERNELS`` names: in Triton's interpreter, compiled for GPUs that
+need not be there, and on a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,6 +150,27 @@ def test_a_failure_is_remembered_until_the_environment_changes(
         monkeypatch.setenv("LOCAL_KERNELS", local)
         assert message() == "no such package"
     assert tried == ["a", "b"]
+
+
+def test_a_fork_does_not_inherit_a_lock_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_loaded", [])
+    monkeypatch.setattr(hub, "_failed", {os.environ.get("LOCAL_KERNELS"): "no such package"})
+    with hub._lock:
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(KernelsUnavailableError):
+                hub.load()
+            os._exit(0)
+        for _ in range(1000):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.01)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("waits for the lock")
+    assert status == 0
 
 
 CHOOSE = """
@@ -430,16 +455,33 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
      "rows_of_nobody"],
 )  # fmt: skip
 def test_the_real_package_in_the_interpreter(case: str, tmp_path: Path) -> None:
-    program = Path(__file__).with_name("interpreted_hub.py")
-    environment = {"TRITON_INTERPRET": "1", "MXFP4_FX_TRITON_KERNELS": real_folder() or ""}
+    run_with_real_package("interpreted_hub.py", case, tmp_path, TRITON_INTERPRET="1")
+
+
+@needs_real
+@pytest.mark.parametrize("arch", ["80", "90", "100", "120", "gfx942"])
+def test_the_real_package_compiles(arch: str, tmp_path: Path) -> None:
+    printed = run_with_real_package("compiled_hub.py", arch, tmp_path)
+    names = " ".join(printed.splitlines())
+    assert names.count("_matmul_ogs_") == 4
+    assert names.count("_swiglu") == 2
+
+
+def run_with_real_package(program: str, argument: str, cwd: Path, **environment: str) -> str:
     ended = subprocess.run(
-        [sys.executable, program, case],
-        env={**os.environ, **environment},
-        cwd=tmp_path,
+        [sys.executable, Path(__file__).with_name(program), argument],
+        env={
+            **os.environ,
+            "MXFP4_FX_TRITON_KERNELS": real_folder() or "",
+            "TRITON_CACHE_DIR": str(cwd),
+            **environment,
+        },
+        cwd=cwd,
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 class OnGpu(Kernels):
