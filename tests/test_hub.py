@@ -323,6 +323,17 @@ def test_bfloat16_has_its_activation_fused(seen: dict[str, Any], dtype: torch.dt
         assert seen["precision_config"].out_dtype == torch.float32
 
 
+@pytest.mark.parametrize(("rows", "e", "n"), [(0, 2, 6), (4, 0, 6), (4, 2, 0)])
+def test_the_package_is_not_called_for_nothing(
+    seen: dict[str, Any], rows: int, e: int, n: int
+) -> None:
+    x, offsets = randn(rows, 32), torch.zeros(e + 1, dtype=torch.int32)
+    slots = torch.arange(rows).int()
+    y = HUB.matmul_ogs(x, Matrices.random(e, n, 32), offsets, None, slots, None, 2)
+    assert torch.equal(y, torch.zeros(rows // 2, n))
+    assert not seen
+
+
 def test_another_layout_is_refused() -> None:
     operands = Matrices.random(1, 32, 64).operands
     rest = (int32([0, 1]), None, None, None, 1, "none", 1.702, 7.0, "cpu_panels")

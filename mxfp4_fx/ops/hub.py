@@ -7,14 +7,17 @@ package's own ``routing`` orders a token's experts by their ids and breaks ties 
 
 What the package cannot do, or does otherwise, is done here:
 
-- Its products are of bfloat16 numbers. float16 goes in as a sum of two of these and float32 of
-  three, exactly but for what is below or above bfloat16's range, and at two and three times the
-  price.
+- It knows no float32, and beside float16 it makes float16 of the weights, too, whose scales need a
+  wider range. So float16 goes in as a sum of two bfloat16 numbers and float32 as one of three:
+  exactly, but for what is outside bfloat16's range, and at two and three times the price.
 - With a scatter, or when it cuts K into parts to fill the device, it applies the activation after
   the gammas, or to a token's sum. So an activation goes in alone, and gammas and scatter follow it.
 - Its scatter takes a power of two of experts a token. It rounds each row before it adds them,
   unless the result is float32.
 - Rows that belong to nobody are left as they were in memory.
+
+Scales in checkpoint order are loaded with a mask, so K need not fill a tile; it is the swizzled
+ones that the package reads beyond their end (vllm#47303).
 
 Known limits: Triton decodes the scale bytes. Before Triton 3.9 byte 0 (2^-127) counts as zero
 (triton#11624), and byte 255 (NaN) gives infinity or NaN by the value that it scales. An expert has
@@ -120,7 +123,7 @@ class _Call:
         dtype: torch.dtype,
     ) -> None:
         self._package = package
-        self._offsets, self._rows = expert_offsets, rows
+        self._offsets = expert_offsets
         row = torch.arange(rows, dtype=torch.int32, device=expert_offsets.device)
         self.is_foreign = row >= expert_offsets[-1]
         self._row = row.masked_fill(self.is_foreign, -1)  # "nobody's" in the package's words
