@@ -294,6 +294,21 @@ def test_weights_are_wrapped_where_they_lie(seen: dict[str, Any]) -> None:
     assert scales.shape == [3, 2, 48]
 
 
+@needs_library
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+def test_routes_of_other_dtypes_and_strides(served: None, activation: str) -> None:
+    matrices, x = Matrices.random(3, 48, 64), randn(4, 64)
+    routes = ops.routing(randn(4, 3), 2)
+    gammas, gather, scatter, offsets = (
+        torch.stack((r, r), dim=1)[:, 0].to(torch.float64 if r.is_floating_point() else torch.int64)
+        for r in routes
+    )
+    y = HUB.matmul_ogs(x, matrices, offsets, gather, scatter, gammas, 2, activation)
+    gammas, gather, scatter, offsets = routes
+    expected = HUB.matmul_ogs(x, matrices, offsets, gather, scatter, gammas, 2, activation)
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize(
     ("a", "activation", "scatters"),
     [(4, "none", True), (2, "none", True), (3, "none", False), (1, "none", False),
