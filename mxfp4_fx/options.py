@@ -9,9 +9,9 @@ from typing import Any
 
 from mxfp4_fx.errors import OptionError
 
-KERNELS = ("auto", "cpu", "pytorch", "reference")
+KERNELS = ("auto", "cpu", "pytorch", "hub", "reference")
 # Named by the design, refused until they exist.
-_LATER_KERNELS = ("triton", "hub")
+_LATER_KERNELS = ("triton",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Options:
 
     Attributes:
         kernels: who computes the rewritten experts: ``"auto"`` (the best that the device has),
-            ``"cpu"`` (native), ``"pytorch"`` (on a CPU, without a compiler), or ``"reference"``
-            (plain PyTorch, every device, slow).
+            ``"cpu"`` (native), ``"pytorch"`` (on a CPU, without a compiler), ``"hub"`` (on a GPU:
+            what the ``kernels`` library serves), or ``"reference"`` (plain PyTorch, every device,
+            slow).
         inner: the Dynamo backend that compiles the rewritten graph: a name or a callable
             ``(gm, example_inputs) -> callable``.
         inductor: Inductor's own options, handed on when ``inner`` is ``"inductor"``.

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from mxfp4_fx import native
+from mxfp4_fx import hub, native
 from mxfp4_fx.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,7 +48,9 @@ class Target:
 
 
 def choose(device: torch.device, requested: str = "auto") -> Target:
-    """Choose kernels and layout for a device. The CPU's kernels are compiled now if need be.
+    """Choose kernels and layout for a device.
+
+    The CPU's kernels are compiled now if need be, the hub's loaded if they were asked for.
 
     Args:
         device: where the activations live.
@@ -60,6 +62,8 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
     """
     if requested == "reference":
         return Target("reference", "row_major", "plain PyTorch was asked for")
+    if requested == "hub":
+        return _hub(device)
     if device.type != "cpu":
         raise KernelsUnavailableError(
             f"there are no {requested!r} kernels for device {device.type!r} in this version; "
@@ -78,6 +82,16 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
         _warn_slow(str(error))
         return Target("pytorch", "row_major", f"PyTorch {threads}, for {error}")
     return Target("cpu", "cpu_panels", f"native {threads}, {cpu_path()}: {_why(cpu_path())}")
+
+
+def _hub(device: torch.device) -> Target:
+    if device.type not in hub.DEVICES:
+        raise KernelsUnavailableError(
+            f"kernels='hub' needs a GPU (CUDA or ROCm), and the model is on {device.type!r}; "
+            "kernels='auto' takes the best for the device"
+        )
+    hub.load()
+    return Target("hub", "row_major", f"{hub.REPOSITORY}, as was asked for")
 
 
 @functools.cache

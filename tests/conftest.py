@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from kernels import Kernels
+    from implementations import Kernels
 
 # Read by huggingface_hub when it is imported: no test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,15 +36,15 @@ def no_gradients() -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kernels" in metafunc.fixturenames:
-        import kernels
+        import implementations
 
-        metafunc.parametrize("kernels", kernels.ALL, indirect=True)
+        metafunc.parametrize("kernels", implementations.ALL, indirect=True)
 
 
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> "Iterator[Kernels]":
     """Each of all kernels that run on this machine, one after the other."""
-    import kernels
+    import implementations
 
-    with kernels.chosen(request.param) as found:
+    with implementations.chosen(request.param) as found:
         yield found

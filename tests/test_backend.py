@@ -63,7 +63,7 @@ class TestOptions:
         with pytest.raises(BackendCompilerFailed, match="Did you mean 'strict'"):
             compile_with(mlp(), options={"strickt": True})(hidden())
 
-    @pytest.mark.parametrize("name", ["triton", "hub"])
+    @pytest.mark.parametrize("name", ["triton"])
     def test_kernels_that_are_not_there_yet_say_so(self, name: str) -> None:
         with pytest.raises(OptionError, match=f"{name}.*not available"):
             Options.parse({"kernels": name})

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernels import ALPHA, LIMIT, Kernels
+from implementations import ALPHA, LIMIT, Kernels
 from oracle import (
     Matrices,
     assert_as_accurate,

@@ -15,7 +15,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from kernels import CPU_PATHS, Kernels, check_matmul, chosen, int32, randn
+from implementations import CPU_PATHS, Kernels, check_matmul, chosen, int32, randn
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_routes
 from torch import Tensor
@@ -270,7 +270,7 @@ def test_in_the_workers_of_a_data_loader(method: str) -> None:
 FIRST_USE_IN_A_CHILD = """
 import os, sys
 import torch
-from kernels import Kernels, int32, randn
+from implementations import Kernels, int32, randn
 from oracle import Matrices
 
 torch.set_num_threads(2)

@@ -10,7 +10,7 @@ import pytest
 # first. Files of one layer do not import one another. ops/cpu/ holds C++ only.
 LAYERS = [
     ["errors.py", "console.py"],
-    ["native.py"],
+    ["native.py", "hub.py"],
     ["formats.py", "target.py", "options.py"],
     ["layouts.py"],
     ["ops/reference.py", "ops/triton_kernels.py"],

@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from kernels import ALPHA, LIMIT, Kernels, check_matmul, int32, randn
+from implementations import ALPHA, LIMIT, Kernels, check_matmul, int32, randn
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
 from torch import Tensor

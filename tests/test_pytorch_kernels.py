@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import Kernels, check_matmul, randn
+from implementations import Kernels, check_matmul, randn
 from oracle import Matrices, random_routes
 from torch import Tensor
 

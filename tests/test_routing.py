@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from kernels import Kernels
+from implementations import Kernels
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
 from torch import Tensor

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from kernels import CPU_PATHS
+from implementations import CPU_PATHS
 
 from mxfp4_fx import native
 

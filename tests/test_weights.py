@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernels import Kernels
+from implementations import Kernels
 from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, tokens
 from torch import Tensor, nn
 

@@ -41,6 +41,7 @@ KERNELS: dict[str, dict[str, str]] = {
         "routing": "mxfp4_fx.ops.triton:routing",
         "routing.routes": "mxfp4_fx.ops.triton:routing_from_routes",
     },
+    "hub": {**_REFERENCE, "matmul_ogs": "mxfp4_fx.ops.hub:matmul_ogs"},
 }
 
 _WEIGHTS = "Tensor gate_up, Tensor gate_up_bias, Tensor down, Tensor down_bias"

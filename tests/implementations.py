@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import hub_repository
 import oracle
 import pytest
 import torch
@@ -65,15 +67,22 @@ class Kernels:
 BF16_UNITS = ("amx", "amx_emulated", "avx512_bf16")
 _PATHS = target.runnable_paths()
 CPU_PATHS = (*_PATHS, *(("amx_emulated",) if "avx512_bf16" in _PATHS else ()))
-TRITON = ("triton:wgmma_fragments", "triton:mma_fragments", "triton:row_major")
-ALL = ("reference", "pytorch", *(f"cpu:{path}" for path in CPU_PATHS), *TRITON)
+# Triton's interpreter without a GPU; all three layouts are right on any device.
+TRITON = tuple(f"triton:{layout}" for layout in ("wgmma_fragments", "mma_fragments", "row_major"))
+if not importlib.util.find_spec("triton"):
+    TRITON = ()
+# Without a GPU: the package of hub_package.py, which takes the kernels library to load.
+HUB = ("hub",) if importlib.util.find_spec("kernels") else ()
+ALL = ("reference", "pytorch", *(f"cpu:{path}" for path in CPU_PATHS), *TRITON, *HUB)
 
 
 @contextmanager
 def chosen(spec: str) -> Iterator[Kernels]:
     """The kernels of that name, ``cpu:PATH`` for native ones on an instruction-set path."""
     kernels = Kernels(spec)
-    with pytest.MonkeyPatch.context() as patch:
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        if spec == "hub":
+            stack.enter_context(hub_repository.served(hub_repository.standard()))
         patch.setenv(target.CPU_PATH_VARIABLE, kernels.path if kernels.name == "cpu" else "")
         target.cpu_path.cache_clear()
         try:
