@@ -81,7 +81,7 @@ def compile_kernel(
 
 
 def matmul_values(
-    layout: str, tile: Any, n: int, k: int, e: int, down: bool, dtype: str
+    layout: str, tile: Any, n: int, k: int, e: int, down: bool, dtype: str, scaled: bool
 ) -> dict[str, Any]:
     """Parameters of ``matmul_ogs_kernel`` as ``ops.triton`` launches it."""
     terms = {"bf16": 1, "fp16": 2, "fp32": 3}
@@ -95,11 +95,13 @@ def matmul_values(
         "LAYOUT": (layout,), "SWIGLU": (not down,), "TERMS": (terms[dtype],),
         "GROUPS": (1 << e.bit_length(),), "BM": (tile.block_m,), "BN": (tile.block_n,),
         "BK": (tile.block_k,), "SPLITS": (tile.splits,),
+        "SCALED": (scaled,),
     }  # fmt: skip
 
 
 def matmul_facts(name: str, dtype: str = "bf16") -> Iterator[Fact]:
     from mxfp4_fx.ops import tiles
+    from mxfp4_fx.ops.triton import _WITHOUT_DOT_SCALED as WITHOUT_DOT_SCALED
     from mxfp4_fx.ops.triton_kernels.matmul import matmul_ogs_kernel
 
     target, _, layout = TARGETS[name]
@@ -107,7 +109,7 @@ def matmul_facts(name: str, dtype: str = "bf16") -> Iterator[Fact]:
     for entry in table:
         for down, n, k in ((False, 2 * INTERMEDIATE, HIDDEN), (True, HIDDEN, INTERMEDIATE)):
             tile = tiles.fit(entry, layout, k, down)
-            values = matmul_values(layout, tile, n, k, 32, down, dtype)
+            values = matmul_values(layout, tile, n, k, 32, down, dtype, name not in WITHOUT_DOT_SCALED)
             made = compile_kernel(matmul_ogs_kernel, target, values, tile.warps, tile.stages)
             kernel = f"{'down' if down else 'gate_up'} {dtype}"
             yield describe(kernel, entry.regime, dataclasses.asdict(tile), made, target)

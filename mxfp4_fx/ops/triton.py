@@ -8,7 +8,6 @@ not notice, as in any of torch's own kernels.
 from __future__ import annotations
 
 import contextlib
-import functools
 from contextlib import AbstractContextManager
 
 import torch
@@ -24,6 +23,8 @@ from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
 
 # bfloat16 numbers that make up an activation exactly.
 _TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+# It has no such instruction, and Triton 3.6 cannot compile tl.dot_scaled for it.
+_WITHOUT_DOT_SCALED = ("gfx942",)
 # From so many routes on, three launches with many programs are faster than one program.
 _ONE_PROGRAM_ROUTES = 2048
 _COMBINE_TILE = (4, 512)  # tokens, columns
@@ -67,19 +68,23 @@ def matmul_ogs(
         return y
     if e == 0:
         return y.zero_()
-    tile = tiles.choose(target.gpu_name(x.device), layout, rows, e, k, scatter_index is not None)
+    gpu = target.gpu_name(x.device)
+    tile = tiles.choose(gpu, layout, rows, e, k, splits=scatter_index is not None)
     out = y
     if scatter_index is not None:
         out = x.new_empty((tile.splits, rows, columns), dtype=torch.float32)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    blocks, scales = blocks.contiguous(), scales.contiguous()
     if layout != "row_major":
-        blocks, scales = (part.contiguous().view(torch.uint32) for part in (blocks, scales))
+        blocks, scales = blocks.view(torch.uint32), scales.view(torch.uint32)
     n_tiles = -(-n // tile.block_n)
     row_tiles = min(rows, e + 1 + rows // tile.block_m)  # the most there can be
     with _on(x.device):
         matmul_kernels.matmul_ogs_kernel[(n_tiles * row_tiles, tile.splits)](
-            x if x.stride(1) == 1 else (x := x.contiguous()),
-            blocks.contiguous(),
-            scales.contiguous(),
+            x,
+            blocks,
+            scales,
             bias.contiguous(),
             _int32(expert_offsets),
             None if gather_index is None else _int32(gather_index),
@@ -101,6 +106,7 @@ def matmul_ogs(
             BN=tile.block_n,
             BK=tile.block_k,
             SPLITS=tile.splits,
+            SCALED=gpu not in _WITHOUT_DOT_SCALED,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
