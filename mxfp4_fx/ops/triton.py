@@ -69,7 +69,8 @@ def matmul_ogs(
     if e == 0:
         return y.zero_()
     gpu = target.gpu_name(x.device)
-    tile = tiles.choose(gpu, layout, rows, e, k, splits=scatter_index is not None)
+    terms = _TERMS[x.dtype]
+    tile = tiles.choose(gpu, layout, rows, e, k, terms, splits=scatter_index is not None)
     out = y
     if scatter_index is not None:
         out = x.new_empty((tile.splits, rows, columns), dtype=torch.float32)
@@ -100,15 +101,14 @@ def matmul_ogs(
             K=k,
             LAYOUT=layout,
             SWIGLU=swiglu,
-            TERMS=_TERMS[x.dtype],
+            TERMS=terms,
             GROUPS=triton.next_power_of_2(e + 1),
             BM=tile.block_m,
             BN=tile.block_n,
             BK=tile.block_k,
             SPLITS=tile.splits,
             SCALED=gpu not in _WITHOUT_DOT_SCALED,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tiles.compiler_options(tile, gpu, terms),
         )
         if scatter_index is not None:
             bt, bn = _COMBINE_TILE
