@@ -15,6 +15,8 @@ from pathlib import Path
 FOLDER = Path(__file__).with_name("tiles")
 # Layout -> the table of a target that reads it and has none of its own.
 LAYOUTS = {"wgmma_fragments": "sm_90", "mma_fragments": "sm_80", "row_major": "sm_100"}
+# What all kernels are compiled with, whatever Triton's defaults become.
+OPTIONS = {"enable_fp_fusion": True}
 # Layout -> rows of a tile times terms of an activation, beyond which registers spill.
 _MOST_TERMS = {"wgmma_fragments": 128, "mma_fragments": 64, "row_major": 256}
 
@@ -102,7 +104,7 @@ def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -
 
 def compiler_options(tile: Tile, target: str, terms: int) -> dict[str, int]:
     """Triton's options for a kernel with that tile."""
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {**OPTIONS, "num_warps": tile.warps, "num_stages": tile.stages}
     if terms > 1 and target.startswith("sm_"):
         # Left to itself, ptxas may spill a few of them for the sake of one more program at a time.
         options["maxnreg"] = 255

@@ -48,7 +48,8 @@ def matmul_ogs(
 ) -> Tensor:
     """See ``ops.reference.matmul_ogs``; layouts ``wgmma_fragments``, ``mma_fragments``, ``row_major``.
 
-    One launch, and with ``scatter_index`` a second, which sums a token's rows in slot order.
+    One launch, and with ``scatter_index`` a second, which sums a token's rows in slot order. A
+    float32 activation is taken as a multiple of 2^-133, the smallest bfloat16 number.
 
     Raises:
         ValueError: another layout.
@@ -70,7 +71,8 @@ def matmul_ogs(
         return y.zero_()
     gpu = target.gpu_name(x.device)
     terms = _TERMS[x.dtype]
-    tile = tiles.choose(gpu, layout, rows, e, k, terms, splits=scatter_index is not None)
+    can_split = scatter_index is not None and not swiglu  # parts of a sum, summed afterwards
+    tile = tiles.choose(gpu, layout, rows, e, k, terms, can_split)
     out = y
     if scatter_index is not None:
         out = x.new_empty((tile.splits, rows, columns), dtype=torch.float32)
@@ -113,8 +115,9 @@ def matmul_ogs(
         if scatter_index is not None:
             bt, bn = _COMBINE_TILE
             matmul_kernels.combine_kernel[(-(-y_rows // bt), -(-columns // bn))](
-                out, y, y_rows, N=columns, A=experts_per_token, SPLITS=tile.splits, BT=bt, BN=bn
-            )
+                out, y, y_rows, N=columns, A=experts_per_token, SPLITS=tile.splits, BT=bt, BN=bn,
+                **tiles.OPTIONS,
+            )  # fmt: skip
     return y
 
 
@@ -155,7 +158,7 @@ def _route(
     ap = triton.next_power_of_2(a)
     bt = _tokens_per_block(t, ap, groups)
     notes = empty(rows), empty(rows, dtype=torch.float32)
-    shape = {"A": a, "AP": ap, "BT": bt, "GROUPS": groups}
+    shape = {"A": a, "AP": ap, "BT": bt, "GROUPS": groups, **tiles.OPTIONS}
     warps = 4 if bt * ap * groups <= 2048 else 8
     inputs = (source, source.stride(0), weights, *notes)
     blocks = -(-t // bt)
@@ -172,7 +175,7 @@ def _route(
         )
         bb, bg = _SCAN_TILE[0], min(_SCAN_TILE[1], groups)
         routing_kernels.scan_kernel[(groups // bg,)](
-            block_counts, counts, blocks, BB=bb, BG=bg, GROUPS=groups
+            block_counts, counts, blocks, BB=bb, BG=bg, GROUPS=groups, **tiles.OPTIONS
         )
         routing_kernels.place_kernel[(blocks,)](
             *notes, block_counts, counts, *routes, t, e, **shape, num_warps=warps
