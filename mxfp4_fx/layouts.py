@@ -212,6 +212,5 @@ def _reorder_nibbles(dwords: Tensor) -> Tensor:
 
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (RowMajor(), CpuPanels(), WgmmaFragments(), MmaFragments())
+    layout.name: layout for layout in (RowMajor(), CpuPanels(), WgmmaFragments(), MmaFragments())
 }

@@ -1,8 +1,8 @@
 """Compiles the Triton kernels ahead of time and says what the machine code is like.
 
-``python tests/aot.py TARGET DTYPE,...`` compiles every tile of a target's table, for both matmuls of
-an MLP of GPT-OSS's sizes, and the other kernels, and prints a JSON list with one object for each: a
-:class:`Fact`. No GPU is needed. It is a program of its own because tests run with Triton's
+``python tests/aot.py TARGET DTYPE,...`` compiles every tile of a target's table, for both matmuls
+of an MLP of GPT-OSS's sizes, and the other kernels, and prints a JSON list with one object for
+each: a :class:`Fact`. No GPU is needed. It is a program of its own because tests run with Triton's
 interpreter switched on, which cannot compile.
 """
 

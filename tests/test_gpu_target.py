@@ -26,7 +26,9 @@ def nothing_remembered() -> Iterator[None]:
     target.gpu_name.cache_clear()
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, name: str = "Some GPU") -> None:
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, major: int, minor: int, name: str = "Some GPU"
+) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -90,3 +92,77 @@ def test_a_panel_is_flagged_if_a_scale_makes_no_normal_bfloat16(scale: int) -> N
     scales[40, 2] = scale
     _, flags = LAYOUTS["cpu_panels"].swizzle(blocks, scales)
     assert flags.tolist() == [0, int(scale not in range(2, 253)), 0]
+
+
+# ---- fragments, from the words of layouts.Fragments
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("name", ["wgmma_fragments", "mma_fragments"])
+def test_the_bytes_of_a_fragment_lie_as_a_matrix_instruction_reads_them(
+    name: str, n: int, k: int
+) -> None:
+    blocks = torch.randint(0, 256, (n, k // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(0, 129, (n, k // 32), dtype=torch.uint8)
+    tiles, _ = LAYOUTS[name].swizzle(blocks, scales)
+    assert tiles.tolist() == expected_fragments(name, blocks.flatten(1).tolist(), n, k)
+
+
+def expected_fragments(name: str, rows: list[list[int]], n: int, k: int) -> list[list[list[int]]]:
+    """[N tiles][K tiles][512] by a loop over the operand of an instruction, PTX ISA's figures.
+
+    Of m16n8k16's and wgmma's left operand, register j of lane 4 g + t holds row g + 8 (j % 2) and
+    columns 2 t + h + 8 (j // 2). With mma.sync a lane takes columns that are four neighbours.
+    """
+
+    def code(row: int, column: int) -> int:
+        if row >= n or column >= k:
+            return 0
+        byte = rows[row][column // 2]
+        return byte >> 4 if column % 2 else byte & 15
+
+    def half(codes: list[int]) -> int:
+        bits = 0
+        for j, value in enumerate(codes):
+            sign, exponent, mantissa = value >> 3, value >> 1 & 3, value & 1
+            if j < 3:
+                bits |= (sign << 15 | exponent << 7 | mantissa << 6) >> 3 * j
+            else:
+                bits |= sign << 14 | exponent << 10 | mantissa << 13
+        return bits
+
+    def tile(row_tile: int, column_tile: int) -> list[int]:
+        data: list[int] = []
+        for g, t, word, h in itertools.product(range(8), range(4), range(4), range(2)):
+            codes = []
+            for j in range(4):
+                if name == "wgmma_fragments":
+                    r, column = j % 2, 16 * word + 8 * (j // 2) + 2 * t + h
+                else:
+                    r, column = word % 2, 32 * (word // 2) + 16 * (j // 2) + 4 * t + 2 * (j % 2) + h
+                codes.append(code(16 * row_tile + 2 * g + r, 64 * column_tile + column))
+            bits = half(codes)
+            data += [bits & 255, bits >> 8]
+        return data
+
+    return [[tile(i, j) for j in range(-(-k // 64))] for i in range(-(-n // 16))]
+
+
+@pytest.mark.parametrize("name", ["wgmma_fragments", "mma_fragments"])
+def test_scales_of_a_fragment_lie_beside_it_126_higher(name: str) -> None:
+    n, groups = 33, 3
+    scales = torch.randint(0, 129, (n, groups), dtype=torch.uint8)
+    _, stored = LAYOUTS[name].swizzle(torch.zeros((n, groups, 16), dtype=torch.uint8), scales)
+    for i, j, g, kb, r in itertools.product(range(3), range(2), range(8), range(2), range(2)):
+        row, block = 16 * i + 2 * g + r, 2 * j + kb
+        scale = int(scales[row, block]) if row < n and block < groups else 127
+        assert stored[i, j, 4 * g + 2 * kb + r] == scale + 126
+
+
+@pytest.mark.parametrize("scale", [0, 128, 129, 255])
+@pytest.mark.parametrize("name", ["wgmma_fragments", "mma_fragments"])
+def test_rows_are_flagged_if_a_scale_is_too_large_for_them(name: str, scale: int) -> None:
+    scales = torch.full((65, 3), 127, dtype=torch.uint8)
+    scales[40, 2] = scale
+    _, stored = LAYOUTS[name].swizzle(torch.zeros((65, 3, 16), dtype=torch.uint8), scales)
+    assert stored[:, -1].tolist() == [[int(i == 2 and scale > 128)] * 32 for i in range(5)]

@@ -164,7 +164,9 @@ def test_splits_of_k_are_summed(triton: Kernels, a: int) -> None:
 def any_activation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's dot_scaled takes activations through float16, which cannot hold all."""
     if target.gpu_name(torch.device(Kernels(TRITON[0]).device)) == "interpreter":
-        monkeypatch.setattr(launcher, "_WITHOUT_DOT_SCALED", {("interpreter", t) for t in (1, 2, 3)})
+        monkeypatch.setattr(
+            launcher, "_WITHOUT_DOT_SCALED", {("interpreter", t) for t in (1, 2, 3)}
+        )
 
 
 @pytest.mark.usefixtures("small_tiles", "any_activation")
@@ -195,9 +197,7 @@ def test_one_scale_at_the_edge_among_ordinary_ones(
     x = randn(tokens, 128)
     x[:, 32:64] *= 2.0**-80  # what meets that scale
     indices = torch.zeros((tokens, 1), dtype=torch.long)
-    y = check_matmul(
-        triton, x, Matrices(blocks, scales, matrices.bias), indices, activation="none"
-    )
+    y = check_matmul(triton, x, Matrices(blocks, scales, matrices.bias), indices, activation="none")
     assert y[:, 70].isnan().all() == (scale == 255)
 
 

@@ -48,7 +48,7 @@ def matmul_ogs(
     limit: float,
     layout: str,
 ) -> Tensor:
-    """See ``ops.reference.matmul_ogs``; layouts ``wgmma_fragments``, ``mma_fragments``, ``row_major``.
+    """See ``ops.reference.matmul_ogs``; any of ``tiles.LAYOUTS``.
 
     One launch, and with ``scatter_index`` a second, which sums a token's rows in slot order. A
     float32 activation is taken as a multiple of 2^-133, the smallest bfloat16 number.
@@ -140,7 +140,8 @@ def routing_from_routes(
     if indices.dtype == torch.bool:
         indices = indices.to(torch.uint8)
     indices, weights = indices.contiguous(), weights.contiguous()
-    return _route(indices, weights, *indices.shape, num_experts, first_expert)
+    t, a = indices.shape
+    return _route(indices, weights, t, a, num_experts, first_expert)
 
 
 def _route(

@@ -50,7 +50,7 @@ def take_term(rest):
 @triton.jit
 def rounded(value, TO: tl.constexpr):
     """float32 to a result's dtype, to nearest, ties to even; the interpreter cuts bfloat16 off."""
-    if INTERPRETED and TO == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == TO:
         bits = value.to(tl.uint32, bitcast=True)
         up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         value = tl.where(value == value, up, value)
@@ -59,7 +59,7 @@ def rounded(value, TO: tl.constexpr):
 
 @triton.jit
 def uniform(condition, NVIDIA: tl.constexpr):
-    """A condition that is the same for all threads, in a form that NVIDIA's compiler knows to be."""
+    """A condition that all threads share, in a form in which NVIDIA's compiler knows that."""
     if INTERPRETED or not NVIDIA:
         return condition
     votes = tl.inline_asm_elementwise(

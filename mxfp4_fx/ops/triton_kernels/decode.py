@@ -73,10 +73,7 @@ def decode_fragments(words, scale_words, R: tl.constexpr, WGMMA: tl.constexpr, E
     """
     pairs = _in_place(words).reshape(R, 8, 4, 2, 2, 2, 2)
     scales = (scale_words[:, :, None] >> (8 * tl.arange(0, 4)[None, None, :]).to(tl.uint32)) & 0xFF
-    if WGMMA:
-        scales = scales.reshape(R, 8, 1, 2, 1, 1, 2)
-    else:
-        scales = scales.reshape(R, 8, 1, 2, 2, 1, 1)
+    scales = scales.reshape((R, 8, 1, 2, 1, 1, 2) if WGMMA else (R, 8, 1, 2, 2, 1, 1))
     if EXACT or INTERPRETED:
         scales = (scales - _STORED_BIAS) & 0xFF
         even = _exact(pairs & 0xFFFF, scales)
@@ -87,10 +84,9 @@ def decode_fragments(words, scale_words, R: tl.constexpr, WGMMA: tl.constexpr, E
         even = (products & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         odd = (products >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     both = tl.join(even, odd)
-    if WGMMA:  # R, g, t, kb, s, hh, r, h -> rows (R, r, g), K (kb, s, hh, t, h)
-        both = both.permute(0, 6, 1, 3, 4, 5, 2, 7)
-    else:  # R, g, t, kb, r, d, c, h -> rows (R, r, g), K (kb, d, t, c, h)
-        both = both.permute(0, 4, 1, 3, 5, 2, 6, 7)
+    # R, g, t, kb, s, a, r, h -> rows (R, r, g), K (kb, s, a, t, h); or, of mma.sync,
+    # R, g, t, kb, r, d, c, h -> rows (R, r, g), K (kb, d, t, c, h)
+    both = both.permute((0, 6, 1, 3, 4, 5, 2, 7) if WGMMA else (0, 4, 1, 3, 5, 2, 6, 7))
     return both.reshape(16 * R, 64)
 
 

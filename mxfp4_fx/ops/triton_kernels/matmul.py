@@ -173,7 +173,7 @@ def _put(
     value, first_row, stop, split, scatter_index, y, rows, n_tile, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Store ``value`` [BN, BM] as a tile of y's columns, in rows [first_row, stop) or their slots."""
+    """Store ``value`` [BN, BM] as a tile of y's columns, in rows [first_row, stop) or slots."""
     row, in_rows = _rows(first_row, stop, BM)
     if scatter_index is None:
         to = row.to(tl.int64)
@@ -278,7 +278,7 @@ def matmul_ogs_kernel(
 ):  # fmt: skip
     """One tile of ``act(x[gather_index] @ W^T + bias) * gammas``, for one expert.
 
-    Without ``scatter_index`` y is [R, N'] and row r goes to row r. With it y is [SPLITS, R, N'], and
+    Without ``scatter_index`` y is [R, N'] and row r goes to row r. With it y is [SPLITS, R, N'] and
     row r goes to slot ``scatter_index[r]``; each split sums its part of K, and ``combine_kernel``
     adds them up. Grid: (tiles of all experts, SPLITS).
 

@@ -5,8 +5,8 @@ are decided and counted; a slot's place is then the number of slots before it: t
 experts, of its own expert in earlier blocks, and of its own expert earlier in its block. Few
 tokens are one program's work (``routing_kernel``), many take three launches.
 
-Shape letters: T tokens, E experts, A experts per token, R = T A slots. GROUPS: a power of 2 from the
-number of groups up: the experts, and with GIVEN routes group E, whose rows belong to others.
+Shape letters: T tokens, E experts, A experts per token, R = T A slots. GROUPS: a power of 2 from
+the number of groups up: the experts, and with GIVEN routes group E, whose rows belong to others.
 """
 
 from __future__ import annotations

@@ -1,0 +1,145 @@
+"""What only a GPU can show. Other tests of the Triton kernels run on it, too, if there is one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from implementations import ALPHA, LIMIT, TRITON, Kernels, check_matmul, chosen, randn
+from models import hidden, mlp, model, on_mxfp4_grid, tokens
+from oracle import Matrices, assert_as_accurate, random_logits, random_routes
+from torch import Tensor
+
+from mxfp4_fx import target
+from mxfp4_fx.weights import swizzle_weight
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+ops = torch.ops.mxfp4
+
+
+@pytest.fixture(params=TRITON)
+def triton(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    with chosen(request.param) as kernels:
+        yield kernels
+
+
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+@pytest.mark.parametrize("t", [1, 4, 20, 130, 700])
+def test_sizes_of_gpt_oss(triton: Kernels, t: int, activation: str) -> None:
+    """K is gpt-oss's, and so are steps and splits; there are fewer columns and experts."""
+    matrices, indices = Matrices.random(8, 512, 2880, torch.bfloat16), random_routes(t, 8, 4)[0]
+    x = randn(t, 2880, dtype=torch.bfloat16)
+    check_matmul(triton, x, matrices, indices, activation=activation)
+
+
+class Layer:
+    """Routing and two matmuls on the device, with whatever ``x`` and ``logits`` hold."""
+
+    def __init__(self, kernels: Kernels, t: int, e: int = 32) -> None:
+        self.kernels = kernels
+        self.x, self.logits = kernels.there(
+            (randn(t, 2880, dtype=torch.bfloat16), random_logits(t, e))
+        )
+        sizes = ((512, 2880), (2880, 256))
+        each = [kernels.operands(Matrices.random(e, *size, torch.bfloat16)) for size in sizes]
+        self.gate_up, self.down = kernels.there(each)
+
+    def __call__(self) -> Tensor:
+        here = {"kernels": "triton", "layout": self.kernels.layout}
+        routes = ops.routing(self.logits, 4, kernels="triton")
+        gammas, gather_index, scatter_index, offsets = routes
+        inner = ops.matmul_ogs(
+            self.x, *self.gate_up, offsets, gather_index, activation="swiglu", alpha=ALPHA,
+            limit=LIMIT, **here,
+        )  # fmt: skip
+        y: Tensor = ops.matmul_ogs(
+            inner, *self.down, offsets, None, scatter_index, gammas, 4, **here
+        )
+        return y
+
+
+@pytest.mark.parametrize("t", [1, 16, 64, 400, 1000, 4096])
+def test_two_runs_give_the_same_bits(triton: Kernels, t: int) -> None:
+    layer = Layer(triton, t)
+    first = layer()
+    for _ in range(3):
+        assert torch.equal(first, layer())
+
+
+@pytest.mark.parametrize("t", [1, 64, 1000])
+def test_a_cuda_graph_follows_its_inputs(triton: Kernels, t: int) -> None:
+    layer = Layer(triton, t)
+    layer()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer()
+    layer.x.copy_(randn(t, 2880, seed=5))
+    layer.logits.copy_(random_logits(t, 32).flip(1))
+    graph.replay()
+    replayed = captured.clone()
+    assert torch.equal(replayed, layer())
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_a_model_under_cuda_graphs() -> None:
+    ids = tokens().cuda()
+    module = model(torch.bfloat16).cuda()
+    eager = module(ids).logits
+    exact = model(torch.float64, "batched_mm")(ids.cpu()).logits
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(module, backend="mxfp4", mode="reduce-overhead")
+    for _ in range(3):  # runs, records, replays
+        logits = compiled(ids).logits.clone()
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    assert_as_accurate(logits.cpu(), eager.cpu(), exact)
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_a_gpu_is_served_by_triton_unasked() -> None:
+    module, x = mlp(torch.bfloat16).cuda(), hidden(dtype=torch.bfloat16).cuda()
+    compiled = torch.compile(module, backend="mxfp4", options={"strict": True})
+    exact = mlp(torch.float64, "batched_mm")(x.cpu().double())[0]
+    assert_as_accurate(compiled(x)[0].cpu(), module(x)[0].cpu(), exact)
+
+
+@pytest.mark.parametrize("layout", ["wgmma_fragments", "mma_fragments", "row_major"])
+def test_swizzling_on_the_device_is_that_of_the_cpu(layout: str) -> None:
+    source = on_mxfp4_grid(torch.randn(3, 96, 80) * 0.1)
+    for there, here in zip(
+        swizzle_weight(source.cuda(), layout), swizzle_weight(source, layout), strict=True
+    ):
+        assert there.is_cuda
+        assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.parametrize("experts", [4, 16])
+def test_swizzling_takes_room_for_one_expert(experts: int) -> None:
+    """32 bytes a weight of it, whatever the number of experts, beside the result."""
+    layout = target.choose(torch.device("cuda"), "triton").layout
+    k, n = 1024, 2048
+    source = torch.randn((experts, k, n), dtype=torch.bfloat16, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    parts = swizzle_weight(source, layout)
+    result = sum(part.numel() for part in parts)
+    assert torch.cuda.max_memory_allocated() - before <= result + 32 * k * n
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(tool: str) -> None:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("needs compute-sanitizer, which comes with the CUDA toolkit")
+    workload = Path(__file__).with_name("gpu_workload.py")
+    done = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, workload],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
