@@ -1,0 +1,131 @@
+"""Compiles matmuls for a GPU on all cores before they are needed, into Triton's cache.
+
+A tile takes Triton seconds, one after the other in one process. Worker processes compile for the
+same target and launch nothing, so that they need no GPU; the process that measures finds the
+results in the cache on disk. What fails here fails there again and is reported there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, wait
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import torch
+from gpu_device import Device
+from moe import ALPHA, LIMIT, Sizes
+
+from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.ops import tiles
+from mxfp4_fx.ops.tiles import Tile
+
+MOST_WORKERS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Both matmuls of an MLP with one tile."""
+
+    tile: Tile
+    sizes: Sizes
+    layout: str
+
+
+class Compiler:
+    """A pool of processes; without a GPU, or told to use no process, it does nothing."""
+
+    def __init__(self, device: Device, processes: int | None = None) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        if processes is None:
+            processes = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+        if not device.is_gpu or processes < 2:
+            return
+        from triton.runtime import driver
+
+        target = driver.active.get_current_target()
+        self._pool = start_pool(processes, target.backend, target.arch, target.warp_size)
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def compile(self, jobs: Iterable[Job], seconds: float) -> None:
+        """Return when all are compiled, or after ``seconds``."""
+        if self._pool is not None:
+            wait([self._pool.submit(compile_job, job) for job in dict.fromkeys(jobs)], seconds)
+
+
+def start_pool(processes: int, backend: str, arch: Any, warp_size: int) -> ProcessPoolExecutor:
+    """Processes that compile for a target of Triton's."""
+    return ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_compile_only,
+        initargs=(backend, arch, warp_size),
+    )
+
+
+def _compile_only(backend: str, arch: Any, warp_size: int) -> None:
+    """From now on this process compiles kernels for the target instead of launching them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    def launch(kernel: Any, grid: Any) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            kernel.run(*args, grid=grid, warmup=True, **kwargs)
+
+        return run
+
+    JITFunction.__getitem__ = launch
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget(backend, arch, warp_size),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda _: 0,
+            get_device_interface=lambda: torch.cuda,
+        )
+    )
+
+
+def compile_job(job: Job) -> str:
+    """Call both ops on memory of the CPU's that nobody touches; the error's name, or nothing."""
+    import mxfp4_fx.ops.schemas  # noqa: F401
+
+    sizes, e = job.sizes, job.sizes.experts
+
+    def index(n: int) -> torch.Tensor:
+        return torch.empty(n, dtype=torch.int32)
+
+    def weight(n: int, k: int) -> tuple[torch.Tensor, ...]:
+        parts = LAYOUTS[job.layout].empty(e, n, k, torch.device("cpu"))
+        return (*parts, torch.empty((e, n), dtype=torch.bfloat16), index(e + 1))
+
+    common = {"alpha": ALPHA, "limit": LIMIT, "layout": job.layout, "kernels": "triton"}
+    h, i, a = sizes.hidden, sizes.intermediate, sizes.top_k
+    try:
+        with tiles.forced(job.tile), torch.no_grad():
+            x, inner = (torch.empty(s, dtype=torch.bfloat16) for s in ((1, h), (a, i)))
+            ops = torch.ops.mxfp4
+            ops.matmul_ogs(
+                x, *weight(2 * i, h), gather_index=index(a), activation="swiglu", **common
+            )
+            ops.matmul_ogs(
+                inner, *weight(h, i), scatter_index=index(a), gammas=torch.empty(a),
+                experts_per_token=a, **common,
+            )  # fmt: skip
+    except Exception as error:  # of the compiler's many, to be met again where it counts
+        return type(error).__name__
+    return ""
