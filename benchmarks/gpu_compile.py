@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
@@ -63,8 +64,12 @@ class Compiler:
 
     def compile(self, jobs: Iterable[Job], seconds: float) -> None:
         """Return when all are compiled, or after ``seconds``."""
-        if self._pool is not None:
+        if self._pool is None:
+            return
+        try:
             wait([self._pool.submit(compile_job, job) for job in dict.fromkeys(jobs)], seconds)
+        except BrokenProcessPool:  # then everything is compiled where it is needed
+            self._pool = None
 
 
 def start_pool(processes: int, backend: str, arch: Any, warp_size: int) -> ProcessPoolExecutor:

@@ -156,7 +156,7 @@ def tune(
             continue
         tuner = Tuner(entry, sizes, ours, device)
         log(f"tuning {entry.regime}, entry {number}: {sizes}")
-        best = climb(tuner, compiler, [problems[e] for e in args.experts], layout, until, log)
+        best = climb(tuner, compiler, layout, until, log)
         entries[number], facts = confirmed(tuner, best)
         measured["entries"].append({"regime": entry.regime, **facts})
         lines.append(_line(entry, entries[number], facts))
@@ -179,18 +179,17 @@ def served(
 def climb(
     tuner: Tuner,
     compiler: Compiler,
-    problems: Sequence[Problem],
     layout: str,
     until: float,
     log: Callable[[str], None],
 ) -> Tile:
     """The best tile that is found from the entry on."""
-    sizes = problems[0].sizes
-    ks = (sizes.hidden, sizes.intermediate)
+    of_models = [tuner.ours[e].problem.sizes for e in sorted({e for e, _ in tuner.sizes})]
+    ks = (of_models[0].hidden, of_models[0].intermediate)
     best, found = tuner.entry, tuner.attempt(tuner.entry, None)
     wanted = [tuner.entry, *seeds(tuner.entry, layout, ks)]
     while wanted:
-        jobs = [Job(tile, problem.sizes, layout) for tile in wanted for problem in problems]
+        jobs = [Job(tile, sizes, layout) for tile in wanted for sizes in of_models]
         compiler.compile(jobs, min(BATCH_SECONDS, max(0.0, until - time.perf_counter())))
         start = best
         for tile in wanted:
