@@ -8,6 +8,7 @@ results in the cache on disk. What fails here fails there again and is reported 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ import torch
 from gpu_device import Device
 from moe import ALPHA, LIMIT, Sizes
 
+from mxfp4_fx import target
 from mxfp4_fx.layouts import LAYOUTS
 from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.tiles import Tile
@@ -29,11 +31,12 @@ MOST_WORKERS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Both matmuls of an MLP with one tile."""
+    """Both matmuls of an MLP with one tile; or without a tile, routing of so many tokens."""
 
-    tile: Tile
+    tile: Tile | None
     sizes: Sizes
-    layout: str
+    layout: str = ""
+    tokens: int = 0
 
 
 class Compiler:
@@ -47,8 +50,9 @@ class Compiler:
             return
         from triton.runtime import driver
 
-        target = driver.active.get_current_target()
-        self._pool = start_pool(processes, target.backend, target.arch, target.warp_size)
+        found = driver.active.get_current_target()
+        name = target.gpu_name(device.torch)
+        self._pool = start_pool(processes, name, (found.backend, found.arch, found.warp_size))
 
     def __enter__(self) -> Compiler:
         return self
@@ -72,18 +76,18 @@ class Compiler:
             self._pool = None
 
 
-def start_pool(processes: int, backend: str, arch: Any, warp_size: int) -> ProcessPoolExecutor:
-    """Processes that compile for a target of Triton's."""
+def start_pool(processes: int, name: str, arch: tuple[str, Any, int]) -> ProcessPoolExecutor:
+    """Processes that compile for a GPU: its name as ``target.gpu_name`` says, and Triton's target."""
     return ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_compile_only,
-        initargs=(backend, arch, warp_size),
+        initargs=(name, arch),
     )
 
 
-def _compile_only(backend: str, arch: Any, warp_size: int) -> None:
-    """From now on this process compiles kernels for the target instead of launching them."""
+def _compile_only(name: str, arch: tuple[str, Any, int]) -> None:
+    """From now on this process compiles kernels for that GPU instead of launching them."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -95,9 +99,10 @@ def _compile_only(backend: str, arch: Any, warp_size: int) -> None:
         return run
 
     JITFunction.__getitem__ = launch
+    target.gpu_name = functools.cache(lambda _: name)
     driver.set_active(
         SimpleNamespace(
-            get_current_target=lambda: GPUTarget(backend, arch, warp_size),
+            get_current_target=lambda: GPUTarget(*arch),
             get_current_device=lambda: 0,
             get_current_stream=lambda _: 0,
             get_device_interface=lambda: torch.cuda,
@@ -106,31 +111,37 @@ def _compile_only(backend: str, arch: Any, warp_size: int) -> None:
 
 
 def compile_job(job: Job) -> str:
-    """Call both ops on memory of the CPU's that nobody touches; the error's name, or nothing."""
+    """Call the ops on memory of the CPU's that nobody touches; the error's name, or nothing."""
     import mxfp4_fx.ops.schemas  # noqa: F401
 
-    sizes, e = job.sizes, job.sizes.experts
+    try:
+        with torch.no_grad():
+            if job.tile is None:
+                logits = torch.empty((job.tokens, job.sizes.experts), dtype=torch.bfloat16)
+                torch.ops.mxfp4.routing(logits, job.sizes.top_k, kernels="triton")
+            else:
+                with tiles.forced(job.tile):
+                    _call_matmuls(job.sizes, job.layout)
+    except Exception as error:  # of the compiler's many, to be met again where it counts
+        return type(error).__name__
+    return ""
+
+
+def _call_matmuls(sizes: Sizes, layout: str) -> None:
+    ops, e = torch.ops.mxfp4, sizes.experts
 
     def index(n: int) -> torch.Tensor:
         return torch.empty(n, dtype=torch.int32)
 
     def weight(n: int, k: int) -> tuple[torch.Tensor, ...]:
-        parts = LAYOUTS[job.layout].empty(e, n, k, torch.device("cpu"))
+        parts = LAYOUTS[layout].empty(e, n, k, torch.device("cpu"))
         return (*parts, torch.empty((e, n), dtype=torch.bfloat16), index(e + 1))
 
-    common = {"alpha": ALPHA, "limit": LIMIT, "layout": job.layout, "kernels": "triton"}
     h, i, a = sizes.hidden, sizes.intermediate, sizes.top_k
-    try:
-        with tiles.forced(job.tile), torch.no_grad():
-            x, inner = (torch.empty(s, dtype=torch.bfloat16) for s in ((1, h), (a, i)))
-            ops = torch.ops.mxfp4
-            ops.matmul_ogs(
-                x, *weight(2 * i, h), gather_index=index(a), activation="swiglu", **common
-            )
-            ops.matmul_ogs(
-                inner, *weight(h, i), scatter_index=index(a), gammas=torch.empty(a),
-                experts_per_token=a, **common,
-            )  # fmt: skip
-    except Exception as error:  # of the compiler's many, to be met again where it counts
-        return type(error).__name__
-    return ""
+    common = {"alpha": ALPHA, "limit": LIMIT, "layout": layout, "kernels": "triton"}
+    x, inner = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((1, h), (a, i)))
+    ops.matmul_ogs(x, *weight(2 * i, h), gather_index=index(a), activation="swiglu", **common)
+    ops.matmul_ogs(
+        inner, *weight(h, i), scatter_index=index(a), gammas=torch.empty(a), experts_per_token=a,
+        **common,
+    )  # fmt: skip

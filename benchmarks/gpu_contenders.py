@@ -24,8 +24,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (declares the ops)
-from mxfp4_fx import target
-from mxfp4_fx.errors import Mxfp4Error
 from mxfp4_fx.layouts import LAYOUTS
 
 OPS = torch.ops.mxfp4
@@ -290,23 +288,6 @@ def bf16_experts(problem: Problem, layers: int) -> list[Any]:
         return transformers_experts(problem.sizes, map(problem.weights, range(layers)))
     except ImportError as error:
         raise Unavailable(f"transformers cannot be imported ({error})") from error
-
-
-def layout_for(device: torch.device) -> str:
-    """The layout that the backend chooses for the Triton kernels on this device.
-
-    The table here is for a ``target.choose`` that knows no GPUs.
-    """
-    try:
-        chosen = target.choose(device, "triton")
-    except Mxfp4Error:
-        chosen = None
-    if chosen is not None and chosen.kernels == "triton":
-        return chosen.layout
-    name = target.gpu_name(device)
-    if name in ("interpreter", "sm_90"):
-        return "wgmma_fragments"
-    return "mma_fragments" if name in ("sm_80", "sm_86", "sm_89", "sm_120") else "row_major"
 
 
 def load_triton_kernels(folder: Path | None, device: torch.device) -> Any:

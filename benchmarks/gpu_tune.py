@@ -207,6 +207,9 @@ def climb(
 
 def confirmed(tuner: Tuner, best: Tile) -> tuple[Tile, dict[str, Any]]:
     """The better of the best and the entry, timed in turn, and what there is to say of both."""
+    counts = {"candidates": len(tuner.tried), "rejected": dict(tuner.rejected)}
+    if tuner.tried[tuner.entry] is None:  # what there was is no good here
+        return best, {"microseconds": [], **counts}
     rounds: dict[Tile, list[Times]] = {tuner.entry: [], best: []}
     for _ in range(ROUNDS):
         for tile, found in rounds.items():
@@ -227,8 +230,7 @@ def confirmed(tuner: Tuner, best: Tile) -> tuple[Tile, dict[str, Any]]:
             }
             for size in tuner.sizes
         ],
-        "candidates": len(tuner.tried),
-        "rejected": dict(tuner.rejected),
+        **counts,
     }
 
 
@@ -275,7 +277,7 @@ def distinct(made: Sequence[Tile], layout: str, ks: Sequence[int]) -> list[Tile]
     """Without those that are the same once they are fitted to both matmuls."""
     found: dict[tuple[Tile, Tile], Tile] = {}
     for tile in made:
-        key = tiles.fit(tile, layout, ks[0], False), tiles.fit(tile, layout, ks[1], True)
+        key = tiles.fit(tile, layout, ks[0]), tiles.fit(tile, layout, ks[1], splits=True)
         found.setdefault(key, tile)
     return list(found.values())
 

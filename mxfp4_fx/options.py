@@ -9,9 +9,7 @@ from typing import Any
 
 from mxfp4_fx.errors import OptionError
 
-KERNELS = ("auto", "cpu", "pytorch", "hub", "reference")
-# Named by the design, refused until they exist.
-_LATER_KERNELS = ("triton",)
+KERNELS = ("auto", "triton", "cpu", "pytorch", "hub", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +18,9 @@ class Options:
 
     Attributes:
         kernels: who computes the rewritten experts: ``"auto"`` (the best that the device has),
-            ``"cpu"`` (native), ``"pytorch"`` (on a CPU, without a compiler), ``"hub"`` (on a GPU:
-            what the ``kernels`` library serves), or ``"reference"`` (plain PyTorch, every device,
-            slow).
+            ``"triton"`` (on a GPU), ``"cpu"`` (native), ``"pytorch"`` (on a CPU, without a
+            compiler), ``"hub"`` (on a GPU: what the ``kernels`` library serves), or
+            ``"reference"`` (plain PyTorch, every device, slow).
         inner: the Dynamo backend that compiles the rewritten graph: a name or a callable
             ``(gm, example_inputs) -> callable``.
         inductor: Inductor's own options, handed on when ``inner`` is ``"inductor"``.
@@ -65,11 +63,6 @@ class Options:
         return dataclasses.replace(parsed, skip=tuple(parsed.skip), inductor=dict(parsed.inductor))
 
     def _check(self) -> None:
-        if self.kernels in _LATER_KERNELS:
-            raise OptionError(
-                f"options['kernels'] = {self.kernels!r} is not available in this version; "
-                f"use one of {', '.join(KERNELS)}."
-            )
         if self.kernels not in KERNELS:
             raise OptionError(
                 f"options['kernels'] is {self.kernels!r}; it must be one of "

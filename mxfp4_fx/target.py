@@ -16,6 +16,8 @@ from mxfp4_fx.errors import KernelsUnavailableError, NativeBuildError, SlowKerne
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+OLDEST_TRITON = (3, 6)
+
 # Forces an instruction-set path of the CPU's kernels, for tests and benchmarks.
 CPU_PATH_VARIABLE = "MXFP4_FX_CPU"
 
@@ -64,6 +66,8 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
         return Target("reference", "row_major", "plain PyTorch was asked for")
     if requested == "hub":
         return _hub(device)
+    if requested == "triton" or (requested == "auto" and device.type == "cuda"):
+        return _triton(device, requested)
     if device.type != "cpu":
         raise KernelsUnavailableError(
             f"there are no {requested!r} kernels for device {device.type!r} in this version; "
@@ -94,6 +98,55 @@ def _hub(device: torch.device) -> Target:
     return Target("hub", "row_major", f"{hub.REPOSITORY}, as was asked for")
 
 
+def _triton(device: torch.device, requested: str) -> Target:
+    others = "kernels='reference' runs anywhere, slowly"
+    asked = ", as was asked for" if requested == "triton" else ""
+    version = _triton_version(requested)
+    if device.type == "cpu" and not is_interpreted():
+        raise KernelsUnavailableError(
+            f"kernels='triton' needs a GPU, and the model is on {device.type!r}; kernels='auto' "
+            "takes the best for the device (Triton's interpreter, TRITON_INTERPRET=1, runs them "
+            "for tests)"
+        )
+    if device.type == "cpu":
+        return Target("triton", "wgmma_fragments", f"Triton {version}'s interpreter{asked}")
+    if device.type != "cuda":
+        raise KernelsUnavailableError(
+            f"kernels='triton' runs on NVIDIA and AMD GPUs, not on {device.type!r}; {others}"
+        )
+    name = gpu_name(device)
+    layout = gpu_layout(name)
+    if layout is None:
+        raise KernelsUnavailableError(
+            f"{torch.cuda.get_device_name(device)} ({name}) has no matrix instructions for "
+            f"bfloat16, which kernels='triton' needs (compute capability 8.0); {others}"
+        )
+    described = f"Triton {version} on {torch.cuda.get_device_name(device)} ({name}){asked}"
+    return Target("triton", layout, f"{described}: {_GPU_LAYOUTS[layout]}")
+
+
+# Layout -> why a GPU gets it.
+_GPU_LAYOUTS = {
+    "wgmma_fragments": "weights in the order of wgmma's registers",
+    "mma_fragments": "weights in the order of mma.sync's registers",
+    "row_major": "no order of its own is known for its matrix instructions",
+}
+
+
+def gpu_layout(name: str) -> str | None:
+    """The layout for a GPU of that architecture, or None if the kernels cannot run on it.
+
+    Args:
+        name: as :func:`gpu_name` says.
+    """
+    if not name.startswith("sm_"):
+        return "row_major"
+    major = int(name.removeprefix("sm_")) // 10
+    if major < 8:
+        return None
+    return {8: "mma_fragments", 9: "wgmma_fragments", 12: "mma_fragments"}.get(major, "row_major")
+
+
 @functools.cache
 def gpu_name(device: torch.device) -> str:
     """The compiler's name of a GPU's architecture, such as ``sm_90`` or ``gfx942``.
@@ -106,6 +159,33 @@ def gpu_name(device: torch.device) -> str:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on the CPU."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _triton_version(requested: str) -> str:
+    """Triton's version, if it is one that the kernels compile with."""
+    remedy = "pip install 'mxfp4_fx[triton]'; or kernels='reference', which runs anywhere, slowly"
+    try:
+        import triton
+    except ImportError as error:
+        raise KernelsUnavailableError(
+            f"kernels={requested!r} needs the package 'triton', which cannot be imported "
+            f"({error}): {remedy}"
+        ) from error
+    version: str = triton.__version__
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < OLDEST_TRITON:
+        raise KernelsUnavailableError(
+            f"kernels={requested!r} needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, and "
+            f"this is {version}: {remedy}"
+        )
+    return version
 
 
 @functools.cache

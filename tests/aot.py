@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 HIDDEN = INTERMEDIATE = 2880
+TERMS = {"bf16": 1, "fp16": 2, "fp32": 3}  # of an activation, in bfloat16
 TARGETS = {
     # name: (Triton's target, bytes of shared memory that a program may use, layout)
     "sm_80": (("cuda", 80, 32), 163 << 10, "mma_fragments"),
@@ -59,7 +60,7 @@ class Fact:
 
 
 def compile_kernel(
-    kernel: Any, target: tuple[str, Any, int], values: dict[str, Any], warps: int, stages: int
+    kernel: Any, target: tuple[str, Any, int], values: dict[str, Any], options: dict[str, int]
 ) -> Any:
     """``values``: parameter -> a type's name, or ``(value,)`` for a constant."""
     from triton.backends.compiler import GPUTarget
@@ -76,15 +77,13 @@ def compile_kernel(
             if value.startswith("*") or value.endswith("%16"):
                 attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": warps, "num_stages": stages}
     return compile(source, target=GPUTarget(*target), options=options)
 
 
 def matmul_values(
-    layout: str, tile: Any, n: int, k: int, e: int, down: bool, dtype: str
+    layout: str, tile: Any, n: int, k: int, e: int, down: bool, dtype: str, scaled: bool
 ) -> dict[str, Any]:
     """Parameters of ``matmul_ogs_kernel`` as ``ops.triton`` launches it."""
-    terms = {"bf16": 1, "fp16": 2, "fp32": 3}
     words = "*u8" if layout == "row_major" else "*u32"
     return {
         "x": f"*{dtype}", "blocks": words, "scales": words, "bias": f"*{dtype}",
@@ -92,23 +91,26 @@ def matmul_values(
         "scatter_index": "*i32" if down else (None,), "gammas": "*fp32" if down else (None,),
         "y": "*fp32" if down else f"*{dtype}", "x_stride": "i32%16", "rows": "i32",
         "experts": "i32%16", "alpha": "fp32", "limit": "fp32", "N": (n,), "K": (k,),
-        "LAYOUT": (layout,), "SWIGLU": (not down,), "TERMS": (terms[dtype],),
+        "LAYOUT": (layout,), "SWIGLU": (not down,), "TERMS": (TERMS[dtype],),
         "GROUPS": (1 << e.bit_length(),), "BM": (tile.block_m,), "BN": (tile.block_n,),
         "BK": (tile.block_k,), "SPLITS": (tile.splits,),
+        "SCALED": (scaled,),
     }  # fmt: skip
 
 
 def matmul_facts(name: str, dtype: str = "bf16") -> Iterator[Fact]:
     from mxfp4_fx.ops import tiles
+    from mxfp4_fx.ops.triton import _WITHOUT_DOT_SCALED as WITHOUT_DOT_SCALED
     from mxfp4_fx.ops.triton_kernels.matmul import matmul_ogs_kernel
 
     target, _, layout = TARGETS[name]
     table = tiles.table(tiles.table_name(name, layout))
     for entry in table:
         for down, n, k in ((False, 2 * INTERMEDIATE, HIDDEN), (True, HIDDEN, INTERMEDIATE)):
-            tile = tiles.fit(entry, layout, k, down)
-            values = matmul_values(layout, tile, n, k, 32, down, dtype)
-            made = compile_kernel(matmul_ogs_kernel, target, values, tile.warps, tile.stages)
+            tile = tiles.fit(entry, layout, k, TERMS[dtype], down)
+            values = matmul_values(layout, tile, n, k, 32, down, dtype, name not in WITHOUT_DOT_SCALED)
+            options = tiles.compiler_options(tile, name, TERMS[dtype])
+            made = compile_kernel(matmul_ogs_kernel, target, values, options)
             kernel = f"{'down' if down else 'gate_up'} {dtype}"
             yield describe(kernel, entry.regime, dataclasses.asdict(tile), made, target)
 
@@ -179,7 +181,7 @@ def loops(code: str) -> list[list[str]]:
 
 def main() -> None:
     name = sys.argv[1]
-    facts = list(matmul_facts(name))
+    facts = [fact for dtype in TERMS for fact in matmul_facts(name, dtype)]
     print(json.dumps([dataclasses.asdict(fact) for fact in facts]))
 
 

@@ -12,6 +12,17 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# Read by triton when it is imported: without a GPU its kernels run in its interpreter.
+if not has_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     """What lasts a process, such as recompile limits and warnings given once, lasts a test."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from oracle import UNDERFLOW, Bounded, Matrices, assert_within
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import mxfp4_fx.ops.schemas  # noqa: F401
 from mxfp4_fx import target
@@ -29,6 +30,7 @@ class Kernels:
         name: of the kernels.
         path: the instruction-set path of native ones, otherwise empty.
         layout: of the weights.
+        device: where they run: a GPU for Triton's if there is one, otherwise the CPU.
         underflow: how far a float32 product may be off beside relative rounding: bfloat16 units
             make zeros of what is below float32's normal numbers.
     """
@@ -36,7 +38,11 @@ class Kernels:
     def __init__(self, spec: str) -> None:
         self.name, _, self.path = spec.partition(":")
         self.layout = {"cpu": "cpu_panels", "triton": self.path}.get(self.name, "row_major")
-        self.underflow = 2.0**-126 if self.path in BF16_UNITS else UNDERFLOW
+        self.device = "cpu"
+        if self.name == "triton" and torch.cuda.is_available():
+            self.device = "cuda"
+        has_bf16_units = self.path in BF16_UNITS or self.device == "cuda"
+        self.underflow = 2.0**-126 if has_bf16_units else UNDERFLOW
 
     def operands(self, matrices: Matrices) -> tuple[Tensor, Tensor, Tensor]:
         """blocks, scales and bias of the matrices, swizzled expert by expert."""
@@ -48,20 +54,34 @@ class Kernels:
         return blocks, scales, matrices.bias
 
     def matmul_ogs(self, x: Tensor, matrices: Matrices, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = ops.matmul_ogs(
-            x, *self.operands(matrices), *args, **kwargs, layout=self.layout, kernels=self.name
-        )
-        return y
+        args, kwargs = self.there((x, *self.operands(matrices), *args), kwargs)
+        y: Tensor = ops.matmul_ogs(*args, **kwargs, layout=self.layout, kernels=self.name)
+        return y.cpu()
 
     def routing(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         routes: tuple[Tensor, Tensor, Tensor, Tensor]
-        routes = ops.routing(logits, top_k, kernels=self.name)
-        return routes
+        routes = ops.routing(logits.to(self.device), top_k, kernels=self.name)
+        return tuple(part.cpu() for part in routes)  # type: ignore[return-value]
 
     def routing_from_routes(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         routes: tuple[Tensor, Tensor, Tensor, Tensor]
-        routes = ops.routing.routes(*args, kernels=self.name)
-        return routes
+        routes = ops.routing.routes(*self.there(args), kernels=self.name)
+        return tuple(part.cpu() for part in routes)  # type: ignore[return-value]
+
+    def there(self, tree: Any, *more: Any) -> Any:
+        """All tensors in it, or in each of several, on the device."""
+        moved = [
+            tree_map_only(Tensor, lambda tensor: tensor.to(self.device), part)
+            for part in (tree, *more)
+        ]
+        return moved if more else moved[0]
+
+    def topk(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """What it chooses of equal logits: Triton's kernels the first, others as torch.topk."""
+        if self.name != "triton":
+            return torch.topk(logits, top_k)
+        chosen, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
+        return chosen[..., :top_k], indices[..., :top_k]
 
 
 BF16_UNITS = ("amx", "amx_emulated", "avx512_bf16")

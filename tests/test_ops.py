@@ -321,7 +321,10 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         cases["moe"] = (ops.moe.default, moe, {})
         cases["moe.routes"] = (ops.moe.routes, moe_routes, {})
         cases["matmul_ogs_backward"] = (ops.matmul_ogs_backward.default, back, {})
-    return cases
+    return {
+        name: (op, *kernels.there(arguments, keywords))
+        for name, (op, arguments, keywords) in cases.items()
+    }
 
 
 @pytest.mark.parametrize("t", [0, 5])

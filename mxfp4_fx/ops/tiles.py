@@ -17,6 +17,10 @@ from pathlib import Path
 FOLDER = Path(__file__).with_name("tiles")
 # Layout -> the table of a target that reads it and has none of its own.
 LAYOUTS = {"wgmma_fragments": "sm_90", "mma_fragments": "sm_80", "row_major": "sm_100"}
+# What all kernels are compiled with, whatever Triton's defaults become.
+OPTIONS = {"enable_fp_fusion": True}
+# Layout -> rows of a tile times terms of an activation, beyond which registers spill.
+_MOST_TERMS = {"wgmma_fragments": 128, "mma_fragments": 64, "row_major": 256}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +68,27 @@ def table(target: str) -> tuple[Tile, ...]:
 
 
 def table_name(target: str, layout: str) -> str:
-    """The target itself if it has a table, otherwise one that reads the same layout."""
-    return target if (FOLDER / f"{target}.json").exists() else LAYOUTS[layout]
+    """The target itself if it has a table, otherwise the most like it that reads the layout."""
+    if (FOLDER / f"{target}.json").exists():
+        return target
+    return "gfx942" if target.startswith("gfx") else LAYOUTS[layout]
 
 
-def choose(target: str, layout: str, rows: int, experts: int, k: int, splits: bool) -> Tile:
+def choose(
+    target: str, layout: str, rows: int, experts: int, k: int, terms: int = 1, splits: bool = False
+) -> Tile:
     """The tile for ``rows`` routed rows and ``experts`` experts of contraction length ``k``.
 
     Args:
         target: as ``target.gpu_name`` says.
         layout: a key of :data:`LAYOUTS`.
+        terms: bfloat16 numbers that make up an activation.
         splits: whether K may be split.
     """
     if _forced:
-        return fit(_forced[-1], layout, k, splits)
-    return fit(serving(table(table_name(target, layout)), rows, experts), layout, k, splits)
+        return fit(_forced[-1], layout, k, terms, splits)
+    tile = serving(table(table_name(target, layout)), rows, experts)
+    return fit(tile, layout, k, terms, splits)
 
 
 def serving(entries: Sequence[Tile], rows: int, experts: int) -> Tile:
@@ -91,9 +101,15 @@ def serving(entries: Sequence[Tile], rows: int, experts: int) -> Tile:
     )
 
 
-def fit(tile: Tile, layout: str, k: int, splits: bool) -> Tile:
-    """The tile with steps that divide K's fragments, and splits that divide the steps."""
-    block_k = tile.block_k
+def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -> Tile:
+    """The tile with steps that divide K's fragments, and splits that divide the steps.
+
+    With several terms it has fewer rows: all terms are in registers at once.
+    """
+    block_m, block_k = tile.block_m, tile.block_k
+    if terms > 1:
+        while block_m > 16 and block_m * terms > _MOST_TERMS[layout]:
+            block_m //= 2
     if layout != "row_major":
         k_tiles = -(-k // 64)
         unrolled = next(u for u in range(block_k // 64, 0, -1) if k_tiles % u == 0)
@@ -101,5 +117,17 @@ def fit(tile: Tile, layout: str, k: int, splits: bool) -> Tile:
     steps = -(-k // block_k)
     most = tile.splits if splits else 1
     return dataclasses.replace(
-        tile, block_k=block_k, splits=next(s for s in range(most, 0, -1) if steps % s == 0)
+        tile,
+        block_m=block_m,
+        block_k=block_k,
+        splits=next(s for s in range(most, 0, -1) if steps % s == 0),
     )
+
+
+def compiler_options(tile: Tile, target: str, terms: int) -> dict[str, int]:
+    """Triton's options for a kernel with that tile."""
+    options = {**OPTIONS, "num_warps": tile.warps, "num_stages": tile.stages}
+    if terms > 1 and target.startswith("sm_"):
+        # Left to itself, ptxas may spill a few of them for the sake of one more program at a time.
+        options["maxnreg"] = 255
+    return options

@@ -8,7 +8,6 @@ not notice, as in any of torch's own kernels.
 from __future__ import annotations
 
 import contextlib
-import functools
 from contextlib import AbstractContextManager
 
 import torch
@@ -24,6 +23,8 @@ from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
 
 # bfloat16 numbers that make up an activation exactly.
 _TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+# It has no such instruction, and Triton 3.6 cannot compile tl.dot_scaled for it.
+_WITHOUT_DOT_SCALED = ("gfx942",)
 # From so many routes on, three launches with many programs are faster than one program.
 _ONE_PROGRAM_ROUTES = 2048
 _COMBINE_TILE = (4, 512)  # tokens, columns
@@ -47,7 +48,8 @@ def matmul_ogs(
 ) -> Tensor:
     """See ``ops.reference.matmul_ogs``; layouts ``wgmma_fragments``, ``mma_fragments``, ``row_major``.
 
-    One launch, and with ``scatter_index`` a second, which sums a token's rows in slot order.
+    One launch, and with ``scatter_index`` a second, which sums a token's rows in slot order. A
+    float32 activation is taken as a multiple of 2^-133, the smallest bfloat16 number.
 
     Raises:
         ValueError: another layout.
@@ -67,19 +69,25 @@ def matmul_ogs(
         return y
     if e == 0:
         return y.zero_()
-    tile = tiles.choose(target.gpu_name(x.device), layout, rows, e, k, scatter_index is not None)
+    gpu = target.gpu_name(x.device)
+    terms = _TERMS[x.dtype]
+    can_split = scatter_index is not None and not swiglu  # parts of a sum, summed afterwards
+    tile = tiles.choose(gpu, layout, rows, e, k, terms, can_split)
     out = y
     if scatter_index is not None:
         out = x.new_empty((tile.splits, rows, columns), dtype=torch.float32)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    blocks, scales = blocks.contiguous(), scales.contiguous()
     if layout != "row_major":
-        blocks, scales = (part.contiguous().view(torch.uint32) for part in (blocks, scales))
+        blocks, scales = blocks.view(torch.uint32), scales.view(torch.uint32)
     n_tiles = -(-n // tile.block_n)
     row_tiles = min(rows, e + 1 + rows // tile.block_m)  # the most there can be
     with _on(x.device):
         matmul_kernels.matmul_ogs_kernel[(n_tiles * row_tiles, tile.splits)](
-            x if x.stride(1) == 1 else (x := x.contiguous()),
-            blocks.contiguous(),
-            scales.contiguous(),
+            x,
+            blocks,
+            scales,
             bias.contiguous(),
             _int32(expert_offsets),
             None if gather_index is None else _int32(gather_index),
@@ -95,20 +103,21 @@ def matmul_ogs(
             K=k,
             LAYOUT=layout,
             SWIGLU=swiglu,
-            TERMS=_TERMS[x.dtype],
+            TERMS=terms,
             GROUPS=triton.next_power_of_2(e + 1),
             BM=tile.block_m,
             BN=tile.block_n,
             BK=tile.block_k,
             SPLITS=tile.splits,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            SCALED=gpu not in _WITHOUT_DOT_SCALED,
+            **tiles.compiler_options(tile, gpu, terms),
         )
         if scatter_index is not None:
             bt, bn = _COMBINE_TILE
             matmul_kernels.combine_kernel[(-(-y_rows // bt), -(-columns // bn))](
-                out, y, y_rows, N=columns, A=experts_per_token, SPLITS=tile.splits, BT=bt, BN=bn
-            )
+                out, y, y_rows, N=columns, A=experts_per_token, SPLITS=tile.splits, BT=bt, BN=bn,
+                **tiles.OPTIONS,
+            )  # fmt: skip
     return y
 
 
@@ -149,7 +158,7 @@ def _route(
     ap = triton.next_power_of_2(a)
     bt = _tokens_per_block(t, ap, groups)
     notes = empty(rows), empty(rows, dtype=torch.float32)
-    shape = {"A": a, "AP": ap, "BT": bt, "GROUPS": groups}
+    shape = {"A": a, "AP": ap, "BT": bt, "GROUPS": groups, **tiles.OPTIONS}
     warps = 4 if bt * ap * groups <= 2048 else 8
     inputs = (source, source.stride(0), weights, *notes)
     blocks = -(-t // bt)
@@ -166,7 +175,7 @@ def _route(
         )
         bb, bg = _SCAN_TILE[0], min(_SCAN_TILE[1], groups)
         routing_kernels.scan_kernel[(groups // bg,)](
-            block_counts, counts, blocks, BB=bb, BG=bg, GROUPS=groups
+            block_counts, counts, blocks, BB=bb, BG=bg, GROUPS=groups, **tiles.OPTIONS
         )
         routing_kernels.place_kernel[(blocks,)](
             *notes, block_counts, counts, *routes, t, e, **shape, num_warps=warps

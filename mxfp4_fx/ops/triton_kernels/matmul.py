@@ -271,7 +271,7 @@ def matmul_ogs_kernel(
     x_stride, rows, experts, alpha, limit,
     N: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr,
     TERMS: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLITS: tl.constexpr,
+    BK: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``act(x[gather_index] @ W^T + bias) * gammas``, for one expert.
 
@@ -291,6 +291,7 @@ def matmul_ogs_kernel(
         TERMS: bfloat16 numbers that make up an activation: 1, 2 (float16) or 3 (float32).
         GROUPS: a power of 2 above E.
         BK: columns of a step, 64 U for fragments; SPLITS: divides the steps.
+        SCALED: whether checkpoint order is multiplied by ``tl.dot_scaled``, where that is right.
     """
     IS_FRAGMENTS: tl.constexpr = LAYOUT != "row_major"
     STEPS: tl.constexpr = (K + BK - 1) // BK // SPLITS
@@ -342,7 +343,10 @@ def matmul_ogs_kernel(
         w_row = expert * N + tl.minimum(n, N - 1)[:, None]
         codes = blocks + w_row * (K // 2)
         w_scales = scales + w_row * (K // 32)
-        if _has_extreme_scale(w_scales, in_n, K, BN, BK):
+        is_exact = True
+        if SCALED:
+            is_exact = _has_extreme_scale(w_scales, in_n, K, BN, BK)
+        if is_exact:
             acc = _multiply_rows(
                 acc, codes, w_scales, x_rows, in_rows, in_n, first, K, BN, BK, STEPS, True, TERMS
             )

@@ -1,0 +1,339 @@
+"""The Triton kernels where they differ from others: regimes, tiles, scales, launches.
+
+On a GPU if there is one, otherwise in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from implementations import TRITON, Kernels, check_matmul, chosen, int32, randn
+from models import DTYPES
+from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from mxfp4_fx import target
+from mxfp4_fx.ops import tiles
+from mxfp4_fx.ops import triton as launcher
+from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
+from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
+
+LAYOUTS = [spec.partition(":")[2] for spec in TRITON]
+
+
+@pytest.fixture(params=TRITON)
+def triton(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    with chosen(request.param) as kernels:
+        yield kernels
+
+
+@pytest.fixture
+def any_layout() -> Iterator[Kernels]:
+    """For what does not depend on the layout."""
+    with chosen(TRITON[0]) as kernels:
+        yield kernels
+
+
+def entries(layout: str) -> tuple[tiles.Tile, ...]:
+    name = target.gpu_name(torch.device(Kernels(TRITON[0]).device))
+    return tiles.table(tiles.table_name(name, layout))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes many programs would take the interpreter minutes with the tables' tiles."""
+    tile = tiles.Tile("any", 0, 0, 16, 32, 64, 1, 4, 1)
+    monkeypatch.setattr(tiles, "choose", lambda *_: tile)
+
+
+# ---- regimes
+
+EXPERTS = 12
+# Of 12 experts, as many tokens as an entry of the tables serves and the one before it does not.
+TOKENS = {"one token": 1, "decode": 16, "up to 8": 20, "up to 16": 44, "up to 64": 130, "more": 205}
+
+
+@pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
+def test_every_regime(triton: Kernels, tokens: int) -> None:
+    indices = random_routes(tokens, EXPERTS, 4)[0]
+    x = randn(tokens, 96, dtype=torch.bfloat16)
+    check_matmul(triton, x, Matrices.random(EXPERTS, 48, 96, torch.bfloat16), indices)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_those_tokens_take_every_entry_of_a_table(layout: str) -> None:
+    name = target.gpu_name(torch.device(Kernels(TRITON[0]).device))
+    taken = [tiles.choose(name, layout, 4 * tokens, EXPERTS, 96) for tokens in TOKENS.values()]
+    assert {(tile.rows, tile.rows_per_expert) for tile in taken} == {
+        (tile.rows, tile.rows_per_expert) for tile in entries(layout)
+    }
+
+
+# ---- routings
+
+BM = 16  # of the smallest tile
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[BM, BM, BM], [BM + 1, 0, BM - 1], [0, 0, 2 * BM + 1], [1, 1, 1], [3 * BM, 0, 1]],
+    ids=str,
+)
+def test_tiles_that_are_full_and_nearly_empty(triton: Kernels, counts: list[int]) -> None:
+    indices = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))[:, None]
+    check_matmul(triton, randn(len(indices), 64), Matrices.random(3, 48, 64), indices)
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_rows_of_nobody_become_zero_in_slots(triton: Kernels, tokens: int) -> None:
+    """Expert parallelism: of eight experts, 2 to 4 are here."""
+    indices, weights = random_routes(tokens, 8, 4)
+    matrices = Matrices.random(3, 48, 64)
+    gammas, gather_index, scatter_index, offsets = triton.routing_from_routes(
+        indices, weights, 3, 2
+    )
+    x = randn(tokens, 64)
+    y = triton.matmul_ogs(
+        x, matrices, offsets, gather_index, scatter_index, gammas, experts_per_token=4
+    )
+    local = indices - 2
+    rows = oracle.grouped_linear(
+        Bounded.exact(x.repeat_interleave(4, dim=0)), local.flatten(), *matrices.exact
+    )
+    here = (local >= 0) & (local < 3)
+    factors = Bounded.exact(weights.where(here, 0.0).flatten())[:, None]
+    slots = oracle.times(rows, factors).view(tokens, 4, 48)
+    assert_within(y, oracle.combine(slots).rounded(torch.float32))
+
+
+def test_a_hundred_thousand_tokens(any_layout: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = tiles.Tile("any", 0, 0, 1024, 16, 64, 1, 4, 1)  # as few programs as can be
+    monkeypatch.setattr(tiles, "choose", lambda *_: tile)
+    tokens = 100_000
+    logits = random_logits(tokens, 3, torch.float32)
+    gammas, gather_index, scatter_index, offsets = any_layout.routing(logits, 1)
+    matrices, x = Matrices.random(3, 16, 32), randn(tokens, 32)
+    y = any_layout.matmul_ogs(x, matrices, offsets, gather_index, scatter_index, gammas)
+    rows = oracle.grouped_linear(Bounded.exact(x), logits.argmax(dim=1), *matrices.exact)
+    assert_within(y, oracle.combine(rows.view(tokens, 1, 16)).rounded(torch.float32))
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("k", [32, 64, 96, 288, 320, 960])
+@pytest.mark.parametrize("tokens", [3, 90])
+def test_any_number_of_columns(triton: Kernels, tokens: int, k: int) -> None:
+    """Steps that take one tile of K, or several, or half of one; splits of one step and more."""
+    x = randn(tokens, k, dtype=torch.bfloat16)
+    matrices = Matrices.random(3, 34, k, torch.bfloat16)
+    check_matmul(triton, x, matrices, random_routes(tokens, 3, 2)[0], activation="none")
+
+
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+@pytest.mark.parametrize("n", [2, 16, 30, 34, 64, 130, 258])
+def test_any_number_of_output_columns(triton: Kernels, n: int, activation: str) -> None:
+    matrices, indices = Matrices.random(3, n, 64), random_routes(7, 3, 2)[0]
+    check_matmul(triton, randn(7, 64), matrices, indices, activation=activation)
+
+
+@pytest.mark.parametrize("a", [1, 3, 4])
+def test_splits_of_k_are_summed(triton: Kernels, a: int) -> None:
+    """A table's decode entry splits K; how often it can is the first number that divides."""
+    tile = tiles.choose("sm_90", triton.layout, 4 * a, 5, 960, splits=True)
+    assert tile.splits == 3
+    x = randn(4 * a, 960, dtype=torch.bfloat16)
+    matrices = Matrices.random(5, 48, 960, torch.bfloat16)
+    indices = random_routes(4, 5, a)[0]
+    check_matmul(triton, x, matrices, indices, gather=False, activation="none")
+
+
+# ---- scales
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("k", "dtype"), [(64, torch.float32), (96, torch.bfloat16)])
+def test_every_scale(triton: Kernels, k: int, dtype: torch.dtype) -> None:
+    """Expert e has scale byte e, and tokens so small or large that results are not."""
+    blocks = Matrices.random(255, 2, k).blocks
+    # 6 * 2^126 would be no float32 any more, and the weights are float32 numbers before all else.
+    blocks[253:] &= 0b1011_1011
+    scales = torch.arange(255, dtype=torch.uint8)[:, None, None].expand(255, 2, k // 32)
+    matrices = Matrices(blocks, scales.contiguous(), torch.zeros((255, 2), dtype=dtype))
+    exponents = (127 - torch.arange(255)).clamp(min=-100, max=120)
+    x = (randn(255, k).double() * torch.exp2(exponents.double())[:, None]).to(dtype)
+    indices = torch.arange(255)[:, None]
+    check_matmul(triton, x, matrices, indices, gammas=False, activation="none")
+
+
+@pytest.mark.parametrize("scale", [0, 128, 129, 254, 255])
+@pytest.mark.parametrize("tokens", [4, 70])
+def test_one_scale_at_the_edge_among_ordinary_ones(
+    triton: Kernels, tokens: int, scale: int
+) -> None:
+    """It sends its own tile the exact way; 128 is the largest that a fragment's fast way holds."""
+    matrices = Matrices.random(1, 272, 128)
+    scales, blocks = matrices.scales.clone(), matrices.blocks.clone()
+    scales[0, 70, 1] = scale
+    blocks[0, 70, 1] &= 0b1011_1011
+    x = randn(tokens, 128)
+    x[:, 32:64] *= 2.0**-100  # what meets that scale
+    indices = torch.zeros((tokens, 1), dtype=torch.long)
+    y = check_matmul(
+        triton, x, Matrices(blocks, scales, matrices.bias), indices, activation="none"
+    )
+    assert y[:, 70].isnan().all() == (scale == 255)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_with_nan_or_infinity(triton: Kernels, value: float, dtype: torch.dtype) -> None:
+    """It is one term of several; the others must not turn infinity into NaN, nor NaN into it."""
+    matrices = Matrices.random(1, 34, 64)
+    blocks = matrices.blocks.clone()
+    blocks[..., 0] |= 0b0001_0001  # 0 times infinity is NaN
+    matrices = Matrices(blocks, matrices.scales, matrices.bias)
+    x = randn(3, 64, dtype=dtype)
+    x[1, 1] = value
+    y = triton.matmul_ogs(x, matrices, int32([0, 3]))
+    rows = oracle.linear(Bounded.exact(x), matrices.weight[0], matrices.exact[1][0])
+    assert_within(y[::2], rows[::2].rounded(dtype))
+    expected = matrices.weight[0, :, 1] * value
+    assert torch.equal(y[1].isnan(), expected.isnan())
+    assert torch.equal(y[1].nan_to_num(), expected.nan_to_num().to(dtype).nan_to_num())
+
+
+@pytest.mark.parametrize("low_bits", [1, 0x10000 - 1])
+def test_a_nan_whose_upper_half_is_infinity_stays_nan(triton: Kernels, low_bits: int) -> None:
+    x = randn(2, 32)
+    x.view(torch.int32)[1, 3] = 0x7F800000 + low_bits
+    y = triton.matmul_ogs(x, Matrices.random(1, 16, 32), int32([0, 2]))
+    assert y[1].isnan().all()
+    assert not y[0].isnan().any()
+
+
+# ---- routing
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["logits", "routes"])
+@pytest.mark.parametrize("e", [4, 32, 200])
+def test_one_program_and_many_sort_alike(
+    any_layout: Kernels, e: int, given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = 300
+    logits = random_logits(tokens, e)
+    indices, weights = random_routes(tokens, e, 4)
+
+    def route() -> tuple[Tensor, ...]:
+        if given:
+            return any_layout.routing_from_routes(indices, weights, e // 2, 1)
+        return any_layout.routing(logits, 4)
+
+    one = route()
+    monkeypatch.setattr(launcher, "_ONE_PROGRAM_ROUTES", 0)
+    with launches() as counted:
+        many = route()
+    assert counted == {"decide_kernel": 1, "scan_kernel": 1, "place_kernel": 1}
+    for some, others in zip(one, many, strict=True):
+        assert torch.equal(some, others)
+
+
+@pytest.mark.parametrize("tokens", [1, 511, 513])
+@pytest.mark.parametrize("e", [1, 5, 128])
+def test_routing_of_many_tokens(any_layout: Kernels, tokens: int, e: int) -> None:
+    a = min(e, 4)
+    logits = random_logits(tokens, e, torch.bfloat16)
+    indices, weights = oracle.route(logits, a)
+    gammas, *sorted_ = any_layout.routing(logits, a)
+    for actual, values in zip(sorted_, oracle.sort_routes(indices, e), strict=True):
+        assert actual.tolist() == values
+    assert_within(gammas, weights.view(tokens * a)[sorted_[1].long()])
+
+
+def test_all_of_many_experts_may_be_chosen(any_layout: Kernels) -> None:
+    logits = random_logits(3, 40)
+    gammas, _, scatter_index, offsets = any_layout.routing(logits, 40)
+    assert offsets.tolist() == list(range(0, 123, 3))
+    _, weights = oracle.route(logits, 40)
+    assert_within(gammas, weights.view(120)[scatter_index.long()])
+
+
+# ---- launches
+
+
+class launches:
+    """Counts the kernels that are launched, by name."""
+
+    def __init__(self) -> None:
+        self.counted: Counter[str] = Counter()
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Counter[str]:
+        for module in (matmul_kernels, routing_kernels):
+            for name, kernel in vars(module).items():
+                if name.endswith("_kernel"):
+                    self.patch.setattr(module, name, _Counting(name, kernel, self.counted))
+        return self.counted
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.undo()
+
+
+class _Counting:
+    def __init__(self, name: str, kernel: Any, counted: Counter[str]) -> None:
+        self.name, self.kernel, self.counted = name, kernel, counted
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.counted[self.name] += 1
+        return self.kernel[grid]
+
+
+def run_mlp(kernels: Kernels, tokens: int, e: int, a: int = 4) -> Tensor:
+    hidden, logits = randn(tokens, 64, dtype=torch.bfloat16), random_logits(tokens, e)
+    gate_up, down = (Matrices.random(e, 64, k, torch.bfloat16) for k in (64, 32))
+    gammas, gather_index, scatter_index, offsets = kernels.routing(logits, a)
+    inner = kernels.matmul_ogs(hidden, gate_up, offsets, gather_index, activation="swiglu")
+    return kernels.matmul_ogs(
+        inner, down, offsets, None, scatter_index, gammas, experts_per_token=a
+    )
+
+
+@pytest.mark.parametrize(("tokens", "e"), [(1, 32), (16, 32), (64, 16), (256, 32), (512, 32)])
+def test_an_mlp_takes_four_launches_beside_the_router(
+    any_layout: Kernels, tokens: int, e: int
+) -> None:
+    with launches() as counted:
+        run_mlp(any_layout, tokens, e)
+    assert counted == {"routing_kernel": 1, "matmul_ogs_kernel": 2, "combine_kernel": 1}
+
+
+class NothingReadBack(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        ), f"{func} makes the host wait for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [1, 600])
+def test_the_host_never_waits_for_the_device(any_layout: Kernels, tokens: int) -> None:
+    with NothingReadBack():
+        run_mlp(any_layout, tokens, 8)
+
+
+def test_another_layout_is_an_error() -> None:
+    matrices = Matrices.random(1, 64, 64)
+    with chosen("cpu:portable") as cpu, pytest.raises(ValueError, match="reads layouts wgmma_frag"):
+        torch.ops.mxfp4.matmul_ogs(
+            randn(2, 64), *cpu.operands(matrices), int32([0, 2]), layout="cpu_panels",
+            kernels="triton",
+        )  # fmt: skip
