@@ -292,7 +292,7 @@ class Run:
 
     def _introduce(self, name: str, contender: who.Contender) -> None:
         kind = contender.kind if name != "ours_again" else "again"
-        about = {"label": contender.label, "kind": kind, "layers": {}}
+        about: dict[str, Any] = {"label": contender.label, "kind": kind, "layers": {}}
         about = self.results.contenders.setdefault(name, about)
         about["layers"][str(contender.problem.sizes.experts)] = contender.layers
 

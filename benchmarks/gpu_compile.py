@@ -77,7 +77,7 @@ class Compiler:
 
 
 def start_pool(processes: int, name: str, arch: tuple[str, Any, int]) -> ProcessPoolExecutor:
-    """Processes that compile for a GPU: its name as ``target.gpu_name`` says, and Triton's target."""
+    """Processes that compile for a GPU: its name as in ``target.gpu_name``, and Triton's target."""
     return ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
