@@ -189,12 +189,14 @@ class Run:
             return
         try:
             contenders = list(self._made(peer, experts))
-        except (who.Unavailable, torch.OutOfMemoryError) as error:
+        except Exception as error:  # others' code may fail in any way
+            self.device.synchronize()  # raises if the device itself failed: then all is over
             self._unavailable(peer, experts, error)
             return
         for contender in contenders:
             self._introduce(contender.name, contender)
             self._cells(contender.name, contender)
+        torch.compiler.reset()  # which may hold on to weights
 
     def _made(self, peer: str, experts: int) -> Iterator[who.Contender]:
         problem = self.problems[experts]
@@ -225,12 +227,8 @@ class Run:
                         *(contender, contender.problem, tokens, self.device),
                         self.args.cell_seconds,
                     )
-                except torch.OutOfMemoryError:
-                    reason = "out of memory"
-                except WrongResult as error:
-                    if not self.args.drop_wrong or contender.kind == "ours":
-                        raise
-                    reason = f"wrong result: {error}"
+                except Exception as error:
+                    reason = self._forgivable(contender, error)
                 self.device.release()
             if reason:
                 self.results.skip(name, experts, tokens, reason)
@@ -257,6 +255,19 @@ class Run:
         if last is not None and last[1].seconds * tokens / last[0] > SLOW_CALL:
             return "a call would take seconds"
         return ""
+
+    def _forgivable(self, contender: who.Contender, error: Exception) -> str:
+        """Why there is no time, if the run may go on without; otherwise the error is raised."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return "out of memory"
+        if contender.kind == "ours":
+            raise error
+        if isinstance(error, WrongResult):
+            if not self.args.drop_wrong:
+                raise error
+            return f"wrong result: {error}"
+        self.device.synchronize()  # raises if the device itself failed
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
     def _row(self, experts: int, tokens: int) -> Row:
         rows, problem = self.results.rows, self.problems[experts]
@@ -297,7 +308,11 @@ class Run:
         about["layers"][str(contender.problem.sizes.experts)] = contender.layers
 
     def _unavailable(self, name: str, experts: int, error: Exception) -> None:
-        reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = "out of memory"
+        elif not isinstance(error, who.Unavailable):
+            reason = f"{type(error).__name__}: {reason}"
         self.results.unavailable[f"{name}, {experts} experts"] = reason
         self.log(f"{name}, {experts} experts: {reason}")
 

@@ -204,6 +204,21 @@ def test_a_wrong_peer_is_left_out_only_if_that_was_asked_for(tmp_path: Path) -> 
     assert "wrong result: bf16 grouped_mm (eager) at E=2" in done.stderr
 
 
+def test_a_peer_that_fails_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    before = """
+def fail(*_):
+    raise ValueError("not today\\nand why")
+gpu_contenders.Bf16.run = fail
+"""
+    done = run("--experts 2 --tokens 1 --peers grouped_mm", "--output", path, before=before)
+    assert done.returncode == 0, done.stderr
+    left = json.loads(path.read_text("utf-8"))
+    assert left["complete"]
+    assert left["skipped"][0]["reason"] == "ValueError: not today"
+    assert "not measured: grouped_mm, 2 experts, T = 1: ValueError: not today" in done.stdout
+
+
 def test_an_interrupted_run_leaves_what_it_has(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     before = """
