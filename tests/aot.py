@@ -1,7 +1,7 @@
 """Compiles the Triton kernels ahead of time and says what the machine code is like.
 
-``python tests/aot.py TARGET`` compiles every tile of a target's table, for both matmuls of an MLP of
-GPT-OSS's sizes, and the other kernels, and prints a JSON list with one object for each: a
+``python tests/aot.py TARGET DTYPE,...`` compiles every tile of a target's table, for both matmuls of
+an MLP of GPT-OSS's sizes, and the other kernels, and prints a JSON list with one object for each: a
 :class:`Fact`. No GPU is needed. It is a program of its own because tests run with Triton's
 interpreter switched on, which cannot compile.
 """
@@ -22,7 +22,6 @@ TERMS = {"bf16": 1, "fp16": 2, "fp32": 3}  # of an activation, in bfloat16
 TARGETS = {
     # name: (Triton's target, bytes of shared memory that a program may use, layout)
     "sm_80": (("cuda", 80, 32), 163 << 10, "mma_fragments"),
-    "sm_86": (("cuda", 86, 32), 99 << 10, "mma_fragments"),
     "sm_89": (("cuda", 89, 32), 99 << 10, "mma_fragments"),
     "sm_90": (("cuda", 90, 32), 227 << 10, "wgmma_fragments"),
     "sm_100": (("cuda", 100, 32), 227 << 10, "row_major"),
@@ -108,11 +107,52 @@ def matmul_facts(name: str, dtype: str = "bf16") -> Iterator[Fact]:
     for entry in table:
         for down, n, k in ((False, 2 * INTERMEDIATE, HIDDEN), (True, HIDDEN, INTERMEDIATE)):
             tile = tiles.fit(entry, layout, k, TERMS[dtype], down)
-            values = matmul_values(layout, tile, n, k, 32, down, dtype, name not in WITHOUT_DOT_SCALED)
+            scaled = (name, TERMS[dtype]) not in WITHOUT_DOT_SCALED
+            values = matmul_values(layout, tile, n, k, 32, down, dtype, scaled)
             options = tiles.compiler_options(tile, name, TERMS[dtype])
             made = compile_kernel(matmul_ogs_kernel, target, values, options)
             kernel = f"{'down' if down else 'gate_up'} {dtype}"
             yield describe(kernel, entry.regime, dataclasses.asdict(tile), made, target)
+
+
+def other_facts(name: str) -> Iterator[Fact]:
+    """Routing of few and many tokens, and the sum over a token's rows."""
+    from mxfp4_fx.ops import tiles
+    from mxfp4_fx.ops import triton as launcher
+    from mxfp4_fx.ops.triton_kernels import matmul, routing
+
+    target = TARGETS[name][0]
+    pointers = {
+        "source": "*bf16", "slot_expert": "*i32", "slot_weight": "*fp32", "gammas": "*fp32",
+        "gather_index": "*i32", "scatter_index": "*i32", "expert_offsets": "*i32",
+        "block_counts": "*i32", "blocks_before": "*i32", "counts": "*i32",
+    }  # fmt: skip
+    numbers = dict.fromkeys(("tokens", "experts", "first_expert", "blocks"), "i32")
+    experts = 128
+    bb, bg = launcher._SCAN_TILE
+    bt, bn = launcher._COMBINE_TILE
+    combine = {
+        "parts": "*fp32", "y": "*bf16", "tokens": "i32", "N": (HIDDEN,), "A": (4,),
+        "SPLITS": (3,), "BT": (bt,), "BN": (bn,),
+    }  # fmt: skip
+    kernels: list[tuple[str, Any, dict[str, Any], int]] = [
+        ("combine", matmul.combine_kernel, combine, 4)
+    ]
+    for tokens, names in (
+        (1, ["routing"]), (512, ["routing"]), (16384, ["decide", "scan", "place"])
+    ):  # fmt: skip
+        block = launcher._tokens_per_block(tokens, 4, experts)
+        values = {
+            **pointers, **numbers, "stride": "i32%16", "given_weights": (None,), "GIVEN": (False,),
+            "A": (4,), "AP": (4,), "BT": (block,), "GROUPS": (experts,), "BB": (bb,), "BG": (bg,),
+        }  # fmt: skip
+        for kernel in names:
+            made = getattr(routing, f"{kernel}_kernel")
+            warps = launcher._warps(block * 4, experts)
+            kernels.append((f"{kernel} of {tokens} tokens", made, values, warps))
+    for described, kernel, values, warps in kernels:
+        made = compile_kernel(kernel, target, values, {**tiles.OPTIONS, "num_warps": warps})
+        yield describe(described, "", {"warps": warps}, made, target)
 
 
 def describe(
@@ -181,7 +221,9 @@ def loops(code: str) -> list[list[str]]:
 
 def main() -> None:
     name = sys.argv[1]
-    facts = [fact for dtype in TERMS for fact in matmul_facts(name, dtype)]
+    dtypes = sys.argv[2].split(",")
+    facts = [fact for dtype in dtypes for fact in matmul_facts(name, dtype)]
+    facts += other_facts(name)
     print(json.dumps([dataclasses.asdict(fact) for fact in facts]))
 
 

@@ -117,6 +117,7 @@ def test_rows_of_nobody_become_zero_in_slots(triton: Kernels, tokens: int) -> No
 def test_a_hundred_thousand_tokens(any_layout: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = tiles.Tile("any", 0, 0, 1024, 16, 64, 1, 4, 1)  # as few programs as can be
     monkeypatch.setattr(tiles, "choose", lambda *_: tile)
+    monkeypatch.setattr(launcher, "_COMBINE_TILE", (1024, 16))
     tokens = 100_000
     logits = random_logits(tokens, 3, torch.float32)
     gammas, gather_index, scatter_index, offsets = any_layout.routing(logits, 1)
@@ -159,7 +160,14 @@ def test_splits_of_k_are_summed(triton: Kernels, a: int) -> None:
 # ---- scales
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.fixture
+def any_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's dot_scaled takes activations through float16, which cannot hold all."""
+    if target.gpu_name(torch.device(Kernels(TRITON[0]).device)) == "interpreter":
+        monkeypatch.setattr(launcher, "_WITHOUT_DOT_SCALED", {("interpreter", t) for t in (1, 2, 3)})
+
+
+@pytest.mark.usefixtures("small_tiles", "any_activation")
 @pytest.mark.parametrize(("k", "dtype"), [(64, torch.float32), (96, torch.bfloat16)])
 def test_every_scale(triton: Kernels, k: int, dtype: torch.dtype) -> None:
     """Expert e has scale byte e, and tokens so small or large that results are not."""
@@ -168,7 +176,7 @@ def test_every_scale(triton: Kernels, k: int, dtype: torch.dtype) -> None:
     blocks[253:] &= 0b1011_1011
     scales = torch.arange(255, dtype=torch.uint8)[:, None, None].expand(255, 2, k // 32)
     matrices = Matrices(blocks, scales.contiguous(), torch.zeros((255, 2), dtype=dtype))
-    exponents = (127 - torch.arange(255)).clamp(min=-100, max=120)
+    exponents = (127 - torch.arange(255)).clamp(min=-80, max=120)
     x = (randn(255, k).double() * torch.exp2(exponents.double())[:, None]).to(dtype)
     indices = torch.arange(255)[:, None]
     check_matmul(triton, x, matrices, indices, gammas=False, activation="none")
@@ -185,7 +193,7 @@ def test_one_scale_at_the_edge_among_ordinary_ones(
     scales[0, 70, 1] = scale
     blocks[0, 70, 1] &= 0b1011_1011
     x = randn(tokens, 128)
-    x[:, 32:64] *= 2.0**-100  # what meets that scale
+    x[:, 32:64] *= 2.0**-80  # what meets that scale
     indices = torch.zeros((tokens, 1), dtype=torch.long)
     y = check_matmul(
         triton, x, Matrices(blocks, scales, matrices.bias), indices, activation="none"

@@ -23,8 +23,10 @@ from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
 
 # bfloat16 numbers that make up an activation exactly.
 _TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-# It has no such instruction, and Triton 3.6 cannot compile tl.dot_scaled for it.
-_WITHOUT_DOT_SCALED = ("gfx942",)
+# Target and terms. gfx942 has no such instruction, and Triton 3.6 cannot compile tl.dot_scaled for
+# it; the interpreter takes its bfloat16 operand through float16, where small terms are lost.
+_WITHOUT_DOT_SCALED = {("gfx942", 1), ("gfx942", 2), ("gfx942", 3)}
+_WITHOUT_DOT_SCALED |= {("interpreter", 2), ("interpreter", 3)}
 # From so many routes on, three launches with many programs are faster than one program.
 _ONE_PROGRAM_ROUTES = 2048
 _COMBINE_TILE = (4, 512)  # tokens, columns
@@ -109,7 +111,7 @@ def matmul_ogs(
             BN=tile.block_n,
             BK=tile.block_k,
             SPLITS=tile.splits,
-            SCALED=gpu not in _WITHOUT_DOT_SCALED,
+            SCALED=(gpu, terms) not in _WITHOUT_DOT_SCALED,
             **tiles.compiler_options(tile, gpu, terms),
         )
         if scatter_index is not None:
@@ -159,15 +161,14 @@ def _route(
     bt = _tokens_per_block(t, ap, groups)
     notes = empty(rows), empty(rows, dtype=torch.float32)
     shape = {"A": a, "AP": ap, "BT": bt, "GROUPS": groups, **tiles.OPTIONS}
-    warps = 4 if bt * ap * groups <= 2048 else 8
+    warps = _warps(bt * ap, groups)
     inputs = (source, source.stride(0), weights, *notes)
     blocks = -(-t // bt)
     with _on(device):
         if rows <= _ONE_PROGRAM_ROUTES:
             routing_kernels.routing_kernel[(1,)](
-                *inputs, *routes, t, e, first_expert, GIVEN=given, **shape,
-                num_warps=4 if blocks == 1 and warps == 4 else 16,
-            )  # fmt: skip
+                *inputs, *routes, t, e, first_expert, GIVEN=given, **shape, num_warps=warps
+            )
             return routes
         block_counts, counts = empty(blocks, groups), empty(groups)
         routing_kernels.decide_kernel[(blocks,)](
@@ -187,6 +188,10 @@ def _tokens_per_block(t: int, ap: int, groups: int) -> int:
     """A power of 2 such that a block's slots times groups stay in registers."""
     room = max(1, min(256 // ap, 16384 // (ap * groups)))
     return min(1 << room.bit_length() - 1, triton.next_power_of_2(t))
+
+
+def _warps(slots: int, groups: int) -> int:
+    return 4 if slots * groups <= 2048 else 8
 
 
 def _int32(index: Tensor) -> Tensor:
