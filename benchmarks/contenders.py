@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ def _transformers_mlp(experts: Any, hidden: Tensor, logits: Tensor, top_k: int) 
     return out
 
 
-def transformers_experts(sizes: Sizes, weights: Sequence[Weights]) -> list[Any]:
+def transformers_experts(sizes: Sizes, weights: Iterable[Weights]) -> list[Any]:
     """``GptOssExperts`` in bfloat16, one for each of the weights, that share one configuration."""
     from transformers import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -191,9 +191,10 @@ def transformers_experts(sizes: Sizes, weights: Sequence[Weights]) -> list[Any]:
 
     made = []
     for layer in weights:
+        device = layer.gate_up.blocks.device
         with torch.device("meta"):
             experts = GptOssExperts(config)
-        experts = experts.bfloat16().to_empty(device="cpu").requires_grad_(False).eval()
+        experts = experts.bfloat16().to_empty(device=device).requires_grad_(False).eval()
         fill(experts.gate_up_proj, experts.gate_up_proj_bias, layer.gate_up)
         fill(experts.down_proj, experts.down_proj_bias, layer.down)
         made.append(experts)

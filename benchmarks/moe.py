@@ -136,7 +136,7 @@ def exact(weights: Weights, inputs: Inputs, sizes: Sizes) -> Tensor:
     _, gather_index, scatter_index, offsets = routing(inputs.logits.double(), sizes.top_k)
     chosen = inputs.logits.double().topk(sizes.top_k, dim=-1).values
     gammas = torch.softmax(chosen, dim=-1).flatten()[scatter_index]  # routing's own are float32
-    out = torch.zeros((len(inputs.hidden), sizes.hidden), dtype=torch.float64)
+    out = torch.zeros_like(inputs.hidden, dtype=torch.float64)
     for expert in range(sizes.experts):
         rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
         if rows.start < rows.stop:

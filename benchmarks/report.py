@@ -69,7 +69,7 @@ def _layer(results: dict[str, Any]) -> str:
         f"{contenders[best]['label']}; of floor: the larger floor over it"
     )
     head = ["T", "experts", "floor", *labels, "x bf16", "of floor"]
-    return f"{_table(head, rows)}\n{note}"
+    return f"{table(head, rows)}\n{note}"
 
 
 def _quality(results: dict[str, Any]) -> str:
@@ -84,7 +84,7 @@ def _quality(results: dict[str, Any]) -> str:
             cells.append(ms + (share if share != "-" else ""))
         rows.append(cells)
     head = ["milliseconds (of floor)", "error", *(f"T={row['tokens']}" for row in results["layer"])]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _absent(results: dict[str, Any]) -> str:
@@ -110,7 +110,7 @@ def _overhead(results: dict[str, Any]) -> str:
         cells = [f"{parts[part]['median']:.1f}" if part in parts else "" for part in order]
         rows.append([known["label"] if known else name, *cells])
     title = "microseconds a call, next to nothing to compute"
-    return _table([title, "routing", "gate_up", "down", "MLP", "mm"], rows)
+    return table([title, "routing", "gate_up", "down", "MLP", "mm"], rows)
 
 
 def _alternating(results: dict[str, Any]) -> str:
@@ -139,7 +139,7 @@ def _end_to_end(results: dict[str, Any]) -> str:
     ]
     head = [f"a model of {found['layers']} layers, tokens a second"]
     head += [f"prefill of {found['prompt_tokens']}", f"decode of {found['new_tokens']}"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _measured(results: dict[str, Any], name: str) -> bool:
@@ -150,7 +150,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need; the first to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
     return "\n".join(

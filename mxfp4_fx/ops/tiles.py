@@ -7,9 +7,11 @@ the tables. They are chosen from T and E alone, never from what the device compu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("tiles")
@@ -45,6 +47,19 @@ class Tile:
     stages: int
 
 
+_forced: list[Tile] = []
+
+
+@contextlib.contextmanager
+def forced(tile: Tile) -> Iterator[None]:
+    """Within, :func:`choose` gives ``tile``, fitted to the problem, in every thread. For tuning."""
+    _forced.append(tile)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
 @functools.cache
 def table(target: str) -> tuple[Tile, ...]:
     """The entries of a target, such as ``"sm_90"``, in order."""
@@ -70,13 +85,20 @@ def choose(
         terms: bfloat16 numbers that make up an activation.
         splits: whether K may be split.
     """
-    tile = next(
+    if _forced:
+        return fit(_forced[-1], layout, k, terms, splits)
+    tile = serving(table(table_name(target, layout)), rows, experts)
+    return fit(tile, layout, k, terms, splits)
+
+
+def serving(entries: Sequence[Tile], rows: int, experts: int) -> Tile:
+    """The first of a table's entries that serves a problem."""
+    return next(
         tile
-        for tile in table(table_name(target, layout))
+        for tile in entries
         if (not tile.rows or rows <= tile.rows)
         and (not tile.rows_per_expert or rows <= tile.rows_per_expert * experts)
     )
-    return fit(tile, layout, k, terms, splits)
 
 
 def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -> Tile:
