@@ -15,6 +15,9 @@ STAMP := .venv/.stamp
 CXX_FILES := $(wildcard mxfp4_fx/ops/cpu/*.h mxfp4_fx/ops/cpu/*.cpp tests/native/*.cpp benchmarks/*.cpp)
 TORCH := $(shell grep '^torch==' constraints.txt)
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/torchinductor
+export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
+# The oldest Triton that is supported, beside the newest: tests compile the kernels with both.
+OLDEST_TRITON := build/triton-3.6
 
 # A worker is a process with a compiler and threads of its own. The number of threads is the same on
 # every machine, for torch.compile generates other code for one thread than for several.
@@ -27,8 +30,9 @@ test: export TORCHINDUCTOR_COMPILE_THREADS := 1
 demo: $(STAMP)
 	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
 
-test: $(STAMP)
-	.venv/bin/python -m pytest -n $(WORKERS)
+test: $(STAMP) $(OLDEST_TRITON)/triton/__init__.py
+	MXFP4_FX_OLDEST_TRITON=$(OLDEST_TRITON) \
+		.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: $(STAMP)
 	.venv/bin/ruff check
@@ -66,5 +70,10 @@ $(STAMP): pyproject.toml constraints.txt
 		$(call or_stop,$(no_compiler))
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt $(TORCH)
-	.venv/bin/python -m pip install -c constraints.txt -e '.[dev,transformers,benchmarks]'
+	.venv/bin/python -m pip install -c constraints.txt \
+		-e '.[dev,transformers,triton,kernels,benchmarks]'
+	@touch $@
+
+$(OLDEST_TRITON)/triton/__init__.py: $(STAMP)
+	.venv/bin/python -m pip install --no-deps --upgrade --target $(OLDEST_TRITON) triton==3.6.0
 	@touch $@

@@ -67,6 +67,7 @@ def table(target: str) -> tuple[Tile, ...]:
     return tuple(Tile(**entry) for entry in document["tiles"])
 
 
+@functools.cache
 def table_name(target: str, layout: str) -> str:
     """The target itself if it has a table, otherwise the most like it that reads the layout."""
     if (FOLDER / f"{target}.json").exists():
