@@ -102,6 +102,7 @@ def serving(entries: Sequence[Tile], rows: int, experts: int) -> Tile:
     )
 
 
+@functools.cache
 def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -> Tile:
     """The tile with steps that divide K's fragments, and splits that divide the steps.
 

@@ -74,10 +74,14 @@ def decode_fragments(words, scale_words, R: tl.constexpr, WGMMA: tl.constexpr, E
     pairs = _in_place(words).reshape(R, 8, 4, 2, 2, 2, 2)
     scales = (scale_words[:, :, None] >> (8 * tl.arange(0, 4)[None, None, :]).to(tl.uint32)) & 0xFF
     scales = scales.reshape((R, 8, 1, 2, 1, 1, 2) if WGMMA else (R, 8, 1, 2, 2, 1, 1))
-    if EXACT or INTERPRETED:
+    if EXACT:
         scales = (scales - _STORED_BIAS) & 0xFF
         even = _exact(pairs & 0xFFFF, scales)
         odd = _exact(pairs >> 16, scales)
+    elif INTERPRETED:  # the same products, of the same bits, in float32
+        factors = (scales << 23).to(tl.float32, bitcast=True)
+        even = (pairs << 16).to(tl.float32, bitcast=True) * factors
+        odd = (pairs & 0xFFFF0000).to(tl.float32, bitcast=True) * factors
     else:
         factors = tl.broadcast_to(scales * 0x00800080, (R, 8, 4, 2, 2, 2, 2))
         products = _multiply_pairs(pairs, factors)
