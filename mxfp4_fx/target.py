@@ -114,6 +114,11 @@ def _triton(device: torch.device, requested: str) -> Target:
         raise KernelsUnavailableError(
             f"kernels='triton' runs on NVIDIA and AMD GPUs, not on {device.type!r}; {others}"
         )
+    if not torch.cuda.is_available():
+        raise KernelsUnavailableError(
+            f"kernels={requested!r}: the model is on {device.type!r}, and torch {torch.__version__} "
+            f"sees no GPU; {others}"
+        )
     name = gpu_name(device)
     layout = gpu_layout(name)
     if layout is None:

@@ -49,7 +49,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kernels" in metafunc.fixturenames:
         import implementations
 
-        metafunc.parametrize("kernels", implementations.ALL, indirect=True)
+        is_routing = metafunc.module.__name__.rpartition(".")[2] == "test_routing"
+        specs = implementations.ROUTING if is_routing else implementations.ALL
+        metafunc.parametrize("kernels", specs, indirect=True)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ def pretend(
     monkeypatch: pytest.MonkeyPatch, major: int, minor: int, name: str = "Some GPU"
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 
@@ -107,6 +108,12 @@ def test_a_cpu_in_the_interpreter_is_served_when_asked_for(
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     assert target.choose(torch.device("cpu"), "triton").kernels == "triton"
     assert target.choose(torch.device("cpu"), "auto").kernels != "triton"
+
+
+def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(KernelsUnavailableError, match=r"model is on 'cuda', and torch .* sees no"):
+        target.choose(CUDA)
 
 
 def test_another_device_is_refused() -> None:
