@@ -116,8 +116,8 @@ def _triton(device: torch.device, requested: str) -> Target:
         )
     if not torch.cuda.is_available():
         raise KernelsUnavailableError(
-            f"kernels={requested!r}: the model is on {device.type!r}, and torch {torch.__version__} "
-            f"sees no GPU; {others}"
+            f"kernels={requested!r}: the model is on {device.type!r}, and torch "
+            f"{torch.__version__} sees no GPU; {others}"
         )
     name = gpu_name(device)
     layout = gpu_layout(name)

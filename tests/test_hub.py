@@ -497,7 +497,7 @@ def run_with_real_package(program: str, argument: str, cwd: Path, **environment:
     ended = subprocess.run(
         [sys.executable, Path(__file__).with_name(program), argument],
         env={
-            **os.environ,
+            **{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
             "MXFP4_FX_TRITON_KERNELS": real_folder() or "",
             "TRITON_CACHE_DIR": str(cwd),
             **environment,
