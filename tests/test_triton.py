@@ -114,6 +114,25 @@ def test_rows_of_nobody_become_zero_in_slots(triton: Kernels, tokens: int) -> No
     assert_within(y, oracle.combine(slots).rounded(torch.float32))
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("small_tiles", "poisoned_memory")
+def test_as_many_tiles_as_there_can_be(any_layout: Kernels) -> None:
+    """Each group, that of nobody among them, has one row more than fills its tiles."""
+    indices = torch.arange(4).repeat_interleave(BM + 1)[:, None]
+    matrices, x = Matrices.random(3, 32, 64), randn(4 * (BM + 1), 64)
+    _, gather_index, _, offsets = any_layout.routing_from_routes(indices, torch.ones(68, 1), 3)
+    y = any_layout.matmul_ogs(x, matrices, offsets, gather_index)
+    rows = oracle.grouped_linear(Bounded.exact(x), indices.flatten(), *matrices.exact)
+    assert_within(y, rows.rounded(torch.float32))
+
+
 def test_a_hundred_thousand_tokens(any_layout: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = tiles.Tile("any", 0, 0, 1024, 16, 64, 1, 4, 1)  # as few programs as can be
     monkeypatch.setattr(tiles, "choose", lambda *_: tile)
@@ -201,6 +220,33 @@ def test_one_scale_at_the_edge_among_ordinary_ones(
     assert y[:, 70].isnan().all() == (scale == 255)
 
 
+@pytest.mark.parametrize("scale", [0, 1, 2, 128, 129, 252, 253, 254])
+def test_a_weight_of_one_scale(triton: Kernels, scale: int) -> None:
+    """All of it counts: in checkpoint order, too, where few scales go by ``tl.dot_scaled``."""
+    matrices = Matrices.random(1, 16, 64, torch.bfloat16)
+    blocks, scales = matrices.blocks & 0b1011_1011, torch.full_like(matrices.scales, scale)
+    matrices = Matrices(blocks, scales, torch.zeros_like(matrices.bias))
+    # Results are normal numbers, and float16 can hold the activations.
+    x = randn(5, 64, dtype=torch.bfloat16) * 2.0 ** (12 if scale < 127 else -8)
+    check_matmul(triton, x, matrices, torch.zeros((5, 1), dtype=torch.long), activation="none")
+
+
+# ---- activations
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_keep_all_their_bits(triton: Kernels, dtype: torch.dtype) -> None:
+    codes = torch.zeros((64, 64), dtype=torch.uint8)
+    codes[torch.arange(64), torch.arange(64)] = 2  # 1.0
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4
+    eye = Matrices(
+        packed.view(1, 64, 2, 16), torch.full((1, 64, 2), 127, dtype=torch.uint8),
+        torch.zeros((1, 64)),
+    )  # fmt: skip
+    x = randn(40, 64, dtype=dtype)
+    assert torch.equal(triton.matmul_ogs(x, eye, int32([0, 40])), x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_with_nan_or_infinity(triton: Kernels, value: float, dtype: torch.dtype) -> None:
@@ -264,6 +310,17 @@ def test_routing_of_many_tokens(any_layout: Kernels, tokens: int, e: int) -> Non
     for actual, values in zip(sorted_, oracle.sort_routes(indices, e), strict=True):
         assert actual.tolist() == values
     assert_within(gammas, weights.view(tokens * a)[sorted_[1].long()])
+
+
+def test_nan_of_either_sign_is_chosen_first(any_layout: Kernels) -> None:
+    """As torch.topk has it."""
+    logits = torch.tensor([[1.0, torch.nan, torch.inf], [1.0, 2.0, torch.nan]])
+    logits[0].view(torch.int32)[1] |= -(2**31)
+    assert torch.equal(torch.topk(logits, 1).indices, torch.tensor([[1], [2]]))
+    gammas, _, scatter_index, offsets = any_layout.routing(logits, 1)
+    assert offsets.tolist() == [0, 0, 1, 2]
+    assert scatter_index.tolist() == [0, 1]
+    assert gammas.isnan().all()
 
 
 def test_all_of_many_experts_may_be_chosen(any_layout: Kernels) -> None:
