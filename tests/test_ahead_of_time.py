@@ -101,6 +101,21 @@ def test_instructions_per_weight(triton: str) -> None:
         assert fact["per_weight"] <= limit, told(fact, "per_weight")
 
 
+FRAGMENT_TARGETS = [
+    pytest.param(name, marks=pytest.mark.xdist_group(name))
+    for name in ("sm_80", "sm_89", "sm_90", "sm_120")
+]
+
+
+@pytest.mark.parametrize("target", FRAGMENT_TARGETS)
+def test_subnormal_codes_are_not_flushed(triton: str, target: str) -> None:
+    """The code of 0.5 in its place is a subnormal bfloat16 number until the scale is multiplied."""
+    for fact in facts(triton, target):
+        products = [n for n in fact["instructions"] if n.startswith(("HMUL2.BF16", "HFMA2.BF16"))]
+        assert bool(products) == bool(fact["regime"]), told(fact, "instructions")
+        assert not [name for name in products if "FTZ" in name], told(fact, "instructions")
+
+
 @pytest.mark.xdist_group("sm_90")
 def test_each_weight_is_decoded_by_one_thread(triton: str) -> None:
     assert {fact["copies"] for fact in wgmma_facts(triton)} == {1}
