@@ -158,7 +158,7 @@ def _multiply_rows(
 def _has_extreme_scale(scales, in_n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Whether a scale byte of these rows makes weights that are no normal bfloat16 numbers.
 
-    ``tl.dot_scaled`` may decode them wrongly; bytes 0 and 255 it does.
+    ``tl.dot_scaled`` may decode them wrongly, depending on version and target (triton#11624).
     """
     group = tl.arange(0, BK // 32)[None, :]
     found = tl.zeros((BN, BK // 32), tl.int32)
