@@ -5,12 +5,10 @@ python benchmarks/gpu_plot.py build/gpu.json build/gpu.svg
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from plot import FAINT, FLOOR_FILL, GRID, INK, MARKERS, OURS, PEERS, PlotUnavailable, require
+from plot import FAINT, FLOOR_FILL, GRID, INK, MARKERS, OURS, PEERS, command, require
 
 COLOURS = {
     "ours": OURS[0],
@@ -124,15 +122,7 @@ def _titles(results: dict[str, Any], figure: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="JSON, from benchmarks/gpu.py --output")
-    parser.add_argument("plot", type=Path, help="PNG or SVG to write")
-    args = parser.parse_args(argv)
-    try:
-        draw(json.loads(args.results.read_text(encoding="utf-8")), args.plot)
-    except PlotUnavailable as error:
-        raise SystemExit(str(error)) from None
-    return 0
+    return command(argv, __doc__, "benchmarks/gpu.py", draw)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +190,15 @@ def _end_labels(axes: Any, ends: list[tuple[float, str, str, str]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="JSON, from benchmarks/cpu.py --output")
+    return command(argv, __doc__, "benchmarks/cpu.py", draw)
+
+
+def command(
+    argv: list[str] | None, about: str, source: str, draw: Callable[[dict[str, Any], Path], None]
+) -> int:
+    """The command line of a plot of what ``source`` measured."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("results", type=Path, help=f"JSON, from {source} --output")
     parser.add_argument("plot", type=Path, help="PNG or SVG to write")
     args = parser.parse_args(argv)
     try:

@@ -15,6 +15,8 @@ from mxfp4_fx import hub, native
 from mxfp4_fx.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# bfloat16 numbers whose sum is an activation, for matrix units that multiply bfloat16.
+BF16_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 OLDEST_TRITON = (3, 6)
 

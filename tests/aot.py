@@ -160,7 +160,10 @@ def describe(
 ) -> Fact:
     if target[0] == "hip":
         text = made.asm["amdgcn"]
-        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
+
+        def number(key: str) -> int:
+            return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
         spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
         return Fact(kernel, regime, tile, made.metadata.shared, spilled, number("vgpr_count"))
     usage, code = disassemble(made.asm["cubin"])

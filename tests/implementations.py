@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 import mxfp4_fx.ops.schemas  # noqa: F401
 from mxfp4_fx import target
 from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.ops.reference import Routes
 
 ALPHA, LIMIT = 1.702, 7.0
 ops = torch.ops.mxfp4
@@ -58,15 +59,16 @@ class Kernels:
         y: Tensor = ops.matmul_ogs(*args, **kwargs, layout=self.layout, kernels=self.name)
         return y.cpu()
 
-    def routing(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        routes: tuple[Tensor, Tensor, Tensor, Tensor]
-        routes = ops.routing(logits.to(self.device), top_k, kernels=self.name)
-        return tuple(part.cpu() for part in routes)  # type: ignore[return-value]
+    def routing(self, logits: Tensor, top_k: int) -> Routes:
+        return self._here(ops.routing(logits.to(self.device), top_k, kernels=self.name))
 
-    def routing_from_routes(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        routes: tuple[Tensor, Tensor, Tensor, Tensor]
-        routes = ops.routing.routes(*self.there(args), kernels=self.name)
-        return tuple(part.cpu() for part in routes)  # type: ignore[return-value]
+    def routing_from_routes(self, *args: Any) -> Routes:
+        return self._here(ops.routing.routes(*self.there(args), kernels=self.name))
+
+    @staticmethod
+    def _here(routes: Routes) -> Routes:
+        gammas, gather_index, scatter_index, offsets = routes
+        return gammas.cpu(), gather_index.cpu(), scatter_index.cpu(), offsets.cpu()
 
     def there(self, tree: Any, *more: Any) -> Any:
         """All tensors in it, or in each of several, on the device."""

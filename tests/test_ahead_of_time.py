@@ -129,7 +129,7 @@ def test_each_weight_is_decoded_by_one_thread(triton: str) -> None:
     ],
 )
 def test_few_rows_on_mma_sync_decode_each_weight_once(triton: str, target: str) -> None:
-    """In up to 4.2 instructions: one more operation for half of the activations' loads."""
+    """And take no more instructions than when this was written: the limit follows from nothing."""
     found = [
         f for f in facts(triton, target)
         if f["kernel"].endswith("bf16") and f["tile"]["block_m"] <= 32

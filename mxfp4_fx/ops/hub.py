@@ -35,10 +35,10 @@ from torch.nn.functional import pad
 from mxfp4_fx import hub
 from mxfp4_fx.formats import BLOCK, E8M0_BIAS
 from mxfp4_fx.ops.reference import combine, swiglu
+from mxfp4_fx.target import BF16_TERMS
 
 # Rows of the tiles that the package may choose, 2^4 to 2^8: 256 on AMD only.
 _LOG2_HEIGHTS = range(4, 9)
-_BF16_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def matmul_ogs(
@@ -203,7 +203,7 @@ def _expert_data(package: Any, expert_offsets: Tensor, rows: int) -> Any:
 def _bf16_terms(x: Tensor) -> list[Tensor]:
     """bfloat16 numbers whose sum is x, the largest first."""
     terms, rest = [x.to(torch.bfloat16).contiguous()], x
-    for _ in range(_BF16_TERMS[x.dtype] - 1):
+    for _ in range(BF16_TERMS[x.dtype] - 1):
         # Exact in float32. What is infinite or NaN stays so by the first term alone.
         rest = torch.where(terms[-1].isfinite(), rest.float() - terms[-1].float(), 0)
         terms.append(rest.to(torch.bfloat16).contiguous())

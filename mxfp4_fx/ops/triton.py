@@ -21,8 +21,6 @@ from mxfp4_fx.ops.reference import Routes
 from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
 from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
 
-# bfloat16 numbers that make up an activation exactly.
-_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # Target and terms. gfx942 has no such instruction, and Triton 3.6 cannot compile tl.dot_scaled for
 # it; the interpreter takes its bfloat16 operand through float16, where small terms are lost.
 _WITHOUT_DOT_SCALED = {("gfx942", 1), ("gfx942", 2), ("gfx942", 3)}
@@ -72,7 +70,7 @@ def matmul_ogs(
     if e == 0:
         return y.zero_()
     gpu = target.gpu_name(x.device)
-    terms = _TERMS[x.dtype]
+    terms = target.BF16_TERMS[x.dtype]
     can_split = scatter_index is not None and not swiglu  # parts of a sum, summed afterwards
     tile = tiles.choose(gpu, layout, rows, e, k, terms, can_split)
     out = y
