@@ -18,7 +18,7 @@ LAYERS = [
     ["ops/triton_kernels/matmul.py"],
     ["ops/triton.py", "ops/cpu.py", "ops/pytorch.py", "ops/hub.py", "ops/backward.py"],
     ["ops/schemas.py"],
-    ["weights.py", "verification.py", "passes/graph.py", "passes/report.py"],
+    ["weights.py", "packed.py", "verification.py", "passes/graph.py", "passes/report.py"],
     ["passes/matcher.py", "passes/context.py"],
     ["passes/patterns.py", "passes/canonicalize.py"],
     ["passes/checks.py"],
