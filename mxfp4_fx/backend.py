@@ -16,7 +16,7 @@ from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning, NoExpertsW
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
-from mxfp4_fx.transformers import prepare_capture, serves_capture
+from mxfp4_fx.transformers.capture import prepare_capture, serves_capture
 from mxfp4_fx.weights import STORE
 
 log = logging.getLogger("mxfp4_fx.backend")

@@ -6,7 +6,7 @@ class Mxfp4Error(Exception):
 
 
 class OptionError(Mxfp4Error, ValueError):
-    """An entry of ``torch.compile(options=...)`` is unknown, wrong, or not there yet."""
+    """An entry of ``torch.compile(options=...)``, or an argument, is wrong or not there yet."""
 
 
 class KernelsUnavailableError(Mxfp4Error, RuntimeError):
@@ -42,7 +42,7 @@ class MissedRewriteWarning(UserWarning):
 
 
 class NoExpertsWarning(UserWarning):
-    """``backend="mxfp4"`` compiled a graph in which nothing looks like GPT-OSS experts."""
+    """Nothing looks like GPT-OSS experts: in a graph that was compiled, or a model loaded."""
 
 
 class SlowKernelsWarning(UserWarning):

@@ -14,7 +14,7 @@ from torch import fx
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
-from mxfp4_fx.transformers import prepare_capture, serves_capture
+from mxfp4_fx.transformers.capture import prepare_capture, serves_capture
 
 _reports: contextvars.ContextVar[list[GraphReport]] = contextvars.ContextVar("reports")
 

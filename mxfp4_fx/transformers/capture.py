@@ -1,4 +1,4 @@
-"""What mxfp4_fx knows of Hugging Face transformers: how its eager experts loop is captured.
+"""How the eager experts loop of transformers is captured.
 
 ``experts_implementation="eager"`` loops over the experts that were hit, which breaks a graph in as
 many pieces. While *this* backend compiles, Dynamo is given transformers' own grouped form of the
