@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from mxfp4_fx.backend import mxfp4
     from mxfp4_fx.explanation import Explanation, explain
     from mxfp4_fx.transformers.loading import from_pretrained
-    from mxfp4_fx.weights import refresh
+    from mxfp4_fx.weights import refresh, restore
 
-__all__ = ["Explanation", "explain", "from_pretrained", "mxfp4", "refresh"]
+__all__ = ["Explanation", "explain", "from_pretrained", "mxfp4", "refresh", "restore"]
 
 _MODULES = {
     "Explanation": "mxfp4_fx.explanation",
@@ -21,6 +21,7 @@ _MODULES = {
     "from_pretrained": "mxfp4_fx.transformers.loading",
     "mxfp4": "mxfp4_fx.backend",
     "refresh": "mxfp4_fx.weights",
+    "restore": "mxfp4_fx.weights",
 }
 
 

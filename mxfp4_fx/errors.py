@@ -21,6 +21,10 @@ class WeightError(Mxfp4Error, ValueError):
     """An expert weight cannot be turned into MXFP4."""
 
 
+class FreedWeightError(Mxfp4Error, RuntimeError):
+    """A weight is asked for its values after ``free_weights`` gave its memory back."""
+
+
 class CheckpointError(Mxfp4Error, ValueError):
     """A checkpoint directory cannot be read, or not be written."""
 

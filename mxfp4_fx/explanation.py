@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mxfp4_fx.backend import bind
+from mxfp4_fx.freed import is_freed
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
@@ -77,7 +79,8 @@ def explain(
 ) -> Explanation:
     """Capture ``model(*args, **kwargs)`` and tell what the backend would do with it.
 
-    The model runs once, as it is: nothing is quantized or compiled further. Gradient mode counts:
+    The model runs once, as it is: nothing is quantized or compiled further (weights that
+    ``free_weights`` freed are read where they are now). Gradient mode counts:
     outside ``torch.no_grad()`` experts whose weights require a gradient are not rewritten.
 
     Args:
@@ -111,15 +114,19 @@ def _collect(
 ) -> Callable[..., Any]:
     """A backend that runs the pipeline for its report and the graph as it was.
 
-    One object, and the report is handed over when the graph *runs*: explaining again finds the
-    code that is compiled already.
+    Where weights were freed, only the rewritten graph can run. One object, and the report is handed
+    over when the graph *runs*: explaining again finds the code that is compiled already.
     """
-    _, ctx = run_pipeline(gm, example_inputs, Options.parse(options))
+    parsed = Options.parse(options)
+    rewritten, ctx = run_pipeline(gm, example_inputs, parsed)
     report = ctx.report  # the context holds the model's parameters and must not live on
+    graph = gm.forward
+    if any(map(is_freed, example_inputs)):
+        graph = bind(gm, rewritten, ctx, Options(inner="eager"))
 
     def run(*args: Any) -> Any:
         _reports.get().append(report)
-        return gm.forward(*args)
+        return graph(*args)
 
     return run
 

@@ -10,7 +10,7 @@ import pytest
 # first. Files of one layer do not import one another. ops/cpu/ holds C++ only.
 LAYERS = [
     ["errors.py", "console.py"],
-    ["native.py", "hub.py"],
+    ["native.py", "hub.py", "freed.py"],
     ["formats.py", "target.py", "options.py"],
     ["layouts.py"],
     ["ops/reference.py", "ops/tiles.py", "ops/triton_kernels/arithmetic.py"],
@@ -25,7 +25,8 @@ LAYERS = [
     ["passes/fuse_moe.py", "passes/lower_moe.py"],
     ["passes/pipeline.py"],
     ["transformers/capture.py", "transformers/quantizer.py", "random_checkpoint.py"],
-    ["transformers/loading.py", "backend.py", "explanation.py"],
+    ["transformers/loading.py", "backend.py"],
+    ["explanation.py"],
     ["cli.py", "__init__.py"],
     ["__main__.py"],
 ]
