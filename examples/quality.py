@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import mxfp4_fx
-from mxfp4_fx.formats import SCALE_RULES, dequantize
+from mxfp4_fx.formats import SCALE_RULES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import corpus
@@ -235,7 +235,6 @@ def judge(settings: Settings, checkpoint: Path, windows: Tensor, inner: str) -> 
         expert_bytes[rule] = bytes_of_experts(model)
         losses[rule, False] = window_losses(model, windows, settings)
         plain = logits(model, compared)
-        model = unpacked(model, checkpoint)
         model.compile(backend="mxfp4", options={"inner": inner, "strict": True})
         losses[rule, True] = window_losses(model, windows, settings)
         agreement[rule] = check_agreement(exact, plain, logits(model, compared))
@@ -259,17 +258,6 @@ def judge(settings: Settings, checkpoint: Path, windows: Tensor, inner: str) -> 
         },
         "logits": agreement,
     }
-
-
-def unpacked(model: Any, checkpoint: Path) -> Any:
-    """The same values in dense experts: packed ones are not rewritten yet."""
-    dense = GptOssForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
-    packed = dict(model.named_parameters())
-    for name, parameter in dense.named_parameters():
-        if f"{name}_blocks" in packed:
-            parts = (packed[f"{name}_{part}"] for part in ("blocks", "scales"))
-            parameter.data = dequantize(*parts).transpose(1, 2).contiguous()
-    return dense
 
 
 @torch.inference_mode()

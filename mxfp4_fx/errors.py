@@ -29,6 +29,10 @@ class CheckpointError(Mxfp4Error, ValueError):
     """A checkpoint directory cannot be read, or not be written."""
 
 
+class DequantizeError(Mxfp4Error, RuntimeError):
+    """A model's experts cannot be made dense."""
+
+
 class MissedRewriteError(Mxfp4Error, RuntimeError):
     """``strict=True``: something looked like experts and was not rewritten, or nothing did."""
 
@@ -51,3 +55,7 @@ class NoExpertsWarning(UserWarning):
 
 class SlowKernelsWarning(UserWarning):
     """The native kernels cannot be used here; everything works, several times slower."""
+
+
+class DeviceFullWarning(UserWarning):
+    """A dense weight did not fit on its device and is on the CPU."""

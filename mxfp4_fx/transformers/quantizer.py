@@ -26,8 +26,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxfp4_fx.errors import CheckpointError, NoExpertsWarning
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, dequantize, quantize
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, quantize
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.transformers.unpacking import dense_weight, unpack_experts
 
 METHOD = "mxfp4_fx"
 SAVED_METHOD = "mxfp4"
@@ -86,37 +87,40 @@ class PackedMxfp4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        dtypes = _stored_dtypes(checkpoint_files or ())
-        # TODO(checkpoint): Checkpoint(files, config).check() goes here.
         skipped = self.quantization_config.modules_to_not_convert
+        # TODO(checkpoint): Checkpoint(files, config).check() goes here.
         prefix = f"{model.base_model_prefix}."
-        dense = packed = 0
+        stored = _stored_dtypes(checkpoint_files or (), prefix)
+        self._to_quantize: list[str] = []
+        self._to_dequantize: list[str] = []
+        found = False
         for name, experts in list(model.named_modules()):
-            # As the files name it; a model without head has names without the prefix.
-            full_name = prefix + name.removeprefix(prefix)
-            if not isinstance(experts, GptOssExperts) or not all(
-                should_convert_module(candidate, skipped) for candidate in (name, full_name)
-            ):
+            if not isinstance(experts, GptOssExperts):
                 continue
-            replacement = _on_meta(experts)
-            for projection in PROJECTIONS:
-                dtype = _dtype_to_quantize(dtypes, f"{full_name}.{projection}", name)
+            # A model without a head has shorter names, and so have the files that it saves.
+            short = name.removeprefix(prefix)
+            dtypes = {f"{short}.{p}": _dense_dtype(stored, f"{short}.{p}") for p in PROJECTIONS}
+            if not all(should_convert_module(known, skipped) for known in (short, prefix + short)):
+                self._to_dequantize += [weight for weight, dtype in dtypes.items() if not dtype]
+                continue
+            found = True
+            packed = _on_meta(experts)
+            for projection, (weight, dtype) in zip(PROJECTIONS, dtypes.items(), strict=True):
                 if dtype is not None:
-                    dense += 1
-                    _set_loading_dtype(replacement, projection, dtype)
-            packed += 1
+                    self._to_quantize.append(weight)
+                    _set_loading_dtype(packed, projection, dtype)
             parent, child = name.rsplit(".", 1)
-            setattr(model.get_submodule(parent), child, replacement)
-        if not packed:
+            setattr(model.get_submodule(parent), child, packed)
+        if not found:
             warnings.warn(
-                f"no experts of {type(model).__name__} will be MXFP4: all are skipped by "
-                f"{skipped}, or it has none",
+                f"no experts of this {type(model).__name__} will be MXFP4: it has none, or all are "
+                f"skipped by {skipped}",
                 NoExpertsWarning,
                 stacklevel=2,
             )
         # A loader that quantizes reads one tensor after the other instead of many ahead, which
         # bounds the memory.
-        self.pre_quantized = not dense
+        self.pre_quantized = not self._to_quantize
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():
@@ -134,25 +138,28 @@ class PackedMxfp4Quantizer(HfQuantizer):
         return model
 
     def get_weight_conversions(self) -> list[Any]:
-        """The conversions of experts; the loader drops those whose target the model has not."""
-        found = []
-        for projection in PROJECTIONS:
-            dense = f"mlp.experts.{projection}"
-            bytes_ = [f"{dense}_blocks", f"{dense}_scales"]
-            # The $ keeps older versions from finding the weight in the names of bias and bytes.
-            found.append(
-                WeightConverter(
-                    f"{dense}$", bytes_, [QuantizeExperts(self.quantization_config.scale_rule)]
-                )
-            )
-            found.append(
-                WeightConverter([f"{name}$" for name in bytes_], dense, [DequantizeExperts()])
-            )
-        return found
+        """For each weight that the files hold in another form than the model."""
+        conversions = []
+        for weight in self._to_quantize:
+            quantize_it = QuantizeExperts(self.quantization_config.scale_rule)
+            conversions.append(WeightConverter(_exactly(weight), _bytes_of(weight), [quantize_it]))
+        for weight in self._to_dequantize:
+            sources = [_exactly(name) for name in _bytes_of(weight)]
+            conversions.append(WeightConverter(sources, weight, [DequantizeExperts()]))
+        return conversions
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes of an element once it is loaded, by which a device map is planned."""
         return 1 if param_name.endswith(_BYTES) else param.element_size()
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        unpack_experts(model, dtype)
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            vars(getattr(module, "config", self)).pop("_is_quantized", None)
 
     def is_serializable(self) -> bool:
         return True
@@ -202,16 +209,7 @@ class DequantizeExperts(ConversionOps):
             _only(tensors).to(torch.uint8) for _, tensors in sorted(input_dict.items())
         )
         weight = model.get_parameter(full_layer_name)
-        return {full_layer_name: unpacked(blocks, scales, weight.dtype)}
-
-
-def unpacked(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks [E, N, K/32, 16] and scales [E, N, K/32] -> weight [E, K, N], expert by expert."""
-    e, n, groups = scales.shape
-    weight = blocks.new_empty((e, groups * BLOCK, n), dtype=dtype)
-    for expert in range(e):
-        dequantize(blocks[expert], scales[expert], dtype, out=weight[expert].T)
-    return weight
+        return {full_layer_name: dense_weight(blocks, scales, weight.dtype)}
 
 
 _BYTES = tuple(
@@ -219,31 +217,42 @@ _BYTES = tuple(
 )
 
 
+def _bytes_of(weight: str) -> list[str]:
+    return [f"{weight}_blocks", f"{weight}_scales"]
+
+
+def _exactly(name: str) -> str:
+    """A pattern for the end of a key; without $, older versions find a weight in its bias."""
+    return name.replace(".", r"\.") + "$"
+
+
 def _only(tensors: Any) -> Tensor:
     """The loader hands a tensor over in a list of one, or by itself."""
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
-def _stored_dtypes(files: Iterable[str]) -> dict[str, str]:
-    """Name of each tensor -> its dtype as safetensors names it; only headers are read."""
+def _stored_dtypes(files: Iterable[str], prefix: str) -> dict[str, str]:
+    """Name of each tensor, without prefix -> its dtype in safetensors' words. Reads headers."""
     dtypes: dict[str, str] = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                dtypes[name.removeprefix(prefix)] = file.get_slice(name).get_dtype()
     return dtypes
 
 
-def _dtype_to_quantize(dtypes: dict[str, str], weight: str, module: str) -> torch.dtype | None:
+def _dense_dtype(stored: dict[str, str], weight: str) -> torch.dtype | None:
     """The dtype of a weight that the files hold dense; None if they hold its bytes."""
-    if all(f"{weight}_{part}" in dtypes for part in ("blocks", "scales")):
+    if all(stored.get(name) == "U8" for name in _bytes_of(weight)):
         return None
-    if weight not in dtypes:
-        raise CheckpointError(f"the files have neither {weight} nor its blocks and scales")
-    if dtypes[weight] not in _DTYPES:
+    if weight not in stored:
         raise CheckpointError(
-            f"{weight} is {dtypes[weight]}: only {', '.join(_DTYPES)} can be made MXFP4"
+            f"the files have neither {weight} nor its blocks and scales. If transformers loaded "
+            f"the model with dequantize=True: save it with save_original_format=False"
         )
-    return _DTYPES[dtypes[weight]]
+    if stored[weight] not in _DTYPES:
+        raise CheckpointError(f"{weight} is {stored[weight]}, not one of {', '.join(_DTYPES)}")
+    return _DTYPES[stored[weight]]
 
 
 def _on_meta(experts: Any) -> PackedExperts:
