@@ -153,6 +153,16 @@ def test_laplace_samples_are_laplace() -> None:
     assert abs(samples.square().mean().item() - 2) < 5 * math.sqrt(20 / count)
 
 
+def test_weight_error_prints_both_rules_for_every_distribution(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert weight_error.main(["--samples", "1024"]) == 0
+    out = capsys.readouterr().out
+    for name in weight_error.distributions(32):
+        for rule in ("max", "search"):
+            assert re.search(rf"^{name} +{rule} +0\.0\d+ +\d\d\.\d\d dB$", out, re.MULTILINE)
+
+
 # --- the text
 
 
@@ -207,7 +217,7 @@ def test_docstrings_of_a_file(tmp_path: Path) -> None:
 def test_figures_of_the_documentation_are_those_of_a_run() -> None:
     results = json.loads((ROOT / "benchmarks/results/quality.json").read_text("utf-8"))
     assert results["settings"] == quality.asdict(quality.Settings())
-    documentation = (ROOT / "docs/architecture.md").read_text("utf-8")
+    documentation = (ROOT / "docs/quality.md").read_text("utf-8")
     for row in results["models"]:
         runs = "compiled" if row["compiled"] else "uncompiled"
         cells = f"| {row['weights']} | {runs} | {row['perplexity']:.4f} |"
