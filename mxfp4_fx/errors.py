@@ -22,7 +22,7 @@ class WeightError(Mxfp4Error, ValueError):
 
 
 class CheckpointError(Mxfp4Error, ValueError):
-    """A checkpoint directory cannot be read, or not be written."""
+    """A checkpoint cannot be read, is not what its config says, or cannot be written."""
 
 
 class MissedRewriteError(Mxfp4Error, RuntimeError):
@@ -47,3 +47,7 @@ class NoExpertsWarning(UserWarning):
 
 class SlowKernelsWarning(UserWarning):
     """The native kernels cannot be used here; everything works, several times slower."""
+
+
+class NanWeightsWarning(UserWarning):
+    """Blocks of an MXFP4 checkpoint have the scale byte 255, which makes their weights NaN."""
