@@ -11,7 +11,7 @@ import pytest
 LAYERS = [
     ["errors.py", "console.py"],
     ["native.py", "hub.py"],
-    ["formats.py", "target.py", "options.py", "safetensors_file.py"],
+    ["formats.py", "target.py", "options.py", "safetensors_file.py", "journal.py"],
     ["layouts.py", "gpt_oss.py"],
     ["checkpoint.py"],
     ["ops/reference.py", "ops/tiles.py", "ops/triton_kernels/arithmetic.py"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["passes/checks.py"],
     ["passes/fuse_moe.py", "passes/lower_moe.py"],
     ["passes/pipeline.py"],
-    ["transformers.py", "random_checkpoint.py"],
+    ["transformers.py", "random_checkpoint.py", "quantization.py"],
     ["backend.py", "explanation.py"],
     ["cli.py", "__init__.py"],
     ["__main__.py"],
