@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mxfp4_fx.backend import mxfp4
     from mxfp4_fx.explanation import Explanation, explain
+    from mxfp4_fx.quantization import quantize_checkpoint
     from mxfp4_fx.weights import refresh, restore
 
-__all__ = ["Explanation", "explain", "mxfp4", "refresh", "restore"]
+__all__ = ["Explanation", "explain", "mxfp4", "quantize_checkpoint", "refresh", "restore"]
 
 _MODULES = {
     "Explanation": "mxfp4_fx.explanation",
     "explain": "mxfp4_fx.explanation",
     "mxfp4": "mxfp4_fx.backend",
+    "quantize_checkpoint": "mxfp4_fx.quantization",
     "refresh": "mxfp4_fx.weights",
     "restore": "mxfp4_fx.weights",
 }

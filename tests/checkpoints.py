@@ -1,0 +1,113 @@
+"""Small GPT-OSS checkpoints, and damage to them, written by safetensors' own library."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mxfp4_fx import gpt_oss
+from mxfp4_fx.formats import dequantize
+from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
+
+TINY = CheckpointShape(
+    layers=2,
+    hidden=64,
+    intermediate=96,
+    experts=4,
+    experts_per_token=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+)
+EXPERTS = "model.layers.{}.mlp.experts"
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+def write_packed(path: Path, shape: CheckpointShape = TINY) -> Path:
+    """A whole checkpoint in MXFP4, in several shards."""
+    return write_random_checkpoint(path, shape, max_shard_bytes=200_000, progress=False)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return config
+
+
+def edit_config(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    config = read_config(path)
+    edit(config)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Change the tensors; they then lie in one file without an index."""
+    tensors = read_tensors(path)
+    edit(tensors)
+    for file in [*path.glob("*.safetensors"), *path.glob("*.index.json")]:
+        file.unlink()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def without_prefix(tensors: dict[str, Tensor]) -> None:
+    """As the base model saves itself: no head, and names without "model."."""
+    del tensors["lm_head.weight"]
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def unpack_layers(tensors: dict[str, Tensor], *layers: int, dtype: torch.dtype) -> None:
+    """Make the experts of some layers dense: [E, K, N]."""
+    for layer in layers:
+        for projection in PROJECTIONS:
+            name = f"{EXPERTS.format(layer)}.{projection}"
+            blocks, scales = tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales")
+            values = dequantize(blocks, scales, torch.float32).to(dtype)
+            tensors[name] = values.transpose(1, 2).contiguous()
+
+
+def write_dense(
+    path: Path, shape: CheckpointShape = TINY, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """A whole checkpoint whose experts are dense, in a file."""
+    write_packed(path, shape)
+    edit_tensors(path, lambda tensors: unpack_layers(tensors, *range(shape.layers), dtype=dtype))
+    return edit_config(path, lambda config: config.pop("quantization_config"))
+
+
+def write_sparse(path: Path, sizes: dict[str, int], **config: Any) -> Path:
+    """A dense checkpoint of any size: zeros, which exist in the file system's books only."""
+    config |= {"model_type": "gpt_oss", **sizes}
+    forms: dict[int, gpt_oss.Form] = dict.fromkeys(range(sizes[gpt_oss.LAYERS]), "dense")
+    header: dict[str, Any] = {}
+    end = 0
+    for name, axes in gpt_oss.tensors("model.", forms, biases=True, head=True).items():
+        shape = [gpt_oss.size(axis, sizes) for axis in axes]
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return path
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
