@@ -68,7 +68,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    from mxfp4_fx.transformers import empty_model
+    from mxfp4_fx.transformers.capture import empty_model
 
     with empty_model(args.checkpoint, getattr(torch, args.dtype), args.experts) as model:
         ids = torch.zeros((1, 8), dtype=torch.long)

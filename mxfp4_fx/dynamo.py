@@ -9,7 +9,7 @@ _OURS = "_is_mxfp4_backend"
 
 
 def ours(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a Dynamo backend as one of this package."""
+    """Mark a Dynamo backend as one of this package: it is handed other graphs than others are."""
     setattr(backend, _OURS, True)
     return backend
 

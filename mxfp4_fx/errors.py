@@ -6,7 +6,7 @@ class Mxfp4Error(Exception):
 
 
 class OptionError(Mxfp4Error, ValueError):
-    """An entry of ``torch.compile(options=...)`` is unknown, wrong, or not there yet."""
+    """An entry of ``torch.compile(options=...)``, or an argument, is wrong or not there yet."""
 
 
 class KernelsUnavailableError(Mxfp4Error, RuntimeError):
@@ -29,6 +29,10 @@ class CheckpointError(Mxfp4Error, ValueError):
     """A checkpoint cannot be read, is not what its config says, or cannot be written."""
 
 
+class DequantizeError(Mxfp4Error, RuntimeError):
+    """A model's experts cannot be made dense."""
+
+
 class MissedRewriteError(Mxfp4Error, RuntimeError):
     """``strict=True``: something looked like experts and was not rewritten, or nothing did."""
 
@@ -46,7 +50,7 @@ class MissedRewriteWarning(UserWarning):
 
 
 class NoExpertsWarning(UserWarning):
-    """``backend="mxfp4"`` compiled a graph in which nothing looks like GPT-OSS experts."""
+    """Nothing looks like GPT-OSS experts: in a graph that was compiled, or a model loaded."""
 
 
 class SlowKernelsWarning(UserWarning):
@@ -55,3 +59,7 @@ class SlowKernelsWarning(UserWarning):
 
 class NanWeightsWarning(UserWarning):
     """Blocks of an MXFP4 checkpoint have the scale byte 255, which makes their weights NaN."""
+
+
+class DeviceFullWarning(UserWarning):
+    """A dense weight did not fit on its device and is on the CPU."""

@@ -1,0 +1,139 @@
+"""``mxfp4_fx.from_pretrained``: a GPT-OSS model whose experts stay packed."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from mxfp4_fx.errors import CheckpointError, OptionError
+
+MODEL_TYPE = "gpt_oss"
+METHODS = ("mxfp4", "mxfp4_fx")
+
+_HUB_OPTIONS = (
+    *("cache_dir", "force_download", "local_files_only", "proxies"),
+    *("revision", "subfolder", "token"),
+)
+_REFUSED = {
+    "quantization_config": "the checkpoint says how it is quantized; pass skip= or scale_rule=",
+    "state_dict": "weights are read from files",
+    "gguf_file": "weights are read from safetensors files",
+    "use_kernels": "other kernels would replace the packed experts",
+    "tp_plan": "packed experts cannot be split among processes; use device_map=",
+    "distributed_config": "packed experts cannot be split among processes; use device_map=",
+}
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    auto_class: Any = None,
+    skip: str | Sequence[str] = (),
+    scale_rule: str = "max",
+    **kwargs: Any,
+) -> Any:
+    """Load a GPT-OSS model through transformers, with its experts as the bytes of the checkpoint.
+
+    Experts that the checkpoint holds dense (float32, bfloat16, float16) are quantized while they
+    are loaded, one tensor at a time.
+
+    Args:
+        path: a directory, or a model's name on the Hub.
+        auto_class: the transformers class that loads it, ``AutoModelForCausalLM`` if None.
+        skip: names of modules, or patterns, whose experts become dense ones of transformers. They
+            are added to the checkpoint's own ``modules_to_not_convert``.
+        scale_rule: of ``formats.quantize``, where there is something to quantize.
+        kwargs: what transformers' ``from_pretrained`` takes: dtype, device_map, revision, ...
+
+    Returns:
+        The model, on the CPU unless ``device_map`` says otherwise. It can be run, compiled
+        (``backend="mxfp4"``) and saved (``save_pretrained`` writes an MXFP4 checkpoint).
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is not GPT-OSS's in MXFP4 or dense, or
+            transformers is not installed.
+        OptionError: an option of transformers that makes no sense here.
+    """
+    for name, reason in _REFUSED.items():
+        if kwargs.get(name) not in (None, False):
+            raise OptionError(f"from_pretrained(..., {name}=...) is not supported: {reason}")
+    try:
+        import transformers
+
+        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config
+    except ImportError as error:
+        raise CheckpointError(
+            f"loading needs transformers 5.8 or newer (pip install transformers): {error}"
+        ) from error
+
+    path = _existing(path, kwargs.get("subfolder", ""))
+    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    config, kwargs = _load_config(path, hub, kwargs)
+    # Asked for by argument, so that packed and dense checkpoints come the same way.
+    quantization = PackedMxfp4Config.of(vars(config).pop("quantization_config", None), skip)
+    quantization.scale_rule = scale_rule
+    auto_class = auto_class or transformers.AutoModelForCausalLM
+    kwargs["use_safetensors"] = True
+    try:
+        return auto_class.from_pretrained(
+            path, config=config, quantization_config=quantization, **hub, **kwargs
+        )
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+def _existing(path: str | os.PathLike[str], subfolder: str) -> str:
+    """The path, if it is a directory with the files that are needed, or a name on the Hub."""
+    name = os.path.expanduser(os.fspath(path))
+    if os.path.isdir(name):
+        files = os.listdir(os.path.join(name, subfolder))
+        if "config.json" not in files:
+            raise CheckpointError(f"{name} has no config.json; name a checkpoint's directory")
+        if not any(file.endswith(".safetensors") for file in files):
+            raise CheckpointError(
+                f"{name} has no safetensors files: weights in other formats are not read; save "
+                f"the model with transformers' save_pretrained, which writes safetensors"
+            )
+    elif os.path.exists(name) or os.path.isabs(name) or name.startswith(".") or name.count("/") > 1:
+        raise CheckpointError(f"{name} is no directory; name one, or a model on the Hub")
+    return name
+
+
+def _load_config(
+    path: str, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model's config, which we may change, and the arguments that are not meant for it."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    given = kwargs.pop("config", None)
+    try:
+        stored = given.to_dict() if given else PretrainedConfig.get_config_dict(path, **hub)[0]
+        _check_is_ours(path, stored)
+        if given:
+            return copy.deepcopy(given), kwargs
+        # The config would keep a dtype for itself, or take "auto" for one.
+        dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+        config, unused = AutoConfig.from_pretrained(
+            path, return_unused_kwargs=True, **hub, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the config of {path} cannot be read: {error}") from error
+    return config, unused | dtypes
+
+
+def _check_is_ours(path: str, config: dict[str, Any]) -> None:
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{path} has a model of type {config.get('model_type')}; only GPT-OSS ({MODEL_TYPE}) "
+            f"can be loaded with packed experts"
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
+    if method not in METHODS:
+        raise CheckpointError(
+            f"{path} is quantized by the method {method}; only mxfp4, and checkpoints that are "
+            f"not quantized, can be loaded with packed experts"
+        )

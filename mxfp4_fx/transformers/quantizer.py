@@ -1,0 +1,279 @@
+"""How transformers loads and saves GPT-OSS with packed experts: a quantization method of our own.
+
+transformers owns the method "mxfp4", and refuses a config of another class for it. So we register
+"mxfp4_fx" beside it, and ``loading.from_pretrained`` asks for that. A saved model says "mxfp4"
+again: its files are what every other program knows by that name.
+
+Parameters of :class:`PackedExperts` have the names and bytes of the checkpoint, so the loader needs
+no conversion for them. Experts that the files hold dense are quantized by a conversion, one tensor
+at a time; experts that the user skips are dequantized by another if the files hold them packed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mxfp4_fx.errors import CheckpointError, NoExpertsWarning
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, quantize
+from mxfp4_fx.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.transformers.unpacking import dense_weight, unpack_experts
+
+METHOD = "mxfp4_fx"
+SAVED_METHOD = "mxfp4"
+# What OpenAI's checkpoints say; for those that say nothing, being dense.
+NOT_CONVERTED = (
+    *("model.layers.*.self_attn", "model.layers.*.mlp.router"),
+    *("model.embed_tokens", "lm_head"),
+)
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@register_quantization_config(METHOD)
+class PackedMxfp4Config(QuantizationConfigMixin):
+    """Asks for packed experts.
+
+    Attributes:
+        modules_to_not_convert: names, or patterns of names, whose experts become dense.
+        scale_rule: how blocks get their scale where a dense checkpoint is quantized.
+    """
+
+    def __init__(
+        self,
+        modules_to_not_convert: Sequence[str] | None = None,
+        scale_rule: str = "max",
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.modules_to_not_convert = list(
+            NOT_CONVERTED if modules_to_not_convert is None else modules_to_not_convert
+        )
+        self.scale_rule = scale_rule
+
+    @classmethod
+    def of(cls, stored: Any, skip: str | Sequence[str] = ()) -> PackedMxfp4Config:
+        """What a checkpoint's own config says (None, a mapping or a config), and more to skip."""
+        stored = stored if isinstance(stored, dict | None) else stored.to_dict()
+        config = cls((stored or {}).get("modules_to_not_convert"))
+        config.modules_to_not_convert += [skip] if isinstance(skip, str) else skip
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` says of a saved model: the method that everybody knows."""
+        return {
+            "quant_method": SAVED_METHOD,
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+        }
+
+
+@register_quantizer(METHOD)
+class PackedMxfp4Quantizer(HfQuantizer):
+    """Puts :class:`PackedExperts` where a model is to have them, before its weights are loaded."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        skipped = self.quantization_config.modules_to_not_convert
+        # TODO(checkpoint): Checkpoint(files, config).check() goes here.
+        prefix = f"{model.base_model_prefix}."
+        stored = _stored_dtypes(checkpoint_files or (), prefix)
+        self._to_quantize: list[str] = []
+        self._to_dequantize: list[str] = []
+        found = False
+        for name, experts in list(model.named_modules()):
+            if not isinstance(experts, GptOssExperts):
+                continue
+            # A model without a head has shorter names, and so have the files that it saves.
+            short = name.removeprefix(prefix)
+            dtypes = {f"{short}.{p}": _dense_dtype(stored, f"{short}.{p}") for p in PROJECTIONS}
+            if not all(should_convert_module(known, skipped) for known in (short, prefix + short)):
+                self._to_dequantize += [weight for weight, dtype in dtypes.items() if not dtype]
+                continue
+            found = True
+            packed = _on_meta(experts)
+            for projection, (weight, dtype) in zip(PROJECTIONS, dtypes.items(), strict=True):
+                if dtype is not None:
+                    self._to_quantize.append(weight)
+                    _set_loading_dtype(packed, projection, dtype)
+            parent, child = name.rsplit(".", 1)
+            setattr(model.get_submodule(parent), child, packed)
+        if not found:
+            warnings.warn(
+                f"no experts of this {type(model).__name__} will be MXFP4: it has none, or all are "
+                f"skipped by {skipped}",
+                NoExpertsWarning,
+                stacklevel=2,
+            )
+        # A loader that quantizes reads one tensor after the other instead of many ahead, which
+        # bounds the memory.
+        self.pre_quantized = not self._to_quantize
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, PackedExperts):
+                module.requires_grad_(False)  # the loader makes every float a trainable parameter
+        # Saving would undo the conversions; packed experts are saved as they are.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not any(
+                isinstance(operation, QuantizeExperts | DequantizeExperts)
+                for operation in getattr(conversion, "operations", ())
+            )
+        ]
+        return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """For each weight that the files hold in another form than the model."""
+        conversions = []
+        for weight in self._to_quantize:
+            quantize_it = QuantizeExperts(self.quantization_config.scale_rule)
+            conversions.append(WeightConverter(_exactly(weight), _bytes_of(weight), [quantize_it]))
+        for weight in self._to_dequantize:
+            sources = [_exactly(name) for name in _bytes_of(weight)]
+            conversions.append(WeightConverter(sources, weight, [DequantizeExperts()]))
+        return conversions
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of an element once it is loaded, by which a device map is planned."""
+        return 1 if param_name.endswith(_BYTES) else param.element_size()
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        unpack_experts(model, dtype)
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            vars(getattr(module, "config", self)).pop("_is_quantized", None)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: adapters can be trained. The experts are frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class QuantizeExperts(ConversionOps):
+    """A dense weight [E, K, N] -> its blocks and scales, on its device, expert by expert."""
+
+    def __init__(self, scale_rule: str) -> None:
+        self.scale_rule = scale_rule
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
+    ) -> dict[str, Tensor]:
+        (weight,) = (_only(tensors) for tensors in input_dict.values())
+        name = full_layer_name.removesuffix("_blocks")
+        e, k, n = weight.shape
+        blocks = weight.new_empty((e, n, k // BLOCK, BYTES_PER_BLOCK), dtype=torch.uint8)
+        scales = weight.new_empty((e, n, k // BLOCK), dtype=torch.uint8)
+        rule: dict[str, Any] = {} if self.scale_rule == "max" else {"scale_rule": self.scale_rule}
+        for expert in range(e):
+            blocks[expert], scales[expert] = quantize(weight[expert].T, **rule)
+        module, projection = name.rsplit(".", 1)
+        _set_loading_dtype(model.get_submodule(module), projection, torch.uint8)
+        return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+class DequantizeExperts(ConversionOps):
+    """Blocks and scales -> the dense weight [E, K, N] of experts that stay as they are."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
+    ) -> dict[str, Tensor]:
+        # Bytes may come as floats, the dtype of the weight; all of those hold 0 to 255 exactly.
+        blocks, scales = (
+            _only(tensors).to(torch.uint8) for _, tensors in sorted(input_dict.items())
+        )
+        weight = model.get_parameter(full_layer_name)
+        return {full_layer_name: dense_weight(blocks, scales, weight.dtype)}
+
+
+_BYTES = tuple(
+    f"{projection}_{part}" for projection in PROJECTIONS for part in ("blocks", "scales")
+)
+
+
+def _bytes_of(weight: str) -> list[str]:
+    return [f"{weight}_blocks", f"{weight}_scales"]
+
+
+def _exactly(name: str) -> str:
+    """A pattern for the end of a key; without $, older versions find a weight in its bias."""
+    return name.replace(".", r"\.") + "$"
+
+
+def _only(tensors: Any) -> Tensor:
+    """The loader hands a tensor over in a list of one, or by itself."""
+    return tensors[0] if isinstance(tensors, list) else tensors
+
+
+def _stored_dtypes(files: Iterable[str], prefix: str) -> dict[str, str]:
+    """Name of each tensor, without prefix -> its dtype in safetensors' words. Reads headers."""
+    dtypes: dict[str, str] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                dtypes[name.removeprefix(prefix)] = file.get_slice(name).get_dtype()
+    return dtypes
+
+
+def _dense_dtype(stored: dict[str, str], weight: str) -> torch.dtype | None:
+    """The dtype of a weight that the files hold dense; None if they hold its bytes."""
+    if all(stored.get(name) == "U8" for name in _bytes_of(weight)):
+        return None
+    if weight not in stored:
+        raise CheckpointError(
+            f"the files have neither {weight} nor its blocks and scales. If transformers loaded "
+            f"the model with dequantize=True: save it with save_original_format=False"
+        )
+    if stored[weight] not in _DTYPES:
+        raise CheckpointError(f"{weight} is {stored[weight]}, not one of {', '.join(_DTYPES)}")
+    return _DTYPES[stored[weight]]
+
+
+def _on_meta(experts: Any) -> PackedExperts:
+    """Packed experts without memory in the place of transformers' own."""
+    with torch.device("meta"):
+        packed = PackedExperts(
+            experts.num_experts,
+            experts.hidden_size,
+            experts.intermediate_size,
+            alpha=experts.alpha,
+            limit=experts.limit,
+        )
+    return packed.to(experts.gate_up_proj_bias.dtype).train(experts.training)
+
+
+def _set_loading_dtype(module: nn.Module, projection: str, dtype: torch.dtype) -> None:
+    """Declare blocks and scales, still on meta, as what the loader is to read for them.
+
+    It casts what it reads to the dtype of the parameter that it is for: a dense weight must come in
+    the dtype that it is stored in, and what was quantized must stay bytes.
+    """
+    for name in (f"{projection}_blocks", f"{projection}_scales"):
+        empty = torch.empty_like(module.get_parameter(name), dtype=dtype, device="meta")
+        module.register_parameter(name, nn.Parameter(empty, requires_grad=False))

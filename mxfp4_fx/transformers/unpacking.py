@@ -1,0 +1,116 @@
+"""``mxfp4_fx.dequantize``: packed experts back to transformers' dense ones."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+from mxfp4_fx.errors import DequantizeError, DeviceFullWarning
+from mxfp4_fx.formats import BLOCK
+from mxfp4_fx.formats import dequantize as dequantize_values
+from mxfp4_fx.packed import PROJECTIONS, PackedExperts
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """Make the packed experts of a model dense, in place, and let go of its quantization config.
+
+    One layer after the other: the bytes of a layer are freed before the next one is begun. A
+    weight that does not fit on its device stays on the CPU, with a ``DeviceFullWarning``. A model
+    that was compiled is compiled again at its next call.
+
+    Args:
+        model: what ``from_pretrained`` returned, or a module that holds it.
+        dtype: float32, bfloat16 or float16 for all parameters; None means the model's own.
+
+    Returns:
+        The model.
+
+    Raises:
+        DequantizeError: it has no packed experts, or parts of it are offloaded. Nothing changed.
+    """
+    unpack_experts(model, dtype)
+    for module in model.modules():
+        quantizer = getattr(module, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(module)
+    return model
+
+
+def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace the packed experts and cast the other parameters; see :func:`dequantize`."""
+    names = [name for name, module in model.named_modules() if isinstance(module, PackedExperts)]
+    owner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if owner is None or not names:
+        raise DequantizeError(
+            f"{type(model).__name__} has no packed experts: pass a model that "
+            f"mxfp4_fx.from_pretrained returned"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise DequantizeError(
+                f"{name} is offloaded, where dense weights have no place: load the checkpoint with "
+                f"transformers and Mxfp4Config(dequantize=True) instead"
+            )
+    for name in names:
+        path, child = name.rsplit(".", 1)
+        parent = model.get_submodule(path)
+        # Packed experts never are; dense ones are trained if the router beside them is.
+        trainable = any(parameter.requires_grad for parameter in parent.parameters())
+        packed = cast(PackedExperts, model.get_submodule(name))
+        experts = _dense(packed, owner.config.get_text_config(), dtype)
+        del packed
+        setattr(parent, child, experts.requires_grad_(trainable))
+    if dtype not in (None, owner.config.dtype):  # else norms that are float32 stay so
+        # Not model.to(dtype): the rotary frequencies, which are buffers, stay float32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        owner.config.dtype = dtype
+
+
+def dense_weight(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks [E, N, K/32, 16] and scales [E, N, K/32] -> weight [E, K, N], expert by expert.
+
+    It is on the device of the bytes, or on the CPU if that is full.
+    """
+    experts, n, groups = scales.shape
+    shape = (experts, groups * BLOCK, n)
+    try:
+        weight = blocks.new_empty(shape, dtype=dtype)
+    except torch.OutOfMemoryError:
+        warnings.warn(
+            f"{blocks.device} is full: a dense weight {list(shape)} stays on the CPU. Move the "
+            f"model to one device before it is run, with model.cpu() say",
+            DeviceFullWarning,
+            stacklevel=2,
+        )
+        weight = torch.empty(shape, dtype=dtype, device="cpu")
+    for expert in range(experts):
+        dequantize_values(blocks[expert], scales[expert], dtype, out=weight[expert].T)
+    return weight
+
+
+def _dense(packed: PackedExperts, config: Any, dtype: torch.dtype | None) -> Any:
+    """transformers' experts with the values, constants and place of packed ones."""
+    with torch.device("meta"):
+        experts = GptOssExperts(config)
+    for name in PROJECTIONS:
+        bias = packed.get_parameter(f"{name}_bias")
+        blocks, scales = (packed.get_parameter(f"{name}_{part}") for part in ("blocks", "scales"))
+        with torch.no_grad():
+            weight = dense_weight(blocks, scales, dtype or bias.dtype)
+        experts.register_parameter(name, nn.Parameter(weight))
+        experts.register_parameter(f"{name}_bias", bias)
+    experts.alpha, experts.limit = packed.alpha, packed.limit
+    hook = getattr(packed, "_hf_hook", None)
+    if hook is not None:  # of a model whose layers lie on several devices
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(experts, hook)
+    return experts.train(packed.training)

@@ -1,0 +1,227 @@
+"""``mxfp4_fx.from_pretrained``: packed experts, loaded by transformers' own loader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loaded import (
+    IDS,
+    SECOND_LAYER_ON_DISK,
+    assert_same_tensors,
+    dequantized,
+    exact_logits,
+    logits,
+    read,
+    write,
+)
+from oracle import assert_as_accurate
+from test_imports import HIDE
+from transformers import AutoModel, AutoTokenizer
+
+import mxfp4_fx
+from mxfp4_fx.errors import CheckpointError, NoExpertsWarning, OptionError
+from mxfp4_fx.packed import PackedExperts
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("checkpoint") / "packed")
+
+
+def is_packed(model: Any) -> list[bool]:
+    layers = getattr(model, "model", model).layers
+    return [isinstance(layer.mlp.experts, PackedExperts) for layer in layers]
+
+
+def test_parameters_are_the_tensors_of_the_files(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint)
+    assert len(list(checkpoint.glob("*.safetensors"))) > 1
+    assert_same_tensors(dict(model.named_parameters()), read(checkpoint))
+    assert is_packed(model) == [True, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_uncompiled_logits(checkpoint: Path, dtype: torch.dtype) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, dtype=dtype)
+    reference = dequantized(checkpoint, dtype)
+    assert_as_accurate(logits(model), logits(reference), exact_logits(reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_but_bytes_come_in_the_dtype_that_transformers_gives_them(
+    checkpoint: Path, dtype: torch.dtype
+) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, dtype=dtype)
+    reference = dequantized(checkpoint, dtype)
+    expected = {name: parameter.dtype for name, parameter in reference.named_parameters()}
+    actual = {
+        name: parameter.dtype
+        for name, parameter in model.named_parameters()
+        if not name.endswith(("_blocks", "_scales"))
+    }
+    assert actual == {name: expected[name] for name in actual}
+    assert model.dtype == model.config.dtype == dtype
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_greedy_tokens_of_a_padded_batch(checkpoint: Path, cache: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+    prompts = tokenizer(["What is a mixture of experts?", "Hi"], return_tensors="pt", padding=True)
+    model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32)
+    reference = dequantized(checkpoint, torch.float32)
+    settings = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    expected = reference.generate(**prompts, **settings)
+    assert torch.equal(model.generate(**prompts, **settings), expected)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")], ids=repr)
+def test_device_maps_of_one_device(checkpoint: Path, device_map: Any) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, device_map=device_map)
+    assert_same_tensors(dict(model.named_parameters()), read(checkpoint))
+
+
+def test_a_layer_on_disk(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, device_map=SECOND_LAYER_ON_DISK)
+    experts = model.model.layers[1].mlp.experts
+    assert experts.down_proj_blocks.is_meta
+    assert experts.down_proj_blocks.dtype == torch.uint8
+    assert torch.equal(logits(model), logits(mxfp4_fx.from_pretrained(checkpoint)))
+
+
+def test_a_device_map_is_planned_with_the_bytes_that_will_be_there(checkpoint: Path) -> None:
+    """Room for the packed model and its largest layer once more, which the planner keeps free."""
+    model = mxfp4_fx.from_pretrained(checkpoint)
+    sizes = [sum(p.nbytes for p in part.parameters()) for part in (model, model.model.layers[0])]
+    room = {"cpu": sum(sizes) + 4096}  # and the rotary frequencies
+    planned = mxfp4_fx.from_pretrained(checkpoint, device_map="auto", max_memory=room)
+    assert not any(parameter.is_meta for parameter in planned.parameters())
+
+
+def test_experts_to_skip_are_dense(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, skip="model.layers.1.mlp", dtype=torch.float32)
+    assert is_packed(model) == [True, False]
+    expected = dict(dequantized(checkpoint, torch.float32).model.layers[1].named_parameters())
+    assert_same_tensors(dict(model.model.layers[1].named_parameters()), expected)
+
+
+def test_skipping_all_experts_warns(checkpoint: Path) -> None:
+    with pytest.warns(NoExpertsWarning, match="skipped by .*'model.layers.*.mlp'"):
+        model = mxfp4_fx.from_pretrained(checkpoint, skip=["model.layers.*.mlp"])
+    expected = dequantized(checkpoint)
+    assert_same_tensors(dict(model.named_parameters()), dict(expected.named_parameters()))
+
+
+def test_a_model_without_head(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, auto_class=AutoModel, skip="model.layers.0.mlp")
+    assert is_packed(model) == [False, True]
+    tensors = read(checkpoint)
+    for name, parameter in model.layers[1].named_parameters():
+        assert torch.equal(parameter, tensors[f"model.layers.1.{name}"]), name
+
+
+def test_a_config_of_ones_own(checkpoint: Path) -> None:
+    config = mxfp4_fx.from_pretrained(checkpoint).config
+    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    model = mxfp4_fx.from_pretrained(checkpoint, config=config)
+    assert is_packed(model) == [True]
+    assert config.quantization_config.quant_method == "mxfp4_fx"  # as it was
+
+
+def test_options_of_the_config(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, attn_implementation="eager", rms_norm_eps=1e-3)
+    assert model.config._attn_implementation == "eager"
+    assert model.config.rms_norm_eps == 1e-3
+
+
+def test_gradients_reach_all_but_the_experts(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32)
+    model(IDS).logits.square().sum().backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert without == {name for name, _ in model.named_parameters() if ".experts." in name}
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n in without)
+    assert model.hf_quantizer.is_trainable
+
+
+def test_a_revision_in_the_cache_of_the_hub(checkpoint: Path, tmp_path: Path) -> None:
+    """Laid out as huggingface_hub does; the revision that is not asked for has no files."""
+    repository = tmp_path / "models--someone--tiny"
+    shutil.copytree(checkpoint, repository / "snapshots" / ("a" * 40))
+    (repository / "snapshots" / ("b" * 40)).mkdir()
+    (repository / "refs").mkdir()
+    for name, revision in (("main", "b" * 40), ("good", "a" * 40)):
+        (repository / "refs" / name).write_text(revision)
+    here: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
+    model = mxfp4_fx.from_pretrained("someone/tiny", revision="good", **here)
+    assert_same_tensors(dict(model.named_parameters()), read(checkpoint))
+    with pytest.raises(CheckpointError, match=r"the config of someone/tiny cannot be read"):
+        mxfp4_fx.from_pretrained("someone/tiny", **here)
+
+
+# ---- what cannot be loaded ----------------------------------------------------------------------
+
+
+def change_config(path: Path, **changes: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def only_pickles(path: Path) -> None:
+    for shard in path.glob("*.safetensors"):
+        shard.rename(path / "pytorch_model.bin")
+    (path / "model.safetensors.index.json").unlink()
+
+
+def truncate_config(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+BAD = {
+    "no config": (lambda p: (p / "config.json").unlink(), "has no config.json"),
+    "half a config": (truncate_config, "config of .* cannot be read"),
+    "only pickles": (only_pickles, "no safetensors files"),
+    "another model": (lambda p: change_config(p, model_type="llama"), "model of type llama"),
+    "a model nobody knows": (lambda p: change_config(p, model_type="x"), "model of type x"),
+    "another method": (
+        lambda p: change_config(p, quantization_config={"quant_method": "fp8"}),
+        "by the method fp8",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BAD.values(), ids=BAD)
+def test_what_cannot_be_loaded(checkpoint: Path, tmp_path: Path, spoil: Any, reason: str) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    spoil(copy)
+    with pytest.raises(CheckpointError, match=reason):
+        mxfp4_fx.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "nowhere", "nobody/nothing"])
+def test_a_path_that_leads_nowhere(name: str) -> None:
+    with pytest.raises(CheckpointError, match=name):
+        mxfp4_fx.from_pretrained(name, local_files_only=True)
+
+
+@pytest.mark.parametrize("option", ["quantization_config", "tp_plan", "use_kernels", "gguf_file"])
+def test_options_that_make_no_sense(checkpoint: Path, option: str) -> None:
+    with pytest.raises(OptionError, match=option):
+        mxfp4_fx.from_pretrained(checkpoint, **{option: "auto"})
+
+
+def test_without_transformers(checkpoint: Path) -> None:
+    code = f"""{HIDE}
+hide(["transformers"])
+import mxfp4_fx
+mxfp4_fx.from_pretrained({str(checkpoint)!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "CheckpointError: loading needs transformers" in ended.stderr
