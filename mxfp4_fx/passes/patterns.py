@@ -165,6 +165,10 @@ def _as_op(expr: Expr) -> Op:
     return expr
 
 
+# Where transformers has MXFP4 experts of its own: other kernels, and weights in their order.
+FOREIGN_EXPERTS = "transformers/integrations/mxfp4.py"
+
+
 # The vocabulary: canonical calls (graph.Call) with every argument that matters.
 
 
