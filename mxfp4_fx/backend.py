@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from tqdm import tqdm
 
+from mxfp4_fx import dynamo
 from mxfp4_fx.errors import (
     FreedWeightError,
     MissedRewriteError,
@@ -22,7 +23,7 @@ from mxfp4_fx.freed import is_freed
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
-from mxfp4_fx.transformers.capture import prepare_capture, serves_capture
+from mxfp4_fx.transformers.capture import prepare_capture
 from mxfp4_fx.weights import STORE
 
 log = logging.getLogger("mxfp4_fx.backend")
@@ -32,7 +33,7 @@ CompiledGraph = Callable[..., Any]
 _warned: set[str] = set()
 
 
-@serves_capture
+@dynamo.ours
 def mxfp4(
     gm: fx.GraphModule,
     example_inputs: list[Any],

@@ -26,7 +26,7 @@ class FreedWeightError(Mxfp4Error, RuntimeError):
 
 
 class CheckpointError(Mxfp4Error, ValueError):
-    """A checkpoint directory cannot be read, or not be written."""
+    """A checkpoint cannot be read, is not what its config says, or cannot be written."""
 
 
 class DequantizeError(Mxfp4Error, RuntimeError):
@@ -55,6 +55,10 @@ class NoExpertsWarning(UserWarning):
 
 class SlowKernelsWarning(UserWarning):
     """The native kernels cannot be used here; everything works, several times slower."""
+
+
+class NanWeightsWarning(UserWarning):
+    """Blocks of an MXFP4 checkpoint have the scale byte 255, which makes their weights NaN."""
 
 
 class DeviceFullWarning(UserWarning):

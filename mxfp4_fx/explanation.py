@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from mxfp4_fx import dynamo
 from mxfp4_fx.backend import bind
 from mxfp4_fx.freed import is_freed
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
-from mxfp4_fx.transformers.capture import prepare_capture, serves_capture
+from mxfp4_fx.transformers.capture import prepare_capture
 
 _reports: contextvars.ContextVar[list[GraphReport]] = contextvars.ContextVar("reports")
 
@@ -108,7 +109,7 @@ def explain(
     )
 
 
-@serves_capture
+@dynamo.ours
 def _collect(
     gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:

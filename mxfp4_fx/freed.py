@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from mxfp4_fx import dynamo
 from mxfp4_fx.errors import FreedWeightError
 
 _REMEDY = (
@@ -39,14 +40,19 @@ class FreedParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if torch.compiler.is_compiling() or name in _ALLOWED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        return _refuse(next(a for a in _flat(args) if isinstance(a, FreedParameter)), name)
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            # What another compiler makes of a tensor reads its memory without asking.
+            others = torch.compiler.is_compiling() and dynamo.compiling_for() is False
+            if not others and (torch.compiler.is_compiling() or name in _ALLOWED):
+                return func(*args, **kwargs)
+        freed = (a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
+        return _refuse(next(freed), "be compiled by another backend" if others else name)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # as it is called, so it is
-        return f"FreedParameter({tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+        with torch._C.DisableTorchFunctionSubclass():
+            shape, dtype, device = tuple(self.shape), self.dtype, self.device
+        return f"FreedParameter({shape}, dtype={dtype}, device='{device}')"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         _refuse(self, "deepcopy")
@@ -102,7 +108,7 @@ def _page_out(tensor: Tensor) -> None:
 
 def _flat(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
-        value = value.values()
+        value = list(value.values())
     elif not isinstance(value, list | tuple):
         yield value
         return

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
+from loaded import (
     IDS,
     SECOND_LAYER_ON_DISK,
     assert_same_tensors,

@@ -18,9 +18,17 @@ from mxfp4_fx import verification
 from mxfp4_fx.ops import reference
 from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region, is_parameter
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.graph import Memory, module_name, op_name, source_line, tensor_of
+from mxfp4_fx.passes.graph import (
+    Memory,
+    comes_from,
+    module_name,
+    op_name,
+    source_line,
+    tensor_of,
+)
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.patterns import (
+    FOREIGN_EXPERTS,
     FORMS,
     ROUTER_INDICES,
     ROUTER_SCORES,
@@ -65,6 +73,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     found = [
         *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(left.items())),
         *_in_subgraphs(gm),
+        *_of_transformers(gm.graph),
     ]
     ctx.report.misses += [_skipped(m.layer) if _is_skipped(m.layer, ctx) else m for m in found]
 
@@ -239,6 +248,16 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
         return Miss(layer, reason, source_line(node))
     at = mismatch.node if mismatch.node is not None else node
     return Miss(layer, mismatch.reason, source_line(at))
+
+
+def _of_transformers(graph: fx.Graph) -> list[Miss]:
+    """MXFP4 experts that transformers itself has put into the model; their matmuls are no nodes."""
+    reason = (
+        "transformers holds its weights in MXFP4 for kernels of its own (Mxfp4GptOssMLP): load the "
+        "model with mxfp4_fx.from_pretrained(...) instead"
+    )
+    nodes = [node for node in graph.nodes if comes_from(node, FOREIGN_EXPERTS)]
+    return [Miss(name, reason) for name in dict.fromkeys(map(module_name, nodes))]
 
 
 def _in_subgraphs(gm: fx.GraphModule) -> list[Miss]:

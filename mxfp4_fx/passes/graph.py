@@ -204,10 +204,10 @@ def _read_cast(node: fx.Node) -> Call | None:
 def _read_own(node: fx.Node) -> Call | None:
     """An op of this package, by its schema."""
     assert isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-    arguments = _schemas(node.target)[0].arguments
-    given = dict(zip((argument.name for argument in arguments), node.args, strict=False))
-    args = {argument.name: argument.default_value for argument in arguments}
-    args |= {k: fx.node.map_arg(v, scalar_or_node) for k, v in {**given, **node.kwargs}.items()}
+    schema = _schemas(node.target)[0]
+    args = {argument.name: argument.default_value for argument in schema.arguments}
+    args |= dict(zip(args, node.args, strict=False)) | node.kwargs
+    args = {k: fx.node.map_arg(v, scalar_or_node) for k, v in args.items()}
     return Call(op_name(node) or "", args)
 
 
@@ -381,6 +381,11 @@ def module_name(node: fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]", r".\1", path)
     return re.sub(r"^L\.\w+\.?", "", path) or "(top level)"
+
+
+def comes_from(node: fx.Node, file: str) -> bool:
+    """Whether code in ``file``, the end of a path, made a node."""
+    return f'{file}", line' in (node.meta.get("stack_trace") or "").replace("\\", "/")
 
 
 def source_line(node: fx.Node) -> str:

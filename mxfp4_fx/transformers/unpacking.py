@@ -27,7 +27,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
 
     Args:
         model: what ``from_pretrained`` returned, or a module that holds it.
-        dtype: float32, bfloat16 or float16 for all parameters; None leaves each as it is.
+        dtype: float32, bfloat16 or float16 for all parameters; None means the model's own.
 
     Returns:
         The model.
@@ -67,7 +67,7 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         experts = _dense(packed, owner.config.get_text_config(), dtype)
         del packed
         setattr(parent, child, experts.requires_grad_(trainable))
-    if dtype is not None:
+    if dtype not in (None, owner.config.dtype):  # else norms that are float32 stay so
         # Not model.to(dtype): the rotary frequencies, which are buffers, stay float32.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,158 @@
+"""``mxfp4_fx.dequantize``: a model with packed experts becomes the one that transformers loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loaded import (
+    SECOND_LAYER_ON_DISK,
+    assert_same_tensors,
+    dequantized,
+    logits,
+    read,
+    write,
+)
+from models import Graphs
+from test_quantize_on_load import MEMORY
+from torch import nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+import mxfp4_fx
+from mxfp4_fx.errors import DequantizeError
+from mxfp4_fx.formats import SLAB_VALUES
+from mxfp4_fx.packed import PackedExperts
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "function": mxfp4_fx.dequantize,
+    "method": lambda model: model.dequantize(),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("checkpoint") / "packed")
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_it_is_the_model_that_transformers_loads(
+    checkpoint: Path, dtype: torch.dtype, way: Callable[[Any], Any]
+) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, dtype=dtype)
+    assert way(model) is model
+    expected = dequantized(checkpoint, dtype)
+    assert_same_tensors(dict(model.named_parameters()), dict(expected.named_parameters()))
+    assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_nothing_says_that_it_was_quantized(
+    checkpoint: Path, tmp_path: Path, way: Callable[[Any], Any]
+) -> None:
+    model = way(mxfp4_fx.from_pretrained(checkpoint))
+    assert not model.is_quantized
+    assert not hasattr(model, "hf_quantizer")
+    expected = dequantized(checkpoint).config.to_dict()
+    assert model.config.to_dict() == expected | {"_name_or_path": str(checkpoint)}
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(read(tmp_path), dict(model.named_parameters()))
+
+
+def test_to_another_dtype(checkpoint: Path) -> None:
+    model = mxfp4_fx.dequantize(mxfp4_fx.from_pretrained(checkpoint), torch.float32)
+    expected = dequantized(checkpoint, torch.float32)
+    assert_same_tensors(dict(model.named_parameters()), dict(expected.named_parameters()))
+    assert_same_tensors(dict(model.named_buffers()), dict(expected.named_buffers()))
+    assert model.dtype == model.config.dtype == torch.float32
+
+
+def test_it_can_be_trained_where_the_rest_can(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint)
+    model.model.layers[0].requires_grad_(False)
+    model = mxfp4_fx.dequantize(model)
+    for layer, expected in zip(model.model.layers, (False, True), strict=True):
+        assert {p.requires_grad for p in layer.mlp.experts.parameters()} == {expected}
+
+
+def test_constants_and_mode_are_kept(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint)
+    packed = model.model.layers[0].mlp.experts
+    packed.alpha, packed.limit = 1.5, 3.0
+    model.train()
+    experts = mxfp4_fx.dequantize(model).model.layers[0].mlp.experts
+    assert (experts.alpha, experts.limit, experts.training) == (1.5, 3.0, True)
+
+
+def test_experts_follow_the_models_implementation(checkpoint: Path) -> None:
+    model = mxfp4_fx.dequantize(mxfp4_fx.from_pretrained(checkpoint))
+    model.set_experts_implementation("batched_mm")
+    expected = dequantized(checkpoint)
+    expected.set_experts_implementation("batched_mm")
+    assert torch.equal(logits(model), logits(expected))
+    assert model.model.layers[0].mlp.experts.config is model.config
+
+
+def test_a_model_inside_another_module(checkpoint: Path) -> None:
+    holder = nn.Sequential(mxfp4_fx.from_pretrained(checkpoint))
+    model = mxfp4_fx.dequantize(holder)[0]
+    assert isinstance(model.model.layers[1].mlp.experts, GptOssExperts)
+    assert not model.is_quantized
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing in this graph looks like GPT-OSS experts")
+def test_a_model_that_was_compiled_in_place(checkpoint: Path) -> None:
+    model, graphs = mxfp4_fx.from_pretrained(checkpoint), Graphs()
+    model.compile(backend="mxfp4", options={"inner": graphs})
+    logits(model)
+    mxfp4_fx.dequantize(model)
+    compiled = len(graphs.seen)
+    # The dense experts, whose values MXFP4 holds exactly, are rewritten in their turn.
+    actual = logits(model)
+    assert len(graphs.seen) > compiled
+    dense = dequantized(checkpoint)
+    dense.compile(backend="mxfp4", options={"inner": Graphs()})
+    assert torch.equal(actual, logits(dense))
+
+
+def test_offloaded_layers_are_refused(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, device_map=SECOND_LAYER_ON_DISK)
+    for way in WAYS.values():
+        with pytest.raises(DequantizeError, match=r"layers\.1\..* is offloaded"):
+            way(model)
+    assert all(isinstance(layer.mlp.experts, PackedExperts) for layer in model.model.layers)
+
+
+def test_a_model_without_packed_experts_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(DequantizeError, match="GptOssForCausalLM has no packed experts"):
+        mxfp4_fx.dequantize(dequantized(checkpoint))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_bytes_of_a_layer_are_freed_before_the_next_one(tmp_path: Path) -> None:
+    sizes = {"hidden": 1024, "intermediate": 1024, "experts": 8, "layers": 6}
+    path = write(tmp_path / "packed", **sizes)
+    code = f"""{MEMORY}
+import torch, mxfp4_fx
+def nbytes(): return sum(p.nbytes for p in model.parameters())
+model = mxfp4_fx.from_pretrained({str(path)!r})
+for p in model.parameters():
+    p.data = p.data.clone()  # until now it was pages of a file
+packed = nbytes()
+peak = Peak()
+mxfp4_fx.dequantize(model)
+print(peak.bytes - peak.start_bytes, packed, nbytes())
+"""
+    # With a fixed threshold what is freed goes back to the system at once.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert ended.returncode == 0, ended.stderr
+    peak, packed, dense = map(int, ended.stdout.split())
+    layer = (packed // 6) + 10 * SLAB_VALUES
+    assert peak < dense - packed + layer
