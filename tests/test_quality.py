@@ -9,6 +9,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def test_differences_are_those_of_the_perplexities(results: dict[str, Any]) -> N
 
 def test_compiled_logits_are_within_the_bound(results: dict[str, Any]) -> None:
     assert results["logits"].keys() == {"max", "search"}
-    assert all(0 < row["difference"] <= row["bound"] for row in results["logits"].values())
+    for row in results["logits"].values():
+        assert 0 < row["difference"] <= row["bound"]
+        assert row["bytes_compared"] > 0
 
 
 def test_the_searched_scales_move_weights_less(results: dict[str, Any]) -> None:
@@ -130,11 +133,34 @@ def test_a_difference_compares_window_by_window() -> None:
     assert math.isclose(error, math.sqrt(1 / 12) / math.sqrt(4))
 
 
+def run_of(logits: list[float], experts: list[list[bool]]) -> quality.Run:
+    """One window of a byte each, a vocabulary of one and one layer."""
+    return quality.Run(
+        torch.tensor(logits, dtype=torch.float64).view(1, -1, 1),
+        torch.tensor(experts).view(1, len(logits), 1, -1),
+    )
+
+
 def test_a_difference_of_logits_beyond_the_bound_stops_it() -> None:
-    exact = torch.ones(2, 3, dtype=torch.float64)
-    with pytest.raises(SystemExit, match=r"rounding explains 0\.0339"):
-        quality.check_agreement(exact, exact + 0.01, exact + 0.1)
-    quality.check_agreement(exact, exact + 0.01, exact - 0.01)
+    served = [[True, False]] * 2
+    exact, plain = run_of([1.0, 1.0], served), run_of([1.01, 1.01], served)
+    with pytest.raises(SystemExit, match=r"differ by 0\.0900 .* rounding explains 0\.0339"):
+        quality.check_agreement(exact, plain, run_of([1.0, 1.1], served))
+    assert quality.check_agreement(exact, plain, run_of([1.0, 0.99], served))["bytes_compared"] == 2
+
+
+@pytest.mark.parametrize("other", [[False, True], [False, False]], ids=["another expert", "tie"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_logits_are_compared_up_to_a_byte_that_other_experts_serve(
+    which: int, other: list[bool]
+) -> None:
+    served = [[[True, False] for _ in range(4)] for _ in range(3)]
+    served[which][2] = other
+    runs = [run_of([1.0, 1.0, 9.0 * which, 9.0 * which], experts) for experts in served]
+    assert quality.check_agreement(*runs)["bytes_compared"] == 2
+    served[which][0] = other
+    with pytest.raises(SystemExit, match="no logits to compare"):
+        quality.check_agreement(*(run_of([1.0] * 4, experts) for experts in served))
 
 
 def test_windows_predict_every_byte_once() -> None:
@@ -216,7 +242,7 @@ def test_docstrings_of_a_file(tmp_path: Path) -> None:
 
 def test_figures_of_the_documentation_are_those_of_a_run() -> None:
     results = json.loads((ROOT / "benchmarks/results/quality.json").read_text("utf-8"))
-    assert results["settings"] == quality.asdict(quality.Settings())
+    assert results["settings"] == asdict(quality.Settings())
     documentation = (ROOT / "docs/quality.md").read_text("utf-8")
     for row in results["models"]:
         runs = "compiled" if row["compiled"] else "uncompiled"
