@@ -310,6 +310,13 @@ def test_too_little_disk(tmp_path: Path) -> None:
     refuse(source, tmp_path / "out", message)
 
 
+def test_too_little_disk_for_other_files(tmp_path: Path) -> None:
+    source = write_sparse(tmp_path / "in", SMALL)
+    with (source / "notes.txt").open("wb") as file:
+        file.truncate(10**13)  # which the file system notes, and stores nothing
+    refuse(source, tmp_path / "out", r"has 10000\.0 GB, but .* GB free: make room there")
+
+
 # ---- interruptions ------------------------------------------------------------------------------
 
 DEEP = CheckpointShape(**{**vars(TINY), "layers": 12})
@@ -456,6 +463,15 @@ def test_another_input_does_not_go_on(interrupted: tuple[Path, Path], name: str)
 def test_a_damaged_journal(interrupted: tuple[Path, Path], content: str) -> None:
     source, out = interrupted
     (partial(out) / "journal.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"journal\.json is damaged: remove .*out\.partial"):
+        convert(source, out, **CUT)
+
+
+@pytest.mark.parametrize("shards", [[], 1, {"a": 1}, {"a": {}}], ids=str)
+def test_a_journal_whose_shards_are_damaged(interrupted: tuple[Path, Path], shards: object) -> None:
+    source, out = interrupted
+    journal = partial(out) / "journal.json"
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"shards": shards}))
     with pytest.raises(CheckpointError, match=r"journal\.json is damaged: remove .*out\.partial"):
         convert(source, out, **CUT)
 
