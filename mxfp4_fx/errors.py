@@ -22,7 +22,7 @@ class WeightError(Mxfp4Error, ValueError):
 
 
 class CheckpointError(Mxfp4Error, ValueError):
-    """A checkpoint directory cannot be read, or not be written."""
+    """A checkpoint cannot be read, is not what its config says, or cannot be written."""
 
 
 class DequantizeError(Mxfp4Error, RuntimeError):
@@ -55,3 +55,7 @@ class SlowKernelsWarning(UserWarning):
 
 class DeviceFullWarning(UserWarning):
     """A dense weight did not fit on its device and is on the CPU."""
+
+
+class NanWeightsWarning(UserWarning):
+    """Blocks of an MXFP4 checkpoint have the scale byte 255, which makes their weights NaN."""

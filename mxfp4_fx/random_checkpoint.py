@@ -19,7 +19,7 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -28,11 +28,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from numpy.random import PCG64DXSM
 from tqdm import tqdm
 
 from mxfp4_fx.errors import CheckpointError
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS
+from mxfp4_fx.safetensors_file import (
+    SHARD_BYTES,
+    TensorSpec,
+    cut,
+    index_of,
+    require_new,
+    require_room,
+    write_safetensors,
+)
 
 # Special tokens, named as gpt-oss names them. Ids 0 to 255 are the bytes of a text, these follow.
 BOS, PAD, EOS, CALL = "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"
@@ -41,7 +51,6 @@ TOKEN_IDS = {token: 256 + i for i, token in enumerate((BOS, PAD, EOS, CALL, *CHA
 TOKENIZER_SIZE = 256 + len(TOKEN_IDS)
 
 CONTEXT_LENGTH = 131072
-SHARD_BYTES = 5 * 10**9  # cuts gpt-oss-20b into three shards, as the original is
 CHUNK_WORDS = 1 << 20  # random 64-bit words drawn at a time
 
 
@@ -91,7 +100,7 @@ DEFAULT_SHAPE = CheckpointShape()
 
 def checkpoint_bytes(shape: CheckpointShape) -> int:
     """Return the bytes of all tensors, which is `total_size` in the checkpoint's index."""
-    return sum(tensor.nbytes for tensor in _tensors(shape))
+    return sum(tensor.spec.nbytes for tensor in _tensors(shape))
 
 
 def write_random_checkpoint(
@@ -122,17 +131,12 @@ def write_random_checkpoint(
             Nothing was written.
     """
     path = Path(path).expanduser().resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"{path} exists already: remove it, or name another directory")
+    require_new(path)
     total = checkpoint_bytes(shape)
-    existing = next(parent for parent in path.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if total > free:
-        raise CheckpointError(
-            f"the checkpoint has {total / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB "
-            f"free: make room there, or name a directory on another disk"
-        )
-    texts = _texts(shape)
+    require_room(path, total)
+    shards = cut(_tensors(shape), lambda tensor: tensor.spec.nbytes, max_shard_bytes)
+    index = index_of({name: [t.spec for t in shard] for name, shard in shards.items()})
+    texts = _texts(shape) | {"model.safetensors.index.json": _json(index)}
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
@@ -140,9 +144,10 @@ def write_random_checkpoint(
     try:
         bar = tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True)
         with bar:
-            weight_map = _write_shards(partial, _tensors(shape), seed, max_shard_bytes, bar)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        texts["model.safetensors.index.json"] = _json(index)
+            for name, shard in shards.items():
+                parts = ((t.spec.name, c.data) for t in shard for c in t.chunks(seed))
+                specs = [tensor.spec for tensor in shard]
+                write_safetensors(partial / name, specs, parts, bar.update)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         partial.replace(path)
@@ -166,8 +171,9 @@ class _Tensor(NamedTuple):
     table: Table  # 256 bytes, or 65536 bf16 bit patterns
 
     @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.table.itemsize
+    def spec(self) -> TensorSpec:
+        dtype = torch.uint8 if self.table.itemsize == 1 else torch.bfloat16
+        return TensorSpec(self.name, dtype, self.shape)
 
     def chunks(self, seed: int) -> Iterator[Table]:
         digest = hashlib.sha256(f"{seed}/{self.name}".encode()).digest()
@@ -229,46 +235,6 @@ def _scale_bytes(k: int) -> Table:
     # Exponents are normal, one power of two wide: for those, log2(rms(2**e)) = mean(e) + ln(2).
     exponents = math.log2(k**-0.5 / code_rms) - math.log(2) + _quantiles(256)
     return (E8M0_BIAS + np.rint(exponents)).astype(np.uint8)
-
-
-def _write_shards(
-    directory: Path, tensors: Iterable[_Tensor], seed: int, max_bytes: int, bar: tqdm[Any]
-) -> dict[str, str]:
-    """Write the shards and return which of them each tensor lies in."""
-    shards: list[list[_Tensor]] = [[]]
-    room = max_bytes
-    for tensor in tensors:
-        if shards[-1] and tensor.nbytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        # Counted as in the original, whose three shards are 00000, 00001 and 00002 "of 00002".
-        name = f"model-{i:05d}-of-{len(shards) - 1:05d}.safetensors"
-        _write_safetensors(directory / name, shard, seed, bar)
-        weight_map |= {tensor.name: name for tensor in shard}
-    return weight_map
-
-
-def _write_safetensors(path: Path, tensors: Sequence[_Tensor], seed: int, bar: tqdm[Any]) -> None:
-    """Write one file of the safetensors format, whose own library wants it whole in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape, table in tensors:
-        start, end = end, end + math.prod(shape) * table.itemsize
-        dtype = "U8" if table.itemsize == 1 else "BF16"
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors:
-            for chunk in tensor.chunks(seed):
-                file.write(chunk.data)
-                bar.update(chunk.nbytes)
 
 
 # ---- configs and tokenizer ----------------------------------------------------------------------

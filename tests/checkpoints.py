@@ -1,106 +1,92 @@
-"""Tiny GPT-OSS checkpoints on disk, and what transformers alone makes of them."""
+"""Small GPT-OSS checkpoints, and damage to them, written by safetensors' own library."""
 
-from __future__ import annotations
-
-import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
+from mxfp4_fx.formats import dequantize
 from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
 
-SIZES: dict[str, int] = {
-    "layers": 2,
-    "hidden": 64,
-    "intermediate": 96,
-    "experts": 4,
-    "experts_per_token": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "head_dim": 16,
-    "sliding_window": 16,
-}
-WEIGHTS = ("gate_up_proj", "down_proj")
-IDS = torch.arange(14).view(2, 7) * 5
-
-# A device map of a model of two layers.
-SECOND_LAYER_ON_DISK = {
-    **dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), "cpu"),
-    **dict.fromkeys(("model.norm", "lm_head"), "cpu"),
-    "model.layers.1": "disk",
-}
+TINY = CheckpointShape(
+    layers=2,
+    hidden=64,
+    intermediate=96,
+    experts=4,
+    experts_per_token=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+)
+EXPERTS = "model.layers.{}.mlp.experts"
+PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
-def write(path: Path, **changes: int) -> Path:
-    """An MXFP4 checkpoint of several shards."""
-    shape = CheckpointShape(**SIZES | changes)
-    return write_random_checkpoint(path, shape, max_shard_bytes=100_000, progress=False)
+def write_packed(path: Path, shape: CheckpointShape = TINY) -> Path:
+    """A whole checkpoint in MXFP4, in several shards."""
+    return write_random_checkpoint(path, shape, max_shard_bytes=200_000, progress=False)
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """All tensors by name."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(path.glob("*.safetensors")):
-        with safe_open(shard, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for file in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(file)
     return tensors
 
 
-def write_dense(
-    path: Path, packed: Path, dtype: torch.dtype, is_dense: Callable[[str], bool] = bool
-) -> Path:
-    """A copy of ``packed`` with dense experts of random values, where ``is_dense`` of the name.
+def read_config(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return config
 
-    It has one file; if no experts are packed its config does not speak of quantization.
-    """
-    tensors = {}
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in read(packed).items():
-        weight, _, part = name.rpartition("_")
-        if not name.endswith(("_blocks", "_scales")) or not is_dense(weight):
-            tensors[name] = tensor
-        elif part == "scales":
-            e, n, groups = tensor.shape
-            values = torch.randn(e, groups * 32, n, generator=generator)
-            tensors[weight] = values.to(dtype)
-    path.mkdir()
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    config = json.loads((packed / "config.json").read_text())
-    if not any(name.endswith("_blocks") for name in tensors):
-        del config["quantization_config"]
+
+def edit_config(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    config = read_config(path)
+    edit(config)
     (path / "config.json").write_text(json.dumps(config))
     return path
 
 
-def dequantized(path: Path, dtype: Any = "auto") -> GptOssForCausalLM:
-    """The model with dense experts, by transformers alone."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype
-    )
+def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Change the tensors; they then lie in one file without an index."""
+    tensors = read_tensors(path)
+    edit(tensors)
+    for file in [*path.glob("*.safetensors"), *path.glob("*.index.json")]:
+        file.unlink()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
 
 
-def exact_logits(model: GptOssForCausalLM, ids: Tensor = IDS) -> Tensor:
-    """[batch, tokens, vocabulary] in float64 by a model with dense experts."""
-    exact = copy.deepcopy(model).double()
-    exact.set_experts_implementation("batched_mm")  # grouped_mm does not have float64
-    with torch.no_grad():
-        return exact(ids).logits
+def without_prefix(tensors: dict[str, Tensor]) -> None:
+    """As the base model saves itself: no head, and names without "model."."""
+    del tensors["lm_head.weight"]
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
 
 
-def logits(model: Any, ids: Tensor = IDS) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
+def unpack_layers(tensors: dict[str, Tensor], *layers: int, dtype: torch.dtype) -> None:
+    """Make the experts of some layers dense: [E, K, N]."""
+    for layer in layers:
+        for projection in PROJECTIONS:
+            name = f"{EXPERTS.format(layer)}.{projection}"
+            blocks, scales = tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales")
+            values = dequantize(blocks, scales, torch.float32).to(dtype)
+            tensors[name] = values.transpose(1, 2).contiguous()
 
 
-def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype, name
-        assert torch.equal(actual[name], tensor), name
+def write_dense(
+    path: Path, shape: CheckpointShape = TINY, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """A whole checkpoint whose experts are dense, in a file."""
+    write_packed(path, shape)
+    edit_tensors(path, lambda tensors: unpack_layers(tensors, *range(shape.layers), dtype=dtype))
+    return edit_config(path, lambda config: config.pop("quantization_config"))
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target

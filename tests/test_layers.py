@@ -11,8 +11,9 @@ import pytest
 LAYERS = [
     ["errors.py", "console.py"],
     ["native.py", "hub.py"],
-    ["formats.py", "target.py", "options.py"],
-    ["layouts.py"],
+    ["formats.py", "target.py", "options.py", "safetensors_file.py"],
+    ["layouts.py", "gpt_oss.py"],
+    ["checkpoint.py"],
     ["ops/reference.py", "ops/tiles.py", "ops/triton_kernels/arithmetic.py"],
     ["ops/triton_kernels/decode.py", "ops/triton_kernels/routing.py"],
     ["ops/triton_kernels/matmul.py"],

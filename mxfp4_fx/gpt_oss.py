@@ -1,0 +1,95 @@
+"""The tensors of a GPT-OSS checkpoint: their names and shapes, in the words of its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
+
+# Of a layer's experts: MXFP4 blocks and scales, or a float for each weight.
+Form = Literal["packed", "dense"]
+
+# The sizes of a tensor's dimensions: numbers and keys of config.json, their products and quotients.
+Axes = tuple[str, ...]
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+LAYERS = "num_hidden_layers"
+_E, _H, _I, _V = "num_local_experts", "hidden_size", "intermediate_size", "vocab_size"
+_HEADS, _KV_HEADS, _HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
+KEYS = (LAYERS, _E, _H, _I, _V, _HEADS, _KV_HEADS, _HEAD_DIM)
+MULTIPLES_OF_BLOCK = (_H, _I)  # if experts are packed
+
+_Q, _KV = f"{_HEADS} * {_HEAD_DIM}", f"{_KV_HEADS} * {_HEAD_DIM}"
+_GATE_UP = f"2 * {_I}"
+_H_BLOCKS, _I_BLOCKS = f"{_H} / {BLOCK}", f"{_I} / {BLOCK}"
+
+_LAYER: dict[str, Axes] = {
+    "input_layernorm.weight": (_H,),
+    "self_attn.q_proj.weight": (_Q, _H),
+    "self_attn.k_proj.weight": (_KV, _H),
+    "self_attn.v_proj.weight": (_KV, _H),
+    "self_attn.o_proj.weight": (_H, _Q),
+    "self_attn.sinks": (_HEADS,),
+    "post_attention_layernorm.weight": (_H,),
+    "mlp.router.weight": (_E, _H),
+    "mlp.router.bias": (_E,),
+    "mlp.experts.gate_up_proj_bias": (_E, _GATE_UP),
+    "mlp.experts.down_proj_bias": (_E, _H),
+}
+_ATTENTION_BIASES: dict[str, Axes] = {
+    "self_attn.q_proj.bias": (_Q,),
+    "self_attn.k_proj.bias": (_KV,),
+    "self_attn.v_proj.bias": (_KV,),
+    "self_attn.o_proj.bias": (_H,),
+}
+_EXPERTS: dict[Form, dict[str, Axes]] = {
+    "packed": {
+        "mlp.experts.gate_up_proj_blocks": (_E, _GATE_UP, _H_BLOCKS, str(BYTES_PER_BLOCK)),
+        "mlp.experts.gate_up_proj_scales": (_E, _GATE_UP, _H_BLOCKS),
+        "mlp.experts.down_proj_blocks": (_E, _H, _I_BLOCKS, str(BYTES_PER_BLOCK)),
+        "mlp.experts.down_proj_scales": (_E, _H, _I_BLOCKS),
+    },
+    "dense": {
+        "mlp.experts.gate_up_proj": (_E, _H, _GATE_UP),
+        "mlp.experts.down_proj": (_E, _I, _H),
+    },
+}
+
+
+def tensors(prefix: str, forms: Mapping[int, Form], biases: bool, head: bool) -> dict[str, Axes]:
+    """Name -> axes of every tensor that a checkpoint has to have.
+
+    Args:
+        prefix: of the base model's tensors.
+        forms: of the experts of every layer.
+        biases: whether attention has them.
+        head: whether ``lm_head.weight`` is among the tensors.
+    """
+    found: dict[str, Axes] = {f"{prefix}embed_tokens.weight": (_V, _H)}
+    for layer, form in forms.items():
+        parts = _LAYER | (_ATTENTION_BIASES if biases else {}) | _EXPERTS[form]
+        found |= {f"{prefix}layers.{layer}.{name}": axes for name, axes in parts.items()}
+    found[f"{prefix}norm.weight"] = (_H,)
+    if head:
+        found["lm_head.weight"] = (_V, _H)
+    return found
+
+
+def dtypes(name: str) -> tuple[torch.dtype, ...]:
+    """What the tensor of that name may be."""
+    return (torch.uint8,) if name.endswith(("_blocks", "_scales")) else FLOATS
+
+
+def size(axis: str, sizes: Mapping[str, int]) -> int:
+    """The number that an axis stands for; `sizes` has all of KEYS."""
+    value = 1
+    for factor in axis.split(" * "):
+        key, _, divisor = factor.partition(" / ")
+        value *= int(key) if key.isdecimal() else sizes[key]
+        value //= int(divisor or 1)
+    return value

@@ -1,0 +1,297 @@
+"""Files in the safetensors format: headers read strictly, tensors mapped in parts, shards written.
+
+safetensors' own library names neither the file nor a remedy, tells no byte ranges and writes only
+what is whole in memory. A file is a length (8 bytes, little-endian), a JSON header of that length,
+and the bytes of all tensors, which leave no gap and do not overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from mxfp4_fx.errors import CheckpointError
+
+T = TypeVar("T")
+
+SHARD_BYTES = 5 * 10**9  # cuts gpt-oss-20b into three shards, as the original is
+CHUNK_BYTES = 8 << 20  # read at a time where a tensor is only passed on
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_MAX_HEADER = 100_000_000  # bytes, as in safetensors' own library
+_AGAIN = "copy or download the file again"
+
+
+class TensorSpec(NamedTuple):
+    """What a file says of a tensor, but for its place."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: `nbytes` bytes from `offset` on, little-endian, in C order."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.dtype, self.shape)
+
+    def read(self, index: int | None = None) -> Tensor:
+        """The tensor, or entry `index` of its first dimension (an expert, say), memory-mapped.
+
+        Only those bytes are mapped, and only for as long as the result lives; pages are read when
+        they are first touched. Writing to the result leaves the file as it is.
+
+        Raises:
+            CheckpointError: the file has become shorter since its header was read.
+            IndexError: there is no such entry.
+        """
+        shape, start, nbytes = self.shape, self.offset, self.nbytes
+        if index is not None:
+            if not shape or not 0 <= index < shape[0]:
+                raise IndexError(f"{self.name} of shape {list(shape)} has no entry {index}")
+            shape, nbytes = shape[1:], nbytes // shape[0]
+            start += index * nbytes
+        if not nbytes:
+            return torch.empty(shape, dtype=self.dtype)
+        before = start % mmap.ALLOCATIONGRANULARITY
+        with self.file.open("rb") as file:
+            # mmap refuses to go beyond the end, where touching a page would end the process.
+            try:
+                mapped = mmap.mmap(
+                    file.fileno(), before + nbytes, access=mmap.ACCESS_COPY, offset=start - before
+                )
+            except ValueError as error:
+                raise _became_shorter(self.file) from error
+        raw = torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=before)
+        if start % self.dtype.itemsize:  # which the format allows
+            raw = raw.clone()
+        return raw.view(self.dtype).view(shape)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The tensor's bytes in order, a few MiB at a time; each is gone when the next comes.
+
+        Raises:
+            CheckpointError: the file has become shorter since its header was read.
+        """
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, self.nbytes)))
+        left = self.nbytes
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            while left:
+                count = file.readinto(buffer[:left])
+                if not count:
+                    raise _became_shorter(self.file)
+                yield buffer[:count]
+                left -= count
+
+
+def _became_shorter(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file} became shorter while it was read: {_AGAIN}")
+
+
+# ---- headers ------------------------------------------------------------------------------------
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file in the order of their bytes, of which none is read.
+
+    Raises:
+        CheckpointError: the file cannot be read, is cut short or is not what its header says.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(start := stream.read(8), "little")
+            if start == b"version ":  # https://git-lfs.github.com/spec/v1
+                raise CheckpointError(
+                    f"{file} is a Git LFS pointer in the place of weights: run git lfs pull"
+                )
+            if size < 8 or length > _MAX_HEADER:
+                raise CheckpointError(f"{file} is not a safetensors file: {_AGAIN}")
+            if size < 8 + length:
+                raise CheckpointError(
+                    f"{file} is cut short: it has {size} bytes, and its header alone has "
+                    f"{8 + length}: {_AGAIN}"
+                )
+            header = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror or error}): check the path and its permissions"
+        ) from error
+    try:
+        tensors = _parse(file, header)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the header of {file} is damaged ({error}): {_AGAIN}") from error
+    end = 8 + length + sum(tensor.nbytes for tensor in tensors.values())
+    if size != end:
+        what = "is cut short" if size < end else "is longer than it should be"
+        raise CheckpointError(
+            f"{file} {what}: it has {size} bytes, its header says {end}: {_AGAIN}"
+        )
+    return tensors
+
+
+def _parse(file: Path, header: bytes) -> dict[str, StoredTensor]:
+    entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+    if not isinstance(entries, dict):
+        raise ValueError("no JSON object")
+    entries.pop("__metadata__", None)
+    begin = 8 + len(header)
+    tensors = []
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+        spec = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        first, last = entry["data_offsets"]
+        numbers = (*spec.shape, first, last)
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"{name} has a size or an offset that is no natural number")
+        if last - first != spec.nbytes:
+            raise ValueError(f"{name} needs {spec.nbytes} bytes and is given {last - first}")
+        tensors.append(StoredTensor(*spec, file, begin + first, spec.nbytes))
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    for tensor in tensors:
+        if tensor.offset != begin:
+            raise ValueError(f"{tensor.name} does not begin where the tensor before it ends")
+        begin += tensor.nbytes
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def require_new(path: Path) -> None:
+    """Raises CheckpointError unless `path` is missing or an empty directory."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path} exists already: remove it, or name another directory")
+
+
+def require_room(path: Path, nbytes: int) -> None:
+    """Raises CheckpointError if the disk that `path` will be on has less than `nbytes` free."""
+    existing = next(parent for parent in path.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if nbytes > free:
+        raise CheckpointError(
+            f"the checkpoint has {nbytes / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB "
+            f"free: make room there, or name a directory on another disk"
+        )
+
+
+def cut(items: Iterable[T], nbytes: Callable[[T], int], max_bytes: int) -> dict[str, list[T]]:
+    """Deal items out to shards in order: file name -> items of at most `max_bytes`, or one item."""
+    shards: list[list[T]] = [[]]
+    room = max_bytes
+    for item in items:
+        if shards[-1] and nbytes(item) > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(item)
+        room -= nbytes(item)
+    # Counted as in the original, whose three shards are 00000, 00001 and 00002 "of 00002".
+    last = len(shards) - 1
+    return {f"model-{i:05d}-of-{last:05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def index_of(shards: dict[str, list[TensorSpec]]) -> dict[str, Any]:
+    """The content of ``model.safetensors.index.json``."""
+    total = sum(spec.nbytes for specs in shards.values() for spec in specs)
+    weight_map = {spec.name: name for name, specs in shards.items() for spec in specs}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def write_safetensors(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    parts: Iterable[tuple[str, memoryview]],
+    wrote: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Write one file, whose tensors never have to be whole in memory.
+
+    Args:
+        path: the file; one that exists is overwritten.
+        specs: its tensors, in the order in which they will lie.
+        parts: (name, bytes that follow what that tensor has so far), tensors in any order.
+        wrote: is told after each part how many bytes it had.
+
+    Raises:
+        ValueError: the parts of a tensor are not as many bytes as it has.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        start, end = end, end + spec.nbytes
+        header[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": spec.shape,
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    begin = 8 + len(encoded)
+    places = {spec.name: begin + header[spec.name]["data_offsets"][0] for spec in specs}
+    ends = {spec.name: places[spec.name] + spec.nbytes for spec in specs}
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, part in parts:
+            if file.tell() != places[name]:
+                file.seek(places[name])
+            file.write(part)
+            places[name] += part.nbytes
+            if places[name] > ends[name]:
+                break
+            wrote(part.nbytes)
+    if wrong := [name for name in places if places[name] != ends[name]]:
+        raise ValueError(f"{path}: {wrong[0]} was given another number of bytes than it has")
