@@ -21,6 +21,7 @@ from checkpoints import (
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 IDS = torch.arange(14).view(2, 7) * 5
 
@@ -56,9 +57,13 @@ def write_dense(
 
 def dequantized(path: Path, dtype: Any = "auto") -> GptOssForCausalLM:
     """The model with dense experts, by transformers alone."""
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype
     )
+    for module in model.modules():
+        if isinstance(module, GptOssExperts):  # which are bfloat16 in older versions
+            module.to(module.gate_up_proj_bias.dtype)
+    return model
 
 
 def exact_logits(model: GptOssForCausalLM, ids: Tensor = IDS) -> Tensor:

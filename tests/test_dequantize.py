@@ -98,7 +98,7 @@ def test_a_model_inside_another_module(checkpoint: Path) -> None:
     assert not model.is_quantized
 
 
-@pytest.mark.filterwarnings("ignore:.*nothing in this graph looks like GPT-OSS experts")
+@pytest.mark.filterwarnings("ignore:backend .mxfp4.")  # older transformers break the graph
 def test_a_model_that_was_compiled_in_place(checkpoint: Path) -> None:
     model, graphs = mxfp4_fx.from_pretrained(checkpoint), Graphs()
     model.compile(backend="mxfp4", options={"inner": graphs})

@@ -120,6 +120,11 @@ def test_skipping_all_experts_warns(checkpoint: Path) -> None:
     assert_same_tensors(dict(model.named_parameters()), dict(expected.named_parameters()))
 
 
+def test_a_name_to_skip_that_is_none(checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match=r"'model.layer.1' names no experts"):
+        mxfp4_fx.from_pretrained(checkpoint, skip=["model.layers.1", "model.layer.1"])
+
+
 def test_a_model_without_head(checkpoint: Path) -> None:
     model = mxfp4_fx.from_pretrained(checkpoint, auto_class=AutoModel, skip="model.layers.0.mlp")
     assert is_packed(model) == [False, True]

@@ -56,7 +56,7 @@ def from_pretrained(
     Raises:
         CheckpointError: there is no such checkpoint, it is not GPT-OSS's in MXFP4 or dense, or
             transformers is not installed.
-        OptionError: an option of transformers that makes no sense here.
+        OptionError: an option of transformers that makes no sense here, or ``skip`` names nothing.
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) not in (None, False):

@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxfp4_fx.checkpoint import Checkpoint, warn_of_nan_blocks
-from mxfp4_fx.errors import CheckpointError, NoExpertsWarning
+from mxfp4_fx.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.transformers.unpacking import dense_weight, unpack_experts
@@ -59,6 +59,7 @@ class PackedMxfp4Config(QuantizationConfigMixin):
     Attributes:
         modules_to_not_convert: names, or patterns of names, whose experts become dense.
         scale_rule: how blocks get their scale where a dense checkpoint is quantized.
+        skip: the part of them that the user asked for.
         stored_config: the content of the checkpoint's ``config.json``, with which its files are
             compared; the model's config if None.
     """
@@ -74,6 +75,7 @@ class PackedMxfp4Config(QuantizationConfigMixin):
             NOT_CONVERTED if modules_to_not_convert is None else modules_to_not_convert
         )
         self.scale_rule = scale_rule
+        self.skip: list[str] = []
         self.stored_config: Mapping[str, Any] | None = None
 
     @classmethod
@@ -81,7 +83,8 @@ class PackedMxfp4Config(QuantizationConfigMixin):
         """What a checkpoint's own config says (None, a mapping or a config), and more to skip."""
         stored = stored if isinstance(stored, dict | None) else stored.to_dict()
         config = cls((stored or {}).get("modules_to_not_convert"))
-        config.modules_to_not_convert += [skip] if isinstance(skip, str) else skip
+        config.skip = [skip] if isinstance(skip, str) else list(skip)
+        config.modules_to_not_convert += config.skip
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,6 +107,12 @@ class PackedMxfp4Quantizer(HfQuantizer):
         config = self.quantization_config.stored_config or model.config.to_dict()
         checkpoint = Checkpoint(checkpoint_files or (), config)
         check(checkpoint)
+        for pattern in self.quantization_config.skip:
+            if not checkpoint.matching(pattern):
+                raise OptionError(
+                    f"skip={pattern!r} names no experts: those of the first layer are "
+                    f"{checkpoint.experts(0)}"
+                )
         patterns = self.quantization_config.modules_to_not_convert
         skipped = {layer for pattern in patterns for layer in checkpoint.matching(pattern)}
         self._to_quantize: list[str] = []
@@ -150,6 +159,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
                     if not scales.is_meta and (count := int((scales == E8M0_NAN).sum())):
                         nan_blocks[f"{name}.{projection}_scales"] = count
         warn_of_nan_blocks(nan_blocks)
+        _correct_offload_index(model)
         # Saving would undo the conversions; packed experts are saved as they are.
         model._weight_conversions = [
             conversion
@@ -253,6 +263,18 @@ def _exactly(name: str) -> str:
 def _only(tensors: Any) -> Tensor:
     """The loader hands a tensor over in a list of one, or by itself."""
     return tensors[0] if isinstance(tensors, list) else tensors
+
+
+def _correct_offload_index(model: nn.Module) -> None:
+    """Bytes on disk stay bytes; older versions note the model's dtype for all that is there."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            prefixed = getattr(part, "weights_map", None)
+            index = getattr(getattr(prefixed, "dataset", None), "index", None) or {}
+            for name, entry in index.items():
+                if name.endswith(_BYTES):
+                    entry["dtype"] = "uint8"
 
 
 def _on_meta(experts: Any, name: str) -> PackedExperts:
