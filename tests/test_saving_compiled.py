@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loaded import IDS, assert_same_tensors, dequantized, logits, read, write
+from loading import IDS, assert_same_tensors, dequantized, logits, read, write
 from models import compile_with
 
 import mxfp4_fx

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from mxfp4_fx.checkpoint import CONFIG, Checkpoint
 from mxfp4_fx.errors import CheckpointError, OptionError
 
 MODEL_TYPE = "gpt_oss"
-METHODS = ("mxfp4", "mxfp4_fx")
+METHOD = "mxfp4"
 
 _HUB_OPTIONS = (
     *("cache_dir", "force_download", "local_files_only", "proxies"),
@@ -54,86 +56,84 @@ def from_pretrained(
     Raises:
         CheckpointError: there is no such checkpoint, it is not GPT-OSS's in MXFP4 or dense, or
             transformers is not installed.
-        OptionError: an option of transformers that makes no sense here.
+        OptionError: an option of transformers that makes no sense here, or ``skip`` names nothing.
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) not in (None, False):
             raise OptionError(f"from_pretrained(..., {name}=...) is not supported: {reason}")
     try:
         import transformers
+        from safetensors import SafetensorError
 
-        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config
+        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, check
     except ImportError as error:
         raise CheckpointError(
             f"loading needs transformers 5.8 or newer (pip install transformers): {error}"
         ) from error
 
-    path = _existing(path, kwargs.get("subfolder", ""))
+    path = os.path.expanduser(os.fspath(path))
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-    config, kwargs = _load_config(path, hub, kwargs)
+    if os.path.isdir(path) and kwargs.get("variant") is None:
+        checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")))
+        stored = checkpoint.config
+        check(checkpoint)
+    else:  # files of the Hub are checked once they are here
+        stored = _stored_config(path, hub)
+    config, kwargs = _model_config(path, hub, kwargs)
     # Asked for by argument, so that packed and dense checkpoints come the same way.
     quantization = PackedMxfp4Config.of(vars(config).pop("quantization_config", None), skip)
-    quantization.scale_rule = scale_rule
+    quantization.scale_rule, quantization.stored_config = scale_rule, stored
     auto_class = auto_class or transformers.AutoModelForCausalLM
     kwargs["use_safetensors"] = True
     try:
         return auto_class.from_pretrained(
             path, config=config, quantization_config=quantization, **hub, **kwargs
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 
-def _existing(path: str | os.PathLike[str], subfolder: str) -> str:
-    """The path, if it is a directory with the files that are needed, or a name on the Hub."""
-    name = os.path.expanduser(os.fspath(path))
-    if os.path.isdir(name):
-        files = os.listdir(os.path.join(name, subfolder))
-        if "config.json" not in files:
-            raise CheckpointError(f"{name} has no config.json; name a checkpoint's directory")
-        if not any(file.endswith(".safetensors") for file in files):
-            raise CheckpointError(
-                f"{name} has no safetensors files: weights in other formats are not read; save "
-                f"the model with transformers' save_pretrained, which writes safetensors"
-            )
-    elif os.path.exists(name) or os.path.isabs(name) or name.startswith(".") or name.count("/") > 1:
-        raise CheckpointError(f"{name} is no directory; name one, or a model on the Hub")
-    return name
+def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``config.json`` on the Hub, of a model that we can load."""
+    from transformers import PretrainedConfig
+
+    is_local = os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
+    if not os.path.isdir(path) and (is_local or os.path.exists(path)):
+        raise CheckpointError(f"{path} is no directory: name one, or a model on the Hub")
+    try:
+        config: dict[str, Any] = PretrainedConfig.get_config_dict(path, **hub)[0]
+    except OSError as error:
+        raise CheckpointError(f"{path} has no {CONFIG} that can be read: {error}") from error
+    if not config:
+        raise CheckpointError(f"{path} has no {CONFIG}: name a directory, or a model on the Hub")
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{path} has a model of type {config.get('model_type')}: only GPT-OSS ({MODEL_TYPE}) "
+            f"can be loaded with packed experts"
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method", METHOD)
+    if method != METHOD:
+        raise CheckpointError(
+            f"{path} is quantized by the method {method}: only {METHOD}, and checkpoints that are "
+            f"not quantized, can be loaded with packed experts"
+        )
+    return config
 
 
-def _load_config(
+def _model_config(
     path: str, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The model's config, which we may change, and the arguments that are not meant for it."""
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
 
-    given = kwargs.pop("config", None)
+    if (given := kwargs.pop("config", None)) is not None:
+        return copy.deepcopy(given), kwargs
+    # The config would keep a dtype for itself, or take "auto" for one.
+    dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
     try:
-        stored = given.to_dict() if given else PretrainedConfig.get_config_dict(path, **hub)[0]
-        _check_is_ours(path, stored)
-        if given:
-            return copy.deepcopy(given), kwargs
-        # The config would keep a dtype for itself, or take "auto" for one.
-        dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         config, unused = AutoConfig.from_pretrained(
             path, return_unused_kwargs=True, **hub, **kwargs
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"the config of {path} cannot be read: {error}") from error
+    except Exception as error:  # classes of huggingface_hub, which differ between versions
+        raise CheckpointError(f"transformers rejects the {CONFIG} of {path}: {error}") from error
     return config, unused | dtypes
-
-
-def _check_is_ours(path: str, config: dict[str, Any]) -> None:
-    if config.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(
-            f"{path} has a model of type {config.get('model_type')}; only GPT-OSS ({MODEL_TYPE}) "
-            f"can be loaded with packed experts"
-        )
-    method = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
-    if method not in METHODS:
-        raise CheckpointError(
-            f"{path} is quantized by the method {method}; only mxfp4, and checkpoints that are "
-            f"not quantized, can be loaded with packed experts"
-        )
