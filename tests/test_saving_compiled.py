@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from loading import IDS, assert_same_tensors, dequantized, logits, read, write
+from checkpoints import read_tensors, write_packed
+from loading import IDS, assert_same_tensors, dequantized, logits
 from models import compile_with
 
 import mxfp4_fx
@@ -20,7 +21,7 @@ FREE = {"free_weights": True, "strict": True}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("packed") / "checkpoint")
+    return write_packed(tmp_path_factory.mktemp("packed") / "checkpoint")
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_the_checkpoint_is_saved_byte_for_byte(
     freed: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
     freed.save_pretrained(tmp_path)
-    assert_same_tensors(read(tmp_path), read(checkpoint))
+    assert_same_tensors(read_tensors(tmp_path), read_tensors(checkpoint))
 
 
 def test_a_shard_at_a_time(
@@ -52,7 +53,7 @@ def test_a_shard_at_a_time(
 
     monkeypatch.setattr(WeightStore, "values", recording)
     freed.save_pretrained(tmp_path, max_shard_size="30KB")
-    assert_same_tensors(read(tmp_path), read(checkpoint))
+    assert_same_tensors(read_tensors(tmp_path), read_tensors(checkpoint))
     assert len(made) == 8
     assert made[0] != made[-1]  # not all before the first is written
 
@@ -71,7 +72,7 @@ def test_transformers_loads_what_was_saved(freed: Any, checkpoint: Path, tmp_pat
 
 def test_the_state_dict_has_the_bytes_when_they_are_asked_for(freed: Any, checkpoint: Path) -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj_blocks"
-    tensor, expected = freed.state_dict()[name], read(checkpoint)[name]
+    tensor, expected = freed.state_dict()[name], read_tensors(checkpoint)[name]
     assert isinstance(tensor, DeferredTensor)
     assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
     assert torch.equal(tensor, expected)
@@ -89,7 +90,7 @@ def test_torch_save(freed: Any, checkpoint: Path) -> None:
 
 
 def test_another_model_takes_its_state(freed: Any, checkpoint: Path, tmp_path: Path) -> None:
-    other = mxfp4_fx.from_pretrained(write(tmp_path / "other"), dtype=torch.bfloat16)
+    other = mxfp4_fx.from_pretrained(write_packed(tmp_path / "other"), dtype=torch.bfloat16)
     for tensor in other.parameters():
         tensor.data.zero_()
     other.load_state_dict(freed.state_dict())
