@@ -3,6 +3,7 @@
 # make lint    check style and types
 # make bench   measure the CPU's kernels beside others: build/cpu.json and a plot
 # make bench-gpu  measure a GPU's kernels beside others: build/gpu.json and a plot
+# make quality  train a small GPT-OSS and measure what MXFP4 costs it: build/quality.json and a plot
 # make clean   remove build/ and the caches; make distclean removes .venv too
 #
 # The first of them sets up .venv, which takes python3 (3.10 or newer, with venv and its headers) and
@@ -25,7 +26,7 @@ WORKERS = $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? core
 test: export OMP_NUM_THREADS := 2
 test: export TORCHINDUCTOR_COMPILE_THREADS := 1
 
-.PHONY: demo test lint bench bench-gpu clean distclean
+.PHONY: demo test lint bench bench-gpu quality clean distclean
 
 demo: $(STAMP)
 	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
@@ -47,6 +48,9 @@ bench: $(STAMP)
 bench-gpu: $(STAMP)
 	mkdir -p build
 	.venv/bin/python benchmarks/gpu.py --output build/gpu.json --plot build/gpu.svg
+
+quality: $(STAMP)
+	.venv/bin/python examples/quality.py --output build/quality.json --plot build/quality.svg
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -33,8 +33,12 @@ E2M1_VALUES: tuple[float, ...] = (
     *(-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -E2M1_MAX),
 )
 
-# Values handled at a time. It bounds the temporaries (10 bytes a value at most: 10 MiB), so that a
-# CPU's last cache holds them, and gives each operation enough work to be worth its call.
+# How `quantize` chooses the scale of a block.
+SCALE_RULES = ("max", "search")
+
+# Values handled at a time. It bounds the temporaries (10 bytes a value at most: 10 MiB; 20 where
+# scales are searched), so that a CPU's last cache holds them, and gives each operation enough work
+# to be worth its call.
 SLAB_VALUES = 1 << 20
 
 # Two neighbouring values as one integer, so that one lookup decodes a byte of codes.
@@ -69,13 +73,19 @@ def unpack(packed: Tensor) -> Tensor:
     return (words << 4).bitwise_or_(words).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
-def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, *, scale_rule: str = "max") -> tuple[Tensor, Tensor]:
     """Rounds values to MXFP4: [..., K] -> blocks uint8 [..., K/32, 16], scales uint8 [..., K/32].
 
-    The scale of a block is the smallest power of two, 2^-127 at least, that brings all its elements
-    to 6 or below. MX 6.3 rounds the scale down instead and saturates what is above 6 then; rounding
-    it up is the choice of "Recipes for Pre-training LLMs with MXFP8" (arXiv:2506.08027). Elements
-    round to nearest, ties to even (MX 5.3.3). Zeros keep their sign.
+    The scale of a block under `scale_rule`:
+
+    - "max" takes the smallest power of two, 2^-127 at least, that brings all its elements to 6 or
+      below. MX 6.3 rounds the scale down instead and saturates what is above 6 then; rounding it up
+      is the choice of "Recipes for Pre-training LLMs with MXFP8" (arXiv:2506.08027).
+    - "search" takes, of all scale bytes, the one with the least sum of squared errors of the 32
+      elements, so it is never worse than either of those. The sums are compared exactly; if several
+      bytes have the least, it takes that of "max". `_half_scale_is_nearer` has the proof.
+
+    Elements round to nearest, ties to even, and saturate at 6 (MX 5.3.3). Zeros keep their sign.
 
     A block that holds a NaN or an infinity becomes NaN as a whole (scale 255, codes 0). A block of
     zeros has scale 127.
@@ -90,8 +100,10 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     subnormal values count as zero; no others are affected.
 
     Raises TypeError unless the values are float32, bfloat16 or float16, ValueError unless K is a
-    multiple of 32.
+    multiple of 32 and `scale_rule` one of SCALE_RULES.
     """
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(f"unknown scale_rule {scale_rule!r}: pass {' or '.join(SCALE_RULES)}")
     if values.dtype not in _PAIR_DTYPE:
         raise TypeError(
             f"quantize takes float32, bfloat16 or float16, not {values.dtype}: convert the values"
@@ -110,7 +122,8 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     inner = min(reversed(range(groups.dim())), key=groups.stride)
     block_dim = -1 if inner == groups.dim() - 1 else -2
     for slab in _slabs(groups):
-        slab_blocks, slab_scales = _quantize_slab(groups[slab].movedim(inner, -1), block_dim)
+        ordered = groups[slab].movedim(inner, -1)
+        slab_blocks, slab_scales = _quantize_slab(ordered, block_dim, scale_rule)
         blocks[slab] = slab_blocks.movedim(-1, inner)
         scales[slab] = slab_scales.movedim(-1, inner).squeeze(-1)
     return blocks, scales
@@ -193,7 +206,7 @@ def _slabs(groups: Tensor) -> Iterator[tuple[slice, ...]]:
     )
 
 
-def _quantize_slab(values: Tensor, block_dim: int) -> tuple[Tensor, Tensor]:
+def _quantize_slab(values: Tensor, block_dim: int, scale_rule: str) -> tuple[Tensor, Tensor]:
     """Blocks of 32 values along `block_dim` -> their 16 bytes and their scale along it."""
     scaled = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     # Magnitudes are ordered as their bits are, and integers have no subnormals to flush.
@@ -204,11 +217,16 @@ def _quantize_slab(values: Tensor, block_dim: int) -> tuple[Tensor, Tensor]:
     exponent = amax.clamp(max=_INFINITY).add_(up_to_half).bitwise_right_shift_(_FRACTION_BITS)
     scale = exponent.sub_(2).clamp_(min=0)
     inverse = ((2 * E8M0_BIAS - scale) << _FRACTION_BITS).view(torch.float32)
+    scaled.mul_(inverse)
+    if scale_rule == "search":
+        halved = _half_scale_is_nearer(scaled, block_dim).logical_and_(scale > 0)
+        scale.sub_(halved.to(scale.dtype))
+        scaled.mul_(halved + 1.0).clamp_(-E2M1_MAX, E2M1_MAX)
 
     # E2M1 is float16 with an exponent bias of 1 for 15 and a fraction of 1 bit for 10. Times 2^-14
     # and rounded, a float16 has the code in bits 15 and 11 to 9, and E2M1's subnormal is one too.
     # The factors stay apart because their product may be a subnormal float32.
-    scaled.mul_(inverse).mul_(2.0**-14)
+    scaled.mul_(2.0**-14)
     if values.dtype != torch.bfloat16:  # which has 8 significant bits to begin with
         _round_to_odd(scaled)
     half = scaled.to(torch.float16).view(torch.int16)
@@ -225,6 +243,41 @@ def _quantize_slab(values: Tensor, block_dim: int) -> tuple[Tensor, Tensor]:
     scale = torch.where(amax == 0, E8M0_BIAS, scale)
     scale = torch.where(amax >= _INFINITY, E8M0_NAN, scale)
     return packed.mul_(scale != E8M0_NAN), scale.to(torch.uint8)
+
+
+def _half_scale_is_nearer(scaled: Tensor, block_dim: int) -> Tensor:
+    """Whether a block loses less under half the scale that "max" gives it.
+
+    No other scale can win. Let 1 be the scale of "max", a an element's magnitude and A the block's
+    largest, so 3 < A <= 6. E2M1's numbers are 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
+
+    - Twice the scale has 0, 1, 2, 3, 4, 6, 8 and 12. Up to 6 all of these are numbers of the scale
+      itself, and no element is nearer to 8 or 12 than to 6. So each doubling leaves every error as
+      it is or enlarges it.
+    - Half the scale has 0, 0.25, 0.5, 0.75, 1, 1.5, 2 and 3. Elements below 1 gain 1/16 at most,
+      from 1 to 3 nothing changes, and what is above 3 becomes 3.
+    - Another halving, with 1 for the scale that is halved: A > 6 was off by A - 6 and is off by
+      A - 3. That costs 6 A - 27 > 9, and 31 others gain 31/16 at most. So it goes on to lose.
+
+    (Where the scale is 2^-127 already, A may be smaller, but there is no half of it.)
+
+    What an element gains by the half scale: below 1, if it is d off a multiple of 0.5, d^2 less
+    (0.25 - d)^2 = (d - 0.125) / 2 if that is above zero. What it costs: from 3.5 to 5 (a - 3)^2
+    less (4 - a)^2 = 2 a - 7; above 5 it is more, but 2 a - 7 > 3 is more than all gains already.
+    Every step below is exact in float32: a gain is a multiple of 2^-27 up to 1/16, a cost one of
+    2^-20 up to 5. So is their sum in float64, in any order.
+
+    Args:
+        scaled: float32, divided by the scale of "max"; block_dim has length 32.
+
+    Returns:
+        bool, block_dim of length 1; False in a block with NaN or infinity.
+    """
+    magnitude = scaled.abs()
+    cost = (magnitude - 3.5).clamp_(min=0).mul_(2)
+    halves = magnitude.clamp_(max=1).mul_(2)
+    gain = halves.sub_(halves.round()).abs_().sub_(0.25).clamp_(min=0).div_(4)
+    return gain.sub_(cost).sum(block_dim, keepdim=True, dtype=torch.float64) > 0
 
 
 def _round_to_odd(values: Tensor) -> None:

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 
 HERE = {"explain", "graph_passes"}
-ELSEWHERE = {"compile_model": "test_demo.py"}
+ELSEWHERE = {"compile_model": "test_demo.py", "quality": "test_quality.py"}
 
 BLOCK, BYTES_PER_BLOCK = 32, 17  # MXFP4: 32 elements of four bits and a scale of eight
 

@@ -1,0 +1,67 @@
+"""How far the scale rules of ``formats.quantize`` move weights of known distributions.
+
+python benchmarks/weight_error.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mxfp4_fx.formats import SCALE_RULES, dequantize, quantize
+
+Errors = dict[str, dict[str, dict[str, float]]]  # distribution -> rule -> measure
+
+
+def distributions(count: int, seed: int = 0) -> dict[str, Tensor]:
+    """Name -> ``count`` float32 samples, a multiple of 32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "normal": normal(count),
+        # That of x y + z w for normal x, y, z and w.
+        "Laplace": normal(2, count).prod(0) + normal(2, count).prod(0),
+        "Student's t, 5 degrees": normal(count) / normal(5, count).square().mean(0).sqrt(),
+    }
+
+
+def errors(weights: Mapping[str, Tensor]) -> Errors:
+    """For weights [..., K] of each name: their squared error over their squares, and the SNR."""
+    return {
+        name: {rule: _error(values, rule) for rule in SCALE_RULES}
+        for name, values in weights.items()
+    }
+
+
+def _error(weights: Tensor, rule: str) -> dict[str, float]:
+    rounded = dequantize(*quantize(weights, scale_rule=rule), torch.float32).double()
+    exact = weights.double()
+    error = ((rounded - exact).square().sum() / exact.square().sum()).item()
+    return {"relative_squared_error": error, "snr_db": -10 * math.log10(error)}
+
+
+def print_table(found: Errors) -> None:
+    print(f"{'weights':<26}{'rule':<8}{'squared error / squared weights':>32}{'SNR':>12}")
+    for name, rules in found.items():
+        for rule, error in rules.items():
+            relative, snr = error["relative_squared_error"], error["snr_db"]
+            print(f"{name:<26}{rule:<8}{relative:>32.6f}{snr:>9.2f} dB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=1 << 22, help="of each (%(default)s)")
+    args = parser.parse_args(argv)
+    print_table(errors(distributions(args.samples)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
