@@ -73,6 +73,20 @@ def test_experts_are_quantized_and_all_else_is_copied(tmp_path: Path, dtype: tor
     assert all(raw(before[name]) == raw(after[name]) for name in before)
 
 
+def test_the_scale_rule_is_obeyed(tmp_path: Path) -> None:
+    source = edit_tensors(write_dense(tmp_path / "in"), randomize)
+    before = read_tensors(source)
+    after = read_tensors(convert(source, tmp_path / "out", scale_rule="search"))
+    differ = False
+    for name in [name for name in before if name.endswith(PROJECTIONS)]:
+        values = before[name].transpose(1, 2).contiguous()
+        blocks, scales = quantize(values, scale_rule="search")
+        assert torch.equal(after[f"{name}_blocks"], blocks), name
+        assert torch.equal(after[f"{name}_scales"], scales), name
+        differ |= not torch.equal(scales, quantize(values)[1])
+    assert differ
+
+
 def test_the_result_is_a_right_checkpoint(quantized: Path) -> None:
     checkpoint = Checkpoint.open(quantized)
     checkpoint.check()

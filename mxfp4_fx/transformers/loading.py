@@ -56,11 +56,15 @@ def from_pretrained(
     Raises:
         CheckpointError: there is no such checkpoint, it is not GPT-OSS's in MXFP4 or dense, or
             transformers is not installed.
-        OptionError: an option of transformers that makes no sense here, or ``skip`` names nothing.
+        OptionError: an option of transformers that makes no sense here, ``skip`` that names
+            nothing, or an unknown ``scale_rule``.
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) not in (None, False):
             raise OptionError(f"from_pretrained(..., {name}=...) is not supported: {reason}")
+    if scale_rule not in SCALE_RULES:
+        known = " or ".join(map(repr, SCALE_RULES))
+        raise OptionError(f"from_pretrained(..., scale_rule={scale_rule!r}): it must be {known}")
     try:
         import transformers
         from safetensors import SafetensorError

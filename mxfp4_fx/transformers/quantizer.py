@@ -223,9 +223,10 @@ class QuantizeExperts(ConversionOps):
         e, k, n = weight.shape
         blocks = weight.new_empty((e, n, k // BLOCK, BYTES_PER_BLOCK), dtype=torch.uint8)
         scales = weight.new_empty((e, n, k // BLOCK), dtype=torch.uint8)
-        rule: dict[str, Any] = {} if self.scale_rule == "max" else {"scale_rule": self.scale_rule}
         for expert in range(e):
-            blocks[expert], scales[expert] = quantize(weight[expert].T, **rule)
+            blocks[expert], scales[expert] = quantize(
+                weight[expert].T, scale_rule=self.scale_rule
+            )
         module, projection = name.rsplit(".", 1)
         _set_loading_dtype(model.get_submodule(module), projection, torch.uint8)
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
