@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mxfp4_fx.backend import mxfp4
     from mxfp4_fx.explanation import Explanation, explain
+    from mxfp4_fx.quantization import quantize_checkpoint
     from mxfp4_fx.transformers.loading import from_pretrained
     from mxfp4_fx.transformers.unpacking import dequantize
-    from mxfp4_fx.weights import refresh
+    from mxfp4_fx.weights import refresh, restore
 
-__all__ = ["Explanation", "dequantize", "explain", "from_pretrained", "mxfp4", "refresh"]
+__all__ = [
+    "Explanation",
+    "dequantize",
+    "explain",
+    "from_pretrained",
+    "mxfp4",
+    "quantize_checkpoint",
+    "refresh",
+    "restore",
+]
 
 _MODULES = {
     "Explanation": "mxfp4_fx.explanation",
@@ -22,7 +32,9 @@ _MODULES = {
     "explain": "mxfp4_fx.explanation",
     "from_pretrained": "mxfp4_fx.transformers.loading",
     "mxfp4": "mxfp4_fx.backend",
+    "quantize_checkpoint": "mxfp4_fx.quantization",
     "refresh": "mxfp4_fx.weights",
+    "restore": "mxfp4_fx.weights",
 }
 
 

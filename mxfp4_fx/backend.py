@@ -12,11 +12,18 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from tqdm import tqdm
 
-from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning, NoExpertsWarning
+from mxfp4_fx import dynamo
+from mxfp4_fx.errors import (
+    FreedWeightError,
+    MissedRewriteError,
+    MissedRewriteWarning,
+    NoExpertsWarning,
+)
+from mxfp4_fx.freed import is_freed
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
-from mxfp4_fx.transformers.capture import prepare_capture, serves_capture
+from mxfp4_fx.transformers.capture import prepare_capture
 from mxfp4_fx.weights import STORE
 
 log = logging.getLogger("mxfp4_fx.backend")
@@ -26,7 +33,7 @@ CompiledGraph = Callable[..., Any]
 _warned: set[str] = set()
 
 
-@serves_capture
+@dynamo.ours
 def mxfp4(
     gm: fx.GraphModule,
     example_inputs: list[Any],
@@ -52,10 +59,24 @@ def mxfp4(
     prepare_capture()
     parsed = Options.parse(options, mode)
     rewritten, ctx = run_pipeline(gm, example_inputs, parsed)
+    _refuse_freed(gm, rewritten, ctx)
     announce(ctx, parsed)
     if rewritten is gm:
         return compile_inner(gm, example_inputs, parsed)
     return bind(gm, rewritten, ctx, parsed)
+
+
+def _refuse_freed(captured: fx.GraphModule, rewritten: fx.GraphModule, ctx: Context) -> None:
+    """A graph that reads a freed weight as it was would read memory that is not there."""
+    reads = {n.name for n in rewritten.graph.find_nodes(op="placeholder") if n.users}
+    for node, value in zip(captured.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True):
+        if is_freed(value) and node.name in reads:
+            why = "".join(f"\n  not rewritten: {miss}" for miss in ctx.report.misses)
+            raise FreedWeightError(
+                f"{value!r} was freed by options={{'free_weights': True}} when it was compiled "
+                f"before, but this graph needs it ({node.name}). mxfp4_fx.restore(model) gives "
+                f"freed weights their memory again.{why}"
+            )
 
 
 def bind(
@@ -63,8 +84,9 @@ def bind(
 ) -> CompiledGraph:
     """Compile a lowered graph; the result takes the captured graph's inputs."""
     plan = InputPlan(captured, lowered, ctx)
-    _swizzle_ahead(ctx)
+    # Before any weight is freed: an inner compiler that fails leaves the model as it was.
     compiled = compile_inner(lowered, plan.examples(lowered, ctx), options)
+    _swizzle_ahead(plan, ctx, options)
 
     def run(*args: Any) -> Any:
         return compiled(*plan.inputs(args))
@@ -96,40 +118,48 @@ class InputPlan:
 
     def __init__(self, captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> None:
         slots = {n.name: i for i, n in enumerate(captured.graph.find_nodes(op="placeholder"))}
-        # For each input: the captured graph's input, its layout (None: as it is), and the part.
-        self._sources: list[tuple[int, str | None, int]] = [
-            (b.source, b.layout, b.part)
-            if (b := ctx.bindings.get(node.name))
-            else (slots[node.name], None, 0)
-            for node in lowered.graph.find_nodes(op="placeholder")
+        bindings = [ctx.bindings.get(n.name) for n in lowered.graph.find_nodes(op="placeholder")]
+        # Swizzled weights: the captured graph's inputs that each is made from, and its layout.
+        self.swizzled = sorted({(b.sources, b.layout) for b in bindings if b})
+        # For each input: one of the captured graph's as it is, or a swizzled weight and its part.
+        self._inputs: list[tuple[int, None] | tuple[int, int]] = [
+            (self.swizzled.index((b.sources, b.layout)), b.part) if b else (slots[node.name], None)
+            for node, b in zip(lowered.graph.find_nodes(op="placeholder"), bindings, strict=True)
         ]
+        self.as_they_are = {at for at, part in self._inputs if part is None}
 
     def examples(self, lowered: fx.GraphModule, ctx: Context) -> list[Any]:
         """Example inputs for the inner compiler; swizzled weights are fake."""
         placeholders = lowered.graph.find_nodes(op="placeholder")
         return [
-            node.meta["example_value"] if layout else ctx.inputs[source]
-            for node, (source, layout, _) in zip(placeholders, self._sources, strict=True)
+            ctx.inputs[at] if part is None else node.meta["example_value"]
+            for node, (at, part) in zip(placeholders, self._inputs, strict=True)
         ]
 
     def inputs(self, args: tuple[Any, ...]) -> list[Any]:
         """The lowered graph's inputs for a call of the captured one with ``args``."""
-        return [
-            args[source] if layout is None else STORE.get(args[source], layout)[part]
-            for source, layout, part in self._sources
-        ]
+        # Freed parameters go by the road of all others, past their own class's veto.
+        with torch._C.DisableTorchFunctionSubclass():
+            swizzled = [
+                STORE.get(args[sources[0]], layout, *(args[i] for i in sources[1:]))
+                for sources, layout in self.swizzled
+            ]
+        return [args[at] if part is None else swizzled[at][part] for at, part in self._inputs]
 
 
-def _swizzle_ahead(ctx: Context) -> None:
-    """Swizzle while compiling, with a progress bar, rather than in the first call."""
-    wanted = {(b.source, b.layout) for b in ctx.bindings.values()}
-    real = [
-        (value, layout)
-        for source, layout in sorted(wanted)
-        if isinstance(value := ctx.inputs[source], Tensor) and not isinstance(value, FakeTensor)
-    ]
-    for value, layout in tqdm(real, "mxfp4: quantizing expert weights", leave=False, disable=None):
-        STORE.get(value, layout)
+def _swizzle_ahead(plan: InputPlan, ctx: Context, options: Options) -> None:
+    """Swizzle while compiling, with a progress bar, rather than in the first call.
+
+    With ``free_weights`` each source gives its memory back before the next one is swizzled.
+    """
+    title = "mxfp4: swizzling expert weights"
+    for sources, layout in tqdm(plan.swizzled, title, leave=False, disable=None):
+        weight, *scales = (ctx.inputs[i] for i in sources)
+        if not isinstance(weight, Tensor) or isinstance(weight, FakeTensor):
+            continue
+        STORE.get(weight, layout, *scales)
+        if options.free_weights and not set(sources) & plan.as_they_are:
+            STORE.free(weight, layout, *scales)
 
 
 def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> CompiledGraph:

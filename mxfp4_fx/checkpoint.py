@@ -106,7 +106,7 @@ class Checkpoint:
                 f"{index} names {_few(absent)}, which is not there: copy or download it as well"
             )
         found = cls([index.parent / file for file in files], config)
-        for name in found.tensors.keys() | weight_map:
+        for name in {**weight_map, **found.tensors}:
             says = f"says {weight_map[name]}" if name in weight_map else "does not name it"
             if name not in found.tensors:
                 raise CheckpointError(f"{name} is in no shard, but {index} {says}: {_AGAIN}")

@@ -1,4 +1,4 @@
-"""``python -m mxfp4_fx``: what this machine will use, what a model would become, a model to try."""
+"""``python -m mxfp4_fx``: what this machine will use, what a model would become, checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mxfp4_fx import random_checkpoint, target
+from mxfp4_fx import quantization, random_checkpoint, target
 from mxfp4_fx.errors import KernelsUnavailableError, Mxfp4Error
 from mxfp4_fx.explanation import explain
 
@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     written = commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint")
     random_checkpoint.add_arguments(written)
     written.set_defaults(run=random_checkpoint.run)
+
+    quantized = commands.add_parser("quantize", help="quantize a GPT-OSS checkpoint to MXFP4")
+    quantization.add_arguments(quantized)
+    quantized.set_defaults(run=quantization.run)
 
     args = parser.parse_args(argv)
     try:

@@ -21,6 +21,10 @@ class WeightError(Mxfp4Error, ValueError):
     """An expert weight cannot be turned into MXFP4."""
 
 
+class FreedWeightError(Mxfp4Error, RuntimeError):
+    """A weight is asked for its values after ``free_weights`` gave its memory back."""
+
+
 class CheckpointError(Mxfp4Error, ValueError):
     """A checkpoint cannot be read, is not what its config says, or cannot be written."""
 
@@ -53,9 +57,9 @@ class SlowKernelsWarning(UserWarning):
     """The native kernels cannot be used here; everything works, several times slower."""
 
 
-class DeviceFullWarning(UserWarning):
-    """A dense weight did not fit on its device and is on the CPU."""
-
-
 class NanWeightsWarning(UserWarning):
     """Blocks of an MXFP4 checkpoint have the scale byte 255, which makes their weights NaN."""
+
+
+class DeviceFullWarning(UserWarning):
+    """A dense weight did not fit on its device and is on the CPU."""

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from mxfp4_fx import dynamo
+from mxfp4_fx.backend import bind
+from mxfp4_fx.freed import is_freed
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
-from mxfp4_fx.transformers.capture import prepare_capture, serves_capture
+from mxfp4_fx.transformers.capture import prepare_capture
 
 _reports: contextvars.ContextVar[list[GraphReport]] = contextvars.ContextVar("reports")
 
@@ -77,7 +80,8 @@ def explain(
 ) -> Explanation:
     """Capture ``model(*args, **kwargs)`` and tell what the backend would do with it.
 
-    The model runs once, as it is: nothing is quantized or compiled further. Gradient mode counts:
+    The model runs once, as it is: nothing is quantized or compiled further (weights that
+    ``free_weights`` freed are read where they are now). Gradient mode counts:
     outside ``torch.no_grad()`` experts whose weights require a gradient are not rewritten.
 
     Args:
@@ -105,21 +109,25 @@ def explain(
     )
 
 
-@serves_capture
+@dynamo.ours
 def _collect(
     gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """A backend that runs the pipeline for its report and the graph as it was.
 
-    One object, and the report is handed over when the graph *runs*: explaining again finds the
-    code that is compiled already.
+    Where weights were freed, only the rewritten graph can run. One object, and the report is handed
+    over when the graph *runs*: explaining again finds the code that is compiled already.
     """
-    _, ctx = run_pipeline(gm, example_inputs, Options.parse(options))
+    parsed = Options.parse(options)
+    rewritten, ctx = run_pipeline(gm, example_inputs, parsed)
     report = ctx.report  # the context holds the model's parameters and must not live on
+    graph = gm.forward
+    if any(map(is_freed, example_inputs)):
+        graph = bind(gm, rewritten, ctx, Options(inner="eager"))
 
     def run(*args: Any) -> Any:
         _reports.get().append(report)
-        return gm.forward(*args)
+        return graph(*args)
 
     return run
 

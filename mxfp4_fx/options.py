@@ -26,6 +26,8 @@ class Options:
         inductor: Inductor's own options, handed on when ``inner`` is ``"inductor"``.
         strict: a missed rewrite is an error instead of a warning.
         verify: on the first call run each rewritten region beside the original one and compare.
+        free_weights: give the memory of expert weights back as soon as they are swizzled, weight
+            by weight. Only the compiled graph can use them then; ``mxfp4_fx.restore`` undoes it.
         skip: ``fnmatch`` patterns of module names that stay as they are.
         mode: the ``mode=`` of ``torch.compile``; reaches Inductor.
     """
@@ -35,6 +37,7 @@ class Options:
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     strict: bool = False
     verify: bool = False
+    free_weights: bool = False
     skip: tuple[str, ...] = ()
     mode: str | None = None
 
@@ -44,18 +47,13 @@ class Options:
 
         Raises:
             OptionError: an unknown key (the message names the nearest one), a value of the wrong
-                type, or an option that this version does not have yet.
+                type, or two options that exclude each other.
         """
         given = dict(options or {})
-        if given.pop("free_weights", False):
-            raise OptionError(
-                "options['free_weights'] is not available in this version: the source weights "
-                "stay in memory beside their MXFP4 copies. Leave the option out."
-            )
         known = [f.name for f in dataclasses.fields(cls) if f.name != "mode"]
         for key in given:
             if key not in known:
-                raise OptionError(_unknown(key, [*known, "free_weights"]))
+                raise OptionError(_unknown(key, known))
         if isinstance(given.get("skip"), str):
             given["skip"] = (given["skip"],)
         parsed = cls(**given, mode=mode)
@@ -68,7 +66,7 @@ class Options:
                 f"options['kernels'] is {self.kernels!r}; it must be one of "
                 f"{', '.join(KERNELS)}.{_nearest(self.kernels, KERNELS)}"
             )
-        for name in ("strict", "verify"):
+        for name in ("strict", "verify", "free_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"options[{name!r}] must be True or False.")
         if not (isinstance(self.inner, str) or callable(self.inner)):
@@ -83,6 +81,11 @@ class Options:
         ):
             raise OptionError(
                 "options['skip'] must be a list of module-name patterns, such as ['*.layers.0.*']."
+            )
+        if self.verify and self.free_weights:
+            raise OptionError(
+                "options['verify'] compares with the original weights, which "
+                "options['free_weights'] gives back. Leave one of them out: verify first."
             )
         if (self.mode or self.inductor) and self.inner != "inductor":
             raise OptionError(

@@ -35,6 +35,11 @@ def requantize(weight: Tensor) -> Tensor:
     return held
 
 
+def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
+    """The values [E, K, N] float32 of a packed weight, [E, N, K/32, 16] and [E, N, K/32]."""
+    return dequantize(blocks, scales, torch.float32).transpose(1, 2)
+
+
 @torch.no_grad()
 def compare(
     layer: str,

@@ -3,6 +3,9 @@
 Dynamo lifts parameters to graph inputs and uses one compiled graph for many modules, so a weight is
 looked up when the graph is called, by the identity of the parameter that it is called with. Nothing
 here is baked into a graph or enters a cache key.
+
+A source is one tensor [E, K, N] of floats, or packed: blocks [E, N, K/32, 16] with scales
+[E, N, K/32], both uint8, in the order of a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,36 +17,54 @@ import weakref
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mxfp4_fx import freed
 from mxfp4_fx.errors import WeightError
-from mxfp4_fx.formats import BLOCK, quantize
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, dequantize, quantize
 from mxfp4_fx.layouts import LAYOUTS, Layout
 from mxfp4_fx.ops import cpu
 
 Parts = tuple[Tensor, Tensor]
+_CHECKPOINT_ORDER = "row_major"
+
+
+@dataclasses.dataclass(slots=True)
+class _Source:
+    """A tensor and the state that it was in."""
+
+    tensor: weakref.ref[Tensor]
+    version: int | None
+    pointer: int
+
+    def is_current(self, tensor: Tensor) -> bool:
+        return (
+            self.tensor() is tensor
+            and self.pointer == tensor.data_ptr()
+            and self.version == _version(tensor)
+        )
 
 
 @dataclasses.dataclass(slots=True)
 class _Entry:
-    """A swizzled weight and the state of the source that it was made from."""
+    """A swizzled weight and what it was made from: a weight, or blocks and scales."""
 
-    source: weakref.ref[Tensor]
-    version: int | None
-    pointer: int
+    weight: _Source
+    scales: _Source | None
     parts: Parts
 
-    def is_current(self, source: Tensor) -> bool:
-        return (
-            self.source() is source
-            and self.pointer == source.data_ptr()
-            and self.version == _version(source)
-        )
+    def is_current(self, weight: Tensor, scales: Tensor | None) -> bool:
+        if not self.weight.is_current(weight) or (scales is None) != (self.scales is None):
+            return False
+        return scales is None or self.scales is None or self.scales.is_current(scales)
+
+    def sources(self) -> tuple[_Source, ...]:
+        return (self.weight,) if self.scales is None else (self.weight, self.scales)
 
 
 class WeightStore:
-    """Source parameter -> swizzled weight. Safe to use from several threads, but for a weight that
-    one of them changes while another computes with it.
+    """Source -> swizzled weight. Safe to use from several threads, but for a weight that one of
+    them changes while another computes with it.
 
     A change in place (``copy_``, ``load_state_dict``, an optimizer) raises the source's version and
     ``p.data = t`` moves its memory: both are noticed and the weight is swizzled again, into the
@@ -55,49 +76,123 @@ class WeightStore:
         self._entries: dict[tuple[int, str], _Entry] = {}
         self._lock = threading.RLock()
 
-    def get(self, source: Tensor, layout: str) -> Parts:
-        """Blocks and scales of ``source`` [E, K, N] in ``layout``; swizzled now if need be."""
-        entry = self._entries.get((id(source), layout))
-        if entry is not None and entry.is_current(source):
+    def get(self, weight: Tensor, layout: str, scales: Tensor | None = None) -> Parts:
+        """Blocks and scales in ``layout``; swizzled now if need be.
+
+        Args:
+            weight: [E, K, N], or the blocks of ``scales``.
+            layout: a key of ``layouts.LAYOUTS``.
+            scales: of a packed weight.
+        """
+        entry = self._entries.get((id(weight), layout))
+        if entry is not None and entry.is_current(weight, scales):
             return entry.parts
         with self._lock:
-            return self._swizzle(source, layout)
+            return self._swizzle(weight, layout, scales)
 
     def refresh(self, sources: Iterable[Tensor]) -> int:
         """Forget what was made from these tensors; returns how many swizzled weights that was.
 
-        The next call of a compiled graph swizzles them again.
+        The next call of a compiled graph swizzles them again. Freed weights are left as they are:
+        nothing could be written to them.
         """
         with self._lock:
-            wanted = {id(source) for source in sources}
+            wanted = {id(source) for source in sources if not freed.is_freed(source)}
             # A copy: a tensor that is collected meanwhile takes its entry along.
-            stale = [
-                entry for entry in list(self._entries.values()) if id(entry.source()) in wanted
-            ]
+            entries = list(self._entries.values())
+            stale = [e for e in entries if any(id(s.tensor()) in wanted for s in e.sources())]
             for entry in stale:
-                entry.pointer = -1
+                entry.weight.pointer = -1
             return len(stale)
+
+    def free(self, weight: Tensor, layout: str, scales: Tensor | None = None) -> bool:
+        """Give the memory of a source back, now that the swizzled weight holds its values.
+
+        Returns:
+            Whether it was: checkpoint order is kernels' order for some, who go on reading the
+            source itself; a tensor that is no plain parameter cannot be freed.
+        """
+        with self._lock:
+            if scales is not None and layout == _CHECKPOINT_ORDER:
+                return False
+            self.get(weight, layout, scales)
+            tensors = [weight] if scales is None else [weight, scales]
+            if not all(map(freed.can_free, tensors)):
+                return False
+            for tensor in tensors:
+                if isinstance(tensor, nn.Parameter) and not freed.is_freed(tensor):
+                    freed.free(tensor)
+                    self._is_right_for(tensor)
+            return True
+
+    def values(self, parameter: Tensor) -> Tensor:
+        """What a freed parameter held, in new memory; any other tensor as it is.
+
+        The bytes of a packed weight are the ones it had; a weight of floats has the values that
+        MXFP4 holds of it.
+        """
+        if not freed.is_freed(parameter):
+            return parameter
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            blocks, scales, entry = self._freed(parameter)
+            if entry.scales is None:
+                return _dequantized(blocks, scales, parameter)
+            return blocks if entry.weight.tensor() is parameter else scales
+
+    def restore(self, parameter: Tensor) -> bool:
+        """Give a freed parameter its memory and :meth:`values` again; whether it was freed."""
+        with self._lock:
+            if not isinstance(parameter, freed.FreedParameter):
+                return False
+            freed.restore(parameter, self.values(parameter))
+            self._is_right_for(parameter)
+            return True
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _swizzle(self, source: Tensor, layout: str) -> Parts:
-        key = (id(source), layout)
+    def _is_right_for(self, tensor: Tensor) -> None:
+        """The memory of a source was given back, or given again: what was made from it is right."""
+        for entry in list(self._entries.values()):
+            for source in entry.sources():
+                if source.tensor() is tensor:
+                    source.version, source.pointer = _version(tensor), tensor.data_ptr()
+
+    def _swizzle(self, weight: Tensor, layout: str, scales: Tensor | None) -> Parts:
+        key = (id(weight), layout)
         entry = self._entries.get(key)
-        if entry is not None and entry.is_current(source):
+        if entry is not None and entry.is_current(weight, scales):
             return entry.parts  # another thread was faster
         # Read before the values: a write in between is then noticed at the next call.
-        version, pointer = _version(source), source.data_ptr()
-        old = entry.parts if entry is not None and entry.source() is source else None
-        parts = swizzle_weight(source, layout, out=old)
-        reference = weakref.ref(source, lambda dead: self._forget(key, dead))
-        self._entries[key] = _Entry(reference, version, pointer, parts)
+        reference = weakref.ref(weight, lambda dead: self._forget(key, dead))
+        state = _Source(reference, _version(weight), weight.data_ptr())
+        scales_state = None
+        if scales is not None:
+            scales_state = _Source(weakref.ref(scales), _version(scales), scales.data_ptr())
+        old = entry.parts if entry is not None and entry.weight.tensor() is weight else None
+        if freed.is_freed(weight):  # for another layout than before
+            blocks, packed_scales, _ = self._freed(weight)
+            parts = swizzle_weight(blocks, layout, scales=packed_scales)
+        else:
+            parts = swizzle_weight(weight, layout, old, scales)
+        self._entries[key] = _Entry(state, scales_state, parts)
         return parts
+
+    def _freed(self, parameter: Tensor) -> tuple[Tensor, Tensor, _Entry]:
+        """Blocks and scales [E, ..] in checkpoint order of a freed source, and their entry."""
+        for (_, layout), entry in list(self._entries.items()):
+            weight = entry.weight.tensor()
+            if weight is None:
+                continue
+            if any(source.tensor() is parameter for source in entry.sources()):
+                e, n, k = _sizes(weight, entry.scales is not None)
+                return *unswizzle_weight(entry.parts, layout, e, n, k), entry
+        raise AssertionError("a freed weight outlived its swizzled values")
 
     def _forget(self, key: tuple[int, str], dead: weakref.ref[Tensor]) -> None:
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.source is dead:  # else the id serves another tensor
+            if entry is not None and entry.weight.tensor is dead:  # else the id serves another
                 del self._entries[key]
 
 
@@ -107,42 +202,63 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: setattr(STORE, "_lock", threading.RLock()))
 
 
-def swizzle_weight(source: Tensor, layout: str, out: Parts | None = None) -> Parts:
-    """Quantize and swizzle a weight, one expert at a time (natively: a few kilobytes at a time).
+def swizzle_weight(
+    weight: Tensor, layout: str, out: Parts | None = None, scales: Tensor | None = None
+) -> Parts:
+    """Swizzle a weight, quantizing one of floats: an expert at a time (natively: some kilobytes).
 
     Args:
-        source: [E, K, N] float32, bfloat16 or float16, as transformers holds it.
+        weight: [E, K, N] float32, bfloat16 or float16, as transformers holds it; or blocks.
         layout: a key of ``layouts.LAYOUTS``.
         out: an earlier result; its memory is used again if it fits. What autograd saved of it for
             a backward then counts as modified.
+        scales: of a packed weight. In checkpoint order it is its own result: nothing is copied.
 
     Raises:
-        WeightError: not three-dimensional, or K no multiple of 32.
+        WeightError: not of these shapes, or K no multiple of 32.
     """
-    if source.ndim != 3 or source.shape[1] % BLOCK:
-        raise WeightError(
-            f"expert weights must be [E, K, N] with K a multiple of {BLOCK}; "
-            f"this one is {tuple(source.shape)}"
-        )
-    e, k, n = source.shape
+    _check_shapes(weight, scales)
+    e, n, k = _sizes(weight, scales is not None)
     order = LAYOUTS[layout]
-    is_native = layout == "cpu_panels" and source.device.type == "cpu"
     # Neither an inference tensor (it could not be saved for a backward) nor part of a graph.
     with torch.inference_mode(False), torch.no_grad():
-        if out is None or not _fits(out, source, order):
-            out = cpu.empty(order, e, n, k) if is_native else order.empty(e, n, k, source.device)
+        weight = weight.detach()
+        if scales is not None and layout == _CHECKPOINT_ORDER:
+            return weight, scales.detach()
+        is_native = _is_native(layout, weight.device)
+        if out is None or not _fits(out, weight.device, order, e, n, k):
+            out = cpu.empty(order, e, n, k) if is_native else order.empty(e, n, k, weight.device)
         if is_native:
-            cpu.quantize(source.detach(), *out)
+            if scales is None:
+                cpu.quantize(weight, *out)
+            else:
+                cpu.swizzle(weight, scales, *out)
             torch.autograd.graph.increment_version(out)  # torch has not seen the write
             return out
         for expert in range(e):
-            swizzled = order.swizzle(*quantize(source.detach()[expert].T))
-            for room, part in zip(out, swizzled, strict=True):
+            packed = (
+                quantize(weight[expert].T) if scales is None else (weight[expert], scales[expert])
+            )
+            for room, part in zip(out, order.swizzle(*packed), strict=True):
                 room[expert].copy_(part)
     return out
 
 
-def refresh(model: torch.nn.Module) -> int:
+def unswizzle_weight(parts: Parts, layout: str, e: int, n: int, k: int) -> Parts:
+    """The inverse: blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order, new."""
+    device = parts[0].device
+    out = LAYOUTS[_CHECKPOINT_ORDER].empty(e, n, k, device)
+    if _is_native(layout, device):
+        cpu.unswizzle(*parts, *out)
+        return out
+    for expert in range(e):
+        order = LAYOUTS[layout].unswizzle(parts[0][expert], parts[1][expert], n, k)
+        for room, part in zip(out, order, strict=True):
+            room[expert].copy_(part)
+    return out
+
+
+def refresh(model: nn.Module) -> int:
     """Swizzle the expert weights of ``model`` again at its next call.
 
     Needed only after writes that torch cannot notice, such as ``p.data.mul_()`` or through numpy.
@@ -153,11 +269,56 @@ def refresh(model: torch.nn.Module) -> int:
     return STORE.refresh(model.parameters())
 
 
-def _fits(parts: Parts, source: Tensor, order: Layout) -> bool:
-    e, k, n = source.shape
+def restore(model: nn.Module) -> int:
+    """Give the expert weights of ``model`` that ``free_weights`` freed their memory again.
+
+    Packed weights (``mxfp4_fx.from_pretrained``) get back their bytes, weights of floats the values
+    that MXFP4 holds of them. The compiled model goes on as it was.
+
+    Returns:
+        How many parameters were freed.
+    """
+    return sum(STORE.restore(parameter) for parameter in model.parameters())
+
+
+def _check_shapes(weight: Tensor, scales: Tensor | None) -> None:
+    shape = tuple(weight.shape)
+    if scales is None and (weight.ndim != 3 or shape[1] % BLOCK):
+        raise WeightError(
+            f"expert weights must be [E, K, N] with K a multiple of {BLOCK}; this one is {shape}"
+        )
+    if scales is not None and (weight.ndim != 4 or shape != (*scales.shape, BYTES_PER_BLOCK)):
+        raise WeightError(
+            f"packed expert weights must be blocks [E, N, K/{BLOCK}, {BYTES_PER_BLOCK}] and scales "
+            f"[E, N, K/{BLOCK}]; these are {shape} and {tuple(scales.shape)}"
+        )
+
+
+def _sizes(weight: Tensor, is_packed: bool) -> tuple[int, int, int]:
+    """(E, N, K)"""
+    if is_packed:
+        e, n, groups = weight.shape[:3]
+        return e, n, groups * BLOCK
+    e, k, n = weight.shape
+    return e, n, k
+
+
+def _is_native(layout: str, device: torch.device) -> bool:
+    return layout == "cpu_panels" and device.type == "cpu"
+
+
+def _dequantized(blocks: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+    """[E, K, N] of the dtype, device and strides of ``like``; one expert at a time."""
+    weight = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    for expert in range(weight.shape[0]):
+        dequantize(blocks[expert], scales[expert], weight.dtype, out=weight[expert].T)
+    return weight
+
+
+def _fits(parts: Parts, device: torch.device, order: Layout, e: int, n: int, k: int) -> bool:
     shapes = tuple((e, *shape) for shape in order.shapes(n, k))
-    return parts[0].device == source.device and tuple(part.shape for part in parts) == shapes
+    return parts[0].device == device and tuple(part.shape for part in parts) == shapes
 
 
-def _version(source: Tensor) -> int | None:
-    return None if source.is_inference() else source._version
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

@@ -1,6 +1,7 @@
 """Small GPT-OSS checkpoints, and damage to them, written by safetensors' own library."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mxfp4_fx import gpt_oss
 from mxfp4_fx.formats import dequantize
 from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
 
@@ -85,6 +87,25 @@ def write_dense(
     write_packed(path, shape)
     edit_tensors(path, lambda tensors: unpack_layers(tensors, *range(shape.layers), dtype=dtype))
     return edit_config(path, lambda config: config.pop("quantization_config"))
+
+
+def write_sparse(path: Path, sizes: dict[str, int], **config: Any) -> Path:
+    """A dense checkpoint of any size: zeros, which exist in the file system's books only."""
+    config |= {"model_type": "gpt_oss", **sizes}
+    forms: dict[int, gpt_oss.Form] = dict.fromkeys(range(sizes[gpt_oss.LAYERS]), "dense")
+    header: dict[str, Any] = {}
+    end = 0
+    for name, axes in gpt_oss.tensors("model.", forms, biases=True, head=True).items():
+        shape = [gpt_oss.size(axis, sizes) for axis in axes]
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return path
 
 
 def copied(source: Path, target: Path) -> Path:

@@ -79,8 +79,19 @@ class FusedActivation:
 
 
 @dataclass
+class InFlexData:
+    pass
+
+
+@dataclass
+class FlexCtx:
+    rhs_data: InFlexData
+
+
+@dataclass
 class PrecisionConfig:
     weight_scale: Wrapped
+    flex_ctx: FlexCtx | None = None
     out_dtype: torch.dtype | None = None
 
 
@@ -179,7 +190,7 @@ def _dequantized(w: Wrapped, scale: Wrapped) -> Tensor:
     assert w.dtype is FP4
     assert w.data.stride(-2) == 1  # K is contiguous
     codes = torch.stack((w.data % 16, w.data // 16), dim=2).flatten(1, 2).long()
-    assert list(codes.shape) == w.shape
+    assert list(codes.shape) == list(w.shape)
     factor = torch.exp2(scale.data.double() - 127)
     factor = torch.where(scale.data == 255, torch.nan, factor).repeat_interleave(32, dim=1)
     magnitude = torch.tensor(VALUES, dtype=torch.float64)[codes % 8]
@@ -202,9 +213,43 @@ def _sums(rows: Tensor, scatter_indx: ScatterIndx, a: int) -> Tensor:
     return sums
 
 
-tensor = SimpleNamespace(FP4=FP4, wrap_torch_tensor=wrap_torch_tensor)
+def convert_layout(weight: Wrapped, layout: Any, **_: Any) -> Wrapped:
+    return weight
+
+
+def routes(logits: Tensor, n_expts_act: int) -> tuple[RoutingData, GatherIndx, ScatterIndx]:
+    """What transformers' own modules ask for; mxfp4_fx has its own routing."""
+    e, slots = logits.shape[1], logits.shape[0] * n_expts_act
+    chosen, experts = logits.topk(n_expts_act, dim=1)
+    order = experts.flatten().argsort(stable=True).int()
+    inverse = order.argsort().int()
+    hist = experts.flatten().bincount(minlength=e).int()
+    offsets = torch.cat([torch.zeros(1), hist.cumsum(0)]).int()
+    starts, tiles = {}, {}
+    for height in (16, 32, 64, 128):
+        counts = -(-hist // height)
+        starts[height] = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+        pairs = [tile << 16 | expert for expert in range(e) for tile in range(int(counts[expert]))]
+        tiles[height] = torch.tensor(pairs + [-1] * slots).int()
+    gammas = torch.softmax(chosen.float(), dim=1).flatten()[order]
+    data = RoutingData(gammas, hist, e, n_expts_act, ExptData(hist, offsets, starts, tiles))
+    return data, GatherIndx(order, inverse), ScatterIndx(inverse, order)
+
+
+tensor = SimpleNamespace(
+    FP4=FP4, wrap_torch_tensor=wrap_torch_tensor, convert_layout=convert_layout
+)
+tensor_details = SimpleNamespace(
+    layout=SimpleNamespace(
+        StridedLayout=None, make_default_matmul_mxfp4_w_layout=lambda mx_axis: (None, {})
+    )
+)
 routing = SimpleNamespace(
-    GatherIndx=GatherIndx, ScatterIndx=ScatterIndx, ExptData=ExptData, RoutingData=RoutingData
+    GatherIndx=GatherIndx,
+    ScatterIndx=ScatterIndx,
+    ExptData=ExptData,
+    RoutingData=RoutingData,
+    routing=routes,
 )
 swiglu = SimpleNamespace(swiglu_fn=swiglu_fn)
 matmul_ogs = SimpleNamespace(
@@ -212,4 +257,6 @@ matmul_ogs = SimpleNamespace(
     FnSpecs=FnSpecs,
     FusedActivation=FusedActivation,
     PrecisionConfig=PrecisionConfig,
+    FlexCtx=FlexCtx,
+    InFlexData=InFlexData,
 )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from transformers import GptOssConfig, GptOssForCausalLM
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssMLP
 
 from mxfp4_fx.formats import dequantize, quantize
+from mxfp4_fx.packed import PROJECTIONS, PackedExperts
 
 FORMS = ("grouped_mm", "batched_mm", "eager")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +61,25 @@ def _fill(module: Any, dtype: torch.dtype, seed: int) -> Any:
                 values = on_mxfp4_grid(values)
             parameter.copy_(values)
     return module
+
+
+def pack(module: Any) -> Any:
+    """The model or MLP itself, with its experts packed, as a checkpoint's bytes."""
+    for parent in list(module.modules()):
+        experts = getattr(parent, "experts", None)
+        if isinstance(experts, GptOssExperts):
+            parent.experts = _packed(experts)
+    return module
+
+
+def _packed(experts: GptOssExperts) -> PackedExperts:
+    sizes = experts.num_experts, experts.hidden_size, experts.intermediate_size
+    packed = PackedExperts(*sizes, experts.alpha, experts.limit)
+    for name in PROJECTIONS:
+        held = (*quantize(getattr(experts, name).transpose(1, 2)), getattr(experts, f"{name}_bias"))
+        for part, value in zip(("blocks", "scales", "bias"), held, strict=True):
+            setattr(packed, f"{name}_{part}", nn.Parameter(value.detach(), requires_grad=False))
+    return packed
 
 
 def on_mxfp4_grid(weight: Tensor) -> Tensor:

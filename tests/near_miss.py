@@ -70,9 +70,12 @@ def with_experts(changes: dict[str, str], form: str = "grouped_mm") -> GptOssMLP
 
 
 def mxfp4_ops(graphs: Graphs) -> list[str]:
-    """The names of the package's ops, in the order of the graphs."""
-    names = (str(node.target) for gm in graphs.seen for node in gm.graph.nodes)
-    return [name for name in names if name.startswith("mxfp4.")]
+    """The names of the ops that the backend made, in the order of the graphs.
+
+    Packed experts call the same ops, but leave it open who computes them.
+    """
+    made = [node for gm in graphs.seen for node in gm.graph.nodes if "kernels" in node.kwargs]
+    return [str(node.target) for node in made]
 
 
 def state(module: nn.Module) -> list[Tensor]:

@@ -52,9 +52,9 @@ class TestOptions:
         with pytest.raises(OptionError, match=name):
             Options.parse(options)
 
-    def test_an_option_that_is_not_there_yet_says_so(self) -> None:
-        with pytest.raises(OptionError, match=r"free_weights.*not available"):
-            Options.parse({"free_weights": True})
+    def test_what_is_compared_must_not_be_freed(self) -> None:
+        with pytest.raises(OptionError, match=r"verify.*free_weights.*Leave one of them out"):
+            Options.parse({"verify": True, "free_weights": True})
 
     def test_one_pattern_to_skip_may_stand_alone(self) -> None:
         assert Options.parse({"skip": "model.layers.0.*"}).skip == ("model.layers.0.*",)

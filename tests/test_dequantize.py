@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import TINY, read_tensors, write_packed
-from loading import SECOND_LAYER_ON_DISK, assert_same_tensors, dequantized, logits, measured
+from loaded import SECOND_LAYER_ON_DISK, assert_same_tensors, dequantized, logits, measured
 from models import Graphs
 from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -19,7 +20,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 import mxfp4_fx
 from mxfp4_fx.errors import DequantizeError
 from mxfp4_fx.formats import SLAB_VALUES
+from mxfp4_fx.freed import is_freed
 from mxfp4_fx.packed import PackedExperts
+from mxfp4_fx.weights import STORE
 
 WAYS: dict[str, Callable[[Any], Any]] = {
     "function": mxfp4_fx.dequantize,
@@ -111,6 +114,20 @@ def test_a_model_that_was_compiled_in_place(checkpoint: Path) -> None:
     dense = dequantized(checkpoint)
     dense.compile(backend="mxfp4", options={"inner": Graphs()})
     assert torch.equal(actual, logits(dense))
+
+
+def test_a_model_whose_weights_were_freed(checkpoint: Path) -> None:
+    gc.collect()  # what an earlier test left behind must not count
+    swizzled = len(STORE)
+    model = mxfp4_fx.from_pretrained(checkpoint)
+    model.compile(backend="mxfp4", options={"inner": "eager", "free_weights": True})
+    logits(model)
+    assert len(STORE) - swizzled == 4
+    assert is_freed(model.model.layers[0].mlp.experts.down_proj_blocks)
+    expected = dict(dequantized(checkpoint).named_parameters())
+    assert_same_tensors(dict(mxfp4_fx.dequantize(model).named_parameters()), expected)
+    gc.collect()
+    assert len(STORE) == swizzled
 
 
 def test_offloaded_layers_are_refused(checkpoint: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 # Every file of the package but the `__init__`s of folders: a line is a layer, the lowest comes
 # first. Files of one layer do not import one another. ops/cpu/ holds C++ only.
 LAYERS = [
-    ["errors.py", "console.py"],
-    ["native.py", "hub.py"],
-    ["formats.py", "target.py", "options.py", "safetensors_file.py"],
+    ["errors.py", "console.py", "dynamo.py"],
+    ["native.py", "hub.py", "freed.py"],
+    ["formats.py", "target.py", "options.py", "safetensors_file.py", "journal.py"],
     ["layouts.py", "gpt_oss.py"],
     ["checkpoint.py"],
     ["ops/reference.py", "ops/tiles.py", "ops/triton_kernels/arithmetic.py"],
@@ -25,9 +25,11 @@ LAYERS = [
     ["passes/checks.py"],
     ["passes/fuse_moe.py", "passes/lower_moe.py"],
     ["passes/pipeline.py"],
-    ["transformers/capture.py", "transformers/unpacking.py", "random_checkpoint.py"],
+    ["transformers/capture.py", "transformers/unpacking.py"],
+    ["random_checkpoint.py", "quantization.py"],
     ["transformers/quantizer.py"],
-    ["transformers/loading.py", "backend.py", "explanation.py"],
+    ["transformers/loading.py", "backend.py"],
+    ["explanation.py"],
     ["cli.py", "__init__.py"],
     ["__main__.py"],
 ]

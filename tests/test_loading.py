@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import copied, edit_config, edit_tensors, read_tensors, write_packed
-from loading import (
+from loaded import (
     IDS,
     SECOND_LAYER_ON_DISK,
     assert_same_tensors,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import PROJECTIONS, TINY, read_tensors, write_packed
-from loading import (
+from loaded import (
     SECOND_LAYER_ON_DISK,
     assert_same_tensors,
     dequantized,

@@ -138,7 +138,9 @@ def test_misaligned_tensors_are_read(file: Path) -> None:
     data = bytes(11) + values.view(torch.uint8).numpy().tobytes()
     encoded = json.dumps(header).encode()
     file.write_bytes(contents(encoded + b" " * (-len(encoded) % 8), data))
-    assert torch.equal(read_header(file)["b"].read(), values)
+    read = read_header(file)["b"].read()
+    assert torch.equal(read, values)
+    assert read.data_ptr() % values.itemsize == 0
 
 
 def test_writing_to_what_was_read_leaves_the_file(file: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -270,9 +271,9 @@ def test_two_threads_swizzle_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> N
     made: list[Tensor] = []
     real = weights.swizzle_weight
 
-    def counting(source: Tensor, layout: str, out: weights.Parts | None = None) -> weights.Parts:
+    def counting(source: Tensor, *args: Any) -> weights.Parts:
         made.append(source)
-        return real(source, layout, out)
+        return real(source, *args)
 
     monkeypatch.setattr(weights, "swizzle_weight", counting)
     store, source = WeightStore(), nn.Parameter(new_weight(torch.empty(8, 256, 64), 0))

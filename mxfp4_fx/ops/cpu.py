@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx import native, target
+from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.layouts import LAYOUTS, Layout
 from mxfp4_fx.ops.reference import Routes
 
@@ -172,6 +173,38 @@ def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
             torch.get_num_threads(),
         ),
         "quantize",
+    )
+
+
+def swizzle(blocks: Tensor, scales: Tensor, panels: Tensor, flags: Tensor) -> None:
+    """Blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint into ``cpu_panels``."""
+    blocks, scales = blocks.contiguous(), scales.contiguous()
+    e, n, groups = scales.shape
+    _check(
+        _library().mxfp4_swizzle(
+            _pointer(blocks),
+            _pointer(scales),
+            *map(ctypes.c_int64, (e, n, groups * BLOCK)),
+            _pointer(panels),
+            _pointer(flags),
+            torch.get_num_threads(),
+        ),
+        "swizzle",
+    )
+
+
+def unswizzle(panels: Tensor, flags: Tensor, blocks: Tensor, scales: Tensor) -> None:
+    """The inverse of :func:`swizzle`, into contiguous ``blocks`` and ``scales``."""
+    e, n, groups = scales.shape
+    _check(
+        _library().mxfp4_unswizzle(
+            _pointer(panels),
+            *map(ctypes.c_int64, (e, n, groups * BLOCK)),
+            _pointer(blocks),
+            _pointer(scales),
+            torch.get_num_threads(),
+        ),
+        "unswizzle",
     )
 
 

@@ -161,6 +161,8 @@ def moe(
     top_k: int,
     alpha: float,
     limit: float,
+    gate_up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
 ) -> Tensor:
     """The logical op: a GPT-OSS MoE MLP from its router logits on, weights as the model has them.
 
@@ -171,12 +173,17 @@ def moe(
         down, down_bias: [E, I, H] and [E, H].
         top_k: A.
         alpha, limit: SwiGLU's constants.
+        gate_up_scales, down_scales: of packed weights, [E, 2I, H/32] and [E, H, I/32] uint8;
+            ``gate_up`` and ``down`` are then blocks, with one more axis of 16 bytes.
 
     Returns:
         [T, H] in hidden's dtype. Nothing is quantized: MXFP4 begins when the op is lowered.
     """
     routes = routing(router_logits, top_k)
-    return _experts(hidden, routes, gate_up, gate_up_bias, down, down_bias, top_k, alpha, limit)
+    gate_up_of, down_of = _matrices(gate_up, gate_up_scales), _matrices(down, down_scales)
+    return _experts(
+        hidden, routes, gate_up_of, gate_up_bias, down_of, down_bias, top_k, alpha, limit
+    )
 
 
 def moe_from_routes(
@@ -189,19 +196,29 @@ def moe_from_routes(
     down_bias: Tensor,
     alpha: float,
     limit: float,
+    gate_up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
 ) -> Tensor:
     """:func:`moe` with routes chosen already: ``indices`` [T, A] and ``weights`` [T, A]."""
     routes = routing_from_routes(indices, weights, gate_up.shape[0])
     a = indices.shape[1]
-    return _experts(hidden, routes, gate_up, gate_up_bias, down, down_bias, a, alpha, limit)
+    gate_up_of, down_of = _matrices(gate_up, gate_up_scales), _matrices(down, down_scales)
+    return _experts(hidden, routes, gate_up_of, gate_up_bias, down_of, down_bias, a, alpha, limit)
+
+
+def _matrices(weight: Tensor, scales: Tensor | None) -> Callable[[int], Tensor]:
+    """The matrix [N, K] float32 of each expert, of a weight [E, K, N] or a packed one."""
+    if scales is None:
+        return lambda e: weight[e].T.float()
+    return lambda e: dequantize(weight[e], scales[e], torch.float32)
 
 
 def _experts(
     hidden: Tensor,
     routes: Routes,
-    gate_up: Tensor,
+    gate_up: Callable[[int], Tensor],
     gate_up_bias: Tensor,
-    down: Tensor,
+    down: Callable[[int], Tensor],
     down_bias: Tensor,
     top_k: int,
     alpha: float,
@@ -210,10 +227,10 @@ def _experts(
     gammas, gather_index, scatter_index, offsets = routes
     inner = grouped_linear(
         hidden[gather_index],
-        lambda e: gate_up[e].T.float(),
+        gate_up,
         gate_up_bias,
         offsets,
         lambda y: swiglu(y, alpha, limit),
     )
-    y = grouped_linear(inner, lambda e: down[e].T.float(), down_bias, offsets)
+    y = grouped_linear(inner, down, down_bias, offsets)
     return combine(y * gammas[:, None], scatter_index, top_k).to(hidden.dtype)

@@ -45,14 +45,16 @@ KERNELS: dict[str, dict[str, str]] = {
 }
 
 _WEIGHTS = "Tensor gate_up, Tensor gate_up_bias, Tensor down, Tensor down_bias"
+# Packed weights are blocks, with these scales.
+_SCALES = "Tensor? gate_up_scales=None, Tensor? down_scales=None"
 _ROUTES = "(Tensor gammas, Tensor gather_index, Tensor scatter_index, Tensor expert_offsets)"
 _OPERANDS = "Tensor x, Tensor blocks, Tensor scales, Tensor bias, Tensor expert_offsets"
 
 SCHEMAS = {
     "moe": f"(Tensor hidden, Tensor router_logits, {_WEIGHTS}, int top_k, float alpha, "
-    "float limit) -> Tensor",
+    f"float limit, {_SCALES}) -> Tensor",
     "moe.routes": f"(Tensor hidden, Tensor indices, Tensor weights, {_WEIGHTS}, float alpha, "
-    "float limit) -> Tensor",
+    f"float limit, {_SCALES}) -> Tensor",
     "routing": f"(Tensor logits, int top_k, str kernels='reference') -> {_ROUTES}",
     "routing.routes": "(Tensor indices, Tensor weights, int num_experts, int first_expert=0, "
     f"str kernels='reference') -> {_ROUTES}",

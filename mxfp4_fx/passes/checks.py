@@ -17,8 +17,9 @@ from mxfp4_fx.passes.matcher import Match, Mismatch, Op
 from mxfp4_fx.passes.patterns import ROUTER_INDICES, ROUTER_SCORES
 
 WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
-# The weights that become MXFP4; biases stay inputs as they are.
-_PACKED = ("gate_up", "down")
+SCALES = ("gate_up_scales", "down_scales")  # of packed weights, which are blocks then
+# The weights that are swizzled; biases stay inputs as they are.
+_SWIZZLED = ("gate_up", "down", *SCALES)
 # Ops whose dtype is the arithmetic's: under autocast it differs from the inputs'.
 _ARITHMETIC = {"grouped_mm", "bmm", "add", "mul", "sigmoid", "clamp", "sum", "softmax"}
 
@@ -72,8 +73,11 @@ def _check_types(match: Match) -> None:
             _fail(match, "it is inside a function transform, such as vmap", node)
         if is_traceable_wrapper_subclass(value):
             _fail(match, f"{name} is a {type(value).__name__}, not a plain tensor", node)
-        if name != "indices" and value.dtype != hidden.dtype:
-            _fail(match, f"{name} is {value.dtype}, the activations are {hidden.dtype}", node)
+        is_packed = SCALES[0] in match.leaves and name in _SWIZZLED
+        wanted = torch.uint8 if is_packed else hidden.dtype
+        if name != "indices" and value.dtype != wanted:
+            reason = f"{name} is {value.dtype}, the activations are {hidden.dtype}"
+            _fail(match, f"{name} is {value.dtype}, not uint8" if is_packed else reason, node)
         if value.device != hidden.device:
             where = f"on {value.device}, the activations on {hidden.device}"
             _fail(match, f"{name} is {where}", node)
@@ -107,8 +111,10 @@ def _check_weights(match: Match, ctx: Context) -> None:
     """What becomes MXFP4 is an input that stays the same object from call to call."""
     placeholders = match.leaves["gate_up"].graph.find_nodes(op="placeholder")
     inputs = dict(zip(placeholders, ctx.inputs, strict=True))
-    for name in _PACKED:
-        node = match.leaves[name]
+    for name in _SWIZZLED:
+        node = match.leaves.get(name)
+        if node is None:
+            continue
         if node.op != "placeholder" or not is_parameter(node, inputs[node]):
             _fail(match, f"{name} is not a parameter or buffer of the model", node)
 
@@ -137,7 +143,7 @@ def _check_writes(root: fx.Node, match: Match, memory: Memory) -> None:
     for name, value in values.items():
         mine = memory.of(value)
         for writer, written in memory.writes:
-            watched = name in _PACKED or first < writer < root
+            watched = name in _SWIZZLED or first < writer < root
             if watched and (UNKNOWN in written or not mine.isdisjoint(written)):
                 how = "is" if surely_writes(writer) else "may be"
                 _fail(match, f"{name} {how} written to in the graph, by {writer}", writer)

@@ -17,12 +17,13 @@ class Binding:
     """A graph input that is bound at call time to part of a swizzled weight.
 
     Attributes:
-        source: the index, among the captured graph's inputs, of the parameter it is made from.
+        sources: the indices, among the captured graph's inputs, of what it is made from: a weight,
+            or blocks and scales.
         layout: the layout it is swizzled to.
         part: 0 for blocks, 1 for scales.
     """
 
-    source: int
+    sources: tuple[int, ...]
     layout: str
     part: int
 

@@ -16,12 +16,19 @@ from torch import fx
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx import verification
 from mxfp4_fx.ops import reference
-from mxfp4_fx.passes.checks import WEIGHTS, check_region, is_parameter
+from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region, is_parameter
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.graph import Memory, module_name, op_name, source_line, tensor_of
+from mxfp4_fx.passes.graph import (
+    Memory,
+    comes_from,
+    module_name,
+    op_name,
+    source_line,
+    tensor_of,
+)
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.patterns import (
-    EXPERT_SHAPES,
+    FOREIGN_EXPERTS,
     FORMS,
     ROUTER_INDICES,
     ROUTER_SCORES,
@@ -30,7 +37,7 @@ from mxfp4_fx.passes.patterns import (
 )
 from mxfp4_fx.passes.report import Miss, Rewrite
 
-_MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum"}
+_MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum", "mxfp4.matmul_ogs"}
 
 
 def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
@@ -66,6 +73,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     found = [
         *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(left.items())),
         *_in_subgraphs(gm),
+        *_of_transformers(gm.graph),
     ]
     ctx.report.misses += [_skipped(m.layer) if _is_skipped(m.layer, ctx) else m for m in found]
 
@@ -84,7 +92,7 @@ def _match_experts(root: fx.Node) -> tuple[Form, Match]:
         match = Match()
         try:
             match.expect(form.result, root)
-            match.solve(EXPERT_SHAPES)
+            match.solve(form.shapes)
             return form, match
         except Mismatch as mismatch:
             mismatch.reason = f"not the {form.name} form: {mismatch.reason}"
@@ -115,9 +123,8 @@ def _match_router(match: Match, form: Form) -> bool:
 
 def _rewrite(layer: str, form: Form, match: Match) -> Rewrite:
     letters = match.letters
-    weights = [
-        t for name in ("gate_up", "down") if (t := tensor_of(match.leaves[name])) is not None
-    ]
+    names = ("gate_up", "down", *SCALES)
+    weights = [t for name in names if (t := tensor_of(match.leaves.get(name))) is not None]
     return Rewrite(
         layer=layer,
         form=form.name,
@@ -135,15 +142,16 @@ def _insert_moe(gm: fx.GraphModule, root: fx.Node, match: Match, has_router: boo
     """Put the logical op behind the region and hand it the region's users."""
     weights = [match.leaves[name] for name in WEIGHTS]
     constants = float(match.letters["alpha"]), float(match.letters["limit"])
+    scales = [match.leaves[name] for name in SCALES if name in match.leaves]
     hidden = match.leaves["hidden"]
     with gm.graph.inserting_after(root):
         if has_router:
             logits, top_k = match.leaves["router_logits"], match.letters["A"]
-            args = (hidden, logits, *weights, top_k, *constants)
+            args = (hidden, logits, *weights, top_k, *constants, *scales)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.default, args)
         else:
             routes = match.leaves["indices"], match.leaves["scores"]
-            args = (hidden, *routes, *weights, *constants)
+            args = (hidden, *routes, *weights, *constants, *scales)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.routes, args)
     moe.meta = dict(root.meta)
     root.replace_all_uses_with(moe)
@@ -164,9 +172,13 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
     """``verify``: the region stays, on the weights that MXFP4 holds, and its result is compared."""
     graph, inside = root.graph, list(match.nodes.values())
     held: dict[str, fx.Node] = {}
-    for name in ("gate_up", "down"):
+    for name, scales in zip(("gate_up", "down"), SCALES, strict=True):
         weight = match.leaves[name]
         with graph.inserting_before(min(inside)):
+            if scales in match.leaves:
+                args = (weight, match.leaves[scales])
+                held[name] = graph.call_function(verification.unpacked, args)
+                continue
             held[name] = graph.call_function(verification.requantize, (weight,))
         for node in inside:
             node.replace_input_with(weight, held[name])
@@ -177,7 +189,8 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
             (leaves["indices"], leaves["scores"], match.letters["E"]),
         )
     with graph.inserting_after(routes):
-        constants = match.letters["A"], moe.args[-2], moe.args[-1]
+        alpha, limit = (float(match.letters[name]) for name in ("alpha", "limit"))
+        constants = match.letters["A"], alpha, limit
         weights = [leaves[name] for name in WEIGHTS]
         args = (layer, root, moe, routes, leaves["hidden"], *weights, *constants)
         graph.call_function(verification.compare, args)
@@ -194,7 +207,7 @@ def _suspects(gm: fx.GraphModule, ctx: Context) -> dict[fx.Node, str]:
 
 def _is_stack(node: fx.Node) -> bool:
     value = tensor_of(node)
-    return value is not None and value.ndim == 3
+    return value is not None and value.ndim == (4 if value.dtype == torch.uint8 else 3)
 
 
 def _matmuls_with(graph: fx.Graph, stacks: set[fx.Node]) -> dict[fx.Node, str]:
@@ -235,6 +248,16 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
         return Miss(layer, reason, source_line(node))
     at = mismatch.node if mismatch.node is not None else node
     return Miss(layer, mismatch.reason, source_line(at))
+
+
+def _of_transformers(graph: fx.Graph) -> list[Miss]:
+    """MXFP4 experts that transformers itself has put into the model; their matmuls are no nodes."""
+    reason = (
+        "transformers holds its weights in MXFP4 for kernels of its own (Mxfp4GptOssMLP): load the "
+        "model with mxfp4_fx.from_pretrained(...) instead"
+    )
+    nodes = [node for node in graph.nodes if comes_from(node, FOREIGN_EXPERTS)]
+    return [Miss(name, reason) for name in dict.fromkeys(map(module_name, nodes))]
 
 
 def _in_subgraphs(gm: fx.GraphModule) -> list[Miss]:

@@ -116,6 +116,7 @@ _GROUPED_MM = {
     getattr(torch.nn.functional, "grouped_mm", None),
 } - {None}
 _GROUPED_MM_OPS = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
+_OWN = "mxfp4."  # ops of this package, which packed experts call; the names are their own
 
 
 def op_name(node: fx.Node) -> str | None:
@@ -128,6 +129,8 @@ def op_name(node: fx.Node) -> str | None:
         return None
     if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         named = str(node.target).removesuffix(".default")
+        if named.startswith(_OWN):
+            return named
         return "grouped_mm" if named in _GROUPED_MM_OPS else None
     return "grouped_mm" if node.target in _GROUPED_MM else _FUNCTIONS.get(node.target)
 
@@ -141,6 +144,8 @@ def read_call(node: fx.Node) -> Call | None:
         return _read_view(node)
     if name == "cast":
         return _read_cast(node)
+    if name.startswith(_OWN):
+        return _read_own(node)
     signature = _SIGNATURES[name]
     if len(node.args) > len(signature.names):
         return None
@@ -194,6 +199,16 @@ def _read_cast(node: fx.Node) -> Call | None:
     elif len(node.args) != 1 or node.kwargs:
         return None
     return Call("cast", {"input": node.args[0], "dtype": dtype})
+
+
+def _read_own(node: fx.Node) -> Call | None:
+    """An op of this package, by its schema."""
+    assert isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    schema = _schemas(node.target)[0]
+    args = {argument.name: argument.default_value for argument in schema.arguments}
+    args |= dict(zip(args, node.args, strict=False)) | node.kwargs
+    args = {k: fx.node.map_arg(v, scalar_or_node) for k, v in args.items()}
+    return Call(op_name(node) or "", args)
 
 
 def scalar_or_node(node: fx.Node) -> Any:
@@ -366,6 +381,11 @@ def module_name(node: fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]", r".\1", path)
     return re.sub(r"^L\.\w+\.?", "", path) or "(top level)"
+
+
+def comes_from(node: fx.Node, file: str) -> bool:
+    """Whether code in ``file``, the end of a path, made a node."""
+    return f'{file}", line' in (node.meta.get("stack_trace") or "").replace("\\", "/")
 
 
 def source_line(node: fx.Node) -> str:

@@ -16,9 +16,12 @@ import torch
 from torch import fx
 
 from mxfp4_fx import target
+from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.layouts import LAYOUTS
 from mxfp4_fx.passes.context import Binding, Context
 from mxfp4_fx.passes.graph import tensor_of
+
+Sources = tuple[fx.Node, ...]
 
 _MXFP4 = torch.ops.mxfp4
 _MOE = (_MXFP4.moe.default, _MXFP4.moe.routes)
@@ -27,25 +30,31 @@ _MOE = (_MXFP4.moe.default, _MXFP4.moe.routes)
 def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
     """Expand every ``mxfp4::moe`` for its device; record kernels, layout and bytes."""
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    swizzled: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    swizzled: dict[Sources, tuple[fx.Node, fx.Node]] = {}
     moes = [node for node in gm.graph.nodes if node.target in _MOE]
     for at, node in enumerate(moes):
         values = _arguments(node)
         chosen = target.choose(_fake(node).device, ctx.options.kernels)
+        found = []
         for name in ("gate_up", "down"):
-            source = values[name]
-            if source not in swizzled:
-                swizzled[source] = _swizzled_inputs(source, inputs[source], chosen.layout, ctx)
-        _expand(node, values, swizzled, chosen)
-        parts = (*swizzled[values["gate_up"]], *swizzled[values["down"]])
+            # A weight of floats, or blocks and scales.
+            sources = tuple(
+                v for v in (values[name], values.get(f"{name}_scales")) if v is not None
+            )
+            if sources not in swizzled:
+                indices = tuple(inputs[source] for source in sources)
+                swizzled[sources] = _swizzled_inputs(sources, indices, chosen.layout, ctx)
+            found.append(swizzled[sources])
+        gate_up, down = found
+        _expand(node, values, gate_up, down, chosen)
         ctx.report.rewrites[at] = dataclasses.replace(
             ctx.report.rewrites[at],
             kernels=chosen.kernels,
             layout=chosen.layout,
             reason=chosen.reason,
-            bytes_after=sum(_fake(part).numel() for part in parts),
+            bytes_after=sum(_fake(part).numel() for part in (*gate_up, *down)),
         )
-    for source in swizzled:
+    for source in {source for sources in swizzled for source in sources}:
         if not source.users:
             gm.graph.erase_node(source)
 
@@ -53,27 +62,32 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
 def _arguments(node: fx.Node) -> dict[str, Any]:
     assert isinstance(node.target, torch._ops.OpOverload)
     names = (argument.name for argument in node.target._schema.arguments)
-    return dict(zip(names, node.args, strict=True))
+    return dict(zip(names, node.args, strict=False))
 
 
 def _swizzled_inputs(
-    source: fx.Node, index: int, layout: str, ctx: Context
+    sources: Sources, indices: tuple[int, ...], layout: str, ctx: Context
 ) -> tuple[fx.Node, fx.Node]:
-    """New graph inputs for the blocks and the scales of one weight [E, K, N]."""
+    """New graph inputs for the swizzled blocks and scales of one weight, in place of its own."""
+    source = sources[0]
     weight = _fake(source)
-    e, k, n = weight.shape
+    if len(sources) == 1:
+        e, k, n = weight.shape
+    else:
+        e, n, k = (*weight.shape[:2], weight.shape[2] * BLOCK)
     with weight.fake_mode:  # type: ignore[attr-defined]
         parts = LAYOUTS[layout].empty(e, n, k, weight.device)
     nodes = []
     after = source
     for part, (name, value) in enumerate(zip(("blocks", "scales"), parts, strict=True)):
         with source.graph.inserting_after(after):
-            node = source.graph.placeholder(f"{source.name.rstrip('_')}_{name}")
+            stem = source.name.rstrip("_").removesuffix("_blocks")
+            node = source.graph.placeholder(f"{stem}_{name}")
         node.meta["example_value"] = value
         # Its address is fixed as the parameter's was, and no guard of Dynamo's speaks of it.
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         node._dynamo_source = None
-        ctx.bindings[node.name] = Binding(index, layout, part)
+        ctx.bindings[node.name] = Binding(indices, layout, part)
         nodes.append(after := node)
     return nodes[0], nodes[1]
 
@@ -81,7 +95,8 @@ def _swizzled_inputs(
 def _expand(
     node: fx.Node,
     values: dict[str, Any],
-    swizzled: dict[fx.Node, tuple[fx.Node, fx.Node]],
+    gate_up: tuple[fx.Node, fx.Node],
+    down: tuple[fx.Node, fx.Node],
     chosen: target.Target,
 ) -> None:
     graph = node.graph
@@ -114,7 +129,7 @@ def _expand(
         inner = call(
             _MXFP4.matmul_ogs.default,
             values["hidden"],
-            *swizzled[values["gate_up"]],
+            *gate_up,
             values["gate_up_bias"],
             offsets,
             gather_index=gather_index,
@@ -126,7 +141,7 @@ def _expand(
         out = call(
             _MXFP4.matmul_ogs.default,
             inner,
-            *swizzled[values["down"]],
+            *down,
             values["down_bias"],
             offsets,
             scatter_index=scatter_index,

@@ -84,6 +84,9 @@ class Scalar:
     def __mul__(self, other: Scalar | int) -> Scalar:
         return self._with(other, "*", operator.mul)
 
+    def __floordiv__(self, other: Scalar | int) -> Scalar:
+        return self._with(other, "//", operator.floordiv)
+
     def __sub__(self, other: Scalar | int) -> Scalar:
         return self._with(other, "-", operator.sub)
 
@@ -97,6 +100,25 @@ class Letter(Scalar):
     def __init__(self, name: str) -> None:
         super().__init__(name, lambda env: env[name])
         self.name = name
+
+    def __mul__(self, other: Scalar | int) -> Scalar:
+        product = super().__mul__(other)
+        return Multiple(self, other, product) if isinstance(other, int) else product
+
+    def bind(self, env: dict[str, Any], number: Any) -> None:
+        env.setdefault(self.name, number)
+
+
+class Multiple(Scalar):
+    """A letter times a number; where nothing else says what the letter is, it does."""
+
+    def __init__(self, letter: Letter, factor: int, product: Scalar) -> None:
+        super().__init__(product.text, product.value)
+        self.letter = letter
+        self.factor = factor
+
+    def bind(self, env: dict[str, Any], number: Any) -> None:
+        self.letter.bind(env, number // self.factor)
 
 
 class Mismatch(Exception):
@@ -196,12 +218,12 @@ class Match:
         elif type(expected) is not type(actual) or expected != actual:
             raise self._mismatch(f"expected {expr}, found {_describe(node)}", node)
 
-    def solve(self, shapes: Mapping[str, tuple[Scalar, ...]]) -> None:
+    def solve(self, shapes: Mapping[str, tuple[Scalar | int, ...]]) -> None:
         """Bind the letters and prove every number and every leaf's shape.
 
         Args:
             shapes: leaf name -> its shape in letters. A letter is bound by the first leaf that has
-                it alone in its shape.
+                it, alone or as a multiple, in its shape.
 
         Raises:
             Mismatch: some number is not what the pattern says.
@@ -212,15 +234,15 @@ class Match:
             if value is None or value.ndim != len(shape):
                 raise self._mismatch(f"{name} must have {len(shape)} dimensions", self.leaves[name])
             for letter, size in zip(shape, value.shape, strict=True):
-                if isinstance(letter, Letter):
-                    env.setdefault(letter.name, size)
+                if isinstance(letter, Letter | Multiple):
+                    letter.bind(env, size)
         for expected, actual, _, _ in self._numbers:
             if isinstance(expected, Letter):
-                env.setdefault(expected.name, actual)
+                expected.bind(env, actual)
         for name, shape in shapes.items():
             value = tensor_of(self.leaves[name])
             assert value is not None
-            wanted = [scalar.value(env) for scalar in shape]
+            wanted = [_number(scalar, env) for scalar in shape]
             # Sizes of separate inputs may be symbols of their own: a guard makes them one.
             if not all(map(equal_or_guard, value.shape, wanted)):
                 letters = ", ".join(map(str, shape))
@@ -228,7 +250,7 @@ class Match:
                     f"{name} must be [{letters}]; it is {tuple(value.shape)}", self.leaves[name]
                 )
         for expected, actual, expr, node in self._numbers:
-            number = expected.value(env) if isinstance(expected, Scalar) else expected
+            number = _number(expected, env)
             if not equal(actual, number):
                 said = expected if isinstance(expected, Scalar) else number
                 raise self._mismatch(
@@ -237,6 +259,10 @@ class Match:
 
     def _mismatch(self, reason: str, node: fx.Node | None) -> Mismatch:
         return Mismatch(reason, node, self._agreed)
+
+
+def _number(value: Scalar | float, env: Mapping[str, Any]) -> Any:
+    return value.value(env) if isinstance(value, Scalar) else value
 
 
 def _is_number(value: Any) -> bool:

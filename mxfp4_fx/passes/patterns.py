@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Any
 
 import torch
 
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Op, Scalar
 
 T, A, E, H, I = (Letter(name) for name in "TAEHI")  # noqa: E741
@@ -24,8 +26,12 @@ INDICES, SCORES = Leaf("indices"), Leaf("scores")
 GATE_UP, GATE_UP_BIAS = Leaf("gate_up"), Leaf("gate_up_bias")
 DOWN, DOWN_BIAS = Leaf("down"), Leaf("down_bias")
 
+GATE_UP_SCALES, DOWN_SCALES = Leaf("gate_up_scales"), Leaf("down_scales")
+
+Shapes = dict[str, tuple[Scalar | int, ...]]
+
 # Weights first: their sizes are fixed, an input's may be symbolic where it is known to be the same.
-EXPERT_SHAPES: dict[str, tuple[Scalar, ...]] = {
+EXPERT_SHAPES: Shapes = {
     "down": (E, I, H),
     "down_bias": (E, H),
     "gate_up": (E, H, I * 2),
@@ -34,7 +40,18 @@ EXPERT_SHAPES: dict[str, tuple[Scalar, ...]] = {
     "indices": (T, A),
     "scores": (T, A),
 }
-ROUTER_SHAPES: dict[str, tuple[Scalar, ...]] = {"router_logits": (T, E)}
+PACKED_SHAPES: Shapes = {
+    "down_bias": (E, H),
+    "gate_up_bias": (E, I * 2),
+    "down": (E, H, I // BLOCK, BYTES_PER_BLOCK),
+    "down_scales": (E, H, I // BLOCK),
+    "gate_up": (E, I * 2, H // BLOCK, BYTES_PER_BLOCK),
+    "gate_up_scales": (E, I * 2, H // BLOCK),
+    "hidden": (T, H),
+    "indices": (T, A),
+    "scores": (T, A),
+}
+ROUTER_SHAPES: Shapes = {"router_logits": (T, E)}
 
 
 class Sentinels(enum.Enum):
@@ -59,11 +76,13 @@ class Form:
         name: in reports.
         result: the experts' result as an expression.
         needs_router: right only for ids that the router has chosen, which are all below E.
+        shapes: of the leaves.
     """
 
     name: str
     result: Op
     needs_router: bool = False
+    shapes: Shapes = dataclasses.field(default_factory=lambda: EXPERT_SHAPES)
 
 
 def grouped_mm(histogram_dtype: torch.dtype, sentinels: Sentinels) -> Op:
@@ -108,6 +127,20 @@ def batched_mm(sentinels: Sentinels) -> Op:
     return sum_over_choices(y * view(scores, T * A, 1))
 
 
+def packed() -> Op:
+    """Experts that hold a checkpoint's bytes (``packed.py``), in this package's own ops.
+
+    ``gate_up`` and ``down`` are blocks. Ids from E on are skipped, as everywhere.
+    """
+    args = {"indices": INDICES, "weights": SCORES, "num_experts": E, "first_expert": 0}
+    routes = Op("mxfp4.routing.routes", {**args, "kernels": "reference"})
+    gammas, gather_index, scatter_index, offsets = (routes[i] for i in range(4))
+    inner = {"gather_index": gather_index, "activation": "swiglu", "alpha": ALPHA, "limit": LIMIT}
+    outer = {"scatter_index": scatter_index, "gammas": gammas, "experts_per_token": A}
+    x = matmul_ogs(HIDDEN, GATE_UP, GATE_UP_SCALES, GATE_UP_BIAS, offsets, **inner)
+    return matmul_ogs(x, DOWN, DOWN_SCALES, DOWN_BIAS, offsets, **outer)
+
+
 def swiglu(gate_up: Expr) -> Expr:
     """Gate in the even columns, clamped above; up in the odd ones, clamped on both sides."""
     gate = clamp(gate_up[..., slice(None, None, 2)], low=None, high=LIMIT)
@@ -132,7 +165,23 @@ def _as_op(expr: Expr) -> Op:
     return expr
 
 
+# Where transformers has MXFP4 experts of its own: other kernels, and weights in their order.
+FOREIGN_EXPERTS = "transformers/integrations/mxfp4.py"
+
+
 # The vocabulary: canonical calls (graph.Call) with every argument that matters.
+
+
+def matmul_ogs(
+    x: Expr, blocks: Expr, scales: Expr, bias: Expr, offsets: Expr, **changes: Any
+) -> Op:
+    """With the op's defaults where nothing else is said, but for constants that are not used."""
+    args = {"blocks": blocks, "scales": scales, "bias": bias, "expert_offsets": offsets}
+    defaults: dict[str, Any] = {"gather_index": None, "scatter_index": None, "gammas": None}
+    defaults |= {"experts_per_token": 1, "activation": "none"}
+    defaults |= {"layout": "row_major", "kernels": "reference"}
+    # Last, for an attempt that goes far before it fails is the one that explains a miss.
+    return Op("mxfp4.matmul_ogs", {**args, **defaults, **changes, "x": x})
 
 
 def view(x: Expr, *shape: Scalar | int) -> Expr:
@@ -207,5 +256,6 @@ FORMS = (
     Form("batched_mm", batched_mm(Sentinels.NONE)),
     Form("batched_mm", batched_mm(Sentinels.SCORES)),
     Form("batched_mm", batched_mm(Sentinels.CLAMP), needs_router=True),
+    Form("packed", packed(), shapes=PACKED_SHAPES),
 )
 ROUTER_SCORES, ROUTER_INDICES = router()

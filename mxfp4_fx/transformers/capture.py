@@ -19,19 +19,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from mxfp4_fx import dynamo
 from mxfp4_fx.errors import CheckpointError
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
-_OURS = "_is_mxfp4_backend"
 
 _lock = threading.Lock()
 _prepared = False
-
-
-def serves_capture(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a Dynamo backend as one for which the eager loop is captured whole."""
-    setattr(backend, _OURS, True)
-    return backend
 
 
 def prepare_capture() -> bool:
@@ -64,7 +58,7 @@ def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) ->
 
     @torch._dynamo.assume_constant_result
     def compiling_for_mxfp4() -> bool:
-        return _current_backend_is_ours()
+        return dynamo.compiling_for() is True
 
     @torch.compiler.substitute_in_graph(original)
     def forward(
@@ -77,19 +71,6 @@ def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) ->
             return grouped(self, hidden_states, router_indices, routing_weights)
         result: Tensor = loop(self, hidden_states, router_indices, routing_weights)
         return result
-
-
-def _current_backend_is_ours() -> bool:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    for _ in range(8):  # wrappers: torch.compile's own, and Dynamo's for debugging
-        if backend is None or getattr(backend, _OURS, False):
-            break
-        backend = getattr(backend, "compiler_fn", None) or getattr(
-            backend, "_torchdynamo_orig_backend", None
-        )
-    return getattr(backend, _OURS, False) is True
 
 
 @contextlib.contextmanager

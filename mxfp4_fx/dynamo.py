@@ -1,0 +1,31 @@
+"""Whose compilation Dynamo is at: this backend's, or another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_OURS = "_is_mxfp4_backend"
+
+
+def ours(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a Dynamo backend as one of this package: it is handed other graphs than others are."""
+    setattr(backend, _OURS, True)
+    return backend
+
+
+def compiling_for() -> bool | None:
+    """Whether Dynamo captures for a backend of this package; None if it captures nothing now."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # none was ever started in this thread, or it is over
+        return None
+    for _ in range(8):  # wrappers: torch.compile's own, and Dynamo's for debugging
+        if backend is None or getattr(backend, _OURS, False):
+            break
+        backend = getattr(backend, "compiler_fn", None) or getattr(
+            backend, "_torchdynamo_orig_backend", None
+        )
+    return getattr(backend, _OURS, False) is True

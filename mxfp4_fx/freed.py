@@ -1,0 +1,120 @@
+"""Parameters whose memory was given back: ``options["free_weights"]``.
+
+A freed parameter stays the object that it was, with its shape, dtype and device, because Dynamo's
+guards and the swizzled weights go by these. Its values are elsewhere; whoever asks for them gets an
+error instead of a crash (torch reads a storage of no bytes without looking).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from mxfp4_fx import dynamo
+from mxfp4_fx.errors import FreedWeightError
+
+_REMEDY = (
+    "its memory was given back when it was compiled with options={'free_weights': True}, and its "
+    "values are in the compiled graph's layout now. Call the compiled model, give freed weights "
+    "their memory again with mxfp4_fx.restore(model), or compile without free_weights"
+)
+_MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, which is no matter
+# What may still be asked of it: what is known without its values.
+_ALLOWED = {
+    *("__get__", "__set__", "__len__", "size", "stride", "dim", "ndimension", "numel", "nelement"),
+    *("element_size", "storage_offset", "is_contiguous", "is_floating_point", "is_complex"),
+    *("data_ptr", "untyped_storage", "requires_grad_", "get_device", "is_inference"),
+}
+
+
+class FreedParameter(nn.Parameter):
+    """The class that a parameter has while its memory is given back."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            # What another compiler makes of a tensor reads its memory without asking.
+            others = torch.compiler.is_compiling() and dynamo.compiling_for() is False
+            if not others and (torch.compiler.is_compiling() or name in _ALLOWED):
+                return func(*args, **kwargs)
+        freed = (a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
+        return _refuse(next(freed), "be compiled by another backend" if others else name)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # as it is called, so it is
+        with torch._C.DisableTorchFunctionSubclass():
+            shape, dtype, device = tuple(self.shape), self.dtype, self.device
+        return f"FreedParameter({shape}, dtype={dtype}, device='{device}')"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        _refuse(self, "deepcopy")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse(self, "save")
+
+
+def is_freed(value: object) -> bool:
+    return isinstance(value, FreedParameter)
+
+
+def can_free(value: Tensor) -> bool:
+    """Whether a tensor is a plain parameter: a subclass has its own ways, a buffer has no class."""
+    return type(value) in (nn.Parameter, FreedParameter)
+
+
+def free(parameter: nn.Parameter) -> None:
+    """Give a parameter's memory back; a view of it, if somebody has one, keeps the memory."""
+    like = parameter.detach()
+    shape, stride = like.shape, like.stride()
+    with torch.inference_mode(False), torch.no_grad():
+        _page_out(like)
+        del like
+        parameter.data = parameter.data.new_empty(0)
+        # The room, which nothing is written to, may be that which was given back just now.
+        room = torch.empty_strided(shape, stride, dtype=parameter.dtype, device=parameter.device)
+        room.untyped_storage().resize_(0)
+        parameter.data = room
+    parameter.__class__ = FreedParameter
+
+
+def restore(parameter: nn.Parameter, values: Tensor) -> None:
+    """Make a freed parameter what it was, with these values of its shape, dtype and device."""
+    parameter.__class__ = nn.Parameter
+    parameter.data = values
+
+
+def _page_out(tensor: Tensor) -> None:
+    """Let go of the pages of a file that is mapped: its mapping lives as long as others use it.
+
+    Nothing is lost: the system reads pages again, and keeps those that were written to.
+    """
+    storage = tensor.untyped_storage()
+    if sys.platform != "linux" or tensor.device.type != "cpu" or storage.resizable():
+        return
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (storage.data_ptr() + storage.nbytes() - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_PAGEOUT))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif not isinstance(value, list | tuple):
+        yield value
+        return
+    for item in value:
+        yield from _flat(item)
+
+
+def _refuse(parameter: FreedParameter, what: str) -> NoReturn:
+    raise FreedWeightError(f"{parameter!r} has no values to {what}: {_REMEDY}.")

@@ -1,0 +1,107 @@
+"""Work on a checkpoint that can be interrupted at any time and go on: `Journal` and `locked`.
+
+It lies in a directory of its own:
+
+    journal.json  what was asked for, and the size and checksums of each shard that is complete
+    lock          held by the process that works here; the kernel lets go of it for a killed one
+    checkpoint/   the shards; what is being written ends in ".writing"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mxfp4_fx.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def locked(partial: Path) -> Iterator[None]:
+    import fcntl  # which is not on every system
+
+    with (partial / "lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process works on {partial}: wait for it, or name another directory"
+            ) from error
+        yield
+
+
+class Journal:
+    """The shards of a run that are complete, in a file that is never half written."""
+
+    def __init__(self, partial: Path, identity: Mapping[str, Any]) -> None:
+        """Begin in `partial`, or go on there if `identity`, JSON, is that of the run that began.
+
+        Raises:
+            CheckpointError: another one began, or it cannot be told which.
+        """
+        self.partial = partial
+        self.checkpoint = partial / "checkpoint"
+        self._file = partial / "journal.json"
+        self._content: dict[str, Any] = {**identity, "shards": {}}
+        if self._file.exists():
+            self._go_on(identity)
+        elif self.checkpoint.exists():
+            raise CheckpointError(f"{partial} has no journal of its shards: remove it")
+        self._save()
+        self.checkpoint.mkdir(exist_ok=True)
+
+    def _go_on(self, identity: Mapping[str, Any]) -> None:
+        try:
+            content = json.loads(self._file.read_text(encoding="utf-8"))
+            other = [key for key in identity if content[key] != identity[key]]
+            shards = content["shards"].items()
+            sizes = {name: int(shard["size"]) for name, shard in shards}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self._file} is damaged: remove {self.partial}") from error
+        if other:
+            raise CheckpointError(
+                f"{self.partial} is left from a run with another {' and another '.join(other)}: "
+                f"remove it, or repeat that run as it was"
+            )
+        # By their sizes; every byte is read again in the end.
+        for name, shard in shards:
+            file = self.checkpoint / name
+            if file.is_file() and file.stat().st_size == sizes[name]:
+                self._content["shards"][name] = shard
+
+    def __contains__(self, shard: str) -> bool:
+        return shard in self._content["shards"]
+
+    def add(self, shard: str, size: int, digests: dict[str, str], nan: dict[str, int]) -> None:
+        self._content["shards"][shard] = {"size": size, "sha256": digests, "nan_blocks": nan}
+        self._save()
+
+    def digest(self, shard: str, tensor: str) -> str:
+        digest: str = self._content["shards"][shard]["sha256"][tensor]
+        return digest
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard["size"] for shard in self._content["shards"].values())
+
+    @property
+    def nan_blocks(self) -> dict[str, int]:
+        shards = self._content["shards"].values()
+        return {name: n for shard in shards for name, n in shard["nan_blocks"].items()}
+
+    def _save(self) -> None:
+        written = self._file.with_suffix(".writing")
+        written.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+        sync(written)
+        written.replace(self._file)
+
+
+def sync(file: Path) -> None:
+    """Put a file on the disk, and out of the cache, so that it is read from there."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

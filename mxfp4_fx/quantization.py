@@ -1,0 +1,379 @@
+"""Quantize a GPT-OSS checkpoint to MXFP4 without ever holding the model: `quantize_checkpoint`.
+
+Experts are read, quantized and written one at a time; other tensors are passed on a few MiB at a
+time. All that happens beside the output, in ``OUT.partial``, which `journal.py` describes, until
+everything was read again and found to be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from mxfp4_fx import formats
+from mxfp4_fx.checkpoint import CONFIG, INDEX, PICKLES, Checkpoint, warn_of_nan_blocks
+from mxfp4_fx.errors import CheckpointError
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN
+from mxfp4_fx.gpt_oss import MULTIPLES_OF_BLOCK, PROJECTIONS
+from mxfp4_fx.journal import Journal, locked, sync
+from mxfp4_fx.safetensors_file import (
+    SHARD_BYTES,
+    StoredTensor,
+    TensorSpec,
+    cut,
+    index_of,
+    require_new,
+    require_room,
+    write_safetensors,
+)
+
+SCALE_RULES = ("max", "search")
+
+# Of the input, these stay behind: weights, in whatever form, and what lists them.
+_WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    skip: Sequence[str] = (),
+    scale_rule: str = "max",
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> Path:
+    """Write the checkpoint directory `source` to `out`, with its experts in MXFP4.
+
+    Dense experts [E, K, N] become blocks [E, N, K/32, 16] and scales [E, N, K/32], by
+    `formats.quantize`; all other tensors and files are copied byte for byte, but for weights in
+    other files. The config gets its ``quantization_config``. `out` appears only once its files were
+    read again and compared. A run that is interrupted leaves ``out.partial``, from which the same
+    call goes on after the last shard that is complete.
+
+    Args:
+        source: a directory with dense experts in bfloat16, float16 or float32.
+        out: a directory that does not exist or is empty; parents are made.
+        skip: modules whose experts stay dense, as entries of ``modules_to_not_convert`` in
+            transformers: the end of a name, or a regular expression for its beginning. They are
+            added to what the config names already.
+        scale_rule: one of SCALE_RULES, for `formats.quantize`.
+        max_shard_bytes: tensor bytes in a shard; what belongs together is not torn apart for it.
+        progress: show progress bars, if stderr is a terminal.
+
+    Returns:
+        `out`, absolute.
+
+    Raises:
+        CheckpointError: `source` is damaged, inconsistent or packed already, a pattern matches
+            nothing, `out` is taken or its disk too full (nothing was written then); another run
+            works on `out`, or one with another input or other options was interrupted; the disk
+            fails.
+    Warns:
+        NanWeightsWarning: values were NaN or infinite; their blocks are NaN now.
+    """
+    source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
+    if scale_rule not in SCALE_RULES:
+        raise CheckpointError(f"scale_rule is {scale_rule!r}: it must be in {SCALE_RULES}")
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}: it must be 1 or more")
+    require_new(out)
+    if out.is_relative_to(source):
+        raise CheckpointError(f"{out} lies in {source}: name a directory elsewhere")
+    skip = (skip,) if isinstance(skip, str) else skip
+    plan = _plan(source, skip, scale_rule, max_shard_bytes)
+
+    partial = partial_of(out)
+    if not partial.exists():
+        require_room(out, plan.nbytes)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            require_new(out)  # another run may have ended since
+            journal = Journal(partial, plan.identity)
+            require_room(out, plan.nbytes - journal.nbytes)
+            _write(plan, journal, progress)
+            _verify(plan, journal, progress)
+            _add_files(plan, journal.checkpoint)
+            journal.checkpoint.replace(out)
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error}: repair that, and the same command goes on from {partial}"
+        ) from error
+    warn_of_nan_blocks(journal.nan_blocks)
+    return out
+
+
+def partial_of(out: Path) -> Path:
+    """Where an interrupted run's work lies."""
+    return out.with_name(f"{out.name}.partial")
+
+
+# ---- what is to be done -------------------------------------------------------------------------
+
+
+class _Item(NamedTuple):
+    """A tensor of the input and what becomes of it: itself, or its blocks and scales."""
+
+    source: StoredTensor
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def is_copied(self) -> bool:
+        return len(self.specs) == 1
+
+    def parts(self, scale_rule: str) -> Iterator[tuple[str, memoryview]]:
+        """(name, bytes) to write, of an expert's blocks and scales at a time."""
+        if self.is_copied:
+            yield from ((self.source.name, chunk) for chunk in self.source.chunks())
+            return
+        options = {} if scale_rule == "max" else {"scale_rule": scale_rule}
+        for expert in range(self.source.shape[0]):
+            values = self.source.read(expert).transpose(0, 1)
+            for spec, data in zip(self.specs, formats.quantize(values, **options), strict=True):
+                yield spec.name, data.numpy().data
+
+
+class _Plan(NamedTuple):
+    directory: Path  # the input
+    shards: dict[str, list[_Item]]
+    config: dict[str, Any]  # of the output
+    files: list[Path]  # to copy, relative to the directory
+    identity: dict[str, Any]  # what a run that goes on must have in common with its beginning
+    scale_rule: str
+
+    @property
+    def nbytes(self) -> int:
+        others = sum((self.directory / file).stat().st_size for file in self.files)
+        return others + sum(item.nbytes for items in self.shards.values() for item in items)
+
+
+def _plan(directory: Path, skip: Sequence[str], scale_rule: str, max_shard_bytes: int) -> _Plan:
+    checkpoint = Checkpoint.open(directory)
+    config = dict(checkpoint.config)
+    _require_dense(checkpoint)
+    _, modules = checkpoint.quantization()
+    if not modules:  # as in openai/gpt-oss-20b
+        names = ("layers.*.self_attn", "layers.*.mlp.router", "embed_tokens")
+        modules = [*(f"{checkpoint.prefix}{name}" for name in names), "lm_head"]
+    kept = {layer for pattern in modules for layer in checkpoint.matching(pattern)}
+    for pattern in skip:
+        if not (matched := checkpoint.matching(pattern)):
+            raise CheckpointError(
+                f"skip names {pattern!r}, which matches no experts: theirs are names like "
+                f"{checkpoint.experts(min(checkpoint.forms))}"
+            )
+        modules += [checkpoint.experts(layer) for layer in sorted(matched - kept)]
+        kept |= matched
+    if not checkpoint.forms.keys() - kept:
+        raise CheckpointError(
+            f"nothing of {directory} is left to quantize: skip fewer layers, or remove some of "
+            f"modules_to_not_convert from its {CONFIG}"
+        )
+    config["quantization_config"] = {"modules_to_not_convert": modules, "quant_method": "mxfp4"}
+    dense = {
+        f"{checkpoint.experts(layer)}.{projection}"
+        for layer in checkpoint.forms.keys() - kept
+        for projection in PROJECTIONS
+    }
+    items = [_item(tensor, name in dense) for name, tensor in checkpoint.tensors.items()]
+    identity = {
+        "input": _fingerprint(checkpoint, directory / CONFIG),
+        "modules_to_not_convert": modules,
+        "scale_rule": scale_rule,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    shards = cut(items, lambda item: item.nbytes, max_shard_bytes)
+    return _Plan(directory, shards, config, _other_files(directory), identity, scale_rule)
+
+
+def _require_dense(checkpoint: Checkpoint) -> None:
+    method, _ = checkpoint.quantization()
+    if "packed" in checkpoint.forms.values() or method not in (None, "mxfp4"):
+        checkpoint.check()  # which knows what is wrong, if that is not all
+        layers = [layer for layer, form in checkpoint.forms.items() if form == "packed"]
+        raise CheckpointError(
+            f"{checkpoint.experts(layers[0])} in {checkpoint.files[0].parent} is in MXFP4 already: "
+            "name a checkpoint that is not quantized"
+        )
+    config = checkpoint.config
+    # It may say mxfp4 already; what is checked is the model before it is quantized.
+    checkpoint.config = {key: config[key] for key in config if key != "quantization_config"}
+    checkpoint.check()
+    checkpoint.config = config
+    for key in MULTIPLES_OF_BLOCK:
+        if config[key] % BLOCK:
+            raise CheckpointError(
+                f"{key} is {config[key]}, which MXFP4 cannot have: it must be a multiple of {BLOCK}"
+            )
+
+
+def _item(source: StoredTensor, is_dense: bool) -> _Item:
+    if not is_dense:
+        return _Item(source, (source.spec,))
+    experts, k, n = source.shape
+    shape = experts, n, k // BLOCK
+    blocks = TensorSpec(f"{source.name}_blocks", torch.uint8, (*shape, BYTES_PER_BLOCK))
+    return _Item(source, (blocks, TensorSpec(f"{source.name}_scales", torch.uint8, shape)))
+
+
+def _fingerprint(checkpoint: Checkpoint, config: Path) -> list[list[Any]]:
+    """Of each file its name, size, time of change, and a digest of its header or its content."""
+    headers: dict[Path, list[str]] = {file: [] for file in checkpoint.files}
+    for tensor in checkpoint.tensors.values():
+        headers[tensor.file].append(repr((tensor.spec, tensor.offset)))
+    digests = {file: "\n".join(header).encode() for file, header in headers.items()}
+    digests[config] = config.read_bytes()
+    return [
+        [file.name, file.stat().st_size, file.stat().st_mtime_ns, hashlib.sha256(data).hexdigest()]
+        for file, data in digests.items()
+    ]
+
+
+def _other_files(directory: Path) -> list[Path]:
+    """All files but weights, the config, and what lies in hidden folders, such as .git."""
+    files = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
+    return sorted(
+        file
+        for file in files
+        if not (
+            file.suffix in _WEIGHTS
+            or file.name.endswith(_INDEXES)
+            or file == Path(CONFIG)
+            or any(folder.startswith(".") for folder in file.parts[:-1])
+        )
+    )
+
+
+# ---- doing it -----------------------------------------------------------------------------------
+
+
+def _write(plan: _Plan, journal: Journal, progress: bool) -> None:
+    """Write the shards that are not complete yet."""
+    missing = {name: items for name, items in plan.shards.items() if name not in journal}
+    total = sum(item.nbytes for items in missing.values() for item in items)
+    with _bar("quantizing", total, progress) as bar:
+        for name, items in missing.items():
+            specs = [spec for item in items for spec in item.specs]
+            digests = {spec.name: hashlib.sha256() for spec in specs}
+            nan: dict[str, int] = {}
+            written = journal.checkpoint / f"{name}.writing"
+            parts = _watched(items, plan.scale_rule, digests, nan)
+            write_safetensors(written, specs, parts, bar.update)
+            sync(written)
+            written.replace(journal.checkpoint / name)
+            size = (journal.checkpoint / name).stat().st_size
+            journal.add(name, size, {key: d.hexdigest() for key, d in digests.items()}, nan)
+
+
+def _watched(
+    items: Iterable[_Item], scale_rule: str, digests: Mapping[str, Any], nan: dict[str, int]
+) -> Iterator[tuple[str, memoryview]]:
+    """The parts of items, added to their digests; scales that are NaN are counted in `nan`."""
+    for item in items:
+        for name, part in item.parts(scale_rule):
+            digests[name].update(part)
+            is_scales = not item.is_copied and name == item.specs[-1].name
+            if is_scales and (count := bytes(part).count(E8M0_NAN)):
+                nan[name] = nan.get(name, 0) + count
+            yield name, part
+
+
+def _verify(plan: _Plan, journal: Journal, progress: bool) -> None:
+    """Read everything again: is it whole, is it what was written, what was copied the original?"""
+    written = Checkpoint([journal.checkpoint / name for name in plan.shards], plan.config)
+    written.check()
+    total = sum(item.nbytes for items in plan.shards.values() for item in items)
+    with _bar("verifying", total, progress) as bar:
+        for shard, items in plan.shards.items():
+            for item in items:
+                for spec in item.specs:
+                    found = _digest(written.tensors[spec.name])
+                    source = _digest(item.source) if item.is_copied else found
+                    if not found == source == journal.digest(shard, spec.name):
+                        raise CheckpointError(
+                            f"{spec.name} in {journal.checkpoint / shard} is not what was written "
+                            f"there: check the disk and the memory, and remove {journal.partial}"
+                        )
+                    bar.update(spec.nbytes)
+    now = Checkpoint.open(plan.directory)
+    if _fingerprint(now, plan.directory / CONFIG) != plan.identity["input"]:
+        raise CheckpointError(
+            f"{plan.directory} was changed meanwhile: remove {journal.partial} and begin anew"
+        )
+
+
+def _add_files(plan: _Plan, directory: Path) -> None:
+    for file in plan.files:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.directory / file, directory / file)
+    specs = {name: [s for item in items for s in item.specs] for name, items in plan.shards.items()}
+    for name, content in ((INDEX, index_of(specs)), (CONFIG, plan.config)):
+        text = json.dumps(content, indent=2) + "\n"
+        (directory / name).write_text(text, encoding="utf-8")
+        sync(directory / name)
+
+
+def _digest(tensor: StoredTensor) -> str:
+    digest = hashlib.sha256()
+    for chunk in tensor.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _bar(what: str, total: int, progress: bool) -> tqdm[Any]:
+    return tqdm(
+        desc=what, total=total, unit="B", unit_scale=True, disable=None if progress else True
+    )
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("source", type=Path, help="a checkpoint's directory, its experts dense")
+    parser.add_argument("out", type=Path, help="directory to write: a new or an empty one")
+    text = "modules whose experts stay dense: the end of a name, or a regular expression"
+    parser.add_argument(
+        "--skip", action="extend", nargs="+", default=[], metavar="PATTERN", help=text
+    )
+    text = "scale of a block: the largest value decides, or the least squared error (%(default)s)"
+    parser.add_argument("--scale-rule", choices=SCALE_RULES, default="max", help=text)
+    text = "tensor bytes in a shard (%(default)s)"
+    parser.add_argument("--max-shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the checkpoint that the parsed arguments describe.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        path = quantize_checkpoint(
+            args.source,
+            args.out,
+            skip=args.skip,
+            scale_rule=args.scale_rule,
+            max_shard_bytes=args.max_shard_bytes,
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on after the last whole shard", file=sys.stderr)
+        return 130
+    print(f"wrote {path}")
+    return 0

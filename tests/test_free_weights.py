@@ -1,0 +1,345 @@
+"""``free_weights``: memory is given back, and nothing is computed with what is not there."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import mxfp4_fx
+from mxfp4_fx.freed import FreedParameter
+from mxfp4_fx.weights import STORE, WeightStore, swizzle_weight
+
+FREE = {"free_weights": True}
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+def dense(dtype: torch.dtype = torch.float32) -> Any:
+    return mlp(dtype)
+
+
+def packed(dtype: torch.dtype = torch.float32) -> Any:
+    return pack(mlp(dtype))
+
+
+BOTH = pytest.mark.parametrize("make", [dense, packed])
+
+
+def experts_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are swizzled."""
+    ends = ("proj", "proj_blocks", "proj_scales")
+    return {name: p for name, p in module.named_parameters() if name.endswith(ends)}
+
+
+def held(module: nn.Module) -> int:
+    """Bytes behind the expert weights."""
+    return sum(p.untyped_storage().nbytes() for p in experts_of(module).values())
+
+
+@BOTH
+def test_memory_is_given_back_and_results_are_the_same(make: Callable[..., Any]) -> None:
+    module, x = make(), hidden()
+    expected = compile_with(copy.deepcopy(module))(x)[0]
+    assert held(module) > 0
+    compiled = compile_with(module, options=FREE)
+    assert torch.equal(compiled(x)[0], expected)
+    assert held(module) == 0
+    assert torch.equal(compiled(x)[0], expected)
+
+
+@BOTH
+def test_other_shapes_compile_anew(make: Callable[..., Any]) -> None:
+    module, graphs = make(), Graphs()
+    plain = compile_with(copy.deepcopy(module), dynamic=False)
+    compiled = compile_with(module, graphs, dynamic=False, options=FREE)
+    for length in (7, 3, 1):
+        assert torch.equal(compiled(hidden(length))[0], plain(hidden(length))[0])
+    assert len(graphs.seen) == 3
+
+
+def test_a_second_compile_finds_the_weights() -> None:
+    module, x = packed(), hidden()
+    expected = compile_with(module, options=FREE)(x)[0]
+    torch.compiler.reset()
+    assert torch.equal(compile_with(module)(x)[0], expected)
+
+
+def test_inductor() -> None:
+    whole = pack(model(torch.bfloat16))
+    expected = torch.compile(copy.deepcopy(whole), backend="mxfp4")(tokens()).logits
+    compiled = torch.compile(whole, backend="mxfp4", options=FREE)
+    assert torch.equal(compiled(tokens()).logits, expected)
+    assert held(whole) == 0
+
+
+def test_kernels_of_another_layout_find_the_weights() -> None:
+    module, x = packed(), hidden()
+    expected = module(x)[0]
+    compile_with(module, options=FREE)(x)
+    torch.compiler.reset()
+    assert torch.equal(compile_with(module, options={"kernels": "reference"})(x)[0], expected)
+
+
+def test_layer_by_layer() -> None:
+    whole = pack(model())
+    expected = compile_with(copy.deepcopy(whole))(tokens()).logits
+    for layer in whole.model.layers:
+        layer.mlp.compile(backend="mxfp4", options={"inner": "eager", **FREE})
+    assert torch.equal(whole(tokens()).logits, expected)
+    assert held(whole) == 0
+
+
+def test_weights_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a layer is swizzled, those before it have given their memory back."""
+    whole, still = pack(model()), []
+    real = swizzle_weight
+
+    def watching(*args: Any) -> Any:
+        still.append(held(whole))
+        return real(*args)
+
+    monkeypatch.setattr("mxfp4_fx.weights.swizzle_weight", watching)
+    total = held(whole)
+    compile_with(whole, options=FREE)(tokens())
+    sizes = [p.numel() for p in experts_of(whole.model.layers[0]).values()]
+    layer = sum(sizes)
+    down = layer - (gate_up := sizes[0] + sizes[1])
+    assert sorted(still, reverse=True)[0] == total
+    assert min(still) in (down, gate_up)
+    assert len(set(still)) == 4
+
+
+def test_tied_experts() -> None:
+    tied = pack(model())
+    tied.model.layers[1].mlp.experts = tied.model.layers[0].mlp.experts
+    expected = compile_with(copy.deepcopy(tied))(tokens()).logits
+    assert torch.equal(compile_with(tied, options=FREE)(tokens()).logits, expected)
+
+
+def test_kernels_that_read_checkpoint_order_read_the_source_itself() -> None:
+    module, x = packed(), hidden()
+    expected, before = module(x)[0], held(module)
+    compiled = compile_with(module, options={**FREE, "kernels": "reference"})
+    assert torch.equal(compiled(x)[0], expected)
+    assert held(module) == before
+
+
+def test_a_weight_that_something_else_reads_is_kept() -> None:
+    module, x = dense(), hidden()
+
+    def with_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+        return module(x)[0], module.experts.down_proj.abs().sum()
+
+    expected = with_norm(x)[1]
+    assert torch.equal(compile_with(with_norm, options=FREE)(x)[1], expected)
+    assert not isinstance(module.experts.down_proj, FreedParameter)
+    assert isinstance(module.experts.gate_up_proj, FreedParameter)
+
+
+def test_a_view_that_somebody_holds_keeps_its_memory() -> None:
+    module, x = packed(), hidden()
+    view = module.experts.down_proj_blocks.detach()[0]
+    expected = view.clone()
+    compile_with(module, options=FREE)(x)
+    assert torch.equal(view, expected)
+
+
+def test_an_inner_compiler_that_fails_leaves_the_model_as_it_was() -> None:
+    module, x = packed(), hidden()
+    expected = module(x)[0]
+
+    def fail(gm: Any, inputs: Any) -> Any:
+        raise RuntimeError("no")
+
+    with pytest.raises(BackendCompilerFailed):
+        compile_with(module, fail, options=FREE)(x)
+    assert torch.equal(module(x)[0], expected)
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "eager": lambda m: m(hidden()),
+    "arithmetic": lambda m: m.experts.down_proj + 1,
+    "sum": lambda m: m.experts.down_proj.sum(),
+    "clone": lambda m: m.experts.down_proj.clone(),
+    "detach": lambda m: m.experts.down_proj.detach(),
+    "numpy": lambda m: m.experts.down_proj.numpy(),
+    "item": lambda m: m.experts.down_proj[0, 0, 0].item(),
+    "list of weights": lambda m: torch.cat([torch.zeros(1, 96, 64), m.experts.down_proj]),
+    "keyword": lambda m: torch.add(torch.zeros(1), other=m.experts.down_proj),
+    "copy_": lambda m: m.experts.down_proj.copy_(torch.zeros(6, 96, 64)),
+    "to": lambda m: m.double(),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "torch.save": lambda m: torch.save(m.state_dict(), io.BytesIO()),
+    "load_state_dict": lambda m: m.load_state_dict(mlp().state_dict()),
+    "another compiler": lambda m: torch.compile(m, backend="aot_eager")(hidden()),
+    "another compiler's kernel": lambda m: torch.compile(
+        lambda: m.experts.down_proj.sum(), backend="inductor"
+    )(),
+    "export": lambda m: torch.export.export(m, (hidden(),)),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_other_uses_of_a_freed_weight_are_an_error(use: str) -> None:
+    module = dense()
+    compile_with(module, options=FREE)(hidden())
+    # Dynamo, and load_state_dict, wrap what is raised.
+    with pytest.raises(RuntimeError) as caught:
+        USES[use](module)
+    told = r"FreedParameter\(\(6, .*given back.*mxfp4_fx\.restore\(model\)"
+    assert re.search(told, str(caught.value))
+
+
+def test_what_it_is_can_still_be_asked() -> None:
+    module = dense()
+    compile_with(module, options=FREE)(hidden())
+    weight = module.experts.down_proj
+    assert (weight.shape, weight.dtype, weight.device.type) == ((6, 96, 64), torch.float32, "cpu")
+    assert (weight.numel(), weight.ndim, weight.stride()) == (6 * 96 * 64, 3, (96 * 64, 64, 1))
+    assert repr(weight) == "FreedParameter((6, 96, 64), dtype=torch.float32, device='cpu')"
+    assert sum(p.numel() for p in module.parameters()) == sum(
+        p.numel() for p in dense().parameters()
+    )
+
+
+def test_a_graph_that_needs_the_weight_itself_is_refused() -> None:
+    module = dense()
+    compiled = compile_with(module, options=FREE)
+    compiled(hidden())
+    with torch.enable_grad(), pytest.raises(BackendCompilerFailed, match=r"requires a gradient"):
+        compiled(hidden())
+
+
+def test_explain_reads_the_weights_where_they_are() -> None:
+    module = packed()
+    expected = mxfp4_fx.explain(module, hidden())
+    compile_with(module, options=FREE)(hidden())
+    torch.compiler.reset()
+    assert mxfp4_fx.explain(module, hidden()) == expected
+
+
+def test_restore_gives_packed_weights_their_bytes() -> None:
+    module, x = packed(), hidden()
+    before = {name: p.clone() for name, p in experts_of(module).items()}
+    compiled = compile_with(module, options=FREE)
+    expected = compiled(x)[0]
+    assert mxfp4_fx.restore(module) == 4
+    for name, parameter in experts_of(module).items():
+        assert type(parameter) is nn.Parameter
+        assert torch.equal(parameter, before[name])
+    assert torch.equal(compiled(x)[0], expected)
+
+
+def test_restore_gives_other_weights_the_values_that_mxfp4_holds() -> None:
+    module = dense(torch.bfloat16)  # MXFP4 values already
+    before = {name: p.clone() for name, p in experts_of(module).items()}
+    compile_with(module, options=FREE)(hidden(dtype=torch.bfloat16))
+    assert mxfp4_fx.restore(module) == 2
+    assert all(torch.equal(p, before[name]) for name, p in experts_of(module).items())
+
+
+def test_what_was_restored_is_not_swizzled_again() -> None:
+    store = WeightStore()
+    source = nn.Parameter(torch.randn(2, 64, 32), requires_grad=False)
+    parts = store.get(source, "cpu_panels")
+    assert store.free(source, "cpu_panels")
+    assert store.restore(source)
+    assert store.get(source, "cpu_panels") is parts
+
+
+def test_a_change_after_restoring_is_noticed() -> None:
+    module, x = dense(), hidden()
+    compiled = compile_with(module, options={**FREE, "kernels": "reference"})
+    before = compiled(x)[0]
+    mxfp4_fx.restore(module)
+    module.experts.down_proj.mul_(-2)
+    assert not torch.equal(compiled(x)[0], before)
+
+
+def test_a_plain_tensor_is_not_freed() -> None:
+    weight, store = torch.randn(2, 64, 32), WeightStore()
+    store.get(weight, "cpu_panels")
+    assert not store.free(weight, "cpu_panels")
+    assert weight.untyped_storage().nbytes()
+
+
+def test_threads_that_compile_one_model() -> None:
+    whole, failures = pack(model()), []
+    expected = compile_with(copy.deepcopy(whole))(tokens()).logits
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                compiled = compile_with(whole, options=FREE)
+                for _ in range(3):
+                    assert torch.equal(compiled(tokens()).logits, expected)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_dead_model_takes_its_freed_weights_along() -> None:
+    gc.collect()  # what an earlier test left behind must not count
+    before, module = len(STORE), packed()
+    compile_with(module, "aot_eager", options=FREE)(hidden())
+    assert len(STORE) == before + 2
+    del module
+    torch.compiler.reset()
+    gc.collect()
+    assert len(STORE) == before
+
+
+MAPPED = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from mxfp4_fx.weights import STORE
+
+def file_pages():
+    status = open("/proc/self/status").read()
+    return int(status.partition("RssFile:")[2].split()[0]) << 10
+
+size = (8, 256, 64, 16)  # 2 MiB
+save_file({"blocks": torch.ones(size, dtype=torch.uint8),
+           "scales": torch.full(size[:3], 127, dtype=torch.uint8)}, sys.argv[1])
+held = {k: torch.nn.Parameter(v, requires_grad=False) for k, v in load_file(sys.argv[1]).items()}
+keep = held["scales"].data[:1]  # somebody else uses the file
+bytes(held["blocks"].detach().numpy())
+before = file_pages()
+STORE.get(held["blocks"], "cpu_panels", held["scales"])
+STORE.free(held["blocks"], "cpu_panels", held["scales"])
+freed = before - file_pages()
+assert freed > 1.5 * 2**20, freed
+assert (STORE.values(held["blocks"]) == 1).all()
+assert (keep == 127).all()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_pages_of_a_mapped_file_go(tmp_path: Path) -> None:
+    """transformers maps checkpoints; a page that was read counts as the process's memory."""
+    argv = [sys.executable, "-c", MAPPED, str(tmp_path / "w.safetensors")]
+    subprocess.run(argv, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "2"})
