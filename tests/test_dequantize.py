@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from checkpoints import TINY, read_tensors, write_packed
 from loaded import SECOND_LAYER_ON_DISK, assert_same_tensors, dequantized, logits, measured
 from models import Graphs
+from test_formats import OutOfMemoryOnce
 from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 import mxfp4_fx
-from mxfp4_fx.errors import DequantizeError
+from mxfp4_fx.errors import DequantizeError, DeviceFullWarning
 from mxfp4_fx.formats import SLAB_VALUES
 from mxfp4_fx.freed import is_freed
 from mxfp4_fx.packed import PackedExperts
@@ -54,6 +56,7 @@ def test_nothing_says_that_it_was_quantized(
     model = way(mxfp4_fx.from_pretrained(checkpoint))
     assert not model.is_quantized
     assert not hasattr(model, "hf_quantizer")
+    assert not hasattr(model.config, "_is_quantized")
     expected = dequantized(checkpoint).config.to_dict()
     assert model.config.to_dict() == expected | {"_name_or_path": str(checkpoint)}
     model.save_pretrained(tmp_path)
@@ -92,6 +95,28 @@ def test_experts_follow_the_models_implementation(checkpoint: Path) -> None:
     expected.set_experts_implementation("batched_mm")
     assert torch.equal(logits(model), logits(expected))
     assert model.model.layers[0].mlp.experts.config is model.config
+
+
+def test_hooks_stay_on_the_experts(checkpoint: Path) -> None:
+    """accelerate's, which bring inputs to the device of a layer."""
+    model = mxfp4_fx.from_pretrained(checkpoint)
+    hook = ModelHook()
+    add_hook_to_module(model.model.layers[1].mlp.experts, hook)
+    experts = mxfp4_fx.dequantize(model).model.layers[1].mlp.experts
+    assert experts._hf_hook is hook
+    assert torch.equal(logits(model), logits(dequantized(checkpoint)))
+
+
+def test_a_weight_that_the_device_has_no_room_for_is_on_the_cpu(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint)
+    with (
+        OutOfMemoryOnce("new_empty") as device,
+        pytest.warns(DeviceFullWarning, match=r"\[4, 64, 192\] stays on the CPU"),
+    ):
+        mxfp4_fx.dequantize(model)
+    assert device.failed
+    expected = dict(dequantized(checkpoint).named_parameters())
+    assert_same_tensors(dict(model.named_parameters()), expected)
 
 
 def test_a_model_inside_another_module(checkpoint: Path) -> None:

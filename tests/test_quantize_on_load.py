@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,19 @@ def test_one_dense_layer(packed: Path, tmp_path: Path, layer: int) -> None:
     path = write_dense(tmp_path / "d", packed, torch.float32, [layer])
     parameters = dict(mxfp4_fx.from_pretrained(path, dtype=torch.bfloat16).named_parameters())
     assert_same_tensors(parameters, quantized(path))
+
+
+def test_the_scale_rule_is_the_one_asked_for(dense: Path) -> None:
+    if "scale_rule" not in inspect.signature(quantize).parameters:
+        pytest.skip("there is one rule only")
+    model = mxfp4_fx.from_pretrained(dense, scale_rule="search")
+    weight = read_tensors(dense)["model.layers.1.mlp.experts.down_proj"].transpose(1, 2)
+    rule: dict[str, Any] = {"scale_rule": "search"}
+    blocks, scales = quantize(weight, **rule)
+    experts = model.model.layers[1].mlp.experts
+    assert torch.equal(experts.down_proj_blocks, blocks)
+    assert torch.equal(experts.down_proj_scales, scales)
+    assert not torch.equal(scales, quantize(weight)[1])
 
 
 def test_experts_are_frozen(dense: Path) -> None:

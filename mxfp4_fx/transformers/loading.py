@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mxfp4_fx.checkpoint import CONFIG, Checkpoint
 from mxfp4_fx.errors import CheckpointError, OptionError
+from mxfp4_fx.formats import BLOCK, quantize
 
 MODEL_TYPE = "gpt_oss"
 METHOD = "mxfp4"
@@ -61,6 +64,10 @@ def from_pretrained(
     for name, reason in _REFUSED.items():
         if kwargs.get(name) not in (None, False):
             raise OptionError(f"from_pretrained(..., {name}=...) is not supported: {reason}")
+    if kwargs.get("use_safetensors") is False:
+        raise OptionError("from_pretrained(..., use_safetensors=False): pickles are not read")
+    if scale_rule != "max":
+        _check_scale_rule(scale_rule)
     try:
         import transformers
         from safetensors import SafetensorError
@@ -84,13 +91,21 @@ def from_pretrained(
     quantization = PackedMxfp4Config.of(vars(config).pop("quantization_config", None), skip)
     quantization.scale_rule, quantization.stored_config = scale_rule, stored
     auto_class = auto_class or transformers.AutoModelForCausalLM
-    kwargs["use_safetensors"] = True
+    kwargs["use_safetensors"] = True  # None would allow pickles
     try:
         return auto_class.from_pretrained(
             path, config=config, quantization_config=quantization, **hub, **kwargs
         )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+def _check_scale_rule(rule: str) -> None:
+    option: dict[str, Any] = {"scale_rule": rule}
+    try:
+        quantize(torch.zeros(BLOCK), **option)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"scale_rule={rule!r}: {error}") from error
 
 
 def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:

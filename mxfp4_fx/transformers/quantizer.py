@@ -292,7 +292,7 @@ def _on_meta(experts: Any, name: str) -> PackedExperts:
             alpha=experts.alpha,
             limit=experts.limit,
         )
-    return packed.to(experts.gate_up_proj_bias.dtype).train(experts.training)
+    return packed
 
 
 def _set_loading_dtype(module: nn.Module, projection: str, dtype: torch.dtype) -> None:
