@@ -36,7 +36,6 @@ from mxfp4_fx.safetensors_file import (
     write_safetensors,
 )
 
-
 # Of the input, these stay behind: weights, in whatever form, and what lists them.
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import copied, edit_config, edit_tensors, read_tensors, write_packed
-from loading import (
+from loaded import (
     IDS,
     SECOND_LAYER_ON_DISK,
     assert_same_tensors,
@@ -147,6 +147,17 @@ def test_options_of_the_config(checkpoint: Path) -> None:
     assert model.config.rms_norm_eps == 1e-3
 
 
+def test_constants_are_those_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    """Which reads them from the config or not, as its version is."""
+    changed = copied(checkpoint, tmp_path / "copy")
+    edit_config(changed, lambda config: config.update(swiglu_limit=3.0, swiglu_alpha=1.5))
+    packed, dense = (
+        model.model.layers[0].mlp.experts
+        for model in (mxfp4_fx.from_pretrained(changed), dequantized(changed))
+    )
+    assert (packed.alpha, packed.limit) == (dense.alpha, dense.limit)
+
+
 def test_gradients_reach_all_but_the_experts(checkpoint: Path) -> None:
     model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32)
     model(IDS).logits.square().sum().backward()
@@ -249,6 +260,16 @@ def test_a_path_that_leads_nowhere(name: str) -> None:
 def test_options_that_make_no_sense(checkpoint: Path, option: str) -> None:
     with pytest.raises(OptionError, match=option):
         mxfp4_fx.from_pretrained(checkpoint, **{option: "auto"})
+
+
+def test_a_scale_rule_that_there_is_not(checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="scale_rule='least'"):
+        mxfp4_fx.from_pretrained(checkpoint, scale_rule="least")
+
+
+def test_pickles_cannot_be_asked_for(checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="use_safetensors"):
+        mxfp4_fx.from_pretrained(checkpoint, use_safetensors=False)
 
 
 def test_without_transformers(checkpoint: Path) -> None:

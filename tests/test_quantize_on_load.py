@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import PROJECTIONS, TINY, read_tensors, write_packed
-from loading import (
+from loaded import (
     SECOND_LAYER_ON_DISK,
     assert_same_tensors,
     dequantized,
@@ -74,6 +74,16 @@ def test_one_dense_layer(packed: Path, tmp_path: Path, layer: int) -> None:
     path = write_dense(tmp_path / "d", packed, torch.float32, [layer])
     parameters = dict(mxfp4_fx.from_pretrained(path, dtype=torch.bfloat16).named_parameters())
     assert_same_tensors(parameters, quantized(path))
+
+
+def test_the_scale_rule_is_the_one_asked_for(dense: Path) -> None:
+    model = mxfp4_fx.from_pretrained(dense, scale_rule="search")
+    weight = read_tensors(dense)["model.layers.1.mlp.experts.down_proj"].transpose(1, 2)
+    blocks, scales = quantize(weight, scale_rule="search")
+    experts = model.model.layers[1].mlp.experts
+    assert torch.equal(experts.down_proj_blocks, blocks)
+    assert torch.equal(experts.down_proj_scales, scales)
+    assert not torch.equal(scales, quantize(weight)[1])
 
 
 def test_experts_are_frozen(dense: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import read_tensors, write_packed
-from loading import SECOND_LAYER_ON_DISK, assert_same_tensors, dequantized
+from loaded import SECOND_LAYER_ON_DISK, assert_same_tensors, dequantized
 
 import mxfp4_fx
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mxfp4_fx.checkpoint import CONFIG, Checkpoint
 from mxfp4_fx.errors import CheckpointError, OptionError
+from mxfp4_fx.formats import SCALE_RULES
 
 MODEL_TYPE = "gpt_oss"
 METHOD = "mxfp4"
@@ -62,6 +63,8 @@ def from_pretrained(
     for name, reason in _REFUSED.items():
         if kwargs.get(name) not in (None, False):
             raise OptionError(f"from_pretrained(..., {name}=...) is not supported: {reason}")
+    if kwargs.get("use_safetensors") is False:
+        raise OptionError("from_pretrained(..., use_safetensors=False): pickles are not read")
     if scale_rule not in SCALE_RULES:
         known = " or ".join(map(repr, SCALE_RULES))
         raise OptionError(f"from_pretrained(..., scale_rule={scale_rule!r}): it must be {known}")
@@ -88,7 +91,7 @@ def from_pretrained(
     quantization = PackedMxfp4Config.of(vars(config).pop("quantization_config", None), skip)
     quantization.scale_rule, quantization.stored_config = scale_rule, stored
     auto_class = auto_class or transformers.AutoModelForCausalLM
-    kwargs["use_safetensors"] = True
+    kwargs["use_safetensors"] = True  # None would allow pickles
     try:
         return auto_class.from_pretrained(
             path, config=config, quantization_config=quantization, **hub, **kwargs

@@ -224,9 +224,7 @@ class QuantizeExperts(ConversionOps):
         blocks = weight.new_empty((e, n, k // BLOCK, BYTES_PER_BLOCK), dtype=torch.uint8)
         scales = weight.new_empty((e, n, k // BLOCK), dtype=torch.uint8)
         for expert in range(e):
-            blocks[expert], scales[expert] = quantize(
-                weight[expert].T, scale_rule=self.scale_rule
-            )
+            blocks[expert], scales[expert] = quantize(weight[expert].T, scale_rule=self.scale_rule)
         module, projection = name.rsplit(".", 1)
         _set_loading_dtype(model.get_submodule(module), projection, torch.uint8)
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
@@ -293,7 +291,7 @@ def _on_meta(experts: Any, name: str) -> PackedExperts:
             alpha=experts.alpha,
             limit=experts.limit,
         )
-    return packed.to(experts.gate_up_proj_bias.dtype).train(experts.training)
+    return packed
 
 
 def _set_loading_dtype(module: nn.Module, projection: str, dtype: torch.dtype) -> None:
