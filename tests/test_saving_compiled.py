@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import read_tensors, write_packed
-from loading import IDS, assert_same_tensors, dequantized, logits
+from loaded import IDS, assert_same_tensors, dequantized, logits
 from models import compile_with
 
 import mxfp4_fx
