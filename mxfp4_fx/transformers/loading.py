@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
 
 from mxfp4_fx.checkpoint import CONFIG, Checkpoint
 from mxfp4_fx.errors import CheckpointError, OptionError
@@ -98,6 +102,48 @@ def from_pretrained(
         )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+
+
+@contextlib.contextmanager
+def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> Iterator[Any]:
+    """The causal language model of a checkpoint's ``config.json``, of fake tensors.
+
+    It has every size and no memory, so that a model of any size can be explained anywhere; inside
+    the context, tensors made by torch's factories are fake as well.
+
+    Args:
+        path: a directory with a ``config.json``.
+        dtype: of the parameters.
+        experts: how transformers is to run dense experts (``experts_implementation``). If None, the
+            experts are packed, as :func:`from_pretrained` loads them.
+
+    Raises:
+        CheckpointError: there is no such file, or transformers is not installed.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, packed_like
+    except ImportError as error:
+        raise CheckpointError("this needs transformers: pip install transformers") from error
+    if not os.path.isfile(os.path.join(path, CONFIG)):
+        raise CheckpointError(f"{path} has no {CONFIG}; name a checkpoint's directory")
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    stored = PackedMxfp4Config.of(vars(config).pop("quantization_config", None))
+    kwargs = {"experts_implementation": experts} if experts else {}
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+        for name, module in list(model.named_modules()):
+            kept = not should_convert_module(name, stored.modules_to_not_convert)
+            if experts is None and isinstance(module, GptOssExperts) and not kept:
+                packed = packed_like(module, name)
+                packed.gate_up_proj_bias = module.gate_up_proj_bias
+                packed.down_proj_bias = module.down_proj_bias
+                parent, child = name.rsplit(".", 1)
+                setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
+        yield model
 
 
 def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,8 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 self._to_dequantize += weights if is_packed else []
                 continue
             found = True
-            packed = _on_meta(experts, name)
+            with torch.device("meta"):
+                packed = packed_like(experts, name)
             if not is_packed:
                 self._to_quantize += weights
                 for projection, weight in zip(PROJECTIONS, weights, strict=True):
@@ -276,22 +277,24 @@ def _correct_offload_index(model: nn.Module) -> None:
                     entry["dtype"] = "uint8"
 
 
-def _on_meta(experts: Any, name: str) -> PackedExperts:
-    """Packed experts without memory in the place of transformers' own."""
+def packed_like(experts: Any, name: str) -> PackedExperts:
+    """Packed experts, of no values, for the place ``name`` of transformers' own.
+
+    Raises:
+        CheckpointError: their sizes do not divide into blocks.
+    """
     for size in (experts.hidden_size, experts.intermediate_size):
         if size % BLOCK:
             raise CheckpointError(
                 f"{name} cannot be MXFP4: its size {size} is no multiple of {BLOCK}; skip it"
             )
-    with torch.device("meta"):
-        packed = PackedExperts(
-            experts.num_experts,
-            experts.hidden_size,
-            experts.intermediate_size,
-            alpha=experts.alpha,
-            limit=experts.limit,
-        )
-    return packed
+    return PackedExperts(
+        experts.num_experts,
+        experts.hidden_size,
+        experts.intermediate_size,
+        alpha=experts.alpha,
+        limit=experts.limit,
+    )
 
 
 def _set_loading_dtype(module: nn.Module, projection: str, dtype: torch.dtype) -> None:
