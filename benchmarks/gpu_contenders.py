@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (declares the ops)
-from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.weights import swizzle_weight
 
 OPS = torch.ops.mxfp4
 Parts = tuple[Tensor, Tensor]
@@ -328,15 +328,8 @@ def _folders(spec: Any) -> list[str]:
 
 
 def _swizzled(part: Projection, layout: str) -> Parts:
-    """Blocks and scales of all experts in ``layout``, one expert at a time."""
-    order = LAYOUTS[layout]
-    e, n, groups, _ = part.blocks.shape
-    out = order.empty(e, n, 32 * groups, part.blocks.device)
-    for expert in range(e):
-        swizzled = order.swizzle(part.blocks[expert], part.scales[expert])
-        for room, bytes_ in zip(out, swizzled, strict=True):
-            room[expert].copy_(bytes_)
-    return out
+    """Blocks and scales of all experts in ``layout``, in memory of their own."""
+    return swizzle_weight(part.blocks.clone(), layout, scales=part.scales.clone())
 
 
 def _copy(router: Router) -> Router:

@@ -1,7 +1,8 @@
 """A GPT-OSS checkpoint, compiled with backend="mxfp4": what changes, and what it costs.
 
-Loads a checkpoint with transformers (writing one of random weights first if there is none), runs it
-as it is and compiled, and prints what was rewritten, how far the logits moved, and tokens a second.
+Runs a checkpoint (writing one of random weights first if there is none) as transformers loads it,
+dequantized, and as mxfp4_fx does, packed and compiled. Prints what was rewritten, how far the
+logits moved, and tokens a second.
 
     python examples/compile_model.py --checkpoint build/gpt-oss-2-layers
 """
@@ -51,11 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     plain = logits(model, ids)
     plain_speed, _ = generate(model, ids, args.new_tokens)
 
-    step('compiling it with backend="mxfp4"')
+    del model
+    gc.collect()
+
+    step('loading it packed and compiling it with backend="mxfp4"')
+    model = mxfp4_fx.from_pretrained(args.checkpoint, dtype=torch.bfloat16, local_files_only=True)
     with torch.no_grad():
         explanation = mxfp4_fx.explain(model, ids)
     started = time.perf_counter()
-    model.compile(backend="mxfp4", options={"inner": args.inner, "strict": True})
+    options = {"inner": args.inner, "strict": True, "free_weights": True}
+    model.compile(backend="mxfp4", options=options)
     fused = logits(model, ids)
     generate(model, ids, args.new_tokens)  # compiles the graphs of decoding, too
     print(f"compiled in {time.perf_counter() - started:.0f} s")
@@ -75,7 +81,7 @@ TINY = CheckpointShape(
 
 
 def load(checkpoint: Path, dtype: torch.dtype) -> Any:
-    """The model as transformers loads it today: experts dequantized to ``dtype``."""
+    """The model as transformers loads it on every machine: experts dequantized to ``dtype``."""
     return AutoModelForCausalLM.from_pretrained(
         checkpoint,
         dtype=dtype,

@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16"
     )
-    explained.add_argument("--experts", help="transformers' experts implementation")
+    explained.add_argument(
+        "--experts", help="dense experts, run by this implementation of transformers"
+    )
     explained.add_argument("--json", action="store_true", help="the same as data")
     explained.set_defaults(run=_explain)
 
@@ -68,7 +70,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    from mxfp4_fx.transformers.capture import empty_model
+    from mxfp4_fx.transformers.loading import empty_model
 
     with empty_model(args.checkpoint, getattr(torch, args.dtype), args.experts) as model:
         ids = torch.zeros((1, 8), dtype=torch.long)

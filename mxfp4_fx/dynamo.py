@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 _OURS = "_is_mxfp4_backend"
 
 
@@ -14,6 +16,8 @@ def ours(backend: Callable[..., Any]) -> Callable[..., Any]:
     return backend
 
 
+# Dynamo traces what a freed parameter does when it is used, and must answer this, not trace it.
+@torch.compiler.assume_constant_result
 def compiling_for() -> bool | None:
     """Whether Dynamo captures for a backend of this package; None if it captures nothing now."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

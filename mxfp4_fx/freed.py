@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mxfp4_fx import dynamo
 from mxfp4_fx.errors import FreedWeightError
@@ -25,12 +26,14 @@ _REMEDY = (
     "their memory again with mxfp4_fx.restore(model), or compile without free_weights"
 )
 _MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, which is no matter
-# What may still be asked of it: what is known without its values.
-_ALLOWED = {
+# What is known without values.
+_KNOWN = {
     *("__get__", "__set__", "__len__", "size", "stride", "dim", "ndimension", "numel", "nelement"),
     *("element_size", "storage_offset", "is_contiguous", "is_floating_point", "is_complex"),
-    *("data_ptr", "untyped_storage", "requires_grad_", "get_device", "is_inference"),
+    *("untyped_storage", "get_device", "is_inference"),
 }
+# What may be asked of a freed parameter besides, or done to it.
+_ALLOWED = {*_KNOWN, "data_ptr", "requires_grad_"}
 
 
 class FreedParameter(nn.Parameter):
@@ -59,6 +62,40 @@ class FreedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         _refuse(self, "save")
+
+
+class DeferredTensor(torch.Tensor):
+    """A tensor on the CPU whose values are made when they are first asked for.
+
+    ``state_dict`` has these in the place of freed weights, so that saving, which asks for one shard
+    after the other, never holds them all. Shape, dtype, bytes and identity of the storage are there
+    from the beginning; its memory is not touched before.
+    """
+
+    _make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, like: Tensor, make: Callable[[], Tensor]) -> DeferredTensor:
+        """``make()`` gives the values, of the shape and dtype of ``like``, on any device."""
+        with torch._C.DisableTorchFunctionSubclass():
+            room = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        deferred = torch.Tensor._make_subclass(cls, room)
+        deferred._make = make
+        return deferred
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if getattr(func, "__name__", "") in _KNOWN:
+                return func(*args, **(kwargs or {}))
+            args, kwargs = tree_map_only(cls, cls.values, (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+    def values(self) -> Tensor:
+        """The tensor itself, a plain one."""
+        return self._make().cpu()
 
 
 def is_freed(value: object) -> bool:

@@ -7,11 +7,16 @@ form ``packed``.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
+from mxfp4_fx.freed import DeferredTensor, is_freed
+from mxfp4_fx.weights import STORE
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -50,6 +55,19 @@ class PackedExperts(nn.Module):
             self.register_parameter(f"{name}_scales", _bytes(*shape))
             bias = nn.Parameter(torch.empty(num_experts, n), requires_grad=False)
             self.register_parameter(f"{name}_bias", bias)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """As every module's; freed weights are read when, and if, their values are asked for."""
+        for name, parameter in self._parameters.items():
+            if keep_vars or parameter is None:
+                destination[prefix + name] = parameter
+            elif is_freed(parameter):
+                read = functools.partial(STORE.values, parameter)
+                destination[prefix + name] = DeferredTensor.of(parameter, read)
+            else:
+                destination[prefix + name] = parameter.detach()
 
     def forward(
         self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mxfp4_fx import formats
 from mxfp4_fx.checkpoint import CONFIG, INDEX, PICKLES, Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.errors import CheckpointError
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, SCALE_RULES
 from mxfp4_fx.gpt_oss import MULTIPLES_OF_BLOCK, PROJECTIONS
 from mxfp4_fx.journal import Journal, locked, sync
 from mxfp4_fx.safetensors_file import (
@@ -35,8 +35,6 @@ from mxfp4_fx.safetensors_file import (
     require_room,
     write_safetensors,
 )
-
-SCALE_RULES = ("max", "search")
 
 # Of the input, these stay behind: weights, in whatever form, and what lists them.
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
@@ -141,10 +139,10 @@ class _Item(NamedTuple):
         if self.is_copied:
             yield from ((self.source.name, chunk) for chunk in self.source.chunks())
             return
-        options = {} if scale_rule == "max" else {"scale_rule": scale_rule}
         for expert in range(self.source.shape[0]):
             values = self.source.read(expert).transpose(0, 1)
-            for spec, data in zip(self.specs, formats.quantize(values, **options), strict=True):
+            packed = formats.quantize(values, scale_rule=scale_rule)
+            for spec, data in zip(self.specs, packed, strict=True):
                 yield spec.name, data.numpy().data
 
 

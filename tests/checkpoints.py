@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mxfp4_fx import gpt_oss
+from mxfp4_fx import gpt_oss, quantize_checkpoint
 from mxfp4_fx.formats import dequantize
 from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
 
@@ -111,3 +111,19 @@ def write_sparse(path: Path, sizes: dict[str, int], **config: Any) -> Path:
 def copied(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target
+
+
+def randomize(tensors: dict[str, Tensor]) -> None:
+    """Give dense experts values that are no MXFP4."""
+    torch.manual_seed(0)
+    for name in tensors:
+        if name.endswith(PROJECTIONS):
+            tensors[name] = torch.randn(tensors[name].shape).to(tensors[name].dtype)
+
+
+def convert(source: Path, out: Path, **options: Any) -> Path:
+    return quantize_checkpoint(source, out, progress=False, **options)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}

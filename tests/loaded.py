@@ -1,33 +1,28 @@
-"""Tiny GPT-OSS checkpoints on disk, and what transformers alone makes of them."""
+"""Models that transformers makes of tiny checkpoints, and checkpoints with dense experts."""
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from checkpoints import (
+    PROJECTIONS,
+    copied,
+    edit_config,
+    edit_tensors,
+    read_tensors,
+    unpack_layers,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
-
-SIZES: dict[str, int] = {
-    "layers": 2,
-    "hidden": 64,
-    "intermediate": 96,
-    "experts": 4,
-    "experts_per_token": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "head_dim": 16,
-    "sliding_window": 16,
-}
-WEIGHTS = ("gate_up_proj", "down_proj")
 IDS = torch.arange(14).view(2, 7) * 5
 
 # A device map of a model of two layers.
@@ -38,52 +33,37 @@ SECOND_LAYER_ON_DISK = {
 }
 
 
-def write(path: Path, **changes: int) -> Path:
-    """An MXFP4 checkpoint of several shards."""
-    shape = CheckpointShape(**SIZES | changes)
-    return write_random_checkpoint(path, shape, max_shard_bytes=100_000, progress=False)
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    """All tensors by name."""
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(path.glob("*.safetensors")):
-        with safe_open(shard, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return tensors
-
-
 def write_dense(
-    path: Path, packed: Path, dtype: torch.dtype, is_dense: Callable[[str], bool] = bool
+    path: Path, packed: Path, dtype: torch.dtype, layers: Iterable[int] = (0, 1)
 ) -> Path:
-    """A copy of ``packed`` with dense experts of random values, where ``is_dense`` of the name.
+    """A copy of ``packed`` in which the experts of some layers are dense, of random values.
 
-    It has one file; if no experts are packed its config does not speak of quantization.
+    If all are, its config does not speak of quantization.
     """
-    tensors = {}
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in read(packed).items():
-        weight, _, part = name.rpartition("_")
-        if not name.endswith(("_blocks", "_scales")) or not is_dense(weight):
-            tensors[name] = tensor
-        elif part == "scales":
-            e, n, groups = tensor.shape
-            values = torch.randn(e, groups * 32, n, generator=generator)
-            tensors[weight] = values.to(dtype)
-    path.mkdir()
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    config = json.loads((packed / "config.json").read_text())
-    if not any(name.endswith("_blocks") for name in tensors):
-        del config["quantization_config"]
-    (path / "config.json").write_text(json.dumps(config))
+
+    def make_dense(tensors: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        unpack_layers(tensors, *layers, dtype=dtype)
+        for name in tensors:
+            if name.endswith(PROJECTIONS):
+                values = torch.randn(tensors[name].shape, generator=generator)
+                tensors[name] = values.to(dtype)
+
+    edit_tensors(copied(packed, path), make_dense)
+    if not any(name.endswith("_blocks") for name in read_tensors(path)):
+        edit_config(path, lambda config: config.pop("quantization_config"))
     return path
 
 
 def dequantized(path: Path, dtype: Any = "auto") -> GptOssForCausalLM:
     """The model with dense experts, by transformers alone."""
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype
     )
+    for module in model.modules():
+        if isinstance(module, GptOssExperts):  # which are bfloat16 in older versions
+            module.to(module.gate_up_proj_bias.dtype)
+    return model
 
 
 def exact_logits(model: GptOssForCausalLM, ids: Tensor = IDS) -> Tensor:
@@ -104,3 +84,35 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype, name
         assert torch.equal(actual[name], tensor), name
+
+
+# Samples the memory that belongs to the process alone: pages of mapped files do not count.
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+class Peak(threading.Thread):
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.start_bytes = self.bytes = anonymous()
+        self.start()
+    def run(self):
+        while True:
+            self.bytes = max(self.bytes, anonymous())
+            time.sleep(0.0005)
+"""
+
+
+def measured(code: str) -> list[int]:
+    """The numbers that ``code`` prints in a fresh interpreter; `Peak` is there for it."""
+    # With a fixed threshold what is freed goes back to the system at once.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    ended = subprocess.run(
+        [sys.executable, "-c", MEMORY + code], capture_output=True, text=True, env=env
+    )
+    assert ended.returncode == 0, ended.stderr
+    return [int(number) for number in ended.stdout.split()]

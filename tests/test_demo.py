@@ -23,7 +23,7 @@ def output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_says_what_it_promises(output: str) -> None:
     assert "2 of 2 MoE layers rewritten" in output
-    assert re.search(r"total +576\.0 KiB +170\.1 KiB", output)
+    assert re.search(r"total +153\.0 KiB +170\.1 KiB", output)
     assert re.search(r"difference of the logits, .*: 0\.\d+; bound 3\*0\.\d+ \+ ", output)
     assert re.search(r"tokens a second, .*: [\d.]+ uncompiled, [\d.]+ mxfp4", output)
     assert "generated: " in output

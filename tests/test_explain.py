@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 
@@ -140,8 +141,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestCommandLine:
     def test_explain(self, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["explain", str(checkpoint), "--dtype", "float32"]) == 0
+        argv = ["explain", str(checkpoint), "--dtype", "float32", "--experts", "grouped_mm"]
+        assert main(argv) == 0
         assert capsys.readouterr().out.strip() == TABLE
+
+    def test_experts_are_packed_unless_told_otherwise(
+        self, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["explain", str(checkpoint)]) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"layers\.0\.mlp\.experts  packed +6, top-3 .* 57\.4 KiB +63\.8 KiB", out)
 
     def test_explain_reads_nothing_but_the_config(
         self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

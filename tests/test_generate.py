@@ -8,18 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from models import Graphs, model, tokens
+from models import Graphs, model, pack, tokens
 from transformers import CompileConfig, GptOssForCausalLM
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 from mxfp4_fx.weights import STORE
 
 LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
+Make = Callable[[], GptOssForCausalLM]
 Compile = Callable[[GptOssForCausalLM, Graphs], dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
 def dead_models_are_gone() -> None:
     gc.collect()  # what an earlier test left behind must not count
+
+
+def packed() -> GptOssForCausalLM:
+    return pack(model())
 
 
 def in_place(whole: GptOssForCausalLM, graphs: Graphs) -> dict[str, Any]:
@@ -50,27 +56,62 @@ def mxfp4_calls(graphs: Graphs) -> list[int]:
     return [names.count("mxfp4.matmul_ogs.default") for names in counted]
 
 
+@pytest.mark.parametrize("make", [model, packed])
 @pytest.mark.parametrize(
     ("compile_it", "cache", "most_graphs"),
     [
         # prefill, one token with a fixed and then with a symbolic length; again past the window
         pytest.param(in_place, "dynamic", 6, id="model.compile, dynamic cache"),
         pytest.param(in_place, "static", 3, id="model.compile, static cache"),
+        pytest.param(in_place, "sliding_window", 3, id="model.compile, sliding cache"),
         pytest.param(forward, "dynamic", 6, id="compiled forward, dynamic cache"),
         pytest.param(compile_config, "static", 3, id="compile_config, static cache"),
     ],
 )
 def test_greedy_tokens_are_the_uncompiled_ones(
-    compile_it: Compile, cache: str, most_graphs: int
+    make: Make, compile_it: Compile, cache: str, most_graphs: int
 ) -> None:
-    expected = generate(model(), tokens(1) + 1, cache_implementation=cache)
-    whole, graphs = model(), Graphs()
+    expected = generate(make(), tokens(1) + 1, cache_implementation=cache)
+    whole, graphs = make(), Graphs()
     swizzled = len(STORE)
     kwargs = {"cache_implementation": cache} | compile_it(whole, graphs)
     assert torch.equal(generate(whole, tokens(1) + 1, **kwargs), expected)
     assert set(mxfp4_calls(graphs)) == {4}
     assert len(graphs.seen) <= most_graphs
     assert len(STORE) - swizzled == 4  # prefill and decode share them
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_more_tokens_compile_nothing_more(cache: str) -> None:
+    whole, graphs, kwargs = packed(), Graphs(), {"cache_implementation": cache}
+    in_place(whole, graphs)
+    generate(whole, tokens(1) + 1, max_cache_len=2 * LENGTH, **kwargs)
+    first = len(graphs.seen)
+    more = {"max_new_tokens": 2 * LENGTH - 7, "min_new_tokens": 2 * LENGTH - 7}
+    longer = generate(whole, tokens(1) + 1, max_cache_len=2 * LENGTH, **kwargs, **more)
+    assert longer.shape[1] == 2 * LENGTH
+    assert len(graphs.seen) == first
+
+
+def test_both_kinds_of_caches_slide() -> None:
+    """So that the two above are also about sliding ones."""
+    for cache, kind in (
+        ("dynamic", DynamicSlidingWindowLayer),
+        ("static", StaticSlidingWindowLayer),
+    ):
+        out = generate(
+            packed(), tokens(1) + 1, cache_implementation=cache, return_dict_in_generate=True
+        )
+        assert isinstance(out.past_key_values.layers[0], kind)
+
+
+def test_freed_weights_serve_prefill_and_decoding() -> None:
+    whole, graphs = packed(), Graphs()
+    whole.compile(backend="mxfp4", options={"inner": graphs, "free_weights": True})
+    prompt = tokens(1) + 1
+    assert torch.equal(generate(whole, prompt), generate(packed(), prompt))
+    assert torch.equal(generate(whole, prompt), generate(packed(), prompt))
+    assert len(graphs.seen) <= 6
 
 
 def test_a_second_prompt_of_another_length_compiles_little() -> None:
@@ -83,17 +124,19 @@ def test_a_second_prompt_of_another_length_compiles_little() -> None:
     assert len(graphs.seen) - first <= 2
 
 
-def test_a_padded_batch() -> None:
+@pytest.mark.parametrize("make", [model, packed])
+def test_a_padded_batch(make: Make) -> None:
     prompt = tokens(2) % 127 + 1
     prompt[0, :3] = 0
-    whole, graphs = model(), Graphs()
+    whole, graphs = make(), Graphs()
     in_place(whole, graphs)
-    assert torch.equal(generate(whole, prompt), generate(model(), prompt))
+    assert torch.equal(generate(whole, prompt), generate(make(), prompt))
     assert graphs.seen
 
 
-def test_sampling_with_a_seed() -> None:
-    whole, plain, graphs = model(), model(), Graphs()
+@pytest.mark.parametrize("make", [model, packed])
+def test_sampling_with_a_seed(make: Make) -> None:
+    whole, plain, graphs = make(), make(), Graphs()
     in_place(whole, graphs)
     torch.manual_seed(3)
     ours = generate(whole, tokens(1) + 1, do_sample=True)

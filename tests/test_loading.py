@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import copied, edit_config, edit_tensors, read_tensors, write_packed
 from loaded import (
     IDS,
     SECOND_LAYER_ON_DISK,
@@ -18,15 +19,14 @@ from loaded import (
     dequantized,
     exact_logits,
     logits,
-    read,
-    write,
 )
 from oracle import assert_as_accurate
 from test_imports import HIDE
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import mxfp4_fx
-from mxfp4_fx.errors import CheckpointError, NoExpertsWarning, OptionError
+from mxfp4_fx.errors import CheckpointError, NanWeightsWarning, NoExpertsWarning, OptionError
 from mxfp4_fx.packed import PackedExperts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("checkpoint") / "packed")
+    return write_packed(tmp_path_factory.mktemp("checkpoint") / "packed")
 
 
 def is_packed(model: Any) -> list[bool]:
@@ -45,7 +45,7 @@ def is_packed(model: Any) -> list[bool]:
 def test_parameters_are_the_tensors_of_the_files(checkpoint: Path) -> None:
     model = mxfp4_fx.from_pretrained(checkpoint)
     assert len(list(checkpoint.glob("*.safetensors"))) > 1
-    assert_same_tensors(dict(model.named_parameters()), read(checkpoint))
+    assert_same_tensors(dict(model.named_parameters()), read_tensors(checkpoint))
     assert is_packed(model) == [True, True]
 
 
@@ -86,7 +86,7 @@ def test_greedy_tokens_of_a_padded_batch(checkpoint: Path, cache: str) -> None:
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")], ids=repr)
 def test_device_maps_of_one_device(checkpoint: Path, device_map: Any) -> None:
     model = mxfp4_fx.from_pretrained(checkpoint, device_map=device_map)
-    assert_same_tensors(dict(model.named_parameters()), read(checkpoint))
+    assert_same_tensors(dict(model.named_parameters()), read_tensors(checkpoint))
 
 
 def test_a_layer_on_disk(checkpoint: Path) -> None:
@@ -120,10 +120,15 @@ def test_skipping_all_experts_warns(checkpoint: Path) -> None:
     assert_same_tensors(dict(model.named_parameters()), dict(expected.named_parameters()))
 
 
+def test_a_name_to_skip_that_is_none(checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match=r"'model.layer.1' names no experts"):
+        mxfp4_fx.from_pretrained(checkpoint, skip=["model.layers.1", "model.layer.1"])
+
+
 def test_a_model_without_head(checkpoint: Path) -> None:
     model = mxfp4_fx.from_pretrained(checkpoint, auto_class=AutoModel, skip="model.layers.0.mlp")
     assert is_packed(model) == [False, True]
-    tensors = read(checkpoint)
+    tensors = read_tensors(checkpoint)
     for name, parameter in model.layers[1].named_parameters():
         assert torch.equal(parameter, tensors[f"model.layers.1.{name}"]), name
 
@@ -142,6 +147,17 @@ def test_options_of_the_config(checkpoint: Path) -> None:
     assert model.config.rms_norm_eps == 1e-3
 
 
+def test_constants_are_those_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    """Which reads them from the config or not, as its version is."""
+    changed = copied(checkpoint, tmp_path / "copy")
+    edit_config(changed, lambda config: config.update(swiglu_limit=3.0, swiglu_alpha=1.5))
+    packed, dense = (
+        model.model.layers[0].mlp.experts
+        for model in (mxfp4_fx.from_pretrained(changed), dequantized(changed))
+    )
+    assert (packed.alpha, packed.limit) == (dense.alpha, dense.limit)
+
+
 def test_gradients_reach_all_but_the_experts(checkpoint: Path) -> None:
     model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32)
     model(IDS).logits.square().sum().backward()
@@ -151,27 +167,40 @@ def test_gradients_reach_all_but_the_experts(checkpoint: Path) -> None:
     assert model.hf_quantizer.is_trainable
 
 
-def test_a_revision_in_the_cache_of_the_hub(checkpoint: Path, tmp_path: Path) -> None:
-    """Laid out as huggingface_hub does; the revision that is not asked for has no files."""
-    repository = tmp_path / "models--someone--tiny"
-    shutil.copytree(checkpoint, repository / "snapshots" / ("a" * 40))
-    (repository / "snapshots" / ("b" * 40)).mkdir()
+def cached(checkpoint: Path, cache: Path) -> Path:
+    """Puts a checkpoint into a cache of the Hub as someone/tiny; returns where its files lie."""
+    repository = cache / "models--someone--tiny"
+    files = shutil.copytree(checkpoint, repository / "snapshots" / ("a" * 40))
+    (repository / "snapshots" / ("b" * 40)).mkdir()  # of a revision that was not downloaded
     (repository / "refs").mkdir()
     for name, revision in (("main", "b" * 40), ("good", "a" * 40)):
         (repository / "refs" / name).write_text(revision)
-    here: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
-    model = mxfp4_fx.from_pretrained("someone/tiny", revision="good", **here)
-    assert_same_tensors(dict(model.named_parameters()), read(checkpoint))
-    with pytest.raises(CheckpointError, match=r"the config of someone/tiny cannot be read"):
-        mxfp4_fx.from_pretrained("someone/tiny", **here)
+    return files
+
+
+def from_cache(cache: Path, revision: str = "good", **kwargs: Any) -> Any:
+    here = {"cache_dir": cache, "local_files_only": True, "revision": revision}
+    return mxfp4_fx.from_pretrained("someone/tiny", **here, **kwargs)
+
+
+def test_a_revision_in_the_cache_of_the_hub(checkpoint: Path, tmp_path: Path) -> None:
+    cached(checkpoint, tmp_path)
+    parameters = dict(from_cache(tmp_path).named_parameters())
+    assert_same_tensors(parameters, read_tensors(checkpoint))
+    with pytest.raises(CheckpointError, match=r"someone/tiny has no config.json"):
+        from_cache(tmp_path, "main")
+
+
+def test_nan_blocks_are_reported(checkpoint: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.down_proj_scales"][2, 5] = 255
+
+    path = edit_tensors(copied(checkpoint, tmp_path / "copy"), spoil)
+    with pytest.warns(NanWeightsWarning, match=r"3 MXFP4 .*layers.1.*down_proj_scales \(3\)"):
+        mxfp4_fx.from_pretrained(path)
 
 
 # ---- what cannot be loaded ----------------------------------------------------------------------
-
-
-def change_config(path: Path, **changes: Any) -> None:
-    file = path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def only_pickles(path: Path) -> None:
@@ -180,20 +209,28 @@ def only_pickles(path: Path) -> None:
     (path / "model.safetensors.index.json").unlink()
 
 
-def truncate_config(path: Path) -> None:
-    (path / "config.json").write_text("{")
+def of_config(**changes: Any) -> Callable[[Path], object]:
+    return lambda path: edit_config(path, lambda config: config.update(changes))
 
 
-BAD = {
+def cut_shard(path: Path) -> None:
+    shard = max(path.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda p: (p / "config.json").unlink(), "has no config.json"),
-    "half a config": (truncate_config, "config of .* cannot be read"),
-    "only pickles": (only_pickles, "no safetensors files"),
-    "another model": (lambda p: change_config(p, model_type="llama"), "model of type llama"),
-    "a model nobody knows": (lambda p: change_config(p, model_type="x"), "model of type x"),
+    "half a config": (lambda p: (p / "config.json").write_text("{"), "config.json cannot be read"),
+    "only pickles": (only_pickles, "is a pickle"),
+    "another model": (of_config(model_type="llama"), "model_type is 'llama'"),
+    "a model nobody knows": (of_config(model_type="x"), "model_type is 'x'"),
     "another method": (
-        lambda p: change_config(p, quantization_config={"quant_method": "fp8"}),
-        "by the method fp8",
+        of_config(quantization_config={"quant_method": "fp8"}),
+        "quant_method is 'fp8'",
     ),
+    "damaged shard": (cut_shard, "ends after|bytes"),
+    "another size": (of_config(hidden_size=96), "hidden_size is 96, but 64"),
+    "no size": (of_config(hidden_size=None), "hidden_size is None"),
 }
 
 
@@ -203,6 +240,14 @@ def test_what_cannot_be_loaded(checkpoint: Path, tmp_path: Path, spoil: Any, rea
     spoil(copy)
     with pytest.raises(CheckpointError, match=reason):
         mxfp4_fx.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("what", ["another model", "another method", "damaged shard", "no size"])
+def test_what_cannot_be_loaded_from_the_cache(checkpoint: Path, tmp_path: Path, what: str) -> None:
+    """Where the files are is known only to transformers."""
+    BAD[what][0](cached(checkpoint, tmp_path))
+    with pytest.raises(CheckpointError):
+        from_cache(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "nowhere", "nobody/nothing"])
@@ -215,6 +260,16 @@ def test_a_path_that_leads_nowhere(name: str) -> None:
 def test_options_that_make_no_sense(checkpoint: Path, option: str) -> None:
     with pytest.raises(OptionError, match=option):
         mxfp4_fx.from_pretrained(checkpoint, **{option: "auto"})
+
+
+def test_a_scale_rule_that_there_is_not(checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="scale_rule='least'"):
+        mxfp4_fx.from_pretrained(checkpoint, scale_rule="least")
+
+
+def test_pickles_cannot_be_asked_for(checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="use_safetensors"):
+        mxfp4_fx.from_pretrained(checkpoint, use_safetensors=False)
 
 
 def test_without_transformers(checkpoint: Path) -> None:

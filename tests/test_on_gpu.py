@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from implementations import ALPHA, LIMIT, TRITON, Kernels, check_matmul, chosen, randn
-from models import hidden, mlp, model, on_mxfp4_grid, tokens
+from models import compile_with, hidden, mlp, model, on_mxfp4_grid, pack, tokens
 from oracle import Matrices, assert_as_accurate, random_logits, random_routes
 from torch import Tensor
 
 from mxfp4_fx import target
-from mxfp4_fx.weights import swizzle_weight
+from mxfp4_fx.freed import FreedParameter
+from mxfp4_fx.weights import restore, swizzle_weight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -144,3 +145,28 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-5000:]
+
+
+def test_packed_weights_are_freed_on_the_device() -> None:
+    packed = pack(mlp(torch.bfloat16)).cuda()
+    x = hidden(dtype=torch.bfloat16).cuda()
+    with torch.no_grad():
+        expected = compile_with(packed)(x)[0]
+        torch.compiler.reset()
+        compiled = compile_with(packed, options={"free_weights": True})
+        assert torch.equal(compiled(x)[0], expected)
+    layout = target.choose(x.device).layout
+    # Kernels that read checkpoint order go on reading the parameters themselves.
+    freed = 0 if layout == "row_major" else 4
+    assert sum(isinstance(p, FreedParameter) for p in packed.parameters()) == freed
+
+
+def test_packed_weights_come_back_to_the_device() -> None:
+    packed = pack(mlp(torch.bfloat16)).cuda()
+    before = {name: p.clone() for name, p in packed.named_parameters()}
+    with torch.no_grad():
+        compile_with(packed, options={"free_weights": True})(hidden(dtype=torch.bfloat16).cuda())
+    restore(packed)
+    for name, parameter in packed.named_parameters():
+        assert parameter.is_cuda
+        assert torch.equal(parameter, before[name])

@@ -1,14 +1,9 @@
-"""Quantizing a checkpoint: the right bytes, in bounded memory, whole or to be gone on with."""
+"""Quantizing a checkpoint: the right bytes in bounded memory, or an error with a remedy."""
 
-import json
-import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +12,12 @@ import torch
 from checkpoints import (
     EXPERTS,
     PROJECTIONS,
-    TINY,
+    convert,
     copied,
     edit_config,
     edit_tensors,
+    files,
+    randomize,
     read_config,
     read_tensors,
     unpack_layers,
@@ -32,25 +29,14 @@ from checkpoints import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-import mxfp4_fx
-from mxfp4_fx import quantization
 from mxfp4_fx.checkpoint import Checkpoint
 from mxfp4_fx.cli import main
 from mxfp4_fx.errors import CheckpointError, NanWeightsWarning
 from mxfp4_fx.formats import dequantize, quantize
-from mxfp4_fx.random_checkpoint import CheckpointShape
 from mxfp4_fx.safetensors_file import read_header
 
 GATE_UP = f"{EXPERTS.format(0)}.gate_up_proj"
 OPENAI = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-
-
-def convert(source: Path, out: Path, **options: Any) -> Path:
-    return mxfp4_fx.quantize_checkpoint(source, out, progress=False, **options)
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -62,13 +48,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Values that are no MXFP4, in bfloat16."""
     path = write_dense(tmp_path_factory.mktemp("dense"))
     return edit_tensors(path, randomize)
-
-
-def randomize(tensors: dict[str, Tensor]) -> None:
-    torch.manual_seed(0)
-    for name in tensors:
-        if name.endswith(PROJECTIONS):
-            tensors[name] = torch.randn(tensors[name].shape).to(tensors[name].dtype)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +71,20 @@ def test_experts_are_quantized_and_all_else_is_copied(tmp_path: Path, dtype: tor
         assert torch.equal(after.pop(f"{name}_scales"), scales), name
     assert before.keys() == after.keys()
     assert all(raw(before[name]) == raw(after[name]) for name in before)
+
+
+def test_the_scale_rule_is_obeyed(tmp_path: Path) -> None:
+    source = edit_tensors(write_dense(tmp_path / "in"), randomize)
+    before = read_tensors(source)
+    after = read_tensors(convert(source, tmp_path / "out", scale_rule="search"))
+    differ = False
+    for name in [name for name in before if name.endswith(PROJECTIONS)]:
+        values = before[name].transpose(1, 2).contiguous()
+        blocks, scales = quantize(values, scale_rule="search")
+        assert torch.equal(after[f"{name}_blocks"], blocks), name
+        assert torch.equal(after[f"{name}_scales"], scales), name
+        differ |= not torch.equal(scales, quantize(values)[1])
+    assert differ
 
 
 def test_the_result_is_a_right_checkpoint(quantized: Path) -> None:
@@ -152,10 +145,15 @@ def test_other_files_are_copied_and_stale_weights_are_not(dense: Path, tmp_path:
 def test_shards_are_cut_as_asked(dense: Path, tmp_path: Path, max_shard_bytes: int) -> None:
     out = convert(dense, tmp_path / "out", max_shard_bytes=max_shard_bytes)
     Checkpoint.open(out).check()  # the index, too
-    for file in out.glob("*.safetensors"):
-        names = {name.removesuffix("_scales").removesuffix("_blocks") for name in read_header(file)}
-        size = sum(tensor.nbytes for tensor in read_header(file).values())
-        assert size <= max_shard_bytes or len(names) == 1
+    shards = []  # of each, the bytes that belong together
+    for file in sorted(out.glob("*.safetensors")):
+        sizes: dict[str, int] = defaultdict(int)
+        for name, tensor in read_header(file).items():
+            sizes[name.removesuffix("_scales").removesuffix("_blocks")] += tensor.nbytes
+        shards.append([*sizes.values()])
+    assert all(sum(shard) <= max_shard_bytes or len(shard) == 1 for shard in shards)
+    # No shard is left before it is full.
+    assert all(sum(a) + b[0] > max_shard_bytes for a, b in pairwise(shards))
     whole = read_tensors(convert(dense, tmp_path / "whole"))
     assert all(torch.equal(whole[name], tensor) for name, tensor in read_tensors(out).items())
 
@@ -310,198 +308,11 @@ def test_too_little_disk(tmp_path: Path) -> None:
     refuse(source, tmp_path / "out", message)
 
 
-# ---- interruptions ------------------------------------------------------------------------------
-
-DEEP = CheckpointShape(**{**vars(TINY), "layers": 12})
-CUT = {"max_shard_bytes": 1}  # a file for each tensor, 200 of them
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return edit_tensors(write_dense(tmp_path_factory.mktemp("deep"), DEEP), randomize)
-
-
-@contextmanager
-def running(source: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process of its own, which has written some shards."""
-    command = [sys.executable, "-m", "mxfp4_fx", "quantize", str(source), str(out)]
-    process = subprocess.Popen([*command, "--max-shard-bytes=1"], text=True, stderr=subprocess.PIPE)
-    try:
-        while process.poll() is None and len(complete(out)) < 20:
-            time.sleep(0.002)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stderr
-        process.stderr.close()
-
-
-def complete(out: Path) -> list[Path]:
-    """Shards of an interrupted run."""
-    return sorted((partial(out) / "checkpoint").glob("*.safetensors"))
-
-
-def partial(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
-
-
-def interrupt(source: Path, out: Path, stop: signal.Signals = signal.SIGKILL) -> str:
-    with running(source, out) as process:
-        process.send_signal(stop)
-        _, stderr = process.communicate()
-    assert process.returncode == (-stop if stop == signal.SIGKILL else 130), stderr
-    return stderr
-
-
-def test_a_killed_run_leaves_nothing_that_looks_finished(deep: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    interrupt(deep, out)
-    assert list(tmp_path.iterdir()) == [partial(out)]
-    assert [file.name for file in partial(out).rglob("*.json")] == ["journal.json"]
-    assert 20 <= len(complete(out)) < 200
-    for file in complete(out):
-        read_header(file)
-
-
-def test_a_killed_run_goes_on(deep: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    interrupt(deep, out)
-    journal = json.loads((partial(out) / "journal.json").read_text())
-    done = {name: (partial(out) / "checkpoint" / name).stat() for name in journal["shards"]}
-    assert len(done) >= 19
-    whole = files(convert(deep, tmp_path / "whole", **CUT))
-    assert files(convert(deep, out, **CUT)) == whole
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
-    for name, before in done.items():
-        after = (out / name).stat()
-        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-
-
-def test_ctrl_c_says_how_to_go_on(deep: Path, tmp_path: Path) -> None:
-    stderr = interrupt(deep, tmp_path / "out", signal.SIGINT)
-    assert "interrupted: the same command goes on after the last whole shard" in stderr
-    assert "Traceback" not in stderr
-    Checkpoint.open(convert(deep, tmp_path / "out", **CUT)).check()
-
-
-def test_one_run_at_a_time(deep: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with running(deep, out) as process:
-        process.send_signal(signal.SIGSTOP)
-        before = complete(out)
-        with pytest.raises(CheckpointError, match=r"another process works on .*out\.partial: wait"):
-            convert(deep, out, **CUT)
-        assert complete(out) == before
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Input and output of a run that was not able to write a file of 100 kB, the sixth or so."""
-    path = tmp_path_factory.mktemp("stopped")
-    write_dense(path / "in", CheckpointShape(**{**vars(TINY), "experts": 16}))
-    code = f"""
-import resource
-from mxfp4_fx.quantization import quantize_checkpoint
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-quantize_checkpoint({str(path / "in")!r}, {str(path / "out")!r}, max_shard_bytes=1, progress=False)
-"""
-    ended = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
-    message = r"CheckpointError: .*File too large.*: repair that, and the same command goes on from"
-    assert re.search(message, ended.stderr), ended.stderr
-    assert complete(path / "out")
-    return path
-
-
-@pytest.fixture
-def interrupted(stopped: Path, tmp_path: Path) -> tuple[Path, Path]:
-    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)  # which keeps times
-    return tmp_path / "in", tmp_path / "out"
-
-
-def test_a_run_whose_disk_failed_goes_on(interrupted: tuple[Path, Path], tmp_path: Path) -> None:
-    source, out = interrupted
-    assert files(convert(source, out, **CUT)) == files(convert(source, tmp_path / "whole", **CUT))
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"max_shard_bytes": 2}, "max_shard_bytes"),
-        ({**CUT, "skip": ["model.layers.0"]}, "modules_to_not_convert"),
-        ({**CUT, "scale_rule": "search"}, "scale_rule"),
-    ],
-)
-def test_other_options_do_not_go_on(
-    interrupted: tuple[Path, Path], options: Any, name: str
-) -> None:
-    source, out = interrupted
-    before = files(partial(out))
-    with pytest.raises(CheckpointError, match=rf"partial is left .* another {name}: remove it"):
-        convert(source, out, **options)
-    assert files(partial(out)) == before
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_another_input_does_not_go_on(interrupted: tuple[Path, Path], name: str) -> None:
-    source, out = interrupted
-    content = (source / name).read_bytes()
-    (source / name).unlink()
-    (source / name).write_bytes(content)  # the same, for all that can be seen, but for its time
-    with pytest.raises(CheckpointError, match="is left from a run with another input: remove it"):
-        convert(source, out, **CUT)
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"input": 1'])
-def test_a_damaged_journal(interrupted: tuple[Path, Path], content: str) -> None:
-    source, out = interrupted
-    (partial(out) / "journal.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"journal\.json is damaged: remove .*out\.partial"):
-        convert(source, out, **CUT)
-
-
-def test_shards_without_a_journal(interrupted: tuple[Path, Path]) -> None:
-    source, out = interrupted
-    (partial(out) / "journal.json").unlink()
-    with pytest.raises(CheckpointError, match=r"out\.partial has no journal of its shards: remove"):
-        convert(source, out, **CUT)
-
-
-def test_shards_that_went_missing_are_written_again(interrupted: tuple[Path, Path]) -> None:
-    source, out = interrupted
-    first, second, *_ = complete(out)
-    first.unlink()
-    second.write_bytes(second.read_bytes()[:-1])
-    Checkpoint.open(convert(source, out, **CUT)).check()
-
-
-def test_damage_is_found_before_the_output_appears(interrupted: tuple[Path, Path]) -> None:
-    source, out = interrupted
-    shard = complete(out)[-1]
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    (name,) = list(read_header(shard))[-1:]
-    with pytest.raises(
-        CheckpointError, match=rf"^{name} in .*{shard.name} is not what was written"
-    ):
-        convert(source, out, **CUT)
-    assert not out.exists()
-
-
-def test_an_input_that_changes_meanwhile(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, write = copied(dense, tmp_path / "in"), quantization._write
-
-    def write_and_touch(*args: Any) -> None:
-        write(*args)
-        (source / "model.safetensors").touch()
-
-    monkeypatch.setattr(quantization, "_write", write_and_touch)
-    with pytest.raises(CheckpointError, match=r"/in was changed meanwhile: remove .*out\.partial"):
-        convert(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_too_little_disk_for_other_files(tmp_path: Path) -> None:
+    source = write_sparse(tmp_path / "in", SMALL)
+    with (source / "notes.txt").open("wb") as file:
+        file.truncate(10**13)  # which the file system notes, and stores nothing
+    refuse(source, tmp_path / "out", r"has 10000\.0 GB, but .* GB free: make room there")
 
 
 # ---- memory and the command line ----------------------------------------------------------------

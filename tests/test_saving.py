@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from loaded import SECOND_LAYER_ON_DISK, assert_same_tensors, dequantized, read, write
+from checkpoints import read_tensors, write_packed
+from loaded import SECOND_LAYER_ON_DISK, assert_same_tensors, dequantized
 
 import mxfp4_fx
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("checkpoint") / "packed")
+    return write_packed(tmp_path_factory.mktemp("checkpoint") / "packed")
 
 
 def quantization_of(path: Path) -> Any:
@@ -29,13 +30,13 @@ def saved(model: Any, path: Path, **kwargs: Any) -> Path:
 
 def test_every_tensor_is_the_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     again = saved(mxfp4_fx.from_pretrained(checkpoint), tmp_path)
-    assert_same_tensors(read(again), read(checkpoint))
+    assert_same_tensors(read_tensors(again), read_tensors(checkpoint))
 
 
 def test_several_shards(checkpoint: Path, tmp_path: Path) -> None:
     again = saved(mxfp4_fx.from_pretrained(checkpoint), tmp_path, max_shard_size="100KB")
     assert len(list(again.glob("*.safetensors"))) > 1
-    assert_same_tensors(read(again), read(checkpoint))
+    assert_same_tensors(read_tensors(again), read_tensors(checkpoint))
 
 
 def test_the_config_says_what_the_checkpoints_said(checkpoint: Path, tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_skipped_experts_are_saved_dense(checkpoint: Path, tmp_path: Path) -> No
     skip = "model.layers.0.mlp.experts"
     model = mxfp4_fx.from_pretrained(checkpoint, skip=skip)
     again = saved(model, tmp_path)
-    assert_same_tensors(read(again), dict(model.named_parameters()))
+    assert_same_tensors(read_tensors(again), dict(model.named_parameters()))
     assert quantization_of(again)["modules_to_not_convert"][-1] == skip
     # Both programs leave alone what the config names.
     expected = dict(dequantized(checkpoint).named_parameters())
@@ -64,7 +65,7 @@ def test_skipped_experts_are_saved_dense(checkpoint: Path, tmp_path: Path) -> No
 
 def test_a_layer_on_disk(checkpoint: Path, tmp_path: Path) -> None:
     model = mxfp4_fx.from_pretrained(checkpoint, device_map=SECOND_LAYER_ON_DISK)
-    assert_same_tensors(read(saved(model, tmp_path)), read(checkpoint))
+    assert_same_tensors(read_tensors(saved(model, tmp_path)), read_tensors(checkpoint))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -73,6 +74,6 @@ def test_another_dtype_leaves_the_bytes_alone(
 ) -> None:
     model = mxfp4_fx.from_pretrained(checkpoint, dtype=dtype)
     again = saved(model, tmp_path)
-    assert_same_tensors(read(again), dict(model.named_parameters()))
+    assert_same_tensors(read_tensors(again), dict(model.named_parameters()))
     reloaded = mxfp4_fx.from_pretrained(again)
     assert_same_tensors(dict(reloaded.named_parameters()), dict(model.named_parameters()))

@@ -7,20 +7,16 @@ same computation instead; every other backend still sees the loop.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from mxfp4_fx import dynamo
-from mxfp4_fx.errors import CheckpointError
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 
@@ -71,33 +67,3 @@ def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) ->
             return grouped(self, hidden_states, router_indices, routing_weights)
         result: Tensor = loop(self, hidden_states, router_indices, routing_weights)
         return result
-
-
-@contextlib.contextmanager
-def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> Iterator[Any]:
-    """The causal language model of a checkpoint's ``config.json``, of fake tensors.
-
-    It has every size and no memory, so that a model of any size can be explained anywhere; inside
-    the context, tensors made by torch's factories are fake as well.
-
-    Args:
-        path: a directory with a ``config.json``.
-        dtype: of the parameters.
-        experts: ``experts_implementation``, transformers' default if None.
-
-    Raises:
-        CheckpointError: there is no such file, or transformers is not installed.
-    """
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise CheckpointError("this needs transformers: pip install transformers") from error
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise CheckpointError(f"{path} has no config.json; name a checkpoint's directory")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    # Explained as it is once loaded: dequantized.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    kwargs = {"experts_implementation": experts} if experts else {}
-    with FakeTensorMode():
-        yield AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch._subclasses import FakeTensorMode
+
+from mxfp4_fx.checkpoint import CONFIG, Checkpoint
 from mxfp4_fx.errors import CheckpointError, OptionError
+from mxfp4_fx.formats import SCALE_RULES
 
 MODEL_TYPE = "gpt_oss"
-METHODS = ("mxfp4", "mxfp4_fx")
+METHOD = "mxfp4"
 
 _HUB_OPTIONS = (
     *("cache_dir", "force_download", "local_files_only", "proxies"),
@@ -54,86 +61,132 @@ def from_pretrained(
     Raises:
         CheckpointError: there is no such checkpoint, it is not GPT-OSS's in MXFP4 or dense, or
             transformers is not installed.
-        OptionError: an option of transformers that makes no sense here.
+        OptionError: an option of transformers that makes no sense here, ``skip`` that names
+            nothing, or an unknown ``scale_rule``.
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) not in (None, False):
             raise OptionError(f"from_pretrained(..., {name}=...) is not supported: {reason}")
+    if kwargs.get("use_safetensors") is False:
+        raise OptionError("from_pretrained(..., use_safetensors=False): pickles are not read")
+    if scale_rule not in SCALE_RULES:
+        known = " or ".join(map(repr, SCALE_RULES))
+        raise OptionError(f"from_pretrained(..., scale_rule={scale_rule!r}): it must be {known}")
     try:
         import transformers
+        from safetensors import SafetensorError
 
-        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config
+        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, check
     except ImportError as error:
         raise CheckpointError(
             f"loading needs transformers 5.8 or newer (pip install transformers): {error}"
         ) from error
 
-    path = _existing(path, kwargs.get("subfolder", ""))
+    path = os.path.expanduser(os.fspath(path))
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-    config, kwargs = _load_config(path, hub, kwargs)
+    if os.path.isdir(path) and kwargs.get("variant") is None:
+        checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")))
+        stored = checkpoint.config
+        check(checkpoint)
+    else:  # files of the Hub are checked once they are here
+        stored = _stored_config(path, hub)
+    config, kwargs = _model_config(path, hub, kwargs)
     # Asked for by argument, so that packed and dense checkpoints come the same way.
     quantization = PackedMxfp4Config.of(vars(config).pop("quantization_config", None), skip)
-    quantization.scale_rule = scale_rule
+    quantization.scale_rule, quantization.stored_config = scale_rule, stored
     auto_class = auto_class or transformers.AutoModelForCausalLM
-    kwargs["use_safetensors"] = True
+    kwargs["use_safetensors"] = True  # None would allow pickles
     try:
         return auto_class.from_pretrained(
             path, config=config, quantization_config=quantization, **hub, **kwargs
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 
-def _existing(path: str | os.PathLike[str], subfolder: str) -> str:
-    """The path, if it is a directory with the files that are needed, or a name on the Hub."""
-    name = os.path.expanduser(os.fspath(path))
-    if os.path.isdir(name):
-        files = os.listdir(os.path.join(name, subfolder))
-        if "config.json" not in files:
-            raise CheckpointError(f"{name} has no config.json; name a checkpoint's directory")
-        if not any(file.endswith(".safetensors") for file in files):
-            raise CheckpointError(
-                f"{name} has no safetensors files: weights in other formats are not read; save "
-                f"the model with transformers' save_pretrained, which writes safetensors"
-            )
-    elif os.path.exists(name) or os.path.isabs(name) or name.startswith(".") or name.count("/") > 1:
-        raise CheckpointError(f"{name} is no directory; name one, or a model on the Hub")
-    return name
+@contextlib.contextmanager
+def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> Iterator[Any]:
+    """The causal language model of a checkpoint's ``config.json``, of fake tensors.
+
+    It has every size and no memory, so that a model of any size can be explained anywhere; inside
+    the context, tensors made by torch's factories are fake as well.
+
+    Args:
+        path: a directory with a ``config.json``.
+        dtype: of the parameters.
+        experts: how transformers is to run dense experts (``experts_implementation``). If None, the
+            experts are packed, as :func:`from_pretrained` loads them.
+
+    Raises:
+        CheckpointError: there is no such file, or transformers is not installed.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, packed_like
+    except ImportError as error:
+        raise CheckpointError("this needs transformers: pip install transformers") from error
+    if not os.path.isfile(os.path.join(path, CONFIG)):
+        raise CheckpointError(f"{path} has no {CONFIG}; name a checkpoint's directory")
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    stored = PackedMxfp4Config.of(vars(config).pop("quantization_config", None))
+    kwargs = {"experts_implementation": experts} if experts else {}
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+        for name, module in list(model.named_modules()):
+            kept = not should_convert_module(name, stored.modules_to_not_convert)
+            if experts is None and isinstance(module, GptOssExperts) and not kept:
+                packed = packed_like(module, name)
+                packed.gate_up_proj_bias = module.gate_up_proj_bias
+                packed.down_proj_bias = module.down_proj_bias
+                parent, child = name.rsplit(".", 1)
+                setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
+        yield model
 
 
-def _load_config(
+def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``config.json`` on the Hub, of a model that we can load."""
+    from transformers import PretrainedConfig
+
+    is_local = os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
+    if not os.path.isdir(path) and (is_local or os.path.exists(path)):
+        raise CheckpointError(f"{path} is no directory: name one, or a model on the Hub")
+    try:
+        config: dict[str, Any] = PretrainedConfig.get_config_dict(path, **hub)[0]
+    except OSError as error:
+        raise CheckpointError(f"{path} has no {CONFIG} that can be read: {error}") from error
+    if not config:
+        raise CheckpointError(f"{path} has no {CONFIG}: name a directory, or a model on the Hub")
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{path} has a model of type {config.get('model_type')}: only GPT-OSS ({MODEL_TYPE}) "
+            f"can be loaded with packed experts"
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method", METHOD)
+    if method != METHOD:
+        raise CheckpointError(
+            f"{path} is quantized by the method {method}: only {METHOD}, and checkpoints that are "
+            f"not quantized, can be loaded with packed experts"
+        )
+    return config
+
+
+def _model_config(
     path: str, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The model's config, which we may change, and the arguments that are not meant for it."""
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
 
-    given = kwargs.pop("config", None)
+    if (given := kwargs.pop("config", None)) is not None:
+        return copy.deepcopy(given), kwargs
+    # The config would keep a dtype for itself, or take "auto" for one.
+    dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
     try:
-        stored = given.to_dict() if given else PretrainedConfig.get_config_dict(path, **hub)[0]
-        _check_is_ours(path, stored)
-        if given:
-            return copy.deepcopy(given), kwargs
-        # The config would keep a dtype for itself, or take "auto" for one.
-        dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         config, unused = AutoConfig.from_pretrained(
             path, return_unused_kwargs=True, **hub, **kwargs
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"the config of {path} cannot be read: {error}") from error
+    except Exception as error:  # classes of huggingface_hub, which differ between versions
+        raise CheckpointError(f"transformers rejects the {CONFIG} of {path}: {error}") from error
     return config, unused | dtypes
-
-
-def _check_is_ours(path: str, config: dict[str, Any]) -> None:
-    if config.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(
-            f"{path} has a model of type {config.get('model_type')}; only GPT-OSS ({MODEL_TYPE}) "
-            f"can be loaded with packed experts"
-        )
-    method = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
-    if method not in METHODS:
-        raise CheckpointError(
-            f"{path} is quantized by the method {method}; only mxfp4, and checkpoints that are "
-            f"not quantized, can be loaded with packed experts"
-        )

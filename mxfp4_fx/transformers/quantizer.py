@@ -12,21 +12,20 @@ at a time; experts that the user skips are dequantized by another if the files h
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxfp4_fx.errors import CheckpointError, NoExpertsWarning
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, quantize
+from mxfp4_fx.checkpoint import Checkpoint, warn_of_nan_blocks
+from mxfp4_fx.errors import CheckpointError, NoExpertsWarning, OptionError
+from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.transformers.unpacking import dense_weight, unpack_experts
 
@@ -38,7 +37,19 @@ NOT_CONVERTED = (
     *("model.embed_tokens", "lm_head"),
 )
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+def check(checkpoint: Checkpoint) -> None:
+    """`Checkpoint.check`, to which dense experts are welcome: they become what the config says.
+
+    Raises:
+        CheckpointError: something else is wrong with the checkpoint.
+    """
+    method, patterns = checkpoint.quantization()
+    if method:
+        dense = [checkpoint.experts(n) for n, form in checkpoint.forms.items() if form == "dense"]
+        settings = {"quant_method": method, "modules_to_not_convert": [*patterns, *dense]}
+        checkpoint.config = {**checkpoint.config, "quantization_config": settings}
+    checkpoint.check()
 
 
 @register_quantization_config(METHOD)
@@ -48,6 +59,9 @@ class PackedMxfp4Config(QuantizationConfigMixin):
     Attributes:
         modules_to_not_convert: names, or patterns of names, whose experts become dense.
         scale_rule: how blocks get their scale where a dense checkpoint is quantized.
+        skip: the part of them that the user asked for.
+        stored_config: the content of the checkpoint's ``config.json``, with which its files are
+            compared; the model's config if None.
     """
 
     def __init__(
@@ -61,13 +75,16 @@ class PackedMxfp4Config(QuantizationConfigMixin):
             NOT_CONVERTED if modules_to_not_convert is None else modules_to_not_convert
         )
         self.scale_rule = scale_rule
+        self.skip: list[str] = []
+        self.stored_config: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, stored: Any, skip: str | Sequence[str] = ()) -> PackedMxfp4Config:
         """What a checkpoint's own config says (None, a mapping or a config), and more to skip."""
         stored = stored if isinstance(stored, dict | None) else stored.to_dict()
         config = cls((stored or {}).get("modules_to_not_convert"))
-        config.modules_to_not_convert += [skip] if isinstance(skip, str) else skip
+        config.skip = [skip] if isinstance(skip, str) else list(skip)
+        config.modules_to_not_convert += config.skip
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,34 +104,45 @@ class PackedMxfp4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        skipped = self.quantization_config.modules_to_not_convert
-        # TODO(checkpoint): Checkpoint(files, config).check() goes here.
-        prefix = f"{model.base_model_prefix}."
-        stored = _stored_dtypes(checkpoint_files or (), prefix)
+        config = self.quantization_config.stored_config or model.config.to_dict()
+        checkpoint = Checkpoint(checkpoint_files or (), config)
+        check(checkpoint)
+        for pattern in self.quantization_config.skip:
+            if not checkpoint.matching(pattern):
+                raise OptionError(
+                    f"skip={pattern!r} names no experts: those of the first layer are "
+                    f"{checkpoint.experts(0)}"
+                )
+        patterns = self.quantization_config.modules_to_not_convert
+        skipped = {layer for pattern in patterns for layer in checkpoint.matching(pattern)}
         self._to_quantize: list[str] = []
         self._to_dequantize: list[str] = []
         found = False
         for name, experts in list(model.named_modules()):
             if not isinstance(experts, GptOssExperts):
                 continue
-            # A model without a head has shorter names, and so have the files that it saves.
-            short = name.removeprefix(prefix)
-            dtypes = {f"{short}.{p}": _dense_dtype(stored, f"{short}.{p}") for p in PROJECTIONS}
-            if not all(should_convert_module(known, skipped) for known in (short, prefix + short)):
-                self._to_dequantize += [weight for weight, dtype in dtypes.items() if not dtype]
+            # Conversions match the end of a name: models and files may have a prefix or not.
+            short = name[name.index("layers.") :]
+            layer = int(short.split(".")[1])
+            weights = [f"{short}.{projection}" for projection in PROJECTIONS]
+            is_packed = checkpoint.forms[layer] == "packed"
+            if layer in skipped:
+                self._to_dequantize += weights if is_packed else []
                 continue
             found = True
-            packed = _on_meta(experts)
-            for projection, (weight, dtype) in zip(PROJECTIONS, dtypes.items(), strict=True):
-                if dtype is not None:
-                    self._to_quantize.append(weight)
+            with torch.device("meta"):
+                packed = packed_like(experts, name)
+            if not is_packed:
+                self._to_quantize += weights
+                for projection, weight in zip(PROJECTIONS, weights, strict=True):
+                    dtype = checkpoint.tensors[checkpoint.prefix + weight].dtype
                     _set_loading_dtype(packed, projection, dtype)
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed)
         if not found:
             warnings.warn(
-                f"no experts of this {type(model).__name__} will be MXFP4: it has none, or all are "
-                f"skipped by {skipped}",
+                f"no experts of this {type(model).__name__} will be MXFP4: all are skipped by "
+                f"{patterns}",
                 NoExpertsWarning,
                 stacklevel=2,
             )
@@ -123,9 +151,16 @@ class PackedMxfp4Quantizer(HfQuantizer):
         self.pre_quantized = not self._to_quantize
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for module in model.modules():
+        nan_blocks = {}
+        for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # the loader makes every float a trainable parameter
+                for projection in PROJECTIONS:
+                    scales = module.get_parameter(f"{projection}_scales")
+                    if not scales.is_meta and (count := int((scales == E8M0_NAN).sum())):
+                        nan_blocks[f"{name}.{projection}_scales"] = count
+        warn_of_nan_blocks(nan_blocks)
+        _correct_offload_index(model)
         # Saving would undo the conversions; packed experts are saved as they are.
         model._weight_conversions = [
             conversion
@@ -189,9 +224,8 @@ class QuantizeExperts(ConversionOps):
         e, k, n = weight.shape
         blocks = weight.new_empty((e, n, k // BLOCK, BYTES_PER_BLOCK), dtype=torch.uint8)
         scales = weight.new_empty((e, n, k // BLOCK), dtype=torch.uint8)
-        rule: dict[str, Any] = {} if self.scale_rule == "max" else {"scale_rule": self.scale_rule}
         for expert in range(e):
-            blocks[expert], scales[expert] = quantize(weight[expert].T, **rule)
+            blocks[expert], scales[expert] = quantize(weight[expert].T, scale_rule=self.scale_rule)
         module, projection = name.rsplit(".", 1)
         _set_loading_dtype(model.get_submodule(module), projection, torch.uint8)
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
@@ -231,41 +265,36 @@ def _only(tensors: Any) -> Tensor:
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
-def _stored_dtypes(files: Iterable[str], prefix: str) -> dict[str, str]:
-    """Name of each tensor, without prefix -> its dtype in safetensors' words. Reads headers."""
-    dtypes: dict[str, str] = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                dtypes[name.removeprefix(prefix)] = file.get_slice(name).get_dtype()
-    return dtypes
+def _correct_offload_index(model: nn.Module) -> None:
+    """Bytes on disk stay bytes; older versions note the model's dtype for all that is there."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            prefixed = getattr(part, "weights_map", None)
+            index = getattr(getattr(prefixed, "dataset", None), "index", None) or {}
+            for name, entry in index.items():
+                if name.endswith(_BYTES):
+                    entry["dtype"] = "uint8"
 
 
-def _dense_dtype(stored: dict[str, str], weight: str) -> torch.dtype | None:
-    """The dtype of a weight that the files hold dense; None if they hold its bytes."""
-    if all(stored.get(name) == "U8" for name in _bytes_of(weight)):
-        return None
-    if weight not in stored:
-        raise CheckpointError(
-            f"the files have neither {weight} nor its blocks and scales. If transformers loaded "
-            f"the model with dequantize=True: save it with save_original_format=False"
-        )
-    if stored[weight] not in _DTYPES:
-        raise CheckpointError(f"{weight} is {stored[weight]}, not one of {', '.join(_DTYPES)}")
-    return _DTYPES[stored[weight]]
+def packed_like(experts: Any, name: str) -> PackedExperts:
+    """Packed experts, of no values, for the place ``name`` of transformers' own.
 
-
-def _on_meta(experts: Any) -> PackedExperts:
-    """Packed experts without memory in the place of transformers' own."""
-    with torch.device("meta"):
-        packed = PackedExperts(
-            experts.num_experts,
-            experts.hidden_size,
-            experts.intermediate_size,
-            alpha=experts.alpha,
-            limit=experts.limit,
-        )
-    return packed.to(experts.gate_up_proj_bias.dtype).train(experts.training)
+    Raises:
+        CheckpointError: their sizes do not divide into blocks.
+    """
+    for size in (experts.hidden_size, experts.intermediate_size):
+        if size % BLOCK:
+            raise CheckpointError(
+                f"{name} cannot be MXFP4: its size {size} is no multiple of {BLOCK}; skip it"
+            )
+    return PackedExperts(
+        experts.num_experts,
+        experts.hidden_size,
+        experts.intermediate_size,
+        alpha=experts.alpha,
+        limit=experts.limit,
+    )
 
 
 def _set_loading_dtype(module: nn.Module, projection: str, dtype: torch.dtype) -> None:

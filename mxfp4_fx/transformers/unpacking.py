@@ -14,6 +14,7 @@ from mxfp4_fx.errors import DequantizeError, DeviceFullWarning
 from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.formats import dequantize as dequantize_values
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.weights import STORE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -102,7 +103,10 @@ def _dense(packed: PackedExperts, config: Any, dtype: torch.dtype | None) -> Any
         experts = GptOssExperts(config)
     for name in PROJECTIONS:
         bias = packed.get_parameter(f"{name}_bias")
-        blocks, scales = (packed.get_parameter(f"{name}_{part}") for part in ("blocks", "scales"))
+        # Those of a model that was compiled with free_weights are only in the kernels' layout.
+        blocks, scales = (
+            STORE.values(packed.get_parameter(f"{name}_{part}")) for part in ("blocks", "scales")
+        )
         with torch.no_grad():
             weight = dense_weight(blocks, scales, dtype or bias.dtype)
         experts.register_parameter(name, nn.Parameter(weight))

@@ -1,0 +1,119 @@
+"""Models compiled with ``free_weights``: saved, dequantized and generating, nothing is lost."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import read_tensors, write_packed
+from loaded import IDS, assert_same_tensors, dequantized, logits
+from models import compile_with
+
+import mxfp4_fx
+from mxfp4_fx.freed import DeferredTensor, FreedParameter
+from mxfp4_fx.weights import WeightStore
+
+FREE = {"free_weights": True, "strict": True}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_packed(tmp_path_factory.mktemp("packed") / "checkpoint")
+
+
+@pytest.fixture
+def freed(checkpoint: Path) -> Any:
+    """A model whose packed bytes are in the kernels' layout only."""
+    model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    model.compile(backend="mxfp4", options={"inner": "eager", **FREE})
+    logits(model)
+    assert isinstance(model.model.layers[1].mlp.experts.down_proj_scales, FreedParameter)
+    return model
+
+
+def test_the_checkpoint_is_saved_byte_for_byte(
+    freed: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    freed.save_pretrained(tmp_path)
+    assert_same_tensors(read_tensors(tmp_path), read_tensors(checkpoint))
+
+
+def test_a_shard_at_a_time(
+    freed: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    real = WeightStore.values
+
+    def recording(store: WeightStore, parameter: Any) -> torch.Tensor:
+        made.append(f"{len(list(tmp_path.glob('*.safetensors')))} shards")
+        return real(store, parameter)
+
+    monkeypatch.setattr(WeightStore, "values", recording)
+    freed.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert_same_tensors(read_tensors(tmp_path), read_tensors(checkpoint))
+    assert len(made) == 8
+    assert made[0] != made[-1]  # not all before the first is written
+
+
+def test_saving_leaves_it_compiled(freed: Any, tmp_path: Path) -> None:
+    before = logits(freed)
+    freed.save_pretrained(tmp_path)
+    assert isinstance(freed.model.layers[1].mlp.experts.down_proj_scales, FreedParameter)
+    assert torch.equal(logits(freed), before)
+
+
+def test_transformers_loads_what_was_saved(freed: Any, checkpoint: Path, tmp_path: Path) -> None:
+    freed.save_pretrained(tmp_path)
+    assert torch.equal(logits(dequantized(tmp_path)), logits(dequantized(checkpoint)))
+
+
+def test_the_state_dict_has_the_bytes_when_they_are_asked_for(freed: Any, checkpoint: Path) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj_blocks"
+    tensor, expected = freed.state_dict()[name], read_tensors(checkpoint)[name]
+    assert isinstance(tensor, DeferredTensor)
+    assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
+    assert torch.equal(tensor, expected)
+    assert type(tensor[0]) is torch.Tensor
+
+
+def test_torch_save(freed: Any, checkpoint: Path) -> None:
+    file = io.BytesIO()
+    torch.save(freed.state_dict(), file)
+    file.seek(0)
+    back = torch.load(file)
+    plain = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    plain.load_state_dict(back)
+    assert torch.equal(logits(plain), logits(mxfp4_fx.from_pretrained(checkpoint)))
+
+
+def test_another_model_takes_its_state(freed: Any, checkpoint: Path, tmp_path: Path) -> None:
+    other = mxfp4_fx.from_pretrained(write_packed(tmp_path / "other"), dtype=torch.bfloat16)
+    for tensor in other.parameters():
+        tensor.data.zero_()
+    other.load_state_dict(freed.state_dict())
+    assert torch.equal(logits(other), logits(mxfp4_fx.from_pretrained(checkpoint)))
+
+
+def test_dequantizing(freed: Any, checkpoint: Path) -> None:
+    expected = dequantized(checkpoint)
+    mxfp4_fx.dequantize(freed)
+    assert_same_tensors(dict(freed.state_dict()), dict(expected.state_dict()))
+
+
+def test_restoring(freed: Any, checkpoint: Path) -> None:
+    assert mxfp4_fx.restore(freed) == 8
+    expected = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert_same_tensors(dict(freed.state_dict()), dict(expected.state_dict()))
+    freed._compiled_call_impl = None  # uncompiled again
+    assert torch.equal(logits(freed), logits(expected))
+
+
+def test_packed_bytes_are_swizzled_where_they_were_loaded(checkpoint: Path) -> None:
+    """The same bits as the checkpoint that transformers dequantizes and the backend quantizes."""
+    dense = compile_with(dequantized(checkpoint))
+    packed = compile_with(mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16))
+    with torch.no_grad():
+        assert torch.equal(packed(IDS).logits, dense(IDS).logits)
