@@ -48,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     for miss in context.report.misses:
         print(f"not rewritten: {miss}")
     for name, binding in context.bindings.items():
-        source = captured.graph.find_nodes(op="placeholder")[binding.source]
+        inputs = captured.graph.find_nodes(op="placeholder")
+        sources = " and ".join(brief(inputs[at]) for at in binding.sources)
         part = ("blocks", "scales")[binding.part]
-        print(f"at run time, {short(name)} is {part} of {brief(source)}, {binding.layout}")
+        print(f"at run time, {short(name)} is {part} of {sources}, {binding.layout}")
     return 0
 
 
