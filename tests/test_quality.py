@@ -244,13 +244,16 @@ def test_figures_of_the_documentation_are_those_of_a_run() -> None:
     results = json.loads((ROOT / "benchmarks/results/quality.json").read_text("utf-8"))
     assert results["settings"] == asdict(quality.Settings())
     documentation = (ROOT / "docs/quality.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
     for row in results["models"]:
-        runs = "compiled" if row["compiled"] else "uncompiled"
-        cells = f"| {row['weights']} | {runs} | {row['perplexity']:.4f} |"
-        if row["weights"] != "bfloat16":
+        rule, runs = row["weights"], "compiled" if row["compiled"] else "uncompiled"
+        figures = f"{row['perplexity']:.4f} |"
+        if rule != "bfloat16":
             apart = row["to_bfloat16"]
-            cells += f" {apart['perplexity']:+.4f} ± {apart['standard_error']:.4f} |"
-        assert cells in documentation
+            figures += f" {apart['perplexity']:+.4f} ± {apart['standard_error']:.4f} |"
+        assert f"| {rule} | {runs} | {figures}" in documentation
+        if runs == "compiled":
+            assert f'| MXFP4, `scale_rule="{rule}"`, compiled | {figures}' in readme
     for name, rules in results["weights"].items():
         decibels = " | ".join(f"{rules[rule]['snr_db']:.2f} dB" for rule in ("max", "search"))
         assert f"| {name} | {decibels} |" in documentation
