@@ -26,7 +26,8 @@ _REMEDY = (
     "their memory again with mxfp4_fx.restore(model), or compile without free_weights"
 )
 _MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, which is no matter
-# What is known without values.
+# What is known without values; of the attributes, all but those that show or change them.
+_VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 _KNOWN = {
     *("__get__", "__set__", "__len__", "size", "stride", "dim", "ndimension", "numel", "nelement"),
     *("element_size", "storage_offset", "is_contiguous", "is_floating_point", "is_complex"),
@@ -43,7 +44,7 @@ class FreedParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        name, kwargs = _name_of(func), kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             # What another compiler makes of a tensor reads its memory without asking.
             others = torch.compiler.is_compiling() and dynamo.compiling_for() is False
@@ -88,7 +89,7 @@ class DeferredTensor(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if getattr(func, "__name__", "") in _KNOWN:
+            if _name_of(func) in _KNOWN:
                 return func(*args, **(kwargs or {}))
             args, kwargs = tree_map_only(cls, cls.values, (args, kwargs or {}))
             return func(*args, **kwargs)
@@ -141,6 +142,15 @@ def _page_out(tensor: Tensor) -> None:
     if length > 0:
         advise = ctypes.CDLL(None).madvise
         advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_PAGEOUT))
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    """The name of a function or method, "__get__" or "__set__" of an attribute without values."""
+    name = getattr(func, "__name__", "")
+    if name not in ("__get__", "__set__"):
+        return name
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+    return attribute if attribute in _VALUES else name
 
 
 def _flat(value: Any) -> Iterator[Any]:
