@@ -59,14 +59,14 @@ def mxfp4(
     prepare_capture()
     parsed = Options.parse(options, mode)
     rewritten, ctx = run_pipeline(gm, example_inputs, parsed)
-    _refuse_freed(gm, rewritten, ctx)
+    refuse_freed(gm, rewritten, ctx)
     announce(ctx, parsed)
     if rewritten is gm:
         return compile_inner(gm, example_inputs, parsed)
     return bind(gm, rewritten, ctx, parsed)
 
 
-def _refuse_freed(captured: fx.GraphModule, rewritten: fx.GraphModule, ctx: Context) -> None:
+def refuse_freed(captured: fx.GraphModule, rewritten: fx.GraphModule, ctx: Context) -> None:
     """A graph that reads a freed weight as it was would read memory that is not there."""
     reads = {n.name for n in rewritten.graph.find_nodes(op="placeholder") if n.users}
     for node, value in zip(captured.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True):
@@ -84,9 +84,18 @@ def bind(
 ) -> CompiledGraph:
     """Compile a lowered graph; the result takes the captured graph's inputs."""
     plan = InputPlan(captured, lowered, ctx)
-    # Before any weight is freed: an inner compiler that fails leaves the model as it was.
     compiled = compile_inner(lowered, plan.examples(lowered, ctx), options)
-    _swizzle_ahead(plan, ctx, options)
+    if options.free_weights:
+
+        def run_and_free(*args: Any) -> Any:
+            # Not while compiling: Dynamo guards a parameter's class, which freeing changes, and the
+            # guards that it is about to make must hold for the other layers, or models, too.
+            _free(plan, args)
+            return compiled(*plan.inputs(args))
+
+        return run_and_free
+
+    _swizzle_ahead(plan, ctx)
 
     def run(*args: Any) -> Any:
         return compiled(*plan.inputs(args))
@@ -94,6 +103,7 @@ def bind(
     if not options.verify:
         return run
     verifying, verifying_ctx = run_pipeline(captured, ctx.inputs, options, verifying=True)
+    refuse_freed(captured, verifying, verifying_ctx)
     verifying_plan = InputPlan(captured, verifying, verifying_ctx)
     verified, layers = False, len(ctx.report.rewrites)
 
@@ -147,18 +157,28 @@ class InputPlan:
         return [args[at] if part is None else swizzled[at][part] for at, part in self._inputs]
 
 
-def _swizzle_ahead(plan: InputPlan, ctx: Context, options: Options) -> None:
-    """Swizzle while compiling, with a progress bar, rather than in the first call.
+_TITLE = "mxfp4: swizzling expert weights"
 
-    With ``free_weights`` each source gives its memory back before the next one is swizzled.
-    """
-    title = "mxfp4: swizzling expert weights"
-    for sources, layout in tqdm(plan.swizzled, title, leave=False, disable=None):
+
+def _swizzle_ahead(plan: InputPlan, ctx: Context) -> None:
+    """Swizzle while compiling, with a progress bar, rather than in the first call."""
+    for sources, layout in tqdm(plan.swizzled, _TITLE, leave=False, disable=None):
         weight, *scales = (ctx.inputs[i] for i in sources)
-        if not isinstance(weight, Tensor) or isinstance(weight, FakeTensor):
+        if isinstance(weight, Tensor) and not isinstance(weight, FakeTensor):
+            STORE.get(weight, layout, *scales)
+
+
+def _free(plan: InputPlan, args: tuple[Any, ...]) -> None:
+    """Swizzle what is not, and give each source's memory back before the next one is swizzled."""
+    found = []
+    for sources, layout in plan.swizzled:
+        tensors = [args[i] for i in sources]
+        if is_freed(tensors[0]):
             continue
-        STORE.get(weight, layout, *scales)
-        if options.free_weights and not set(sources) & plan.as_they_are:
+        if STORE.can_free(tensors[0], layout, *tensors[1:]) and not set(sources) & plan.as_they_are:
+            found.append((layout, tensors))
+    if found:
+        for layout, (weight, *scales) in tqdm(found, _TITLE, leave=False, disable=None):
             STORE.free(weight, layout, *scales)
 
 

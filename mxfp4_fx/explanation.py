@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from mxfp4_fx import dynamo
-from mxfp4_fx.backend import bind
+from mxfp4_fx.backend import bind, refuse_freed
 from mxfp4_fx.freed import is_freed
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.pipeline import run_pipeline
@@ -123,10 +123,12 @@ def _collect(
     report = ctx.report  # the context holds the model's parameters and must not live on
     graph = gm.forward
     if any(map(is_freed, example_inputs)):
+        refuse_freed(gm, rewritten, ctx)
         graph = bind(gm, rewritten, ctx, Options(inner="eager"))
 
     def run(*args: Any) -> Any:
-        _reports.get().append(report)
+        if (reports := _reports.get(None)) is not None:  # else code of an earlier explain is run
+            reports.append(report)
         return graph(*args)
 
     return run

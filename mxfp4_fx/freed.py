@@ -47,7 +47,7 @@ class FreedParameter(nn.Parameter):
         name, kwargs = _name_of(func), kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             # What another compiler makes of a tensor reads its memory without asking.
-            others = torch.compiler.is_compiling() and dynamo.compiling_for() is False
+            others = torch.compiler.is_compiling() and not dynamo.compiling_for()
             if not others and (torch.compiler.is_compiling() or name in _ALLOWED):
                 return func(*args, **kwargs)
         freed = (a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
@@ -73,7 +73,7 @@ class DeferredTensor(torch.Tensor):
     from the beginning; its memory is not touched before.
     """
 
-    _make: Callable[[], Tensor]
+    _make: Callable[[], Tensor] | None
 
     @classmethod
     def of(cls, like: Tensor, make: Callable[[], Tensor]) -> DeferredTensor:
@@ -95,8 +95,13 @@ class DeferredTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     def values(self) -> Tensor:
-        """The tensor itself, a plain one."""
-        return self._make().cpu()
+        """The same memory as a plain tensor, with its values."""
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            plain = self.as_subclass(torch.Tensor)
+            if self._make is not None:
+                plain.copy_(self._make())
+                self._make = None
+            return plain
 
 
 def is_freed(value: object) -> bool:
@@ -104,29 +109,42 @@ def is_freed(value: object) -> bool:
 
 
 def can_free(value: Tensor) -> bool:
-    """Whether a tensor is a plain parameter: a subclass has its own ways, a buffer has no class."""
-    return type(value) in (nn.Parameter, FreedParameter)
+    """Whether a tensor is a plain parameter: a subclass has its own ways, a buffer has no class.
+
+    One that was made under ``inference_mode`` has no version, by which a change would be noticed.
+    """
+    if isinstance(value, FreedParameter):
+        return True
+    return type(value) is nn.Parameter and not value.is_inference()
 
 
-def free(parameter: nn.Parameter) -> None:
-    """Give a parameter's memory back; a view of it, if somebody has one, keeps the memory."""
-    like = parameter.detach()
-    shape, stride = like.shape, like.stride()
+def free(parameter: nn.Parameter) -> bool:
+    """Give a parameter's memory back; a view of it, if somebody has one, keeps the memory.
+
+    Returns:
+        Whether it was. A device must have room for it once more for a moment.
+    """
+    old = parameter.detach()
     with torch.inference_mode(False), torch.no_grad():
-        _page_out(like)
-        del like
-        parameter.data = parameter.data.new_empty(0)
-        # The room, which nothing is written to, may be that which was given back just now.
-        room = torch.empty_strided(shape, stride, dtype=parameter.dtype, device=parameter.device)
+        try:
+            # On a CPU, room that nothing is written to costs nothing.
+            room = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=old.device)
+        except torch.OutOfMemoryError:
+            return False
         room.untyped_storage().resize_(0)
-        parameter.data = room
-    parameter.__class__ = FreedParameter
+        _page_out(old)
+        # The class goes first: an interrupt in between leaves nothing that could be read.
+        parameter.__class__ = FreedParameter
+        with torch._C.DisableTorchFunctionSubclass():
+            parameter.data = room
+    return True
 
 
 def restore(parameter: nn.Parameter, values: Tensor) -> None:
     """Make a freed parameter what it was, with these values of its shape, dtype and device."""
+    with torch._C.DisableTorchFunctionSubclass():
+        parameter.data = values
     parameter.__class__ = nn.Parameter
-    parameter.data = values
 
 
 def _page_out(tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mxfp4_fx import freed
-from mxfp4_fx.errors import WeightError
+from mxfp4_fx.errors import FreedWeightError, WeightError
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, dequantize, quantize
 from mxfp4_fx.layouts import LAYOUTS, Layout
 from mxfp4_fx.ops import cpu
@@ -47,11 +47,19 @@ class _Source:
 
 @dataclasses.dataclass(slots=True)
 class _Entry:
-    """A swizzled weight and what it was made from: a weight, or blocks and scales."""
+    """A swizzled weight and what it was made from: a weight, or blocks and scales.
+
+    Attributes:
+        sizes: (E, N, K).
+        keep: the user had its source restored: it is not freed again.
+    """
 
     weight: _Source
     scales: _Source | None
+    layout: str
+    sizes: tuple[int, int, int]
     parts: Parts
+    keep: bool = False
 
     def is_current(self, weight: Tensor, scales: Tensor | None) -> bool:
         if not self.weight.is_current(weight) or (scales is None) != (self.scales is None):
@@ -74,6 +82,8 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, str], _Entry] = {}
+        # Of freed scales whose blocks are gone: another tensor may have the blocks' id by now.
+        self._orphans: dict[int, _Entry] = {}
         self._lock = threading.RLock()
 
     def get(self, weight: Tensor, layout: str, scales: Tensor | None = None) -> Parts:
@@ -98,43 +108,60 @@ class WeightStore:
         """
         with self._lock:
             wanted = {id(source) for source in sources if not freed.is_freed(source)}
-            # A copy: a tensor that is collected meanwhile takes its entry along.
-            entries = list(self._entries.values())
-            stale = [e for e in entries if any(id(s.tensor()) in wanted for s in e.sources())]
+            stale = [e for e in self._all() if any(id(s.tensor()) in wanted for s in e.sources())]
             for entry in stale:
                 entry.weight.pointer = -1
             return len(stale)
 
-    def free(self, weight: Tensor, layout: str, scales: Tensor | None = None) -> bool:
-        """Give the memory of a source back, now that the swizzled weight holds its values.
+    def can_free(self, weight: Tensor, layout: str, scales: Tensor | None = None) -> bool:
+        """Whether :meth:`free` would give memory back.
 
-        Returns:
-            Whether it was: checkpoint order is kernels' order for some, who go on reading the
-            source itself; a tensor that is no plain parameter cannot be freed.
+        Not where checkpoint order is the kernels' order, who read the source itself, nor what is no
+        plain parameter, was restored by the user, or is freed already.
         """
+        if scales is not None and layout == _CHECKPOINT_ORDER:
+            return False
+        entry = self._entries.get((id(weight), layout))
+        if entry is not None and entry.keep:
+            return False
+        tensors = [weight] if scales is None else [weight, scales]
+        return all(map(freed.can_free, tensors)) and not all(map(freed.is_freed, tensors))
+
+    def free(self, weight: Tensor, layout: str, scales: Tensor | None = None) -> bool:
+        """Swizzle a source and give its memory back; returns whether that was done."""
         with self._lock:
-            if scales is not None and layout == _CHECKPOINT_ORDER:
-                return False
             self.get(weight, layout, scales)
-            tensors = [weight] if scales is None else [weight, scales]
-            if not all(map(freed.can_free, tensors)):
+            if not self.can_free(weight, layout, scales):
                 return False
-            for tensor in tensors:
-                if isinstance(tensor, nn.Parameter) and not freed.is_freed(tensor):
-                    freed.free(tensor)
-                    self._is_right_for(tensor)
+            for key in [(id(weight), _CHECKPOINT_ORDER)] if scales is not None else []:
+                self._entries.pop(key, None)  # it would keep the very memory
+            for tensor in (weight, scales):
+                if not isinstance(tensor, nn.Parameter) or freed.is_freed(tensor):
+                    continue
+                if not freed.free(tensor):
+                    return False
+                self._is_right_for(tensor)
             return True
 
-    def values(self, parameter: Tensor) -> Tensor:
+    def values(self, parameter: Tensor, device: torch.device | None = None) -> Tensor:
         """What a freed parameter held, in new memory; any other tensor as it is.
 
         The bytes of a packed weight are the ones it had; a weight of floats has the values that
         MXFP4 holds of it.
+
+        Args:
+            parameter: whose values are wanted.
+            device: where to make them; the parameter's own if None.
+
+        Raises:
+            FreedWeightError: what it was swizzled to is gone.
         """
         if not freed.is_freed(parameter):
             return parameter
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            blocks, scales, entry = self._freed(parameter)
+            entry = self._entry_of(parameter)
+            on = entry.parts[0].to(device), entry.parts[1].to(device)
+            blocks, scales = unswizzle_weight(on, entry.layout, *entry.sizes)
             if entry.scales is None:
                 return _dequantized(blocks, scales, parameter)
             return blocks if entry.weight.tensor() is parameter else scales
@@ -144,19 +171,21 @@ class WeightStore:
         with self._lock:
             if not isinstance(parameter, freed.FreedParameter):
                 return False
-            freed.restore(parameter, self.values(parameter))
-            self._is_right_for(parameter)
+            values = self.values(parameter)
+            freed.restore(parameter, values)
+            self._is_right_for(parameter, keep=True)
             return True
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _is_right_for(self, tensor: Tensor) -> None:
+    def _is_right_for(self, tensor: Tensor, keep: bool = False) -> None:
         """The memory of a source was given back, or given again: what was made from it is right."""
-        for entry in list(self._entries.values()):
+        for entry in self._all():
             for source in entry.sources():
                 if source.tensor() is tensor:
                     source.version, source.pointer = _version(tensor), tensor.data_ptr()
+                    entry.keep = entry.keep or keep
 
     def _swizzle(self, weight: Tensor, layout: str, scales: Tensor | None) -> Parts:
         key = (id(weight), layout)
@@ -168,32 +197,51 @@ class WeightStore:
         state = _Source(reference, _version(weight), weight.data_ptr())
         scales_state = None
         if scales is not None:
-            scales_state = _Source(weakref.ref(scales), _version(scales), scales.data_ptr())
+            number = id(scales)
+            scales_reference = weakref.ref(scales, lambda _: self._orphans.pop(number, None))
+            scales_state = _Source(scales_reference, _version(scales), scales.data_ptr())
         old = entry.parts if entry is not None and entry.weight.tensor() is weight else None
-        if freed.is_freed(weight):  # for another layout than before
-            blocks, packed_scales, _ = self._freed(weight)
-            parts = swizzle_weight(blocks, layout, scales=packed_scales)
-        else:
-            parts = swizzle_weight(weight, layout, old, scales)
-        self._entries[key] = _Entry(state, scales_state, parts)
+        if freed.is_freed(weight) or (scales is not None and freed.is_freed(scales)):
+            old = None  # its values may come from there
+        sources = self._packed(weight, scales)
+        parts = swizzle_weight(sources[0], layout, old, sources[1])
+        if entry is not None:
+            self._forget(key, entry.weight.tensor)
+        sizes = _sizes(weight, scales is not None)
+        self._entries[key] = _Entry(state, scales_state, layout, sizes, parts)
         return parts
 
-    def _freed(self, parameter: Tensor) -> tuple[Tensor, Tensor, _Entry]:
-        """Blocks and scales [E, ..] in checkpoint order of a freed source, and their entry."""
-        for (_, layout), entry in list(self._entries.items()):
-            weight = entry.weight.tensor()
-            if weight is None:
-                continue
+    def _packed(self, weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A source that can be read: freed ones are made again from what they were swizzled to."""
+        if scales is not None:
+            return self.values(weight), self.values(scales)
+        if not freed.is_freed(weight):
+            return weight, None
+        entry = self._entry_of(weight)
+        return unswizzle_weight(entry.parts, entry.layout, *entry.sizes)
+
+    def _entry_of(self, parameter: Tensor) -> _Entry:
+        for entry in self._all():
             if any(source.tensor() is parameter for source in entry.sources()):
-                e, n, k = _sizes(weight, entry.scales is not None)
-                return *unswizzle_weight(entry.parts, layout, e, n, k), entry
-        raise AssertionError("a freed weight outlived its swizzled values")
+                return entry
+        raise FreedWeightError(
+            f"the values of {parameter!r} are lost: it was freed, and the other half of the weight "
+            "was replaced. Load the checkpoint again"
+        )
+
+    def _all(self) -> list[_Entry]:
+        # A copy: a tensor that is collected meanwhile takes its entry along.
+        return [*self._entries.values(), *self._orphans.values()]
 
     def _forget(self, key: tuple[int, str], dead: weakref.ref[Tensor]) -> None:
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.weight.tensor is dead:  # else the id serves another
-                del self._entries[key]
+            if entry is None or entry.weight.tensor is not dead:  # the id serves another tensor
+                return
+            del self._entries[key]
+            scales = entry.scales.tensor() if entry.scales is not None else None
+            if scales is not None and freed.is_freed(scales):
+                self._orphans[id(scales)] = entry
 
 
 STORE = WeightStore()
@@ -273,7 +321,7 @@ def restore(model: nn.Module) -> int:
     """Give the expert weights of ``model`` that ``free_weights`` freed their memory again.
 
     Packed weights (``mxfp4_fx.from_pretrained``) get back their bytes, weights of floats the values
-    that MXFP4 holds of them. The compiled model goes on as it was.
+    that MXFP4 holds of them. The compiled model does not free them again.
 
     Returns:
         How many parameters were freed.
