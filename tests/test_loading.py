@@ -72,6 +72,11 @@ def test_all_but_bytes_come_in_the_dtype_that_transformers_gives_them(
     assert model.dtype == model.config.dtype == dtype
 
 
+def test_the_dtype_of_the_files_is_the_default(checkpoint: Path) -> None:
+    for kwargs in ({}, {"dtype": "auto"}, {"torch_dtype": "auto"}):
+        assert mxfp4_fx.from_pretrained(checkpoint, **kwargs).config.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_greedy_tokens_of_a_padded_batch(checkpoint: Path, cache: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
@@ -218,6 +223,10 @@ def cut_shard(path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
 
 
+def scribble(path: Path) -> None:
+    min(path.glob("*.safetensors")).write_bytes(b"no safetensors file" * 10)
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda p: (p / "config.json").unlink(), "has no config.json"),
     "half a config": (lambda p: (p / "config.json").write_text("{"), "config.json cannot be read"),
@@ -228,7 +237,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         of_config(quantization_config={"quant_method": "fp8"}),
         "quant_method is 'fp8'",
     ),
-    "damaged shard": (cut_shard, "ends after|bytes"),
+    "no safetensors": (scribble, "model-00000"),
+    "damaged shard": (cut_shard, "is cut short"),
     "another size": (of_config(hidden_size=96), "hidden_size is 96, but 64"),
     "no size": (of_config(hidden_size=None), "hidden_size is None"),
 }
@@ -242,18 +252,47 @@ def test_what_cannot_be_loaded(checkpoint: Path, tmp_path: Path, spoil: Any, rea
         mxfp4_fx.from_pretrained(copy)
 
 
-@pytest.mark.parametrize("what", ["another model", "another method", "damaged shard", "no size"])
+CACHED = {
+    "another model": "someone/tiny has a model of type llama",
+    "another method": "someone/tiny is quantized by the method fp8",
+    "only pickles": "someone/tiny cannot be loaded",  # and were not downloaded
+    "no safetensors": "someone/tiny cannot be loaded",
+    "damaged shard": "is cut short",
+    "no size": "transformers rejects the config.json of someone/tiny",
+}
+
+
+@pytest.mark.parametrize("what", CACHED)
 def test_what_cannot_be_loaded_from_the_cache(checkpoint: Path, tmp_path: Path, what: str) -> None:
     """Where the files are is known only to transformers."""
     BAD[what][0](cached(checkpoint, tmp_path))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=CACHED[what]):
         from_cache(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "nowhere", "nobody/nothing"])
-def test_a_path_that_leads_nowhere(name: str) -> None:
-    with pytest.raises(CheckpointError, match=name):
-        mxfp4_fx.from_pretrained(name, local_files_only=True)
+PATHS = {
+    "/nowhere/at/all": "is no directory",
+    "./nowhere": "is no directory",
+    "nowhere/at/all": "is no directory",
+    "nowhere": "has no config.json",
+    "nobody/nothing": "has no config.json",
+}
+
+
+@pytest.mark.parametrize(("path", "reason"), PATHS.items(), ids=PATHS)
+def test_a_path_that_leads_nowhere(path: str, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{path} {reason}"):
+        mxfp4_fx.from_pretrained(path, local_files_only=True)
+
+
+def test_a_directory_without_config_whose_files_have_a_variant(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config.json"):
+        mxfp4_fx.from_pretrained(tmp_path, variant="fp16")
+
+
+def test_a_path_at_home(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    assert is_packed(mxfp4_fx.from_pretrained("~/packed")) == [True, True]
 
 
 @pytest.mark.parametrize("option", ["quantization_config", "tp_plan", "use_kernels", "gguf_file"])
