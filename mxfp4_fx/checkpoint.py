@@ -214,8 +214,15 @@ class Checkpoint:
     def quantization(self) -> tuple[str | None, list[str]]:
         """The config's ``quant_method``, None if it has none, and ``modules_to_not_convert``."""
         settings = self.config.get("quantization_config") or {}
+        if not isinstance(settings, Mapping):
+            raise CheckpointError(f"quantization_config is {settings!r} in {CONFIG}, not an object")
         method = settings.get("quant_method")
-        return getattr(method, "value", method), list(settings.get("modules_to_not_convert") or ())
+        modules = settings.get("modules_to_not_convert") or []
+        if not isinstance(modules, list | tuple) or not all(isinstance(m, str) for m in modules):
+            raise CheckpointError(
+                f"modules_to_not_convert is {modules!r} in {CONFIG}, not a list of names"
+            )
+        return getattr(method, "value", method), list(modules)
 
     def _expected_forms(self, layers: int) -> dict[int, Form]:
         method, _ = self.quantization()

@@ -47,11 +47,10 @@ class FreedParameter(nn.Parameter):
         name, kwargs = _name_of(func), kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             # What another compiler makes of a tensor reads its memory without asking.
-            others = torch.compiler.is_compiling() and not dynamo.compiling_for()
-            if not others and (torch.compiler.is_compiling() or name in _ALLOWED):
+            if name in _ALLOWED or (torch.compiler.is_compiling() and dynamo.compiling_for()):
                 return func(*args, **kwargs)
         freed = (a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
-        return _refuse(next(freed), "be compiled by another backend" if others else name)
+        return _refuse(next(freed), name)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # as it is called, so it is
         with torch._C.DisableTorchFunctionSubclass():

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.freed import DeferredTensor, is_freed
+from mxfp4_fx.gpt_oss import PROJECTIONS
 from mxfp4_fx.weights import STORE
-
-PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 class PackedExperts(nn.Module):

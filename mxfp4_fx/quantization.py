@@ -319,6 +319,7 @@ def _add_files(plan: _Plan, directory: Path) -> None:
     for file in plan.files:
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.directory / file, directory / file)
+        sync(directory / file)
     specs = {name: [s for item in items for s in item.specs] for name, items in plan.shards.items()}
     for name, content in ((INDEX, index_of(specs)), (CONFIG, plan.config)):
         text = json.dumps(content, indent=2) + "\n"

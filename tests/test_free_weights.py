@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,25 @@ def test_layer_by_layer() -> None:
         layer.mlp.compile(backend="mxfp4", options={"inner": "eager", **FREE})
     assert torch.equal(whole(tokens()).logits, expected)
     assert held(whole) == 0
+
+
+def test_layers_share_their_graphs() -> None:
+    """Freeing changes a parameter's class, which Dynamo guards."""
+    many, graphs = pack(model(num_hidden_layers=12)), Graphs()
+    for layer in many.model.layers:
+        layer.mlp.compile(backend="mxfp4", options={"inner": graphs, **FREE})
+    for _ in range(3):
+        many(tokens())
+    assert held(many) == 0
+    assert len(graphs.seen) <= 2
+
+
+def test_a_call_of_the_same_shape_compiles_once_more_at_most() -> None:
+    whole, graphs = pack(model()), Graphs()
+    compiled = compile_with(whole, graphs, options=FREE)
+    for _ in range(4):
+        compiled(tokens())
+    assert len(graphs.seen) <= 2
 
 
 def test_weights_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +276,77 @@ def test_restore_gives_other_weights_the_values_that_mxfp4_holds() -> None:
     compile_with(module, options=FREE)(hidden(dtype=torch.bfloat16))
     assert mxfp4_fx.restore(module) == 2
     assert all(torch.equal(p, before[name]) for name, p in experts_of(module).items())
+
+
+def test_what_was_restored_stays() -> None:
+    module, graphs = packed(), Graphs()
+    compiled = compile_with(module, graphs, options=FREE)
+    for _ in range(2):
+        compiled(hidden())
+    mxfp4_fx.restore(module)
+    before = len(graphs.seen)
+    for _ in range(2):
+        compiled(hidden())
+    assert held(module) > 0
+    assert len(graphs.seen) == before
+
+
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+def test_half_of_a_pair_is_replaced(part: str) -> None:
+    module, other, x = packed(), packed(), hidden()
+    compiled = compile_with(module, options=FREE)
+    compiled(x)
+    name = f"down_proj_{part}"
+    new = getattr(other.experts, name).flip(0).clone()
+    setattr(module.experts, name, nn.Parameter(new, requires_grad=False))
+    setattr(other.experts, name, nn.Parameter(new, requires_grad=False))
+    expected = compile_with(other)(x)[0]
+    assert torch.equal(compiled(x)[0], expected)
+    assert mxfp4_fx.restore(module) >= 3
+    assert torch.equal(module(x)[0], other(x)[0])
+
+
+def test_layers_that_share_their_scales() -> None:
+    whole = pack(model())
+    first, second = (layer.mlp.experts for layer in whole.model.layers)
+    second.down_proj_scales = first.down_proj_scales
+    expected = compile_with(copy.deepcopy(whole))(tokens()).logits
+    assert torch.equal(compile_with(whole, options=FREE)(tokens()).logits, expected)
+
+
+def test_verify_needs_the_weights() -> None:
+    module = packed()
+    compile_with(module, options=FREE)(hidden())
+    torch.compiler.reset()
+    with pytest.raises(BackendCompilerFailed, match=r"restore\(model\)"):
+        compile_with(module, options={"verify": True})(hidden())
+
+
+def test_explain_of_a_graph_that_cannot_run() -> None:
+    module = packed()
+    compile_with(module, options=FREE)(hidden())
+    torch.compiler.reset()
+    with pytest.raises(BackendCompilerFailed, match=r"restore\(model\)"):
+        mxfp4_fx.explain(module, hidden(), options={"skip": ["*"]})
+
+
+def test_parameters_made_in_inference_mode_stay() -> None:
+    """They have no version, by which a change of what was restored would be noticed."""
+    with torch.inference_mode():
+        module, x = packed(), hidden()
+        compiled = compile_with(module, options=FREE)
+        assert torch.equal(compiled(x)[0], compiled(x)[0])
+        assert held(module) > 0
+
+
+def test_reference_kernels_before_do_not_keep_the_memory() -> None:
+    module, x = packed(), hidden()
+    compile_with(module, options={"kernels": "reference"})(x)
+    torch.compiler.reset()
+    weight = weakref.ref(module.experts.down_proj_blocks.untyped_storage())
+    compile_with(module, options=FREE)(x)
+    gc.collect()
+    assert weight() is None or not weight().nbytes()
 
 
 def test_what_was_restored_is_not_swizzled_again() -> None:

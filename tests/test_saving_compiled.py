@@ -11,6 +11,7 @@ import torch
 from checkpoints import read_tensors, write_packed
 from loaded import IDS, assert_same_tensors, dequantized, logits
 from models import compile_with
+from safetensors.torch import load_file, save_file
 
 import mxfp4_fx
 from mxfp4_fx.freed import DeferredTensor, FreedParameter
@@ -87,6 +88,28 @@ def test_torch_save(freed: Any, checkpoint: Path) -> None:
     plain = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16)
     plain.load_state_dict(back)
     assert torch.equal(logits(plain), logits(mxfp4_fx.from_pretrained(checkpoint)))
+
+
+def test_safetensors(freed: Any, checkpoint: Path, tmp_path: Path) -> None:
+    """It reads the memory of tensors by their address."""
+    save_file(freed.state_dict(), tmp_path / "model.safetensors")
+    assert_same_tensors(load_file(tmp_path / "model.safetensors"), read_tensors(checkpoint))
+
+
+def test_skipped_experts_stay_dense_when_the_rest_is_compiled(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    skipped = "model.layers.0.mlp.experts"
+    model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16, skip=skipped)
+    before = model.model.layers[0].mlp.experts.down_proj.clone()
+    with torch.no_grad():
+        told = mxfp4_fx.explain(model, IDS)
+    assert [(miss.layer, miss.skipped) for miss in told.misses] == [(skipped, True)]
+    assert [rewrite.layer for rewrite in told.rewrites] == ["model.layers.1.mlp.experts"]
+    model.compile(backend="mxfp4", options={"inner": "eager", **FREE})
+    logits(model)
+    assert torch.equal(model.model.layers[0].mlp.experts.down_proj, before)
+    model.save_pretrained(tmp_path)
 
 
 def test_another_model_takes_its_state(freed: Any, checkpoint: Path, tmp_path: Path) -> None:

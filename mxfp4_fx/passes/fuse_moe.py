@@ -36,6 +36,7 @@ from mxfp4_fx.passes.patterns import (
     Form,
 )
 from mxfp4_fx.passes.report import Miss, Rewrite
+from mxfp4_fx.weights import is_kept_dense
 
 _MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum", "mxfp4.matmul_ogs"}
 
@@ -46,6 +47,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     misses: dict[str, Mismatch] = {}
     roots = {form.result.op for form in FORMS}
     memory = Memory(gm.graph, ctx.inputs)
+    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True))
     for root in list(gm.graph.nodes):
         if op_name(root) not in roots:
             continue
@@ -62,6 +64,10 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
         layer = layers[0] if layers else module_name(root)
         if _is_skipped(layer, ctx):
             ctx.report.misses.append(_skipped(layer))
+            continue
+        if any(is_kept_dense(inputs[match.leaves[name]]) for name in ("gate_up", "down")):
+            reason = "kept dense: skip= or modules_to_not_convert named it when it was loaded"
+            ctx.report.misses.append(Miss(layer, reason, skipped=True))
             continue
         ctx.report.rewrites.append(_rewrite(layer, form, match))
         moe = _insert_moe(gm, root, match, has_router)

@@ -377,7 +377,7 @@ def module_name(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return "(top level)"
-    # Dynamo writes L['self'].model.layers[0].mlp and L['self']._modules['model']._modules['0'].
+    # Dynamo writes L['self'].model.layers[0].mlp or L['self']._modules['model']._modules['0'].
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]", r".\1", path)
     return re.sub(r"^L\.\w+\.?", "", path) or "(top level)"

@@ -52,10 +52,6 @@ def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) ->
         original.__code__, original.__globals__, original.__name__, original.__defaults__
     )
 
-    @torch._dynamo.assume_constant_result
-    def compiling_for_mxfp4() -> bool:
-        return dynamo.compiling_for() is True
-
     @torch.compiler.substitute_in_graph(original)
     def forward(
         self: Any,
@@ -63,7 +59,7 @@ def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) ->
         router_indices: Any = None,
         routing_weights: Any = None,
     ) -> Tensor:
-        if compiling_for_mxfp4():
+        if dynamo.compiling_for():
             return grouped(self, hidden_states, router_indices, routing_weights)
         result: Tensor = loop(self, hidden_states, router_indices, routing_weights)
         return result

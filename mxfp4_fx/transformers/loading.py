@@ -17,7 +17,7 @@ from mxfp4_fx.errors import CheckpointError, OptionError
 from mxfp4_fx.formats import SCALE_RULES
 
 MODEL_TYPE = "gpt_oss"
-METHOD = "mxfp4"
+STORED_METHOD = "mxfp4"
 
 _HUB_OPTIONS = (
     *("cache_dir", "force_download", "local_files_only", "proxies"),
@@ -164,11 +164,11 @@ def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:
             f"{path} has a model of type {config.get('model_type')}: only GPT-OSS ({MODEL_TYPE}) "
             f"can be loaded with packed experts"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method", METHOD)
-    if method != METHOD:
+    method = (config.get("quantization_config") or {}).get("quant_method", STORED_METHOD)
+    if method != STORED_METHOD:
         raise CheckpointError(
-            f"{path} is quantized by the method {method}: only {METHOD}, and checkpoints that are "
-            f"not quantized, can be loaded with packed experts"
+            f"{path} is quantized by the method {method}: only {STORED_METHOD}, and checkpoints "
+            f"that are not quantized, can be loaded with packed experts"
         )
     return config
 
@@ -177,15 +177,16 @@ def _model_config(
     path: str, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The model's config, which we may change, and the arguments that are not meant for it."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
-    if (given := kwargs.pop("config", None)) is not None:
+    given = kwargs.pop("config", None)
+    if isinstance(given, PretrainedConfig):
         return copy.deepcopy(given), kwargs
     # The config would keep a dtype for itself, or take "auto" for one.
     dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
     try:
         config, unused = AutoConfig.from_pretrained(
-            path, return_unused_kwargs=True, **hub, **kwargs
+            path if given is None else given, return_unused_kwargs=True, **hub, **kwargs
         )
     except Exception as error:  # classes of huggingface_hub, which differ between versions
         raise CheckpointError(f"transformers rejects the {CONFIG} of {path}: {error}") from error

@@ -28,6 +28,7 @@ from mxfp4_fx.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.transformers.unpacking import dense_weight, unpack_experts
+from mxfp4_fx.weights import keep_dense
 
 METHOD = "mxfp4_fx"
 SAVED_METHOD = "mxfp4"
@@ -115,6 +116,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 )
         patterns = self.quantization_config.modules_to_not_convert
         skipped = {layer for pattern in patterns for layer in checkpoint.matching(pattern)}
+        self._nan_blocks = checkpoint.nan_blocks()
         self._to_quantize: list[str] = []
         self._to_dequantize: list[str] = []
         found = False
@@ -151,15 +153,13 @@ class PackedMxfp4Quantizer(HfQuantizer):
         self.pre_quantized = not self._to_quantize
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        nan_blocks = {}
-        for name, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # the loader makes every float a trainable parameter
-                for projection in PROJECTIONS:
-                    scales = module.get_parameter(f"{projection}_scales")
-                    if not scales.is_meta and (count := int((scales == E8M0_NAN).sum())):
-                        nan_blocks[f"{name}.{projection}_scales"] = count
-        warn_of_nan_blocks(nan_blocks)
+            elif isinstance(module, GptOssExperts):
+                for projection in PROJECTIONS:  # skipped, which the backend is to respect
+                    keep_dense(module.get_parameter(projection))
+        warn_of_nan_blocks(self._nan_blocks)
         _correct_offload_index(model)
         # Saving would undo the conversions; packed experts are saved as they are.
         model._weight_conversions = [
@@ -176,7 +176,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         """For each weight that the files hold in another form than the model."""
         conversions = []
         for weight in self._to_quantize:
-            quantize_it = QuantizeExperts(self.quantization_config.scale_rule)
+            quantize_it = QuantizeExperts(self.quantization_config.scale_rule, self._nan_blocks)
             conversions.append(WeightConverter(_exactly(weight), _bytes_of(weight), [quantize_it]))
         for weight in self._to_dequantize:
             sources = [_exactly(name) for name in _bytes_of(weight)]
@@ -212,8 +212,12 @@ class PackedMxfp4Quantizer(HfQuantizer):
 class QuantizeExperts(ConversionOps):
     """A dense weight [E, K, N] -> its blocks and scales, on its device, expert by expert."""
 
-    def __init__(self, scale_rule: str) -> None:
+    def __init__(self, scale_rule: str, nan_blocks: dict[str, int]) -> None:
         self.scale_rule = scale_rule
+        self._nan_blocks = nan_blocks  # is told of the blocks that become NaN
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizeExperts:
+        return self  # the loader copies a conversion for each weight
 
     @torch.no_grad()
     def convert(
@@ -228,6 +232,8 @@ class QuantizeExperts(ConversionOps):
             blocks[expert], scales[expert] = quantize(weight[expert].T, scale_rule=self.scale_rule)
         module, projection = name.rsplit(".", 1)
         _set_loading_dtype(model.get_submodule(module), projection, torch.uint8)
+        if count := int((scales == E8M0_NAN).sum()):
+            self._nan_blocks[f"{name}_scales"] = count
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 

@@ -13,6 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from mxfp4_fx.errors import DequantizeError, DeviceFullWarning
 from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.formats import dequantize as dequantize_values
+from mxfp4_fx.freed import is_freed
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.weights import STORE
 
@@ -34,7 +35,8 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
         The model.
 
     Raises:
-        DequantizeError: it has no packed experts, or parts of it are offloaded. Nothing changed.
+        DequantizeError: it has no packed experts, parts of it are offloaded, or other weights of it
+            were freed. Nothing changed.
     """
     unpack_experts(model, dtype)
     for module in model.modules():
@@ -46,9 +48,12 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
 
 def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace the packed experts and cast the other parameters; see :func:`dequantize`."""
-    names = [name for name, module in model.named_modules() if isinstance(module, PackedExperts)]
+    places: dict[int, list[str]] = {}  # the names of each module; tied ones have several
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedExperts):
+            places.setdefault(id(module), []).append(name)
     owner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if owner is None or not names:
+    if owner is None or not places:
         raise DequantizeError(
             f"{type(model).__name__} has no packed experts: pass a model that "
             f"mxfp4_fx.from_pretrained returned"
@@ -59,15 +64,24 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 f"{name} is offloaded, where dense weights have no place: load the checkpoint with "
                 f"transformers and Mxfp4Config(dequantize=True) instead"
             )
-    for name in names:
-        path, child = name.rsplit(".", 1)
-        parent = model.get_submodule(path)
+    modules = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    packed_ones = {id(parameter) for module in modules for parameter in module.parameters()}
+    del modules
+    for name, parameter in model.named_parameters():
+        if is_freed(parameter) and id(parameter) not in packed_ones:
+            raise DequantizeError(
+                f"{name} was freed when it was compiled (free_weights), and is not packed: call "
+                f"mxfp4_fx.restore(model) first"
+            )
+    for names in places.values():
+        parents = [model.get_submodule(name.rpartition(".")[0]) for name in names]
         # Packed experts never are; dense ones are trained if the router beside them is.
-        trainable = any(parameter.requires_grad for parameter in parent.parameters())
-        packed = cast(PackedExperts, model.get_submodule(name))
+        trainable = any(parameter.requires_grad for parameter in parents[0].parameters())
+        packed = cast(PackedExperts, model.get_submodule(names[0]))
         experts = _dense(packed, owner.config.get_text_config(), dtype)
         del packed
-        setattr(parent, child, experts.requires_grad_(trainable))
+        for parent, name in zip(parents, names, strict=True):
+            setattr(parent, name.rpartition(".")[2], experts.requires_grad_(trainable))
     if dtype not in (None, owner.config.dtype):  # else norms that are float32 stay so
         # Not model.to(dtype): the rotary frequencies, which are buffers, stay float32.
         for parameter in model.parameters():
@@ -104,9 +118,11 @@ def _dense(packed: PackedExperts, config: Any, dtype: torch.dtype | None) -> Any
     for name in PROJECTIONS:
         bias = packed.get_parameter(f"{name}_bias")
         # Those of a model that was compiled with free_weights are only in the kernels' layout.
-        blocks, scales = (
-            STORE.values(packed.get_parameter(f"{name}_{part}")) for part in ("blocks", "scales")
-        )
+        held = [packed.get_parameter(f"{name}_{part}") for part in ("blocks", "scales")]
+        try:
+            blocks, scales = (STORE.values(parameter) for parameter in held)
+        except torch.OutOfMemoryError:
+            blocks, scales = (STORE.values(parameter, torch.device("cpu")) for parameter in held)
         with torch.no_grad():
             weight = dense_weight(blocks, scales, dtype or bias.dtype)
         experts.register_parameter(name, nn.Parameter(weight))
