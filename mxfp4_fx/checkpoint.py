@@ -219,9 +219,7 @@ class Checkpoint:
         method = settings.get("quant_method")
         modules = settings.get("modules_to_not_convert") or []
         if not isinstance(modules, list | tuple) or not all(isinstance(m, str) for m in modules):
-            raise CheckpointError(
-                f"modules_to_not_convert is {modules!r} in {CONFIG}, not a list of names"
-            )
+            raise CheckpointError(f"modules_to_not_convert is {modules!r}, not a list of names")
         return getattr(method, "value", method), list(modules)
 
     def _expected_forms(self, layers: int) -> dict[int, Form]:

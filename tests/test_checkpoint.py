@@ -513,3 +513,20 @@ def test_without_nan_nothing_is_said(packed: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_nan_blocks(Checkpoint.open(packed).nan_blocks())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("mxfp4", "quantization_config is 'mxfp4' in config.json, not an object"),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": "lm_head"}, "not a list of names"),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": [5]}, "not a list of names"),
+    ],
+)
+def test_a_quantization_config_of_other_types(
+    packed: Path, tmp_path: Path, settings: Any, message: str
+) -> None:
+    path = copied(packed, tmp_path / "copy")
+    edit_config(path, lambda config: config.update(quantization_config=settings))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(path).check()

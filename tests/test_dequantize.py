@@ -24,7 +24,7 @@ from mxfp4_fx.errors import DequantizeError, DeviceFullWarning
 from mxfp4_fx.formats import SLAB_VALUES
 from mxfp4_fx.freed import is_freed
 from mxfp4_fx.packed import PackedExperts
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.weights import STORE, WeightStore
 
 WAYS: dict[str, Callable[[Any], Any]] = {
     "function": mxfp4_fx.dequantize,
@@ -116,6 +116,47 @@ def test_a_weight_that_the_device_has_no_room_for_is_on_the_cpu(checkpoint: Path
     assert device.failed
     expected = dict(dequantized(checkpoint).named_parameters())
     assert_same_tensors(dict(model.named_parameters()), expected)
+
+
+def test_tied_experts_stay_tied(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint)
+    layers = model.model.layers
+    layers[1].mlp.experts = layers[0].mlp.experts
+    mxfp4_fx.dequantize(model)
+    assert isinstance(layers[0].mlp.experts, GptOssExperts)
+    assert layers[1].mlp.experts is layers[0].mlp.experts
+
+
+def test_freed_weights_that_the_device_has_no_room_for(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    model.compile(backend="mxfp4", options={"inner": "eager", "free_weights": True})
+    logits(model)
+    devices: list[Any] = []
+    real = WeightStore.values
+
+    def full(store: WeightStore, parameter: Any, device: Any = None) -> torch.Tensor:
+        devices.append(device)
+        if device is None:
+            raise torch.OutOfMemoryError
+        return real(store, parameter, device)
+
+    monkeypatch.setattr(WeightStore, "values", full)
+    mxfp4_fx.dequantize(model)
+    assert torch.device("cpu") in devices
+    expected = dict(dequantized(checkpoint).named_parameters())
+    assert_same_tensors(dict(model.named_parameters()), expected)
+
+
+def test_freed_weights_that_are_not_packed_are_refused(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, skip="model.layers.0.mlp.experts")
+    for name in ("gate_up_proj", "down_proj"):
+        weight = model.model.layers[0].mlp.experts.get_parameter(name)
+        STORE.free(weight, "cpu_panels")
+    with pytest.raises(DequantizeError, match=r"not packed: call mxfp4_fx\.restore\(model\)"):
+        mxfp4_fx.dequantize(model, torch.float32)
+    assert isinstance(model.model.layers[1].mlp.experts, PackedExperts)
 
 
 def test_a_model_inside_another_module(checkpoint: Path) -> None:

@@ -203,6 +203,13 @@ def test_nan_blocks_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     path = edit_tensors(copied(checkpoint, tmp_path / "copy"), spoil)
     with pytest.warns(NanWeightsWarning, match=r"3 MXFP4 .*layers.1.*down_proj_scales \(3\)"):
         mxfp4_fx.from_pretrained(path)
+    with pytest.warns(NanWeightsWarning, match=r"3 MXFP4"):  # dense, or offloaded, they are NaN too
+        mxfp4_fx.from_pretrained(path, skip="model.layers.1.mlp.experts")
+
+
+def test_the_name_of_a_config(checkpoint: Path) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, config=str(checkpoint))
+    assert isinstance(model.model.layers[0].mlp.experts, PackedExperts)
 
 
 # ---- what cannot be loaded ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PROJECTIONS, TINY, read_tensors, write_packed
+from checkpoints import PROJECTIONS, TINY, copied, edit_tensors, read_tensors, write_packed
 from loaded import (
     SECOND_LAYER_ON_DISK,
     assert_same_tensors,
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, GptOssForCausalLM
 
 import mxfp4_fx
-from mxfp4_fx.errors import CheckpointError
+from mxfp4_fx.errors import CheckpointError, NanWeightsWarning
 from mxfp4_fx.formats import SLAB_VALUES, quantize
 from mxfp4_fx.packed import PackedExperts
 
@@ -84,6 +84,15 @@ def test_the_scale_rule_is_the_one_asked_for(dense: Path) -> None:
     assert torch.equal(experts.down_proj_blocks, blocks)
     assert torch.equal(experts.down_proj_scales, scales)
     assert not torch.equal(scales, quantize(weight)[1])
+
+
+def test_blocks_that_become_nan_are_reported(dense: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.down_proj"][2, :, 5] = torch.inf
+
+    path = edit_tensors(copied(dense, tmp_path / "copy"), spoil)
+    with pytest.warns(NanWeightsWarning, match=r"3 MXFP4 .*layers.1.*down_proj_scales \(3\)"):
+        mxfp4_fx.from_pretrained(path)
 
 
 def test_experts_are_frozen(dense: Path) -> None:

@@ -204,8 +204,7 @@ def _read_cast(node: fx.Node) -> Call | None:
 def _read_own(node: fx.Node) -> Call | None:
     """An op of this package, by its schema."""
     assert isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-    schema = _schemas(node.target)[0]
-    args = {argument.name: argument.default_value for argument in schema.arguments}
+    args = {a.name: a.default_value for a in _schemas(node.target)[0].arguments}
     args |= dict(zip(args, node.args, strict=False)) | node.kwargs
     args = {k: fx.node.map_arg(v, scalar_or_node) for k, v in args.items()}
     return Call(op_name(node) or "", args)
