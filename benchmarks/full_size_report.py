@@ -39,6 +39,8 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
                 most for p in phases for most in (p["memory"]["peak"], _with_children(p))
             ),
         },
+        # Widths are tiny there: what a token costs besides reading and multiplying weights.
+        "baseline_decode": baseline["phases"][-1]["tokens_per_second"]["decode"],
         "graphs": sum(phase["graphs"] for phase in phases),
         "graphs_while_measuring": measured["graphs"],
         "tokens_per_second": rates,
@@ -127,6 +129,7 @@ def _peak(results: dict[str, Any]) -> str:
 def _speed(results: dict[str, Any]) -> str:
     found, settings, sizes = results["summary"], results["settings"], results["bytes"]
     ours = {name: stats["median"] for name, stats in found["tokens_per_second"].items()}
+    decode = found["tokens_per_second"]["decode"]
     rows = [['backend="mxfp4"', *(f"{ours[name]:.2f}" for name in ("prefill", "decode"))]]
     if "uncompiled" in found:
         plain, ratio = found["uncompiled"], found["times_faster_than_uncompiled"]
@@ -136,11 +139,14 @@ def _speed(results: dict[str, Any]) -> str:
     floor = found["floor"]
     lines = [
         table(head, rows),
-        f"medians of {settings['rounds']} rounds of {settings['new_tokens']} tokens; "
+        f"medians of {settings['rounds']} rounds of {settings['new_tokens']} tokens (decoding: "
+        f"quartiles {decode['q1']:.2f} to {decode['q3']:.2f}); "
         f"{found['graphs']} graphs compiled before, {found['graphs_while_measuring']} meanwhile",
         f"a token reads {sizes['per_token'] / 1e9:.2f} GB of weights; at "
         f"{floor['read_rate']['median'] / 1e9:.1f} GB/s that allows {floor['decode']:.1f} a "
         f"second, of which {floor['reached']:.2f} is reached",
+        f"with tiny widths a token takes {1e3 / found['baseline_decode']:.1f} ms, of "
+        f"{1e3 / decode['median']:.1f}",
     ]
     if results["logits"]:
         lines.append(
