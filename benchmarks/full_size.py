@@ -145,11 +145,13 @@ def model_bytes(config: dict[str, Any]) -> dict[str, int]:
         bfloat16: of all tensors, were the experts bfloat16.
         per_token: of the tensors that decoding a token must read: its experts' in every layer, one
             row of the embedding, all others whole.
+        per_token_experts: the experts' part of that.
     """
     sizes = {key: config[key] for key in gpt_oss.KEYS}
     layers, experts = sizes[gpt_oss.LAYERS], config["num_local_experts"]
     active = config["num_experts_per_tok"]
-    found = dict.fromkeys(("checkpoint", "experts", "layer", "bfloat16", "per_token"), 0)
+    names = ("checkpoint", "experts", "layer", "bfloat16", "per_token", "per_token_experts")
+    found = dict.fromkeys(names, 0)
     forms: dict[int, gpt_oss.Form] = dict.fromkeys(range(layers), "packed")
     for name, axes in gpt_oss.tensors("model.", forms, biases=True, head=True).items():
         elements = 1
@@ -165,6 +167,7 @@ def model_bytes(config: dict[str, Any]) -> dict[str, int]:
             found["bfloat16"] += nbytes
         if ".experts." in name:
             nbytes = nbytes * active // experts
+            found["per_token_experts"] += nbytes
         elif "embed_tokens" in name:
             nbytes //= config["vocab_size"]
         found["per_token"] += nbytes

@@ -142,7 +142,8 @@ def _speed(results: dict[str, Any]) -> str:
         f"medians of {settings['rounds']} rounds of {settings['new_tokens']} tokens (decoding: "
         f"quartiles {decode['q1']:.2f} to {decode['q3']:.2f}); "
         f"{found['graphs']} graphs compiled before, {found['graphs_while_measuring']} meanwhile",
-        f"a token reads {sizes['per_token'] / 1e9:.2f} GB of weights; at "
+        f"a token reads {sizes['per_token'] / 1e9:.2f} GB of weights (experts "
+        f"{sizes['per_token_experts'] / 1e9:.2f}); at "
         f"{floor['read_rate']['median'] / 1e9:.1f} GB/s that allows {floor['decode']:.1f} a "
         f"second, of which {floor['reached']:.2f} is reached",
         f"with tiny widths a token takes {1e3 / found['baseline_decode']:.1f} ms, of "

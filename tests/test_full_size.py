@@ -106,6 +106,7 @@ def test_the_floor_is_that_of_the_bytes(results: dict[str, Any]) -> None:
     last = 2 * 64 + 2 * 512 * 64  # the last norm and the head
     per_token = 2 * (4 * expert + attention + router + norms) + last + 2 * 64  # and an embedding
     assert results["bytes"]["per_token"] == per_token
+    assert results["bytes"]["per_token_experts"] == 2 * 4 * expert
     floor = results["summary"]["floor"]
     assert floor["decode"] == pytest.approx(floor["read_rate"]["median"] / per_token)
     reached = results["summary"]["tokens_per_second"]["decode"]["median"] / floor["decode"]
