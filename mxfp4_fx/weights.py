@@ -133,11 +133,12 @@ class WeightStore:
             self.get(weight, layout, scales)
             if not self.can_free(weight, layout, scales):
                 return False
-            for key in [(id(weight), _CHECKPOINT_ORDER)] if scales is not None else []:
-                self._entries.pop(key, None)  # it would keep the very memory
+            if scales is not None:  # it would keep the very memory
+                self._entries.pop((id(weight), _CHECKPOINT_ORDER), None)
             for tensor in (weight, scales):
                 if not isinstance(tensor, nn.Parameter) or freed.is_freed(tensor):
                     continue
+                self._drop_stale(tensor)
                 if not freed.free(tensor):
                     return False
                 self._is_right_for(tensor)
@@ -179,6 +180,12 @@ class WeightStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def _drop_stale(self, tensor: Tensor) -> None:
+        """Of what was made from a source, only what has its present values may outlive them."""
+        for key, entry in list(self._entries.items()):
+            if any(s.tensor() is tensor and not s.is_current(tensor) for s in entry.sources()):
+                del self._entries[key]
+
     def _is_right_for(self, tensor: Tensor, keep: bool = False) -> None:
         """The memory of a source was given back, or given again: what was made from it is right."""
         for entry in self._all():
@@ -203,12 +210,13 @@ class WeightStore:
         old = entry.parts if entry is not None and entry.weight.tensor() is weight else None
         if freed.is_freed(weight) or (scales is not None and freed.is_freed(scales)):
             old = None  # its values may come from there
+        keep = entry is not None and entry.weight.tensor() is weight and entry.keep
         sources = self._packed(weight, scales)
         parts = swizzle_weight(sources[0], layout, old, sources[1])
         if entry is not None:
             self._forget(key, entry.weight.tensor)
         sizes = _sizes(weight, scales is not None)
-        self._entries[key] = _Entry(state, scales_state, layout, sizes, parts)
+        self._entries[key] = _Entry(state, scales_state, layout, sizes, parts, keep)
         return parts
 
     def _packed(self, weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -291,6 +291,28 @@ def test_what_was_restored_stays() -> None:
     assert len(graphs.seen) == before
 
 
+def test_what_was_restored_and_changed_stays() -> None:
+    module, x = dense(), hidden()
+    compiled = compile_with(module, options=FREE)
+    compiled(x)
+    mxfp4_fx.restore(module)
+    module.experts.down_proj.mul_(-2)
+    for _ in range(3):
+        compiled(x)
+    assert held(module) > 0
+
+
+def test_values_that_were_swizzled_before_a_change_are_not_the_weights() -> None:
+    store, new = WeightStore(), torch.randn(2, 64, 32)
+    source = nn.Parameter(torch.randn(2, 64, 32), requires_grad=False)
+    store.get(source, "row_major")
+    source.copy_(new)
+    expected = [part.clone() for part in swizzle_weight(new, "row_major")]
+    assert store.free(source, "cpu_panels")
+    for part, wanted in zip(store.get(source, "row_major"), expected, strict=True):
+        assert torch.equal(part, wanted)
+
+
 @pytest.mark.parametrize("part", ["blocks", "scales"])
 def test_half_of_a_pair_is_replaced(part: str) -> None:
     module, other, x = packed(), packed(), hidden()
