@@ -299,7 +299,7 @@ def test_what_was_restored_and_changed_stays() -> None:
     module.experts.down_proj.mul_(-2)
     for _ in range(3):
         compiled(x)
-    assert held(module) > 0
+    assert type(module.experts.down_proj) is nn.Parameter
 
 
 def test_values_that_were_swizzled_before_a_change_are_not_the_weights() -> None:
