@@ -3,8 +3,8 @@
 # make lint    check style and types
 # make bench   measure the CPU's kernels beside others: build/cpu.json and a plot
 # make bench-gpu  measure a GPU's kernels beside others: build/gpu.json and a plot
-# make bench-full-size  gpt-oss-20b's sizes: memory and tokens a second, in about half an hour;
-#              13.8 GB on the disk and 17 GiB of memory: build/full-size.json
+# make bench-full-size  gpt-oss-20b's sizes on two cores: memory and tokens a second, in a quarter of
+#              an hour, with 14 GB on the disk and 16 GiB of memory: build/full-size.json
 # make quality  train a small GPT-OSS and measure what MXFP4 costs it: build/quality.json and a plot
 # make clean   remove build/ and the caches; make distclean removes .venv too
 #

@@ -44,7 +44,7 @@ Log = Callable[[str], None]
 
 
 class ProcessFailed(Exception):
-    """A measured process did not end well; the message says how."""
+    """A measured process did not end well, or computed something else; the message says how."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,6 +214,8 @@ def measure_all(
             # As in end_to_end.py; from about ten layers on it says nothing.
             "bound": 2 * 2 * ROUNDINGS * config[gpt_oss.LAYERS] * 2**-9,
         }
+        if not difference["relative_difference"] <= difference["bound"]:
+            raise ProcessFailed(f"compiled logits are not the uncompiled ones: {difference}")
     return runs, difference
 
 

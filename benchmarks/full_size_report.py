@@ -152,7 +152,8 @@ def _speed(results: dict[str, Any]) -> str:
     if results["logits"]:
         lines.append(
             "the first logits differ from the uncompiled ones by "
-            f"{results['logits']['relative_difference']:.1e} of themselves"
+            f"{results['logits']['relative_difference']:.1e} of themselves; "
+            f"rounding explains up to {results['logits']['bound']:.1e}"
         )
     return "\n".join(lines)
 
