@@ -164,3 +164,24 @@ def test_bytes_are_those_of_the_20b_model(full_size: ModuleType) -> None:
     assert found["layer"] == 32 * 3 * 2880 * 2880 * 17 // 32
     weights = 24 * 32 * 3 * 2880 * 2880
     assert found["bfloat16"] - found["checkpoint"] == 2 * weights - weights * 17 // 32
+
+
+def test_figures_of_the_readme_are_those_of_the_run() -> None:
+    root = BENCHMARKS.parent
+    readme = (root / "README.md").read_text("utf-8")
+    name = "benchmarks/results/full-size-epyc-zen4-2-threads.json"
+    assert f"]({name})" in readme
+    results = json.loads((root / name).read_text("utf-8"))
+    found, sizes = results["summary"], results["bytes"]
+    peak, gib = found["peak"], 2**30
+    for part in ("experts", "other_tensors", "baseline", "more"):
+        assert f"\n| {peak[part] / gib:.2f} | " in readme
+    decode = found["tokens_per_second"]["decode"]["median"]
+    times = found["times_faster_than_uncompiled"]["decode"]
+    for figure in (
+        f"generates within\n{peak['bytes'] / gib:.1f} GiB",
+        f"would be {sizes['bfloat16'] / gib:.0f} GiB",
+        f"decodes {decode:.1f} tokens a second there, {times:.0f} times",
+        f"and {found['floor']['reached']:.2f} of what reading",
+    ):
+        assert figure in readme
