@@ -41,7 +41,12 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def running(source: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own, which has written some shards."""
-    command = [sys.executable, "-m", "mxfp4_fx", "quantize", str(source), str(out)]
+    # Who runs the tests may ignore SIGINT, as a shell has background jobs do, and they inherit it.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from mxfp4_fx.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "quantize", str(source), str(out)]
     process = subprocess.Popen([*command, "--max-shard-bytes=1"], text=True, stderr=subprocess.PIPE)
     try:
         while process.poll() is None and len(complete(out)) < 20:
