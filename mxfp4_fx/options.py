@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mxfp4_fx.errors import OptionError
+from mxfp4_fx.skip import Skip
 
 KERNELS = ("auto", "triton", "cpu", "pytorch", "hub", "reference")
 
@@ -28,7 +29,7 @@ class Options:
         verify: on the first call run each rewritten region beside the original one and compare.
         free_weights: give the memory of expert weights back as soon as they are swizzled, weight
             by weight. Only the compiled graph can use them then; ``mxfp4_fx.restore`` undoes it.
-        skip: ``fnmatch`` patterns of module names that stay as they are.
+        skip: patterns of module names that stay as they are, as in ``skip.py``.
         mode: the ``mode=`` of ``torch.compile``; reaches Inductor.
     """
 
@@ -82,6 +83,7 @@ class Options:
             raise OptionError(
                 "options['skip'] must be a list of module-name patterns, such as ['*.layers.0.*']."
             )
+        Skip(tuple(self.skip))  # refuses what is no regular expression
         if self.verify and self.free_weights:
             raise OptionError(
                 "options['verify'] compares with the original weights, which "

@@ -10,7 +10,7 @@ import pytest
 # first. Files of one layer do not import one another. ops/cpu/ holds C++ only.
 LAYERS = [
     ["errors.py", "console.py", "dynamo.py"],
-    ["native.py", "hub.py", "freed.py"],
+    ["native.py", "hub.py", "freed.py", "skip.py"],
     ["formats.py", "target.py", "options.py", "safetensors_file.py", "journal.py"],
     ["layouts.py", "gpt_oss.py"],
     ["checkpoint.py"],
