@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -12,25 +11,18 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from tqdm import tqdm
 
-from mxfp4_fx import dynamo
-from mxfp4_fx.errors import (
-    FreedWeightError,
-    MissedRewriteError,
-    MissedRewriteWarning,
-    NoExpertsWarning,
-)
+from mxfp4_fx import calls, dynamo
+from mxfp4_fx.errors import FreedWeightError
 from mxfp4_fx.freed import is_freed
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
-from mxfp4_fx.transformers.capture import prepare_capture
+from mxfp4_fx.passes.report import GraphReport
 from mxfp4_fx.weights import STORE
 
 log = logging.getLogger("mxfp4_fx.backend")
 
 CompiledGraph = Callable[..., Any]
-
-_warned: set[str] = set()
 
 
 @dynamo.ours
@@ -56,14 +48,43 @@ def mxfp4(
         OptionError: an option is unknown or has a bad value.
         MissedRewriteError: with ``strict=True``, something stays as it was.
     """
-    prepare_capture()
     parsed = Options.parse(options, mode)
-    rewritten, ctx = run_pipeline(gm, example_inputs, parsed)
+    rewritten, ctx = analyze(gm, example_inputs, parsed)
     refuse_freed(gm, rewritten, ctx)
-    announce(ctx, parsed)
+    announce(ctx)
     if rewritten is gm:
-        return compile_inner(gm, example_inputs, parsed)
-    return bind(gm, rewritten, ctx, parsed)
+        compiled = compile_inner(gm, example_inputs, parsed)
+    else:
+        compiled = bind(gm, rewritten, ctx, parsed)
+    return noted(compiled, ctx.report)
+
+
+def analyze(
+    gm: fx.GraphModule, inputs: list[Any], options: Options
+) -> tuple[fx.GraphModule, Context]:
+    """Run the pipeline for the call that the graph was captured in; see :func:`run_pipeline`.
+
+    Raises:
+        OptionError: ``options["skip"]`` names what the model does not have.
+    """
+    call = calls.current()
+    if call is not None:
+        call.check_skip()
+    return run_pipeline(gm, inputs, options, left=call.left_inputs(inputs) if call else None)
+
+
+def noted(compiled: CompiledGraph, report: GraphReport) -> CompiledGraph:
+    """A compiled graph that tells the call which it runs in of the experts that it has."""
+    if not (report.rewrites or report.misses):
+        return compiled
+
+    def run(*args: Any) -> Any:
+        call = calls.current()
+        if call is not None:
+            call.ran(report, args)
+        return compiled(*args)
+
+    return run
 
 
 def refuse_freed(captured: fx.GraphModule, rewritten: fx.GraphModule, ctx: Context) -> None:
@@ -102,7 +123,9 @@ def bind(
 
     if not options.verify:
         return run
-    verifying, verifying_ctx = run_pipeline(captured, ctx.inputs, options, verifying=True)
+    verifying, verifying_ctx = run_pipeline(
+        captured, ctx.inputs, options, left=ctx.left, verifying=True
+    )
     refuse_freed(captured, verifying, verifying_ctx)
     verifying_plan = InputPlan(captured, verifying, verifying_ctx)
     verified, layers = False, len(ctx.report.rewrites)
@@ -197,41 +220,11 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
     return cast(CompiledGraph, from_inductor)
 
 
-def announce(ctx: Context, options: Options) -> None:
-    """Log the rewrites; warn of misses, once each, or raise with ``strict``."""
+def announce(ctx: Context) -> None:
+    """Log what the passes found; warn of misses, once each, or raise with ``strict``."""
     for rewrite in ctx.report.rewrites:
         log.info("%s: %s -> MXFP4, %s kernels", rewrite.layer, rewrite.form, rewrite.kernels)
-    misses = [miss for miss in ctx.report.misses if not miss.skipped]
     for miss in ctx.report.misses:
         log.info("not rewritten: %s", miss)
-    if misses and options.strict:
-        lines = "\n".join(f"  {miss}" for miss in misses)
-        raise MissedRewriteError(
-            f"strict=True, and {len(misses)} MoE layer(s) cannot be rewritten:\n{lines}"
-        )
-    if misses:
-        more = f"\n  and {len(misses) - 3} more; mxfp4_fx.explain lists all" if misses[3:] else ""
-        _warn_once(
-            "these MoE layers run as they were, not in MXFP4:"
-            + "".join(f"\n  {miss}" for miss in misses[:3])
-            + more,
-            MissedRewriteWarning,
-        )
-    if not ctx.report.rewrites and not ctx.report.misses:
-        message = "nothing in this graph looks like GPT-OSS experts"
-        if options.strict:
-            raise MissedRewriteError(
-                f"strict=True, and {message}. If graph breaks split the model, "
-                "torch.compile(fullgraph=True) shows where."
-            )
-        _warn_once(f"{message}; it is compiled without MXFP4", NoExpertsWarning)
-
-
-def _warn_once(message: str, category: type[Warning]) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(f"backend 'mxfp4': {message}", category, stacklevel=2)
-
-
-# Whoever looks the backend up by name gets here: Dynamo has not begun to capture yet.
-prepare_capture()
+    # Called by hand, the backend has a graph and no model; the graph is then all that is judged.
+    (calls.current() or calls.Call(ctx.options)).announce(ctx.report, ctx.inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,15 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from mxfp4_fx import dynamo
-from mxfp4_fx.backend import bind, refuse_freed
+from mxfp4_fx import calls, dynamo
+from mxfp4_fx.backend import analyze, bind, refuse_freed
 from mxfp4_fx.freed import is_freed
 from mxfp4_fx.options import Options
-from mxfp4_fx.passes.pipeline import run_pipeline
-from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
-from mxfp4_fx.transformers.capture import prepare_capture
-
-_reports: contextvars.ContextVar[list[GraphReport]] = contextvars.ContextVar("reports")
+from mxfp4_fx.passes.report import Miss, Rewrite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +44,9 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """The same as data: dicts, lists, strings and numbers."""
         return {
-            **dataclasses.asdict(self),
+            "graphs": self.graphs,
+            "rewrites": [_data(rewrite) for rewrite in self.rewrites],
+            "misses": [_data(miss) for miss in self.misses],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
@@ -90,23 +87,17 @@ def explain(
         options: as for ``torch.compile(backend="mxfp4", options=...)``.
         dynamic: as for ``torch.compile``.
     """
-    prepare_capture()
     model = getattr(model, "_orig_mod", model)
-    reports: list[GraphReport] = []
-    token = _reports.set(reports)
     chosen = dict(options) if options else None
-    # What the user compiled before must not use up the recompilations of this capture.
-    limits = torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
-    try:
-        with limits, _uncompiled(model):
-            torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen)(*args, **kwargs)
-    finally:
-        _reports.reset(token)
-    return Explanation(
-        graphs=len(reports),
-        rewrites=tuple(r for report in reports for r in report.rewrites),
-        misses=tuple(m for report in reports for m in report.misses),
-    )
+    # Its recompilations are its own: they use up nobody's limit, and what was compiled before does
+    # not use up theirs. So the limit binds here as it would in a fresh process.
+    isolated: dict[str, Any] = {"isolate_recompiles": True} if dynamo.can_isolate() else {}
+    with calls.observed() as found, _uncompiled(model):
+        run = torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen, **isolated)
+        run(*args, **kwargs)
+    rewrites = tuple(r for report in found.graphs for r in report.rewrites)
+    misses = (*(m for report in found.graphs for m in report.misses), *found.outside)
+    return Explanation(len(found.graphs), rewrites, tuple(dict.fromkeys(misses)))
 
 
 @dynamo.ours
@@ -115,11 +106,10 @@ def _collect(
 ) -> Callable[..., Any]:
     """A backend that runs the pipeline for its report and the graph as it was.
 
-    Where weights were freed, only the rewritten graph can run. One object, and the report is handed
-    over when the graph *runs*: explaining again finds the code that is compiled already.
+    Where weights were freed, only the rewritten graph can run. The report is handed over when the
+    graph *runs*, for one graph may serve many layers.
     """
-    parsed = Options.parse(options)
-    rewritten, ctx = run_pipeline(gm, example_inputs, parsed)
+    rewritten, ctx = analyze(gm, example_inputs, Options.parse(options))
     report = ctx.report  # the context holds the model's parameters and must not live on
     graph = gm.forward
     if any(map(is_freed, example_inputs)):
@@ -127,8 +117,9 @@ def _collect(
         graph = bind(gm, rewritten, ctx, Options(inner="eager"))
 
     def run(*args: Any) -> Any:
-        if (reports := _reports.get(None)) is not None:  # else code of an earlier explain is run
-            reports.append(report)
+        call = calls.current()
+        if call is not None:
+            call.ran(report, args)
         return graph(*args)
 
     return run
@@ -146,6 +137,10 @@ def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
     finally:
         for module, call in compiled.items():
             module._compiled_call_impl = call
+
+
+def _data(item: Rewrite | Miss) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(item).items() if name != "inputs"}
 
 
 def _target(rewrite: Rewrite) -> str:

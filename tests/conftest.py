@@ -31,10 +31,11 @@ def fresh_compiler() -> Iterator[None]:
         import torch
 
         torch.compiler.reset()
-    if "mxfp4_fx.backend" in sys.modules:
-        from mxfp4_fx import backend
+    if "mxfp4_fx.calls" in sys.modules:
+        from mxfp4_fx import calls
 
-        backend._warned.clear()
+        calls._told.clear()
+        calls._seen.clear()
 
 
 @pytest.fixture

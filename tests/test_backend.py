@@ -73,18 +73,6 @@ class TestOptions:
 
 
 class TestMisses:
-    def test_a_graph_without_experts_warns_once(self) -> None:
-        x = torch.zeros(2, 4)
-        with pytest.warns(NoExpertsWarning, match="nothing in this graph looks like"):
-            compile_with(nn.Linear(4, 3))(x)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", NoExpertsWarning)
-            compile_with(nn.Linear(4, 5))(x)
-
-    def test_a_graph_without_experts_is_an_error_when_strict(self) -> None:
-        with pytest.raises(BackendCompilerFailed, match="strict=True, and nothing"):
-            compile_with(nn.Linear(4, 3), options={"strict": True})(torch.zeros(2, 4))
-
     def test_a_miss_warns_with_layer_and_reason_once(self) -> None:
         module = mlp()  # outside no_grad: its weights require a gradient
         with pytest.warns(MissedRewriteWarning, match=r"experts: gate_up requires a gradient"):

@@ -11,7 +11,7 @@ import pytest
 LAYERS = [
     ["errors.py", "console.py", "dynamo.py"],
     ["native.py", "hub.py", "freed.py", "skip.py"],
-    ["formats.py", "target.py", "options.py", "safetensors_file.py", "journal.py"],
+    ["experts.py", "formats.py", "target.py", "options.py", "safetensors_file.py", "journal.py"],
     ["layouts.py", "gpt_oss.py"],
     ["checkpoint.py"],
     ["ops/reference.py", "ops/tiles.py", "ops/triton_kernels/arithmetic.py"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["passes/fuse_moe.py", "passes/lower_moe.py"],
     ["passes/pipeline.py"],
     ["transformers/capture.py", "transformers/unpacking.py"],
-    ["random_checkpoint.py", "quantization.py"],
+    ["random_checkpoint.py", "quantization.py", "calls.py"],
     ["transformers/quantizer.py"],
     ["transformers/loading.py", "backend.py"],
     ["explanation.py"],

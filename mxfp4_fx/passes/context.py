@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
@@ -35,6 +35,8 @@ class Context:
     Attributes:
         options: what the user asked for.
         inputs: the captured graph's example inputs; parameters are the model's own.
+        left: for inputs that are weights of experts whose module is known: why the user wants them
+            left as they are, or None. Of other experts only the name in the graph is known.
         report: what the passes found.
         verifying: keep each original region beside its rewrite and compare the two; the graph is
             then for one eager call.
@@ -43,6 +45,7 @@ class Context:
 
     options: Options
     inputs: list[Any]
+    left: Mapping[int, str | None] = dataclasses.field(default_factory=dict)
     verifying: bool = False
     report: GraphReport = dataclasses.field(default_factory=GraphReport)
     bindings: dict[str, Binding] = dataclasses.field(default_factory=dict)

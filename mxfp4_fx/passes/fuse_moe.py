@@ -7,8 +7,8 @@ reported with its reason.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx
@@ -36,7 +36,7 @@ from mxfp4_fx.passes.patterns import (
     Form,
 )
 from mxfp4_fx.passes.report import Miss, Rewrite
-from mxfp4_fx.weights import is_kept_dense
+from mxfp4_fx.skip import Skip
 
 _MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum", "mxfp4.matmul_ogs"}
 
@@ -44,10 +44,10 @@ _MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum", "mxfp4.matmul_og
 def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     """Replace every proven MoE MLP by one ``mxfp4::moe``; report the rest."""
     suspects = _suspects(gm, ctx)
+    weights = _weights_of_layers(gm.graph, suspects)
     misses: dict[str, Mismatch] = {}
     roots = {form.result.op for form in FORMS}
     memory = Memory(gm.graph, ctx.inputs)
-    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True))
     for root in list(gm.graph.nodes):
         if op_name(root) not in roots:
             continue
@@ -62,34 +62,51 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             continue
         layers = [suspects.pop(node) for node in match.nodes.values() if node in suspects]
         layer = layers[0] if layers else module_name(root)
-        if _is_skipped(layer, ctx):
-            ctx.report.misses.append(_skipped(layer))
+        names = ("gate_up", "down", *SCALES)
+        inputs = _slots(gm.graph, (match.leaves[name] for name in names if name in match.leaves))
+        left = _why_left(layer, inputs, ctx)
+        if left is not None:
+            ctx.report.misses.append(Miss(layer, left, skipped=True, inputs=inputs))
             continue
-        if any(is_kept_dense(inputs[match.leaves[name]]) for name in ("gate_up", "down")):
-            reason = "kept dense: skip= or modules_to_not_convert named it when it was loaded"
-            ctx.report.misses.append(Miss(layer, reason, skipped=True))
-            continue
-        ctx.report.rewrites.append(_rewrite(layer, form, match))
+        ctx.report.rewrites.append(_rewrite(layer, form, match, inputs))
         moe = _insert_moe(gm, root, match, has_router)
         if ctx.verifying:
             _keep_and_compare(layer, root, moe, match)
         else:
             _erase(gm, match)
-    left = {layer: node for node, layer in reversed(suspects.items())}  # a layer's first
+    rest = {layer: node for node, layer in reversed(suspects.items())}  # a layer's first
     found = [
-        *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(left.items())),
+        *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(rest.items())),
         *_in_subgraphs(gm),
         *_of_transformers(gm.graph),
     ]
-    ctx.report.misses += [_skipped(m.layer) if _is_skipped(m.layer, ctx) else m for m in found]
+    for miss in found:
+        inputs = weights.get(miss.layer, ())
+        left = _why_left(miss.layer, inputs, ctx)
+        if left is not None:
+            miss = Miss(miss.layer, left, skipped=True)
+        ctx.report.misses.append(dataclasses.replace(miss, inputs=inputs))
 
 
-def _is_skipped(layer: str, ctx: Context) -> bool:
-    return any(fnmatch.fnmatch(layer, pattern) for pattern in ctx.options.skip)
+def _why_left(layer: str, inputs: tuple[int, ...], ctx: Context) -> str | None:
+    """Why the user wants these experts left as they are: by their module, or else by this name."""
+    known = [ctx.left[at] for at in inputs if at in ctx.left]
+    if known:
+        return next((why for why in known if why is not None), None)
+    return "skipped by options['skip']" if Skip(ctx.options.skip).names(layer) else None
 
 
-def _skipped(layer: str) -> Miss:
-    return Miss(layer, "skipped by options['skip']", skipped=True)
+def _weights_of_layers(graph: fx.Graph, suspects: dict[fx.Node, str]) -> dict[str, tuple[int, ...]]:
+    """Layer -> which of the graph's inputs are stacks of matrices that its matmuls read."""
+    found: dict[str, list[fx.Node]] = {}
+    for node, layer in suspects.items():
+        found.setdefault(layer, []).extend(w for w in _weights_of(node) if _is_stack(w))
+    return {layer: _slots(graph, nodes) for layer, nodes in found.items()}
+
+
+def _slots(graph: fx.Graph, nodes: Iterable[fx.Node]) -> tuple[int, ...]:
+    slots = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
+    return tuple(sorted({slots[node] for node in nodes if node in slots}))
 
 
 def _match_experts(root: fx.Node) -> tuple[Form, Match]:
@@ -127,7 +144,7 @@ def _match_router(match: Match, form: Form) -> bool:
     return True
 
 
-def _rewrite(layer: str, form: Form, match: Match) -> Rewrite:
+def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> Rewrite:
     letters = match.letters
     names = ("gate_up", "down", *SCALES)
     weights = [t for name in names if (t := tensor_of(match.leaves.get(name))) is not None]
@@ -141,6 +158,7 @@ def _rewrite(layer: str, form: Form, match: Match) -> Rewrite:
         alpha=float(letters["alpha"]),
         limit=float(letters["limit"]),
         bytes_before=sum(w.numel() * w.element_size() for w in weights),
+        inputs=inputs,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -43,7 +44,12 @@ PIPELINE: tuple[Pass, ...] = (
 
 
 def run_pipeline(
-    gm: fx.GraphModule, inputs: list[Any], options: Options, *, verifying: bool = False
+    gm: fx.GraphModule,
+    inputs: list[Any],
+    options: Options,
+    *,
+    left: Mapping[int, str | None] | None = None,
+    verifying: bool = False,
 ) -> tuple[fx.GraphModule, Context]:
     """Run all passes on a copy of a captured graph.
 
@@ -51,12 +57,12 @@ def run_pipeline(
         gm: the graph as Dynamo hands it out; it stays as it is.
         inputs: its example inputs, the model's own parameters among them.
         options: the user's.
-        verifying: see :class:`Context`.
+        left, verifying: see :class:`Context`.
 
     Returns:
         The rewritten graph, or ``gm`` itself where nothing was rewritten, and what happened.
     """
-    ctx = Context(options, inputs, verifying)
+    ctx = Context(options, inputs, left or {}, verifying)
     rewritten = copy_graph(gm)
     for step in PIPELINE:
         run_pass(step, rewritten, ctx)

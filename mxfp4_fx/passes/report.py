@@ -17,6 +17,7 @@ class Rewrite:
         kernels, layout, reason: the ``target.Target`` that it was lowered to.
         bytes_before, bytes_after: bytes of the two expert weights, as the model holds them and
             as swizzled MXFP4 (biases, which stay, not counted).
+        inputs: which of the captured graph's inputs are its weights.
     """
 
     layer: str
@@ -32,6 +33,7 @@ class Rewrite:
     reason: str = ""
     bytes_before: int = 0
     bytes_after: int = 0
+    inputs: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Miss:
         reason: why, in words.
         where: the line of model code that differs, as ``file:line: code``, or "".
         skipped: the user asked for it (``options["skip"]``), so it is no fault.
+        inputs: which of the captured graph's inputs are its weights, as far as that is known.
     """
 
     layer: str
     reason: str
     where: str = ""
     skipped: bool = False
+    inputs: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         at = f" (at {self.where})" if self.where else ""

@@ -1,0 +1,327 @@
+"""Calls of what was compiled for this backend, and what became of the experts in each of them.
+
+A backend sees graphs only. Whether a *model's* experts run in MXFP4 shows when it is called: a
+graph break, a hook or one of Dynamo's limits may keep experts out of every graph, and one graph may
+serve many layers. So a :class:`Call` is entered around each call of a compiled model. While it
+lasts, the experts have forward hooks, which are traced to nothing; they run only where experts are
+called uncompiled, and see whether a graph of ours with experts has run in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mxfp4_fx import dynamo
+from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning, NoExpertsWarning, OptionError
+from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
+from mxfp4_fx.options import Options
+from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
+from mxfp4_fx.skip import Skip
+from mxfp4_fx.transformers.capture import prepare_capture
+
+# Marks on a module's experts, which Dynamo guards because the hook reads them.
+KEEP_DENSE = "_mxfp4_fx_keep_dense"  # for good: the user skipped them when they were loaded
+_SKIPPED = "_mxfp4_fx_skipped"  # while a call lasts: options["skip"] of that call names them
+_HOOK = -4  # our key among a module's hooks; torch's are not negative
+
+
+# What was told of a module already; the last word on a model, for those where no experts were seen.
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_watched: dict[nn.Module, int] = {}  # what has our hook now -> the calls that need it
+_lock = threading.RLock()
+_calls = threading.local()
+
+
+@dataclasses.dataclass
+class Found:
+    """What a call found: a report for each graph that ran, and experts that ran in none."""
+
+    graphs: list[GraphReport] = dataclasses.field(default_factory=list)
+    outside: list[Miss] = dataclasses.field(default_factory=list)
+
+
+_observer: contextvars.ContextVar[Found | None] = contextvars.ContextVar("observer", default=None)
+
+
+class Call:
+    """One call of something compiled for this backend, in one thread.
+
+    Attributes:
+        options: that it was compiled with.
+        models: the modules that it calls, or that it can be seen to use.
+        experts: the experts in them, with their names.
+        graphs: how many graphs with experts have run.
+        found: whether experts were seen, in a graph or out of one.
+        observer: ``explain``'s; what is found goes there instead of being told.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.observer = _observer.get()
+        self.graphs = 0
+        self.found = False
+        self.models: list[Model] = []
+        self.experts: dict[nn.Module, str] = {}
+        self._function: Callable[..., Any] | None = None
+        self._entered: dict[nn.Module, int] = {}  # experts -> graphs when they were called
+        self._outer: Call | None = None
+        self._raised: BaseException | None = None
+
+    def __enter__(self) -> None:
+        prepare_capture()  # transformers may have been imported since the last call
+        called = dynamo.compiled_function()
+        skipped = []
+        if called is not None:
+            self._function = called[0]
+            for top in modules_of(*called):
+                model, experts = look_at(top)
+                self.models.append(model)
+                self.experts.update((module, name) for name, module in experts)
+                if self.options.skip:
+                    names = model.skipped(self.options.skip)
+                    skipped += [(module, name in names) for name, module in experts]
+        self._outer, self._raised = current(), sys.exc_info()[1]
+        _calls.current = self
+        with _lock:
+            for module in self.experts:
+                _watched[module] = _watched.get(module, 0) + 1
+                module._forward_pre_hooks[_HOOK] = _before_experts
+                module._forward_hooks[_HOOK] = _after_experts
+            for module, is_skipped in skipped:
+                vars(module)[_SKIPPED] = is_skipped
+
+    def __exit__(self, *_: object) -> None:
+        _calls.current = self._outer
+        with _lock:
+            for module in self.experts:
+                count = _watched.pop(module)
+                if count > 1:
+                    _watched[module] = count - 1
+                    continue
+                module._forward_pre_hooks.pop(_HOOK, None)
+                module._forward_hooks.pop(_HOOK, None)
+                if self.options.skip:
+                    vars(module).pop(_SKIPPED, None)
+        # Dynamo passes no exception on; one that was not there before is on its way to the user.
+        if sys.exc_info()[1] is self._raised:
+            self._judge()
+
+    def _judge(self) -> None:
+        """The last word on the model, where nobody has said anything."""
+        called = getattr(self._function, "__self__", None)
+        if isinstance(called, nn.Module) and called in self.experts:
+            self.leave(called)  # its forward may have been called past its hooks
+        tops = self._tops()
+        if self.found:
+            _seen.update(tops)
+            return
+        if self.observer is not None or (tops and all(top in _seen for top in tops)):
+            return
+        message = "nothing in what it called looks like GPT-OSS experts"
+        if self.options.strict:
+            raise MissedRewriteError(f"strict=True, and {message}")
+        if tops:
+            fresh = [top for top in tops if message not in _told.setdefault(top, set())]
+        else:
+            fresh = [nn.Module()]
+        if fresh:
+            kind = type(fresh[0]).__name__ if tops else "a function"
+            _warn(f"{message}: {kind} runs without MXFP4", NoExpertsWarning)
+            for top in fresh:
+                _told.setdefault(top, set()).add(message)
+
+    @torch.compiler.disable  # here and below: Dynamo would compile the bookkeeping
+    def enter(self, module: nn.Module) -> None:
+        """Experts are called uncompiled; what they call may still be compiled."""
+        self._entered[module] = self.graphs
+
+    @torch.compiler.disable
+    def leave(self, module: nn.Module) -> None:
+        """Experts return that were called uncompiled: they are told of if no graph had them."""
+        if self._entered.pop(module, 0) != self.graphs:
+            return
+        self.found = True
+        name = self.name_of(module)
+        why = self.left(module)
+        if why is not None:
+            miss = Miss(name, why, skipped=True)
+        else:
+            miss = Miss(name, f"it ran uncompiled: {dynamo.why_uncompiled()}")
+        if self.observer is not None:
+            self.observer.outside.append(miss)
+        elif why is None:
+            # A stance is the user's own wish for this very call: told, but no error.
+            strict = self.options.strict and not dynamo.is_eager_by_stance()
+            tell([(miss, [module])], dataclasses.replace(self.options, strict=strict))
+
+    def name_of(self, module: nn.Module) -> str:
+        return self.experts.get(module, type(module).__name__) or "(top level)"
+
+    def left(self, module: nn.Module) -> str | None:
+        """Why experts stay as they are by the user's wish; None if they need not."""
+        if getattr(module, KEEP_DENSE, False):
+            return "kept dense: skip= or modules_to_not_convert named it when it was loaded"
+        if vars(module).get(_SKIPPED, False):
+            return "skipped by options['skip']"
+        return None
+
+    def left_inputs(self, inputs: Sequence[Any]) -> dict[int, str | None]:
+        """For each of a graph's inputs that is a weight of known experts: :meth:`left`."""
+        owners = self._owners()
+        return {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
+
+    def check_skip(self) -> None:
+        """
+        Raises:
+            OptionError: a pattern of ``options["skip"]`` names no module of what is called.
+        """
+        names = [name for model in self.models for name in model.names]
+        if not self.options.skip or not names:
+            return
+        for pattern in Skip(self.options.skip).unused(names):
+            experts = [*map(self.name_of, self.experts)]
+            known = ", ".join(experts[:3]) + (", ..." if experts[3:] else "")
+            raise OptionError(
+                f"options['skip']: {pattern!r} names no module of {self.models[0].kind}. Names are "
+                f"those that named_modules() of what is compiled has; its experts are "
+                f"{known or 'none'}"
+            )
+
+    def ran(self, report: GraphReport, args: Sequence[Any]) -> None:
+        """A graph of this report is about to run on these inputs."""
+        if report.rewrites or report.misses:
+            self.found = True
+            self.graphs += 1
+        if self.observer is not None:
+            self.observer.graphs.append(self.renamed(report, args))
+        elif report.misses:
+            self.announce(report, args)
+
+    def announce(self, report: GraphReport, args: Sequence[Any]) -> None:
+        """Tell, or raise with ``strict``, the misses of a graph that runs on these inputs."""
+        owners = self._owners()
+        found = []
+        for miss in self.renamed(report, args).misses:
+            modules = {owners[id(args[at])] for at in miss.inputs if id(args[at]) in owners}
+            if not miss.skipped:
+                found.append((miss, list(modules or self._tops())))
+        tell(found, self.options)
+
+    def renamed(self, report: GraphReport, args: Sequence[Any]) -> GraphReport:
+        """A report with the names that the experts of these inputs have in the model."""
+        owners = self._owners()
+
+        def rename(item: Any) -> Any:
+            found = {owners[id(args[at])] for at in item.inputs if id(args[at]) in owners}
+            names = sorted(self.name_of(module) for module in found)
+            return dataclasses.replace(item, layer=", ".join(names)) if names else item
+
+        rewrites: list[Rewrite] = [rename(rewrite) for rewrite in report.rewrites]
+        misses: list[Miss] = [rename(miss) for miss in report.misses]
+        return dataclasses.replace(report, rewrites=rewrites, misses=misses)
+
+    def _tops(self) -> list[nn.Module]:
+        return [top for model in self.models if (top := model.top()) is not None]
+
+    def _owners(self) -> dict[int, nn.Module]:
+        return {id(tensor): module for module in self.experts for tensor in tensors_of(module)}
+
+
+def current() -> Call | None:
+    """The innermost call of this thread."""
+    return getattr(_calls, "current", None)
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[Found]:
+    """Have what calls find written down instead of told."""
+    found = Found()
+    token = _observer.set(found)
+    try:
+        yield found
+    finally:
+        _observer.reset(token)
+
+
+def tell(misses: Sequence[tuple[Miss, list[nn.Module]]], options: Options) -> None:
+    """Warn of misses, once for each module and reason, or raise with ``strict``.
+
+    Raises:
+        MissedRewriteError: there are any, and ``options.strict``.
+    """
+    if misses and options.strict:
+        lines = "\n".join(f"  {miss}" for miss, _ in misses)
+        raise MissedRewriteError(
+            f"strict=True, and {len(misses)} MoE layer(s) cannot be rewritten:\n{lines}"
+        )
+    fresh = [
+        (miss, modules)
+        for miss, modules in misses
+        if not modules or any(str(miss) not in _told.get(module, ()) for module in modules)
+    ]
+    if not fresh:
+        return
+    more = f"\n  and {len(fresh) - 3} more; mxfp4_fx.explain lists all" if fresh[3:] else ""
+    shown = "".join(f"\n  {miss}" for miss, _ in fresh[:3])
+    _warn(f"these MoE layers run as they were, not in MXFP4:{shown}{more}", MissedRewriteWarning)
+    for miss, modules in fresh:  # not where the warning became an error: that is told again
+        for module in modules:
+            _told.setdefault(module, set()).add(str(miss))
+
+
+def _warn(message: str, category: type[Warning]) -> None:
+    # A registry of its own: Python would show the same words once, whichever model they are about.
+    warnings.warn_explicit(
+        f"backend 'mxfp4': {message}", category, __file__, 0, module=__name__, registry={}
+    )
+
+
+def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
+    """What enters a call of something that was compiled with these arguments."""
+    try:
+        options = Options.parse(keywords.get("options"), keywords.get("mode"))
+    except OptionError:  # the backend says so, when it is asked to compile
+        options = Options()
+    return functools.partial(Call, options)
+
+
+# Compiled by themselves, the hooks would say that they are being compiled, and tell nothing.
+@dynamo.never_compiled
+def _before_experts(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        # Read, so that Dynamo guards them: what is left alone has a graph of its own.
+        if getattr(module, KEEP_DENSE, False) or getattr(module, _SKIPPED, False):
+            return
+        return
+    call = current()
+    if call is not None:
+        call.enter(module)
+
+
+@dynamo.never_compiled
+def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    call = current()
+    if call is not None:
+        call.leave(module)
+
+
+if hasattr(os, "register_at_fork"):
+    # A thread that held the lock is not there to release it.
+    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock()))
+dynamo.on_calls(_call_with)

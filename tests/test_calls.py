@@ -1,0 +1,359 @@
+"""The verdict on a model is on what ran: experts that no graph had are named, for any cause."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
+from near_miss import mxfp4_ops
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import mxfp4_fx
+from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning, NoExpertsWarning, OptionError
+
+NOT_IN_MXFP4 = "backend 'mxfp4': these MoE layers run as they were, not in MXFP4:"
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+def told(run: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
+    """What a call warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(*args, **kwargs)
+    kinds = (MissedRewriteWarning, NoExpertsWarning)
+    return [str(w.message) for w in caught if issubclass(w.category, kinds)]
+
+
+class Layer(nn.Module):
+    """A graph break, then an MLP; Dynamo guards the layer's kind."""
+
+    def __init__(self, seed: int, kind: str) -> None:
+        super().__init__()
+        self.mlp, self.kind = mlp(seed=seed), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + self.mlp(x)[0] if self.kind else x
+
+
+def breaking(*kinds: str) -> nn.Module:
+    return nn.Sequential(*(Layer(seed, kind) for seed, kind in enumerate(kinds)))
+
+
+class Disabled(nn.Module):
+    """Experts that Dynamo is kept out of."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.inner = experts
+
+    @torch.compiler.disable
+    def forward(self, *args: Tensor) -> Any:
+        return self.inner(*args)
+
+
+def with_disabled_experts(module: nn.Module) -> nn.Module:
+    module.experts = Disabled(module.experts)
+    return module
+
+
+class TestOutOfEveryGraph:
+    def test_a_disabled_function(self) -> None:
+        (message,) = told(compile_with(with_disabled_experts(mlp())), hidden())
+        assert "experts.inner: it ran uncompiled: torch.compiler.disable keeps Dynamo" in message
+
+    def test_is_an_error_when_strict(self) -> None:
+        run = compile_with(with_disabled_experts(mlp()), options={"strict": True})
+        for _ in range(2):  # at every call
+            with pytest.raises(MissedRewriteError, match=r"experts\.inner: it ran uncompiled"):
+                run(hidden())
+
+    def test_packed_experts(self) -> None:
+        (message,) = told(compile_with(with_disabled_experts(pack(mlp()))), hidden())
+        assert "experts.inner: it ran uncompiled" in message
+
+    def test_dynamos_limit(self) -> None:
+        module = mlp()
+        run = compile_with(module, dynamic=False, options={"strict": True})
+        with torch._dynamo.config.patch(recompile_limit=2):
+            for length in (3, 4):
+                run(hidden(length))
+            with pytest.raises(
+                MissedRewriteError, match=r"compiles forward no more.*recompile_limit"
+            ):
+                run(hidden(5))
+
+    def test_the_rest_of_many_layers(self) -> None:
+        """Dynamo compiles as many layers as its limit allows, and the others run all the same."""
+        module = breaking(*"abcd")
+        with torch._dynamo.config.patch(recompile_limit=3):
+            messages = told(compile_with(module), hidden())
+            explained = mxfp4_fx.explain(module, hidden())
+        (miss,) = explained.misses
+        assert messages == [f"{NOT_IN_MXFP4}\n  {miss}"]
+        assert miss.layer == "3.mlp.experts"
+        assert "recompile_limit" in miss.reason
+        assert [r.layer for r in explained.rewrites] == [f"{i}.mlp.experts" for i in range(3)]
+
+    def test_hooks_that_move_weights(self) -> None:
+        module = mlp()
+        cpu_offload(module, execution_device=torch.device("cpu"))
+        for limit, missed in ((1, ["experts"]), (64, [])):
+            with torch._dynamo.config.patch(recompile_limit=limit):
+                explained = mxfp4_fx.explain(module, hidden())
+                assert len(told(compile_with(module), hidden())) == len(missed)
+            assert [m.layer for m in explained.misses] == missed
+            assert [r.layer for r in explained.rewrites] == ([] if missed else ["experts"])
+            torch.compiler.reset()
+
+    def test_no_graph_at_all(self) -> None:
+        module = mlp()
+        module.forward = torch.compiler.disable(module.forward)
+        with pytest.raises(MissedRewriteError, match="experts: it ran uncompiled"):
+            compile_with(module, options={"strict": True})(hidden())
+
+    def test_a_forward_that_is_called_past_its_hooks(self) -> None:
+        run = compile_with(mlp().experts.forward, dynamic=False)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            for length, count in ((3, 0), (4, 1)):
+                routes = torch.zeros(length, 3, dtype=torch.long), torch.rand(length, 3)
+                assert len(told(run, hidden(length)[0], *routes)) == count
+
+    def test_a_wish_for_uncompiled_calls_is_told_and_no_error(self) -> None:
+        run = compile_with(mlp(), options={"strict": True})
+        with torch.compiler.set_stance("force_eager"):
+            (message,) = told(run, hidden())
+        assert "set_stance('force_eager') is on" in message
+
+    def test_another_backend_is_left_alone(self) -> None:
+        run = torch.compile(with_disabled_experts(mlp()), backend="eager")
+        assert not told(run, hidden())
+
+    def test_a_class_that_nobody_knows(self) -> None:
+        class Mine(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.up = nn.Parameter(torch.randn(4, 64, 32))
+                self.down = nn.Parameter(torch.randn(4, 32, 64))
+
+            @torch.compiler.disable
+            def forward(self, x: Tensor) -> Tensor:
+                return (x @ self.up @ self.down).sum(0)
+
+        (message,) = told(compile_with(nn.Sequential(Mine())), hidden()[0])
+        assert "0: it ran uncompiled" in message
+
+
+class TestWhatRan:
+    def test_a_part_without_experts_is_no_miss(self) -> None:
+        """Hidden states as outputs break the graph; the head is then a graph of its own."""
+        run = compile_with(model(), options={"strict": True})
+        assert not told(run, tokens(), output_hidden_states=True)
+
+    def test_a_graph_that_serves_many_layers_names_each(self) -> None:
+        module = breaking(*"aaa")
+        assert [r.layer for r in mxfp4_fx.explain(module, hidden()).rewrites] == [
+            f"{i}.mlp.experts" for i in range(3)
+        ]
+
+    def test_nothing_that_looks_like_experts(self) -> None:
+        run = compile_with(nn.Linear(4, 3))
+        (message,) = told(run, torch.zeros(2, 4))
+        assert "nothing in what it called looks like GPT-OSS experts: Linear" in message
+        assert not told(run, torch.zeros(2, 4))  # once a model ...
+        assert told(compile_with(nn.Linear(4, 3)), torch.zeros(2, 4))  # ... and for each
+
+    def test_nothing_that_looks_like_experts_is_an_error_when_strict(self) -> None:
+        run = compile_with(nn.Linear(4, 3), options={"strict": True})
+        for _ in range(2):
+            with pytest.raises(MissedRewriteError, match="strict=True, and nothing"):
+                run(torch.zeros(2, 4))
+
+    def test_a_fault_of_the_model_is_not_covered_up(self) -> None:
+        def fails(x: Tensor) -> Tensor:
+            raise KeyError("mine")
+
+        with pytest.raises(KeyError, match="mine"):
+            compile_with(fails, options={"strict": True})(torch.zeros(2))
+
+    def test_a_warning_that_became_an_error_is_raised_for_each_model(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", MissedRewriteWarning)
+            for _ in range(2):
+                with pytest.raises(MissedRewriteWarning):
+                    compile_with(with_disabled_experts(mlp()))(hidden())
+
+    def test_two_models_of_one_kind_are_told_of_each(self) -> None:
+        first, second = with_disabled_experts(mlp()), with_disabled_experts(mlp())
+        assert told(compile_with(first), hidden())
+        assert told(compile_with(second), hidden())
+
+    def test_a_function_of_modules(self) -> None:
+        module = with_disabled_experts(mlp())
+        (message,) = told(compile_with(lambda x: module(x)[0]), hidden())
+        assert "experts.inner: it ran uncompiled" in message
+
+    def test_threads_do_not_see_each_other(self) -> None:
+        run = compile_with(with_disabled_experts(mlp()), options={"strict": True})
+        failures: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                with torch.no_grad():
+                    run(hidden())
+            except MissedRewriteError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(failures) == 2
+
+
+class TestNothingStays:
+    @pytest.mark.parametrize("options", [{}, {"skip": ["experts"]}])
+    def test_on_the_module(self, options: dict[str, Any]) -> None:
+        module = mlp()
+        before = copy.copy(vars(module.experts))
+        compile_with(module, options=options)(hidden())
+        assert {**vars(module.experts)}.keys() == before.keys()
+        assert not module.experts._forward_hooks
+
+    def test_after_an_error(self) -> None:
+        module = mlp()
+        with pytest.raises(RuntimeError):
+            compile_with(module)(torch.zeros(1, 7, 63))
+        assert not module.experts._forward_hooks
+
+
+class TestExplain:
+    def test_uses_up_no_limit(self) -> None:
+        module = mlp()
+        graphs = Graphs()
+        with torch._dynamo.config.patch(recompile_limit=1):
+            for kernels in ("auto", "reference"):
+                mxfp4_fx.explain(module, hidden(), options={"kernels": kernels})
+            compile_with(module, graphs, options={"strict": True})(hidden())
+        assert len(graphs.seen) == 1
+
+    def test_is_not_affected_by_what_was_compiled_before(self) -> None:
+        module = mlp()
+        run = compile_with(module, dynamic=False)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            assert [len(told(run, hidden(length))) for length in (3, 4)] == [0, 1]
+            assert len(mxfp4_fx.explain(module, hidden(5)).rewrites) == 1
+
+
+def skipping(whole: nn.Module, *patterns: str) -> tuple[Callable[..., Any], Graphs]:
+    graphs = Graphs()
+    return compile_with(whole, graphs, options={"skip": [*patterns]}), graphs
+
+
+def layers(graphs: Graphs) -> int:
+    return mxfp4_ops(graphs).count("mxfp4.matmul_ogs.default") // 2
+
+
+class TestSkip:
+    def test_a_module_and_all_in_it(self) -> None:
+        run, graphs = skipping(model(), "model.layers.1")
+        run(tokens())
+        assert layers(graphs) == 1
+
+    @pytest.mark.parametrize("pattern", ["*.layers.7.*", "model.layer.1"])
+    def test_what_names_nothing_is_an_error(self, pattern: str) -> None:
+        run, _ = skipping(model(), pattern)
+        with pytest.raises(
+            BackendCompilerFailed, match="names no module of GptOssForCausalLM"
+        ) as e:
+            run(tokens())
+        assert isinstance(e.value.inner_exception, OptionError)
+
+    def test_names_are_those_of_what_is_compiled(self) -> None:
+        whole = model()
+        layer = whole.model.layers[0]
+        layer.compile(backend="mxfp4", options={"inner": "eager", "skip": ["*.layers.0.*"]})
+        with pytest.raises(BackendCompilerFailed, match=r"its experts are mlp\.experts"):
+            whole(tokens())
+
+    def test_layers_that_share_a_graph(self) -> None:
+        module = breaking(*"aaa")
+        run, _ = skipping(module, "1")
+        expected = module(hidden())
+        assert not told(run, hidden())
+        explained = mxfp4_fx.explain(module, hidden(), options={"skip": ["1"]})
+        assert [r.layer for r in explained.rewrites] == ["0.mlp.experts", "2.mlp.experts"]
+        assert [(m.layer, m.skipped) for m in explained.misses] == [("1.mlp.experts", True)]
+        torch.testing.assert_close(run(hidden()), expected)
+
+
+def kept(module: Any) -> Any:
+    """As the loader leaves experts that the user skipped."""
+    module.experts._mxfp4_fx_keep_dense = True
+    return module
+
+
+class TestKeptDense:
+    @pytest.mark.parametrize("kept_first", [True, False])
+    def test_a_graph_is_not_shared_with_what_is_not_kept(self, kept_first: bool) -> None:
+        runs = [(kept(mlp()), 0), (mlp(), 1)]
+        for module, expected in runs if kept_first else runs[::-1]:
+            graphs = Graphs()
+            compile_with(module, graphs)(hidden())
+            assert layers(graphs) == expected
+
+    def test_is_told_as_what_it_is(self) -> None:
+        (miss,) = mxfp4_fx.explain(kept(mlp()), hidden()).misses
+        assert miss.skipped
+        assert miss.reason.startswith("kept dense")
+
+    def test_outlives_new_parameters(self) -> None:
+        module = kept(mlp())
+        module.load_state_dict(mlp(seed=1).state_dict(), assign=True)
+        graphs = Graphs()
+        compile_with(module, graphs)(hidden())
+        assert layers(graphs) == 0
+
+
+class TestWaysIn:
+    def test_a_partial_of_the_backend(self) -> None:
+        backend = functools.partial(mxfp4_fx.mxfp4, options={"inner": "eager", "strict": True})
+        whole = model(form="eager")
+        assert not told(torch.compile(whole, backend=backend), tokens())
+
+    def test_in_place(self) -> None:
+        module = with_disabled_experts(mlp())
+        module.compile(backend="mxfp4", options={"inner": "eager", "strict": True})
+        with pytest.raises(MissedRewriteError):
+            module(hidden())
+
+    def test_compiled_before_transformers_is_imported(self) -> None:
+        program = """
+import torch
+def run(module, x):
+    return module(x)[0]
+run = torch.compile(run, backend="mxfp4", options={"inner": "eager", "strict": True})
+from models import hidden, mlp
+with torch.no_grad():
+    run(mlp(form="eager"), hidden())
+"""
+        subprocess.run([sys.executable, "-c", program], check=True, cwd="tests")
+
+
+@pytest.fixture(autouse=True)
+def all_limits_are_torchs() -> Iterator[None]:
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
