@@ -86,6 +86,13 @@ def halve(x: Tensor) -> Tensor:
     return x.sum()
 
 
+def halve_and_leave(x: Tensor) -> None:
+    """What the last call says of the view is not true of the one before."""
+    view = x.view(-1)
+    view.div_(2)
+    view.set_(torch.zeros(3))
+
+
 # Ways to write to a tensor; Dynamo hands out each as another kind of node.
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "method with a functional form": lambda x: x.mul_(0.5),
@@ -95,6 +102,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda x: x.__setitem__(0, 0.0),
     "view": lambda x: x.view(-1).div_(2),
     "slice": lambda x: x[0].zero_(),
+    "view that gets other memory": halve_and_leave,
     "detach": lambda x: x.detach().div_(2),
     "data": lambda x: x.data.div_(2),
     "out": lambda x: torch.neg(x, out=x),
@@ -180,6 +188,16 @@ experts: topk is written to in the graph, by div_
             with_router_that_calls(scores=lambda x: x.div_(2)),
             """\
 experts: scores is written to in the graph, by div_
+""",
+        )
+
+
+class TestShapes(NearMisses):
+    def test_scores_that_are_transposed_in_place(self) -> None:
+        self.assert_missed(
+            with_router_that_calls(scores=lambda x: x.t_().t_()),
+            """\
+experts: scores is reshaped or detached in place, by t__1
 """,
         )
 

@@ -12,8 +12,10 @@ from mxfp4_fx import target
 from mxfp4_fx.errors import KernelsUnavailableError
 from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.graph import UNKNOWN, Memory, is_transformed, surely_writes, tensor_of
+from mxfp4_fx.passes.effects import Effect, Modes, effect
+from mxfp4_fx.passes.graph import tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch, Op
+from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
 from mxfp4_fx.passes.patterns import ROUTER_INDICES, ROUTER_SCORES
 
 WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
@@ -24,7 +26,9 @@ _SWIZZLED = ("gate_up", "down", *SCALES)
 _ARITHMETIC = {"grouped_mm", "bmm", "add", "mul", "sigmoid", "clamp", "sum", "softmax"}
 
 
-def check_region(root: fx.Node, match: Match, ctx: Context, memory: Memory) -> None:
+def check_region(
+    root: fx.Node, match: Match, ctx: Context, memory: Memory, modes: dict[fx.Node, Modes]
+) -> None:
     """Run every check.
 
     Args:
@@ -32,6 +36,7 @@ def check_region(root: fx.Node, match: Match, ctx: Context, memory: Memory) -> N
         match: the proof of its dataflow, solved.
         ctx: the pipeline's state.
         memory: what aliases what, and who writes, in the whole graph.
+        modes: autograd's at each node of the graph.
 
     Raises:
         Mismatch: one does not hold; the reason is for the user.
@@ -41,8 +46,8 @@ def check_region(root: fx.Node, match: Match, ctx: Context, memory: Memory) -> N
     _check_sizes(match)
     _check_device(match, ctx)
     _check_weights(match, ctx)
-    _check_gradients(match)
-    _check_writes(root, match, memory)
+    records = _check_gradients(root, match, modes)
+    _check_writes(root, match, memory, records)
 
 
 def is_parameter(node: fx.Node, value: object) -> bool:
@@ -119,11 +124,23 @@ def _check_weights(match: Match, ctx: Context) -> None:
             _fail(match, f"{name} is not a parameter or buffer of the model", node)
 
 
-def _check_gradients(match: Match) -> None:
-    # Not the mode that is on now: the graph itself may switch it on.
-    results = (tensor_of(node) for node in match.nodes.values())
-    if not any(result is not None and result.requires_grad for result in results):
-        return
+def _check_gradients(root: fx.Node, match: Match, modes: dict[fx.Node, Modes]) -> bool:
+    """One mode for all, and no gradient is asked for that MXFP4 does not have.
+
+    Returns:
+        Whether gradients are recorded.
+    """
+    if not any(_leaf(match, name).requires_grad for name in match.leaves):
+        return False
+    for node in match.nodes.values():
+        if modes[node] != modes[root]:
+            reason = (
+                "gradients are recorded for one part of it and not for another: put all of it "
+                "under torch.no_grad() (or inference_mode), or nothing"
+            )
+            _fail(match, reason, node)
+    if not modes[root].gradients:
+        return False
     for name in WEIGHTS:
         if _leaf(match, name).requires_grad:
             reason = (
@@ -131,21 +148,27 @@ def _check_gradients(match: Match) -> None:
                 "torch.no_grad(), or freeze the experts with requires_grad_(False)"
             )
             _fail(match, reason, match.leaves[name])
+    return True
 
 
-def _check_writes(root: fx.Node, match: Match, memory: Memory) -> None:
+def _check_writes(root: fx.Node, match: Match, memory: Memory, records: bool) -> None:
     """No weight is written to anywhere, nothing else between the region's first read and its end.
 
-    Intermediates count, too: the router's may have other readers, who may write.
+    Intermediates count, too: the router's may have other readers, who may write. With gradients,
+    the activations are kept, and must stay until they are used again.
     """
     first = min(match.nodes.values())
     values = match.leaves | {str(node): node for node in match.nodes.values()}
     for name, value in values.items():
+        reshaper = memory.reshaper(value)
+        if reshaper is not None:
+            _fail(match, f"{name} is reshaped or detached in place, by {reshaper}", reshaper)
         mine = memory.of(value)
         for writer, written in memory.writes:
-            watched = name in _SWIZZLED or first < writer < root
-            if watched and (UNKNOWN in written or not mine.isdisjoint(written)):
-                how = "is" if surely_writes(writer) else "may be"
+            kept = records and name == "hidden" and first < writer
+            watched = name in _SWIZZLED or first < writer < root or kept
+            if watched and may_share(mine, written):
+                how = "may be" if effect(writer) & Effect.UNKNOWN else "is"
                 _fail(match, f"{name} {how} written to in the graph, by {writer}", writer)
 
 

@@ -18,15 +18,11 @@ from mxfp4_fx import verification
 from mxfp4_fx.ops import reference
 from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region, is_parameter
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.graph import (
-    Memory,
-    comes_from,
-    module_name,
-    op_name,
-    source_line,
-    tensor_of,
-)
+from mxfp4_fx.passes.effects import modes
+from mxfp4_fx.passes.graph import op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
+from mxfp4_fx.passes.memory import Memory
+from mxfp4_fx.passes.origin import comes_from, module_name, source_line
 from mxfp4_fx.passes.patterns import (
     FOREIGN_EXPERTS,
     FORMS,
@@ -46,7 +42,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     suspects = _suspects(gm, ctx)
     misses: dict[str, Mismatch] = {}
     roots = {form.result.op for form in FORMS}
-    memory = Memory(gm.graph, ctx.inputs)
+    memory, modes_at = Memory(gm.graph, ctx.inputs), modes(gm.graph)
     inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True))
     for root in list(gm.graph.nodes):
         if op_name(root) not in roots:
@@ -54,7 +50,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
         try:
             form, match = _match_experts(root)
             has_router = _match_router(match, form)
-            check_region(root, match, ctx, memory)
+            check_region(root, match, ctx, memory, modes_at)
         except Mismatch as mismatch:
             for layer in _layers_near(root, mismatch, suspects):
                 if layer not in misses or misses[layer].matched < mismatch.matched:
