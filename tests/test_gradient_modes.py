@@ -1,4 +1,4 @@
-"""Experts a part of which runs under ``no_grad`` and the like: gradients are eager's, bit for bit."""
+"""Experts a part of which runs under ``no_grad`` and the like: gradients have eager's bits."""
 
 from __future__ import annotations
 

@@ -64,6 +64,38 @@ def routing_from_routes(
     )
 
 
+def expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Tensor:
+    """The ids that a form of the experts takes given ids for.
+
+    Args:
+        indices: [T, A] integers.
+        num_experts: E.
+        below: what ids below 0 are: ``"wrap"`` (counted from the end, down to -E), ``"first"``
+            (expert 0), ``"skip"`` (someone else's) or ``"error"``.
+        above: what ids from E on are: ``"skip"`` or ``"error"``.
+
+    Returns:
+        [T, A] in the same dtype; what is to be skipped stays outside of [0, E).
+
+    Raises:
+        IndexError: an id is an error. On a GPU this is an assertion of the device.
+    """
+    low = {"wrap": -num_experts, "error": 0}.get(below)
+    high = {"error": num_experts}.get(above)
+    within = torch.ones_like(indices, dtype=torch.bool)
+    within = within if low is None else within & (indices >= low)
+    within = within if high is None else within & (indices < high)
+    if indices.device.type != "cpu":
+        torch._assert_async(within.all(), f"an expert's id is out of range: {num_experts} experts")
+    elif not within.all():
+        raise IndexError(
+            f"expert {int(indices[~within][0])} is out of range: there are {num_experts} experts"
+        )
+    if below == "wrap":
+        return torch.where(indices < 0, indices + num_experts, indices)
+    return indices.clamp(min=0) if below == "first" else indices.clone()
+
+
 def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     """GPT-OSS's clamped SwiGLU: [.., 2I] -> [.., I]; gate in the even columns, up in the odd."""
     gate = gate_up[..., 0::2].clamp(max=limit)

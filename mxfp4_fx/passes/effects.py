@@ -63,7 +63,10 @@ _OPERATORS: dict[Any, Effect] = {
     )
 }
 # Modules whose builtins are ATen's ops of the same names.
-_BUILTINS = (torch, torch._C._nn, torch._C._special, torch._C._linalg, torch._C._fft)
+_BUILTINS: tuple[Any, ...] = (
+    torch,
+    *(getattr(torch._C, name) for name in ("_nn", "_special", "_linalg", "_fft")),
+)
 
 
 def _aten(node: fx.Node) -> list[torch._ops.OpOverload]:

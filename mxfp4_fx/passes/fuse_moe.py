@@ -66,6 +66,8 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             ctx.report.misses.append(Miss(layer, reason, skipped=True))
             continue
         ctx.report.rewrites.append(_rewrite(layer, form, match))
+        if not has_router:
+            match.leaves["indices"] = _insert_ids(root, match, form)
         moe = _insert_moe(gm, root, match, has_router)
         if ctx.verifying:
             _keep_and_compare(layer, root, moe, match)
@@ -138,6 +140,22 @@ def _rewrite(layer: str, form: Form, match: Match) -> Rewrite:
         limit=float(letters["limit"]),
         bytes_before=sum(w.numel() * w.element_size() for w in weights),
     )
+
+
+def _insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
+    """Nothing is known of ids that are inputs: the logical op gets those that the form makes of
+    them."""
+    indices = match.leaves["indices"]
+    if (form.below, form.above) == ("skip", "skip"):
+        return indices
+    value = tensor_of(indices)
+    assert value is not None
+    with root.graph.inserting_before(root):
+        args = (indices, match.letters["E"], form.below, form.above)
+        ids = root.graph.call_function(torch.ops.mxfp4.expert_ids.default, args)
+    with value.fake_mode:  # type: ignore[attr-defined]
+        ids.meta = {**root.meta, "example_value": torch.empty_like(value)}
+    return ids
 
 
 def _insert_moe(gm: fx.GraphModule, root: fx.Node, match: Match, has_router: bool) -> fx.Node:
