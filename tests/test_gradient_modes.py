@@ -13,6 +13,7 @@ from near_miss import assert_same_bits, edited, mxfp4_ops, swap_methods, with_ex
 from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
 
+import mxfp4_fx
 from mxfp4_fx.errors import MissedRewriteWarning
 
 X = hidden()
@@ -167,3 +168,30 @@ def test_a_step_of_the_experts_detached_in_place_is_refused() -> None:
         "proj_out = self._apply_gate(proj_out).detach_()")}, "batched_mm")  # fmt: skip
     with pytest.warns(MissedRewriteWarning):
         check_as_eager(First(frozen(module)))
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj_bias", "down_proj_bias"])
+def test_a_bias_written_after_the_experts_read_it(name: str) -> None:
+    """Inductor's graph would compute gradients from what it is then, without a word."""
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        y = module(x)[0]
+        getattr(module.experts, name).mul_(0.5)
+        return y
+
+    reason = f"{name.replace('_proj', '')} is written to in the graph, by mul_"
+    with pytest.warns(MissedRewriteWarning, match=reason):
+        check_as_eager(First(frozen(mlp(form="batched_mm")), forward))
+
+
+def test_a_bias_made_in_inference_mode() -> None:
+    module = First(frozen(mlp(form="batched_mm")))
+    experts = module.mlp.experts
+    with torch.inference_mode():
+        bias = experts.down_proj_bias.clone()
+    experts.down_proj_bias = nn.Parameter(bias, requires_grad=False)
+    assert experts.down_proj_bias.is_inference()
+    with pytest.warns(MissedRewriteWarning, match=r"down_bias was made under torch.inference_mode"):
+        check_as_eager(module)
+    with torch.no_grad():
+        assert mxfp4_fx.explain(module, X).rewrites

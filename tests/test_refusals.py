@@ -289,6 +289,22 @@ class Autocast(nn.Module):
             return self.module(*inputs)
 
 
+class TestNumbers(NearMisses):
+    def test_a_limit_that_is_computed_from_data(self) -> None:
+        module = with_gate(
+            {"gate.clamp(min=None, max=self.limit)": "gate.clamp(max=self.top.item())"}
+        )
+        module.experts.register_buffer("top", torch.tensor(7.0))
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            self.assert_missed(
+                module,
+                """\
+experts: not the grouped_mm form: expected clamp(getitem(..), min=None, max=limit), with
+limit but found a number computed from data (.item()): make it a Python number
+""",
+            )
+
+
 class TestTypes(NearMisses):
     def test_float64(self) -> None:
         module = mlp(torch.float64, form="batched_mm")  # transformers' grouped_mm has no float64

@@ -8,6 +8,7 @@ Every sum is accumulated in float32 and rounded to the activations' dtype once, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -80,17 +81,16 @@ def expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Ten
     Raises:
         IndexError: an id is an error. On a GPU this is an assertion of the device.
     """
-    low = {"wrap": -num_experts, "error": 0}.get(below)
-    high = {"error": num_experts}.get(above)
-    within = torch.ones_like(indices, dtype=torch.bool)
-    within = within if low is None else within & (indices >= low)
-    within = within if high is None else within & (indices < high)
+    low = {"wrap": -num_experts, "error": 0}.get(below, -math.inf)
+    high = {"error": num_experts - 1}.get(above, math.inf)
     if indices.device.type != "cpu":
+        within = (indices >= low) & (indices <= high)
         torch._assert_async(within.all(), f"an expert's id is out of range: {num_experts} experts")
-    elif not within.all():
-        raise IndexError(
-            f"expert {int(indices[~within][0])} is out of range: there are {num_experts} experts"
-        )
+    elif indices.numel():
+        least, most = (int(bound) for bound in torch.aminmax(indices))
+        if least < low or most > high:
+            wrong = least if least < low else most
+            raise IndexError(f"expert {wrong} is out of range: there are {num_experts} experts")
     if below == "wrap":
         return torch.where(indices < 0, indices + num_experts, indices)
     return indices.clamp(min=0) if below == "first" else indices.clone()

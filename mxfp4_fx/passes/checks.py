@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +22,8 @@ WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
 SCALES = ("gate_up_scales", "down_scales")  # of packed weights, which are blocks then
 # The weights that are swizzled; biases stay inputs as they are.
 _SWIZZLED = ("gate_up", "down", *SCALES)
+# What the device ops need again for gradients; the experts as they are written keep copies of it.
+_KEPT = ("hidden", "gate_up_bias", "down_bias")
 # Ops whose dtype is the arithmetic's: under autocast it differs from the inputs'.
 _ARITHMETIC = {"grouped_mm", "bmm", "add", "mul", "sigmoid", "clamp", "sum", "softmax"}
 
@@ -46,7 +48,7 @@ def check_region(
     _check_sizes(match)
     _check_device(match, ctx)
     _check_weights(match, ctx)
-    records = _check_gradients(root, match, modes)
+    records = _check_gradients(root, match, ctx, modes)
     _check_writes(root, match, memory, records)
 
 
@@ -114,8 +116,7 @@ def _check_device(match: Match, ctx: Context) -> None:
 
 def _check_weights(match: Match, ctx: Context) -> None:
     """What becomes MXFP4 is an input that stays the same object from call to call."""
-    placeholders = match.leaves["gate_up"].graph.find_nodes(op="placeholder")
-    inputs = dict(zip(placeholders, ctx.inputs, strict=True))
+    inputs = _inputs(match, ctx)
     for name in _SWIZZLED:
         node = match.leaves.get(name)
         if node is None:
@@ -124,7 +125,9 @@ def _check_weights(match: Match, ctx: Context) -> None:
             _fail(match, f"{name} is not a parameter or buffer of the model", node)
 
 
-def _check_gradients(root: fx.Node, match: Match, modes: dict[fx.Node, Modes]) -> bool:
+def _check_gradients(
+    root: fx.Node, match: Match, ctx: Context, modes: dict[fx.Node, Modes]
+) -> bool:
     """One mode for all, and no gradient is asked for that MXFP4 does not have.
 
     Returns:
@@ -148,14 +151,23 @@ def _check_gradients(root: fx.Node, match: Match, modes: dict[fx.Node, Modes]) -
                 "torch.no_grad(), or freeze the experts with requires_grad_(False)"
             )
             _fail(match, reason, match.leaves[name])
+    inputs = _inputs(match, ctx)
+    for name in _KEPT:
+        value = inputs.get(match.leaves[name])
+        if isinstance(value, Tensor) and value.is_inference():
+            reason = (
+                f"{name} was made under torch.inference_mode(), and cannot be kept for gradients: "
+                "make it outside, or run under torch.no_grad()"
+            )
+            _fail(match, reason, match.leaves[name])
     return True
 
 
 def _check_writes(root: fx.Node, match: Match, memory: Memory, records: bool) -> None:
     """No weight is written to anywhere, nothing else between the region's first read and its end.
 
-    Intermediates count, too: the router's may have other readers, who may write. With gradients,
-    the activations are kept, and must stay until they are used again.
+    Intermediates count, too: the router's may have other readers, who may write. Where gradients
+    are recorded, what they are computed from must stay longer.
     """
     first = min(match.nodes.values())
     values = match.leaves | {str(node): node for node in match.nodes.values()}
@@ -165,11 +177,16 @@ def _check_writes(root: fx.Node, match: Match, memory: Memory, records: bool) ->
             _fail(match, f"{name} is reshaped or detached in place, by {reshaper}", reshaper)
         mine = memory.of(value)
         for writer, written in memory.writes:
-            kept = records and name == "hidden" and first < writer
+            kept = records and name in _KEPT and first < writer
             watched = name in _SWIZZLED or first < writer < root or kept
             if watched and may_share(mine, written):
                 how = "may be" if effect(writer) & Effect.UNKNOWN else "is"
                 _fail(match, f"{name} {how} written to in the graph, by {writer}", writer)
+
+
+def _inputs(match: Match, ctx: Context) -> dict[fx.Node, Any]:
+    placeholders = match.leaves["gate_up"].graph.find_nodes(op="placeholder")
+    return dict(zip(placeholders, ctx.inputs, strict=True))
 
 
 def _fail(match: Match, reason: str, node: fx.Node | None) -> NoReturn:

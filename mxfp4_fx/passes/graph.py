@@ -216,6 +216,11 @@ def tensor_of(node: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def is_known(number: Any) -> bool:
+    """Whether a graph can be compiled for its value: not for a float of a tensor (``.item()``)."""
+    return not isinstance(number, torch.SymFloat) or number.node.hint is not None
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two numbers are the same for every run of the graph; adds no guard on a size.
 

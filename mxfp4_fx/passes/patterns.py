@@ -253,7 +253,7 @@ def index_put(x: Expr, index: Expr, values: Expr) -> Expr:
 
 FORMS = (
     *(
-        # Rows of negative ids come first and are in nobody's offsets: every row gets a wrong expert.
+        # Rows of negative ids come first and are in no offset: all others get the wrong experts.
         Form("grouped_mm", grouped_mm(histogram_dtype, sentinels), below="error", above=above)
         for sentinels, above in (
             (Sentinels.NONE, "error"),
