@@ -24,6 +24,7 @@ LAYERS = [
     ["passes/patterns.py", "passes/memory.py"],
     ["passes/canonicalize.py"],
     ["passes/checks.py"],
+    ["passes/suspects.py"],
     ["passes/fuse_moe.py", "passes/lower_moe.py"],
     ["passes/pipeline.py"],
     ["transformers/capture.py", "transformers/unpacking.py"],

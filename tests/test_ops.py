@@ -98,9 +98,7 @@ def test_alpha_and_limit_of_odd_values(kernels: Kernels) -> None:
     x, matrices = torch.zeros(1, 32), Matrices.random(1, 40, 32)
     matrices.bias[0] = torch.tensor([-8.0, -0.25, 0.0, 0.25, 8.0, torch.nan, 90.0, -90.0]).repeat(5)
     exact = matrices.bias.double()
-    for alpha, limit in [(1.702, limit) for limit in ODD_NUMBERS] + [
-        (alpha, 7.0) for alpha in ODD_NUMBERS
-    ]:
+    for alpha, limit in (*product((ALPHA,), ODD_NUMBERS), *product(ODD_NUMBERS, (LIMIT,))):
         y = kernels.matmul_ogs(
             x, matrices, int32([0, 1]), activation="swiglu", alpha=alpha, limit=limit
         )

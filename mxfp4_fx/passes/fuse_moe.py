@@ -8,7 +8,6 @@ reported with its reason.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -16,8 +15,8 @@ from torch import fx
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx import verification
 from mxfp4_fx.ops import reference
-from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region, is_parameter
-from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region
+from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.effects import modes
 from mxfp4_fx.passes.graph import op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
@@ -32,14 +31,13 @@ from mxfp4_fx.passes.patterns import (
     Form,
 )
 from mxfp4_fx.passes.report import Miss, Rewrite
+from mxfp4_fx.passes.suspects import LOGICAL, find_suspects
 from mxfp4_fx.weights import is_kept_dense
-
-_MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum", "mxfp4.matmul_ogs"}
 
 
 def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     """Replace every proven MoE MLP by one ``mxfp4::moe``; report the rest."""
-    suspects = _suspects(gm, ctx)
+    suspects, in_subgraphs = find_suspects(gm, ctx)
     misses: dict[str, Mismatch] = {}
     roots = {form.result.op for form in FORMS}
     memory, modes_at = Memory(gm.graph, ctx.inputs), modes(gm.graph)
@@ -65,10 +63,11 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             reason = "kept dense: skip= or modules_to_not_convert named it when it was loaded"
             ctx.report.misses.append(Miss(layer, reason, skipped=True))
             continue
-        ctx.report.rewrites.append(_rewrite(layer, form, match))
         if not has_router:
             match.leaves["indices"] = _insert_ids(root, match, form)
         moe = _insert_moe(gm, root, match, has_router)
+        moe.meta[REWRITE] = _rewrite(layer, form, match)
+        ctx.report.rewrites.append(moe.meta[REWRITE])
         if ctx.verifying:
             _keep_and_compare(layer, root, moe, match)
         else:
@@ -76,7 +75,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     left = {layer: node for node, layer in reversed(suspects.items())}  # a layer's first
     found = [
         *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(left.items())),
-        *_in_subgraphs(gm),
+        *in_subgraphs,
         *_of_transformers(gm.graph),
     ]
     ctx.report.misses += [_skipped(m.layer) if _is_skipped(m.layer, ctx) else m for m in found]
@@ -216,44 +215,6 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
         graph.call_function(verification.compare, args)
 
 
-def _suspects(gm: fx.GraphModule, ctx: Context) -> dict[fx.Node, str]:
-    """What looks like experts, with its module: a matmul with a parameter of stacked matrices."""
-    inputs = zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True)
-    parameters = {node for node, value in inputs if is_parameter(node, value)}
-    # Where Dynamo is told not to lift parameters they are attributes.
-    parameters |= set(gm.graph.find_nodes(op="get_attr"))
-    return _matmuls_with(gm.graph, {node for node in parameters if _is_stack(node)})
-
-
-def _is_stack(node: fx.Node) -> bool:
-    value = tensor_of(node)
-    return value is not None and value.ndim == (4 if value.dtype == torch.uint8 else 3)
-
-
-def _matmuls_with(graph: fx.Graph, stacks: set[fx.Node]) -> dict[fx.Node, str]:
-    """Every matmul that reads one of ``stacks``, and every grouped one, with its module's name."""
-    found: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        name = op_name(node)
-        reads = name in _MATMULS and not stacks.isdisjoint(_weights_of(node))
-        if name == "grouped_mm" or reads:
-            found[node] = module_name(node)
-    return found
-
-
-def _weights_of(node: fx.Node) -> Iterator[fx.Node]:
-    """The inputs of a matmul, and what they are picked from (``weight[expert_ids]``)."""
-    for value in node.all_input_nodes:
-        yield value
-        yield from _picked_from(value)
-
-
-def _picked_from(value: fx.Node) -> Iterator[fx.Node]:
-    while op_name(value) in ("getitem", "cast", "view") and value.all_input_nodes:
-        value = value.all_input_nodes[0]
-        yield value
-
-
 def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]) -> set[str]:
     """The suspects that a failed match speaks of: of the root's, or of the mismatch's, module."""
     names = {module_name(root)}
@@ -263,6 +224,12 @@ def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]
 
 
 def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
+    if op_name(node) in LOGICAL:
+        reason = (
+            "it calls torch.ops.mxfp4.moe itself, which computes it as it is, in plain PyTorch: "
+            "call GPT-OSS's experts instead"
+        )
+        return Miss(layer, reason, source_line(node))
     if mismatch is None:
         reason = "no weighted sum over the chosen experts, as GPT-OSS has it, was found behind it"
         return Miss(layer, reason, source_line(node))
@@ -278,26 +245,3 @@ def _of_transformers(graph: fx.Graph) -> list[Miss]:
     )
     nodes = [node for node in graph.nodes if comes_from(node, FOREIGN_EXPERTS)]
     return [Miss(name, reason) for name in dict.fromkeys(map(module_name, nodes))]
-
-
-def _in_subgraphs(gm: fx.GraphModule) -> list[Miss]:
-    """Experts inside higher-order ops, which the passes do not enter."""
-    reason = (
-        "it is inside a subgraph (activation checkpointing or a nested compile region), "
-        "which is not searched"
-    )
-    found: dict[str, Miss] = {}
-    for name, module in gm.named_modules():
-        if name and isinstance(module, fx.GraphModule):
-            # Inputs of a subgraph are not known to be parameters; one that a matmul picks matrices
-            # from is.
-            picked = {
-                weight
-                for node in module.graph.nodes
-                if op_name(node) == "bmm"
-                for weight in _picked_from(node.all_input_nodes[-1])
-                if weight.op == "placeholder" and _is_stack(weight)
-            }
-            for node, layer in _matmuls_with(module.graph, picked).items():
-                found.setdefault(layer, Miss(layer, reason, source_line(node)))
-    return list(found.values())

@@ -1,0 +1,69 @@
+"""What looks like experts, before anything is matched: none of it may be missed in silence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from mxfp4_fx.passes.checks import is_parameter
+from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.graph import op_name
+from mxfp4_fx.passes.memory import tensors_in
+from mxfp4_fx.passes.origin import module_name, source_line
+from mxfp4_fx.passes.report import Miss
+
+# The logical ops, where a model calls them itself.
+LOGICAL = {"mxfp4.moe", "mxfp4.moe.routes"}
+_MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum", "mxfp4.matmul_ogs", *LOGICAL}
+
+
+def find_suspects(gm: fx.GraphModule, ctx: Context) -> tuple[dict[fx.Node, str], list[Miss]]:
+    """Every matmul with a parameter of stacked matrices, and every grouped one.
+
+    Returns:
+        Those of the graph itself, with their modules' names; and, as misses, the modules that have
+        some inside of higher-order ops, which the passes do not enter.
+    """
+    inputs = zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True)
+    parameters = [node for node, value in inputs if is_parameter(node, value)]
+    # Where Dynamo is told not to lift parameters they are attributes.
+    parameters += gm.graph.find_nodes(op="get_attr")
+    # A value is one fake tensor, in the graph and in the subgraphs that it is handed to.
+    weights = {id(value) for node in parameters for value in tensors_in(node) if _is_stack(value)}
+    suspects = _multiplied(gm.graph, weights)
+    reason = (
+        "it is inside a subgraph (activation checkpointing or a nested compile region), "
+        "which is not searched"
+    )
+    misses: dict[str, Miss] = {}
+    for name, module in gm.named_modules():
+        if name and isinstance(module, fx.GraphModule):
+            for node, layer in _multiplied(module.graph, weights).items():
+                misses.setdefault(layer, Miss(layer, reason, source_line(node)))
+    return suspects, list(misses.values())
+
+
+def _is_stack(value: Tensor) -> bool:
+    return value.ndim == (4 if value.dtype == torch.uint8 else 3)
+
+
+def _multiplied(graph: fx.Graph, weights: set[int]) -> dict[fx.Node, str]:
+    """The matmuls that read one of ``weights`` (ids of fake tensors), or a part or a copy of one.
+
+    What is handed on joins ``weights``: the result of any call that reads a weight and no other
+    number (``weight[expert_ids]``, ``weight.to_local()``, a collective).
+    """
+    found: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        read = [v for value in node.all_input_nodes for v in tensors_in(value) if _has_numbers(v)]
+        reads_weight = any(id(value) in weights for value in read)
+        name = op_name(node)
+        if name == "grouped_mm" or (name in _MATMULS and reads_weight):
+            found[node] = module_name(node)
+        elif reads_weight and len({id(value) for value in read}) == 1:
+            weights |= {id(value) for value in tensors_in(node)}
+    return found
+
+
+def _has_numbers(value: Tensor) -> bool:
+    return value.is_floating_point() or value.dtype == torch.uint8
