@@ -300,3 +300,11 @@ def test_no_length_is_compiled_that_eager_would_not_compile(form: str, dynamic: 
 @pytest.mark.parametrize("other", [add_to_input, add_to_view_of_input])
 def test_writes_to_the_input_after_the_experts_have_read_it(other: Any) -> None:
     check_beside(other)
+
+
+def test_a_weight_whose_minus_is_lazy() -> None:
+    """What stands in its memory are the values' opposites."""
+    module, plain = mlp(), mlp()
+    weight = module.experts.gate_up_proj
+    module.experts.gate_up_proj = nn.Parameter(torch._neg_view(-weight.data))
+    assert torch.equal(compile_with(module)(X)[0], compile_with(plain)(X)[0])

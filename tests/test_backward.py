@@ -18,6 +18,8 @@ from oracle import (
 )
 from torch import Tensor
 
+from mxfp4_fx.ops.backward import swiglu_backward
+
 T, E, A, H, I = 9, 4, 2, 32, 96  # noqa: E741
 DTYPES = (torch.float32, torch.bfloat16)
 REFERENCE = Kernels("reference")
@@ -186,6 +188,18 @@ def test_values_at_the_limit_itself_have_a_gradient(kernels: Kernels) -> None:
         return swiglu(linear(x, torch.tensor([0]), matrices))
 
     check_gradients(f, plain, [torch.zeros(1, 32)])
+
+
+@pytest.mark.parametrize("limit", [7.0, 0.0, -0.5, torch.nan])
+def test_what_is_cut_off_has_no_gradient(limit: float) -> None:
+    """Also where it is infinite or NaN, of which no product is zero."""
+    values = torch.tensor([-8.0, 0.0, 0.5, 8.0, torch.inf, -torch.inf, torch.nan]).double()
+    y = torch.cartesian_prod(values, values).flatten().requires_grad_()
+    (expected,) = torch.autograd.grad(swiglu(y, ALPHA, limit).sum(), y)
+    with torch.no_grad():
+        actual = swiglu_backward(torch.ones(49).double(), y, ALPHA, limit)
+    assert torch.equal(actual == 0, expected == 0)
+    assert torch.equal(actual.isnan(), expected.isnan())
 
 
 def test_routes_of_others_have_no_gradient() -> None:

@@ -92,6 +92,71 @@ def test_what_somebody_else_sees_stays_in_place(f: Callable[..., Any]) -> None:
     assert "add_" in canonical(f, X.clone())
 
 
+def through_another_overload(x: Tensor) -> Tensor:
+    y = x[None] * 2
+    summed = y.view(2, 3).sum(0)
+    torch.ops.aten.squeeze_.dim(y, 0)
+    return summed
+
+
+def given_other_memory_later(x: Tensor) -> Tensor:
+    y = x * 2
+    before = y.view(6)
+    y.add_(1)
+    y.set_(torch.zeros(2, 3))
+    return before * 1
+
+
+def given_other_memory_later_where_a_view_is_written(x: Tensor) -> Tensor:
+    y = x * 2
+    view = y.view(6)
+    view.add_(1)
+    before = y * 1
+    y.set_(torch.zeros(2, 3))
+    return before + view.sum()
+
+
+def transposed_later(x: Tensor) -> tuple[Tensor, Tensor]:
+    y, z = x * 2, x + 1
+    y.add_(z)
+    z.t_()
+    return y, z
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        through_another_overload,
+        given_other_memory_later,
+        given_other_memory_later_where_a_view_is_written,
+        transposed_later,
+    ],
+)
+def test_what_is_changed_besides_its_values(f: Callable[..., Any]) -> None:
+    """Dynamo notes the shape and the memory that a value has when the graph ends."""
+    canonical(f, X.clone())
+
+
+def test_a_write_that_autograd_does_not_see_stays() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x * 2
+        with torch.no_grad():
+            y.add_(1.0)
+        return y * 3
+
+    assert "add_" in canonical(f, X.clone().requires_grad_())
+
+
+def test_a_view_without_gradients_stays() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x * 2
+        with torch.no_grad():
+            y = y.view(2, 3)
+        return y * 3
+
+    assert "view" in canonical(f, X.clone().requires_grad_())
+
+
 def test_a_result_of_another_dtype_stays_in_place() -> None:
     def f(x: Tensor, y: Tensor) -> Tensor:
         z = x * 2

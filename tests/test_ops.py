@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import oracle
@@ -86,6 +88,30 @@ def test_alpha_and_limit_are_those_given(kernels: Kernels) -> None:
     y = kernels.matmul_ogs(x, matrices, int32([0, 6]), activation="swiglu", alpha=0.9, limit=2.5)
     rows = oracle.linear(Bounded.exact(x), matrices.weight[0], matrices.exact[1][0])
     assert_within(y, oracle.swiglu(rows, 0.9, 2.5).rounded(torch.float32))
+
+
+ODD_NUMBERS = (-0.5, 0.0, torch.inf, -torch.inf, torch.nan)
+
+
+def test_alpha_and_limit_of_odd_values(kernels: Kernels) -> None:
+    """As PyTorch's clamp: the upper bound wins, and a bound that is NaN gives NaN."""
+    x, matrices = torch.zeros(1, 32), Matrices.random(1, 40, 32)
+    matrices.bias[0] = torch.tensor([-8.0, -0.25, 0.0, 0.25, 8.0, torch.nan, 90.0, -90.0]).repeat(5)
+    exact = matrices.bias.double()
+    for alpha, limit in (*product((ALPHA,), ODD_NUMBERS), *product(ODD_NUMBERS, (LIMIT,))):
+        y = kernels.matmul_ogs(
+            x, matrices, int32([0, 1]), activation="swiglu", alpha=alpha, limit=limit
+        )
+        gate, up = exact[:, 0::2].clamp(max=limit), exact[:, 1::2].clamp(-limit, limit)
+        expected = gate * torch.sigmoid(alpha * gate) * (up + 1)
+        for wrong in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(wrong(y), wrong(expected)), (alpha, limit)
+        finite = expected.isfinite()
+        if math.isinf(alpha):  # every step is exact, for the sigmoid is 0 or 1
+            assert torch.equal(y[finite], expected[finite].float())
+            continue
+        bounded = oracle.swiglu(Bounded.exact(exact), alpha, limit).rounded(torch.float32)
+        assert_within(y[finite], bounded[finite])
 
 
 # ---- the whole chain, and the logical ops
@@ -320,6 +346,7 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         back = (randn(t * a, 32), *first, None, None, 1, "swiglu", *constants, "row_major")
         cases["moe"] = (ops.moe.default, moe, {})
         cases["moe.routes"] = (ops.moe.routes, moe_routes, {})
+        cases["expert_ids"] = (ops.expert_ids.default, (indices, e, "wrap", "error"), {})
         cases["matmul_ogs_backward"] = (ops.matmul_ogs_backward.default, back, {})
     return {
         name: (op, *kernels.there(arguments, keywords))

@@ -86,6 +86,13 @@ def halve(x: Tensor) -> Tensor:
     return x.sum()
 
 
+def halve_and_leave(x: Tensor) -> None:
+    """What the last call says of the view is not true of the one before."""
+    view = x.view(-1)
+    view.div_(2)
+    view.set_(torch.zeros(3))
+
+
 # Ways to write to a tensor; Dynamo hands out each as another kind of node.
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "method with a functional form": lambda x: x.mul_(0.5),
@@ -95,6 +102,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda x: x.__setitem__(0, 0.0),
     "view": lambda x: x.view(-1).div_(2),
     "slice": lambda x: x[0].zero_(),
+    "view that gets other memory": halve_and_leave,
     "detach": lambda x: x.detach().div_(2),
     "data": lambda x: x.data.div_(2),
     "out": lambda x: torch.neg(x, out=x),
@@ -184,6 +192,16 @@ experts: scores is written to in the graph, by div_
         )
 
 
+class TestShapes(NearMisses):
+    def test_scores_that_are_transposed_in_place(self) -> None:
+        self.assert_missed(
+            with_router_that_calls(scores=lambda x: x.t_().t_()),
+            """\
+experts: scores is reshaped or detached in place, by t__1
+""",
+        )
+
+
 def other_view(weight: Tensor) -> Tensor:
     return weight.detach().view(-1)
 
@@ -269,6 +287,22 @@ class Autocast(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             return self.module(*inputs)
+
+
+class TestNumbers(NearMisses):
+    def test_a_limit_that_is_computed_from_data(self) -> None:
+        module = with_gate(
+            {"gate.clamp(min=None, max=self.limit)": "gate.clamp(max=self.top.item())"}
+        )
+        module.experts.register_buffer("top", torch.tensor(7.0))
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            self.assert_missed(
+                module,
+                """\
+experts: not the grouped_mm form: expected clamp(getitem(..), min=None, max=limit), with
+limit but found a number computed from data (.item()): make it a Python number
+""",
+            )
 
 
 class TestTypes(NearMisses):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import Graphs, compile_with, hidden, mlp, model, tokens
-from near_miss import NearMisses, missed, mxfp4_ops, with_gate
+import torch.nn.functional as F
+from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
+from near_miss import NearMisses, missed, mxfp4_ops, with_experts, with_gate
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.utils import parametrize
@@ -70,6 +71,32 @@ class Both(nn.Module):
         return self.a(x)[0], self.b(x)[0]
 
 
+class CallsLogicalOp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        router, experts = self.inner.router, self.inner.experts
+        x = x[0]
+        logits = F.linear(x, router.weight, router.bias)
+        weights = (
+            *(experts.gate_up_proj, experts.gate_up_proj_bias),
+            *(experts.down_proj, experts.down_proj_bias),
+        )
+        return (torch.ops.mxfp4.moe(x, logits, *weights, 3, 1.702, 7.0),)
+
+
+HANDED_ON: dict[str, Any] = {
+    "collective": torch.ops._c10d_functional.wait_tensor,
+    "unknown": torch.compiler.allow_in_graph(lambda weight: weight.clone()),
+    "contiguous": lambda weight: weight.contiguous(),
+    "chunk": lambda weight: weight.chunk(1)[0],
+    "detach": lambda weight: weight.detach(),
+    "slice": lambda weight: weight[:6],
+}
+
+
 class TestReports(NearMisses):
     def test_activation_checkpointing(self) -> None:
         self.assert_missed(
@@ -79,6 +106,45 @@ module.experts: it is inside a subgraph (activation checkpointing or a nested co
 region), which is not searched
 """,
         )
+
+    def test_activation_checkpointing_of_packed_experts(self) -> None:
+        self.assert_missed(
+            Checkpointed(pack(mlp())),
+            """\
+module.experts: it is inside a subgraph (activation checkpointing or a nested compile
+region), which is not searched
+""",
+        )
+
+    def test_a_nested_region_of_packed_experts(self) -> None:
+        module = pack(mlp())
+        region = torch.compiler.nested_compile_region(lambda x: module(x)[0])
+        # A region that is used once is no subgraph.
+        (miss,) = mxfp4_fx.explain(lambda x: region(region(x)), X).misses
+        assert "inside a subgraph" in miss.reason
+
+    def test_weights_that_are_handed_on(self) -> None:
+        """By what expert parallelism and sharding put before a matmul, for example."""
+        for hand in HANDED_ON.values():
+            torch.compiler.reset()
+            module = with_experts(
+                {"self.gate_up_proj[expert_ids]": "self.hand(self.gate_up_proj)[expert_ids]"},
+                "batched_mm",
+            )
+            module.experts.hand = hand
+            (miss,) = mxfp4_fx.explain(module, X).misses
+            assert miss.layer == "experts"
+            assert miss.reason == "gate_up is not a parameter or buffer of the model"
+
+    def test_the_logical_op_itself(self) -> None:
+        """It stays as it is, before and behind experts that are rewritten."""
+        module, own = mlp(), CallsLogicalOp()
+        for run in (Both(module, own), Both(own, module)):
+            torch.compiler.reset()
+            told = mxfp4_fx.explain(run, X)
+            assert [r.layer[2:] for r in told.rewrites] == ["experts"]
+            (miss,) = told.misses
+            assert "it calls torch.ops.mxfp4.moe itself" in miss.reason
 
     def test_a_function_transform(self) -> None:
         assert "mlp.experts: " in missed(Mapped(mlp(form="batched_mm")), torch.stack([X, -X]))

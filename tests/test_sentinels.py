@@ -6,7 +6,8 @@ two ways that are written down here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -104,6 +105,45 @@ def test_routes_to_other_experts_count_nothing(form: str) -> None:
         .experts(x.double(), indices.where(inside, 0), (weights * inside).double())
     )
     assert_as_accurate(out, experts(x, indices, weights), exact)
+
+
+def outcome(run: Callable[..., Tensor], *args: Tensor) -> Tensor | None:
+    try:
+        return run(*args)
+    except IndexError:
+        return None
+
+
+@pytest.mark.parametrize("is_parallel", [False, True])
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+def test_ids_out_of_range_are_what_the_form_makes_of_them(form: str, is_parallel: bool) -> None:
+    """The same numbers, or an error where eager has one or gives rows to the wrong experts."""
+    experts, x = mlp(form=form).experts, hidden()[0]
+    experts._is_expert_parallel = is_parallel
+    exact = copy.deepcopy(experts).double()
+    exact.config._experts_implementation = "batched_mm"
+    graphs, weights = Graphs(), torch.rand(7, 3)
+    run = compile_with(experts, graphs)
+    raised = []
+    for odd in (-7, -6, -1, 6, 7):
+        indices = torch.tensor([[0, 1, 2]] * 6 + [[3, 4, odd]])
+        actual = outcome(run, x, indices, weights)
+        if actual is None:
+            raised.append(odd)
+        elif form == "batched_mm" or odd >= 6:
+            ideal = exact(x.double(), indices, weights.double())
+            assert_as_accurate(actual, experts(x, indices, weights), ideal)
+        if form == "batched_mm" or odd >= 6:
+            assert (actual is None) == (outcome(experts, x, indices, weights) is None)
+    assert len(graphs.seen) == 1
+    wrong = {"grouped_mm": [-7, -6, -1], "batched_mm": [] if is_parallel else [-7]}[form]
+    assert raised == (wrong if is_parallel else [*wrong, 6, 7])
+
+
+def test_an_id_out_of_range_is_named() -> None:
+    args = hidden()[0], torch.full((7, 3), -1), torch.rand(7, 3)
+    with pytest.raises(IndexError, match="expert -1 is out of range: there are 6 experts"):
+        compile_with(mlp().experts)(*args)
 
 
 def test_clamped_ids_without_the_router_are_not_proven() -> None:

@@ -22,8 +22,9 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, alpha: float, limit: float) -
     gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
     g, u = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     s = torch.sigmoid(alpha * g)
-    grad_gate = grad * (u + 1) * (s + alpha * g * s * (1 - s)) * (gate <= limit)
-    grad_up = grad * g * s * (up.abs() <= limit)
+    # Chosen, not multiplied: what is cut off may be infinite.
+    grad_gate = (grad * (u + 1) * (s + alpha * g * s * (1 - s))).where(gate <= limit, 0)
+    grad_up = (grad * g * s).where(up.abs() <= limit, 0)
     return torch.stack((grad_gate, grad_up), dim=-1).flatten(-2)
 
 
@@ -90,10 +91,9 @@ def save_matmul_ogs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def matmul_ogs_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """``backward`` of matmul_ogs: one gradient (or None) for each argument."""
-    grad_x, grad_gammas = torch.ops.mxfp4.matmul_ogs_backward(
-        grad, *ctx.saved_tensors, *ctx.constants
-    )
-    has_gammas = ctx.saved_tensors[7] is not None
+    saved = ctx.saved_tensors  # activation checkpointing hands them out once
+    grad_x, grad_gammas = torch.ops.mxfp4.matmul_ogs_backward(grad, *saved, *ctx.constants)
+    has_gammas = saved[7] is not None
     return grad_x, *[None] * 6, grad_gammas if has_gammas else None, *[None] * 6
 
 

@@ -81,7 +81,7 @@ def matmul_ogs(
     a = experts_per_token
     scatters = scatter_index is not None and not has_swiglu and a > 1 and not a & (a - 1)
     terms = _bf16_terms(x)
-    fuses_swiglu = has_swiglu and len(terms) == 1
+    fuses_swiglu = has_swiglu and len(terms) == 1 and limit >= 0  # else its clamp is undefined
     # The only rounding to the activations' dtype is the last one.
     alone = len(terms) == 1 and scatter_index is None and not (has_swiglu and gammas is not None)
     call = _Call(

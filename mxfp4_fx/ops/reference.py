@@ -8,6 +8,7 @@ Every sum is accumulated in float32 and rounded to the activations' dtype once, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -62,6 +63,37 @@ def routing_from_routes(
         slot.int(),
         torch.searchsorted(sorted_expert, bounds).int(),
     )
+
+
+def expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Tensor:
+    """The ids that a form of the experts takes given ids for.
+
+    Args:
+        indices: [T, A] integers.
+        num_experts: E.
+        below: what ids below 0 are: ``"wrap"`` (counted from the end, down to -E), ``"first"``
+            (expert 0), ``"skip"`` (someone else's) or ``"error"``.
+        above: what ids from E on are: ``"skip"`` or ``"error"``.
+
+    Returns:
+        [T, A] in the same dtype; what is to be skipped stays outside of [0, E).
+
+    Raises:
+        IndexError: an id is an error. On a GPU this is an assertion of the device.
+    """
+    low = {"wrap": -num_experts, "error": 0}.get(below, -math.inf)
+    high = {"error": num_experts - 1}.get(above, math.inf)
+    if indices.device.type != "cpu":
+        within = (indices >= low) & (indices <= high)
+        torch._assert_async(within.all(), f"an expert's id is out of range: {num_experts} experts")
+    elif indices.numel():
+        least, most = (int(bound) for bound in torch.aminmax(indices))
+        if least < low or most > high:
+            wrong = least if least < low else most
+            raise IndexError(f"expert {wrong} is out of range: there are {num_experts} experts")
+    if below == "wrap":
+        return torch.where(indices < 0, indices + num_experts, indices)
+    return indices.clamp(min=0) if below == "first" else indices.clone()
 
 
 def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:

@@ -55,6 +55,7 @@ SCHEMAS = {
     f"float limit, {_SCALES}) -> Tensor",
     "moe.routes": f"(Tensor hidden, Tensor indices, Tensor weights, {_WEIGHTS}, float alpha, "
     f"float limit, {_SCALES}) -> Tensor",
+    "expert_ids": "(Tensor indices, int num_experts, str below, str above) -> Tensor",
     "routing": f"(Tensor logits, int top_k, str kernels='reference') -> {_ROUTES}",
     "routing.routes": "(Tensor indices, Tensor weights, int num_experts, int first_expert=0, "
     f"str kernels='reference') -> {_ROUTES}",
@@ -183,6 +184,10 @@ def _fake_moe(hidden: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
+def _fake_expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Tensor:
+    return torch.empty_like(indices)
+
+
 def _fake_matmul_ogs_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     gather_index = rest[4]
     rows = x.shape[0] if gather_index is None else gather_index.shape[0]
@@ -272,6 +277,7 @@ _LIBRARY = torch.library.Library("mxfp4", "DEF")
 _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "moe": (reference.moe, _fake_moe),
     "moe.routes": (reference.moe_from_routes, _fake_moe),
+    "expert_ids": (reference.expert_ids, _fake_expert_ids),
     "routing": (_routing, _fake_routing),
     "routing.routes": (_routing_routes, _fake_routing_routes),
     "matmul_ogs": (_matmul_ogs, _fake_matmul_ogs),

@@ -15,14 +15,9 @@ import torch
 from torch import fx
 
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.graph import (
-    UNKNOWN,
-    read_call,
-    same_shape,
-    storages,
-    surely_writes,
-    tensor_of,
-)
+from mxfp4_fx.passes.effects import Effect, Modes, effect, modes
+from mxfp4_fx.passes.graph import read_call, same_shape, tensor_of
+from mxfp4_fx.passes.memory import UNKNOWN, storages, tensors_in
 
 # In-place methods and the functional methods of the same meaning.
 _FUNCTIONAL = {
@@ -32,66 +27,98 @@ _FUNCTIONAL = {
 }
 
 
-# Key of a piece of memory -> the nodes behind which it is.
-Sharing = dict[object, list[fx.Node]]
-
-
 def canonicalize(gm: fx.GraphModule, ctx: Context) -> None:
     """Functionalize what is safe to, then drop what does nothing."""
-    sharing: Sharing = collections.defaultdict(list)
-    for node in gm.graph.nodes:
-        for key in storages(node):
-            sharing[key].append(node)
+    values = _Values(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op == "call_method" and node.target in _FUNCTIONAL:
-            _functionalize_method(node, sharing)
+            _functionalize_method(node, values)
         elif node.op == "call_function" and node.target is operator.setitem:
-            _functionalize_setitem(node, sharing)
-    # Dynamo notes one fake tensor a value: if its shape changes in place (``t_``), the note does.
-    reshaped = {
-        id(tensor_of(value))
-        for node in gm.graph.nodes
-        if surely_writes(node)
-        for value in node.all_input_nodes
-    }
+            _functionalize_setitem(node, values)
     for node in list(gm.graph.nodes):
-        base = _value_unchanged(node)
-        if base is not None and reshaped.isdisjoint({id(tensor_of(base)), id(tensor_of(node))}):
+        base = _value_unchanged(node, values)
+        if base is not None:
             node.replace_all_uses_with(base)
             gm.graph.erase_node(node)
 
 
-def _functionalize_method(node: fx.Node, sharing: Sharing) -> None:
+class _Values:
+    """What is known of a graph's values.
+
+    Dynamo notes one fake tensor a value, in the state that it has when the graph ends: it says what
+    the value was at each node only where the value is *steady*.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._modes = modes(graph)
+        self._nodes_of: dict[object, list[fx.Node]] = collections.defaultdict(list)
+        for node in graph.nodes:
+            self.note(node, node)
+        self._unsteady = {
+            id(value)
+            for node in graph.nodes
+            if effect(node) & ~Effect.WRITES
+            for argument in node.all_input_nodes
+            for value in tensors_in(argument)
+        }
+
+    def note(self, node: fx.Node, like: fx.Node) -> None:
+        """Take a new node into account, which stands where ``like`` stood."""
+        self._modes[node] = self._modes[like]
+        for key in storages(node):
+            self._nodes_of[key].append(node)
+
+    def are_steady(self, *nodes: fx.Node) -> bool:
+        """Whether no call may have given these values another shape, or other memory, in place."""
+        return all(id(value) not in self._unsteady for node in nodes for value in tensors_in(node))
+
+    def modes_at(self, node: fx.Node) -> Modes:
+        """Autograd's modes at a node of the captured graph."""
+        return self._modes[node]
+
+    def behind(self, base: fx.Node) -> list[fx.Node] | None:
+        """All nodes of the memory that ``base`` is in, or None if that is not known.
+
+        It is where these, and what they were made from and what was made from them, are steady: any
+        other node of that memory would be a neighbour of one of them.
+        """
+        keys = storages(base)
+        found = [node for key in keys for node in self._nodes_of[key]]
+        neighbours = {n for node in found for n in (node, *node.all_input_nodes, *node.users)}
+        return found if UNKNOWN not in keys and self.are_steady(*neighbours) else None
+
+
+def _functionalize_method(node: fx.Node, values: _Values) -> None:
     base = node.args[0]
-    if not isinstance(base, fx.Node) or not _keeps_type(node, base):
+    if not isinstance(base, fx.Node) or not values.are_steady(*node.all_input_nodes):
         return
-    if _is_private(node, base, sharing):
+    if _keeps_type(node, base) and _is_private(node, base, values):
         node.target = _FUNCTIONAL[str(node.target)]
         base.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
 
 
-def _functionalize_setitem(node: fx.Node, sharing: Sharing) -> None:
-    """``base[index] = values`` -> ``index_put(base, (index,), values)`` for one index tensor."""
-    base, index, values = node.args
-    value = tensor_of(values)
-    if not isinstance(base, fx.Node) or not isinstance(index, fx.Node) or value is None:
+def _functionalize_setitem(node: fx.Node, values: _Values) -> None:
+    """``base[index] = value`` -> ``index_put(base, (index,), value)`` for one index tensor."""
+    base, index, put = node.args
+    if not isinstance(base, fx.Node) or not isinstance(index, fx.Node):
         return
-    base_value, index_value = tensor_of(base), tensor_of(index)
-    if base_value is None or index_value is None or value.dtype != base_value.dtype:
+    base_value, index_value, value = map(tensor_of, (base, index, put))
+    if base_value is None or index_value is None or value is None:
         return
     # Masks and numbers index in other ways, and an assignment broadcasts in more ways.
     if index_value.dtype not in (torch.int64, torch.int32) or index_value.ndim == 0:
         return
+    if not values.are_steady(*node.all_input_nodes) or value.dtype != base_value.dtype:
+        return
     if not same_shape(tuple(value.shape), (*index_value.shape, *base_value.shape[1:])):
         return
-    if node.users or not _is_private(node, base, sharing):
+    if node.users or not _is_private(node, base, values):
         return
     with node.graph.inserting_before(node):
-        put = node.graph.call_function(torch.index_put, (base, (index,), values))
-    put.meta = {**base.meta, "stack_trace": node.meta.get("stack_trace")}
-    for key in storages(put):
-        sharing[key].append(put)
-    base.replace_all_uses_with(put, delete_user_cb=lambda user: user > node)
+        result = node.graph.call_function(torch.index_put, (base, (index,), put))
+    result.meta = {**base.meta, "stack_trace": node.meta.get("stack_trace")}
+    values.note(result, node)
+    base.replace_all_uses_with(result, delete_user_cb=lambda user: user > node)
     node.graph.erase_node(node)
 
 
@@ -110,12 +137,17 @@ def _keeps_type(node: fx.Node, base: fx.Node) -> bool:
     return dtype == target.dtype and same_shape(tuple(shape), tuple(target.shape))
 
 
-def _is_private(write: fx.Node, base: fx.Node, sharing: Sharing) -> bool:
-    """Whether the memory that ``write`` changes is seen afterwards through ``base`` alone."""
-    keys = storages(base)
-    if UNKNOWN in keys:
+def _is_private(write: fx.Node, base: fx.Node, values: _Values) -> bool:
+    """Whether what ``write`` changes is seen afterwards through ``base`` alone."""
+    value, here = tensor_of(base), values.modes_at(write)
+    if value is None or (value.requires_grad and not here.gradients):
+        return False  # autograd does not see the write, and would see the functional call
+    if here.inference != values.modes_at(base).inference:
+        return False  # the functional call's result would be another kind of tensor
+    nodes = values.behind(base)
+    if nodes is None:
         return False
-    for node in (node for key in keys for node in sharing[key]):
+    for node in nodes:
         if node.op in ("placeholder", "get_attr"):
             return False  # the caller sees it
         if node in (base, write):
@@ -127,7 +159,7 @@ def _is_private(write: fx.Node, base: fx.Node, sharing: Sharing) -> bool:
     return True
 
 
-def _value_unchanged(node: fx.Node) -> fx.Node | None:
+def _value_unchanged(node: fx.Node, values: _Values) -> fx.Node | None:
     """What a cast to the dtype, or a view to the shape, is of that its value has already."""
     if any(user.op == "output" for user in node.users):
         return None  # the graph would return another object
@@ -138,5 +170,9 @@ def _value_unchanged(node: fx.Node) -> fx.Node | None:
     before, after = tensor_of(base), tensor_of(node)
     if before is None or after is None or before.dtype != after.dtype:
         return None
+    if not values.are_steady(base, node):
+        return None
+    if before.requires_grad and not values.modes_at(node).gradients:
+        return None  # a view without gradients of a value that has some
     same = before.device == after.device and same_shape(tuple(before.shape), tuple(after.shape))
     return base if same and isinstance(base, fx.Node) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -12,19 +12,25 @@ from mxfp4_fx import target
 from mxfp4_fx.errors import KernelsUnavailableError
 from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.graph import UNKNOWN, Memory, is_transformed, surely_writes, tensor_of
+from mxfp4_fx.passes.effects import Effect, Modes, effect
+from mxfp4_fx.passes.graph import tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch, Op
+from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
 from mxfp4_fx.passes.patterns import ROUTER_INDICES, ROUTER_SCORES
 
 WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
 SCALES = ("gate_up_scales", "down_scales")  # of packed weights, which are blocks then
 # The weights that are swizzled; biases stay inputs as they are.
 _SWIZZLED = ("gate_up", "down", *SCALES)
+# What the device ops need again for gradients; the experts as they are written keep copies of it.
+_KEPT = ("hidden", "gate_up_bias", "down_bias")
 # Ops whose dtype is the arithmetic's: under autocast it differs from the inputs'.
 _ARITHMETIC = {"grouped_mm", "bmm", "add", "mul", "sigmoid", "clamp", "sum", "softmax"}
 
 
-def check_region(root: fx.Node, match: Match, ctx: Context, memory: Memory) -> None:
+def check_region(
+    root: fx.Node, match: Match, ctx: Context, memory: Memory, modes: dict[fx.Node, Modes]
+) -> None:
     """Run every check.
 
     Args:
@@ -32,6 +38,7 @@ def check_region(root: fx.Node, match: Match, ctx: Context, memory: Memory) -> N
         match: the proof of its dataflow, solved.
         ctx: the pipeline's state.
         memory: what aliases what, and who writes, in the whole graph.
+        modes: autograd's at each node of the graph.
 
     Raises:
         Mismatch: one does not hold; the reason is for the user.
@@ -41,8 +48,8 @@ def check_region(root: fx.Node, match: Match, ctx: Context, memory: Memory) -> N
     _check_sizes(match)
     _check_device(match, ctx)
     _check_weights(match, ctx)
-    _check_gradients(match)
-    _check_writes(root, match, memory)
+    records = _check_gradients(root, match, ctx, modes)
+    _check_writes(root, match, memory, records)
 
 
 def is_parameter(node: fx.Node, value: object) -> bool:
@@ -109,8 +116,7 @@ def _check_device(match: Match, ctx: Context) -> None:
 
 def _check_weights(match: Match, ctx: Context) -> None:
     """What becomes MXFP4 is an input that stays the same object from call to call."""
-    placeholders = match.leaves["gate_up"].graph.find_nodes(op="placeholder")
-    inputs = dict(zip(placeholders, ctx.inputs, strict=True))
+    inputs = _inputs(match, ctx)
     for name in _SWIZZLED:
         node = match.leaves.get(name)
         if node is None:
@@ -119,11 +125,25 @@ def _check_weights(match: Match, ctx: Context) -> None:
             _fail(match, f"{name} is not a parameter or buffer of the model", node)
 
 
-def _check_gradients(match: Match) -> None:
-    # Not the mode that is on now: the graph itself may switch it on.
-    results = (tensor_of(node) for node in match.nodes.values())
-    if not any(result is not None and result.requires_grad for result in results):
-        return
+def _check_gradients(
+    root: fx.Node, match: Match, ctx: Context, modes: dict[fx.Node, Modes]
+) -> bool:
+    """One mode for all, and no gradient is asked for that MXFP4 does not have.
+
+    Returns:
+        Whether gradients are recorded.
+    """
+    if not any(_leaf(match, name).requires_grad for name in match.leaves):
+        return False
+    for node in match.nodes.values():
+        if modes[node] != modes[root]:
+            reason = (
+                "gradients are recorded for one part of it and not for another: put all of it "
+                "under torch.no_grad() (or inference_mode), or nothing"
+            )
+            _fail(match, reason, node)
+    if not modes[root].gradients:
+        return False
     for name in WEIGHTS:
         if _leaf(match, name).requires_grad:
             reason = (
@@ -131,22 +151,42 @@ def _check_gradients(match: Match) -> None:
                 "torch.no_grad(), or freeze the experts with requires_grad_(False)"
             )
             _fail(match, reason, match.leaves[name])
+    inputs = _inputs(match, ctx)
+    for name in _KEPT:
+        value = inputs.get(match.leaves[name])
+        if isinstance(value, Tensor) and value.is_inference():
+            reason = (
+                f"{name} was made under torch.inference_mode(), and cannot be kept for gradients: "
+                "make it outside, or run under torch.no_grad()"
+            )
+            _fail(match, reason, match.leaves[name])
+    return True
 
 
-def _check_writes(root: fx.Node, match: Match, memory: Memory) -> None:
+def _check_writes(root: fx.Node, match: Match, memory: Memory, records: bool) -> None:
     """No weight is written to anywhere, nothing else between the region's first read and its end.
 
-    Intermediates count, too: the router's may have other readers, who may write.
+    Intermediates count, too: the router's may have other readers, who may write. Where gradients
+    are recorded, what they are computed from must stay longer.
     """
     first = min(match.nodes.values())
     values = match.leaves | {str(node): node for node in match.nodes.values()}
     for name, value in values.items():
+        reshaper = memory.reshaper(value)
+        if reshaper is not None:
+            _fail(match, f"{name} is reshaped or detached in place, by {reshaper}", reshaper)
         mine = memory.of(value)
         for writer, written in memory.writes:
-            watched = name in _SWIZZLED or first < writer < root
-            if watched and (UNKNOWN in written or not mine.isdisjoint(written)):
-                how = "is" if surely_writes(writer) else "may be"
+            kept = records and name in _KEPT and first < writer
+            watched = name in _SWIZZLED or first < writer < root or kept
+            if watched and may_share(mine, written):
+                how = "may be" if effect(writer) & Effect.UNKNOWN else "is"
                 _fail(match, f"{name} {how} written to in the graph, by {writer}", writer)
+
+
+def _inputs(match: Match, ctx: Context) -> dict[fx.Node, Any]:
+    placeholders = match.leaves["gate_up"].graph.find_nodes(op="placeholder")
+    return dict(zip(placeholders, ctx.inputs, strict=True))
 
 
 def _fail(match: Match, reason: str, node: fx.Node | None) -> NoReturn:

@@ -51,4 +51,7 @@ class Context:
     bindings: dict[str, Binding] = dataclasses.field(default_factory=dict)
 
 
+# Where a logical op that ``fuse_moe`` made has its ``Rewrite``, in the node's ``meta``.
+REWRITE = "mxfp4_rewrite"
+
 Pass = Callable[[fx.GraphModule, Context], None]

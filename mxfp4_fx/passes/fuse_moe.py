@@ -8,7 +8,7 @@ reported with its reason.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -16,17 +16,13 @@ from torch import fx
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx import verification
 from mxfp4_fx.ops import reference
-from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region, is_parameter
-from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.graph import (
-    Memory,
-    comes_from,
-    module_name,
-    op_name,
-    source_line,
-    tensor_of,
-)
+from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region
+from mxfp4_fx.passes.context import REWRITE, Context
+from mxfp4_fx.passes.effects import modes
+from mxfp4_fx.passes.graph import op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
+from mxfp4_fx.passes.memory import Memory
+from mxfp4_fx.passes.origin import comes_from, module_name, source_line
 from mxfp4_fx.passes.patterns import (
     FOREIGN_EXPERTS,
     FORMS,
@@ -36,25 +32,23 @@ from mxfp4_fx.passes.patterns import (
     Form,
 )
 from mxfp4_fx.passes.report import Miss, Rewrite
+from mxfp4_fx.passes.suspects import LOGICAL, find_suspects
 from mxfp4_fx.skip import Skip
-
-_MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum", "mxfp4.matmul_ogs"}
 
 
 def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     """Replace every proven MoE MLP by one ``mxfp4::moe``; report the rest."""
-    suspects = _suspects(gm, ctx)
-    weights = _weights_of_layers(gm.graph, suspects)
+    suspects, weights, in_subgraphs = find_suspects(gm, ctx)
     misses: dict[str, Mismatch] = {}
     roots = {form.result.op for form in FORMS}
-    memory = Memory(gm.graph, ctx.inputs)
+    memory, modes_at = Memory(gm.graph, ctx.inputs), modes(gm.graph)
     for root in list(gm.graph.nodes):
         if op_name(root) not in roots:
             continue
         try:
             form, match = _match_experts(root)
             has_router = _match_router(match, form)
-            check_region(root, match, ctx, memory)
+            check_region(root, match, ctx, memory, modes_at)
         except Mismatch as mismatch:
             for layer in _layers_near(root, mismatch, suspects):
                 if layer not in misses or misses[layer].matched < mismatch.matched:
@@ -68,8 +62,11 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
         if left is not None:
             ctx.report.misses.append(Miss(layer, left, skipped=True, inputs=inputs))
             continue
-        ctx.report.rewrites.append(_rewrite(layer, form, match, inputs))
+        if not has_router:
+            match.leaves["indices"] = _insert_ids(root, match, form)
         moe = _insert_moe(gm, root, match, has_router)
+        moe.meta[REWRITE] = _rewrite(layer, form, match, inputs)
+        ctx.report.rewrites.append(moe.meta[REWRITE])
         if ctx.verifying:
             _keep_and_compare(layer, root, moe, match)
         else:
@@ -77,7 +74,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     rest = {layer: node for node, layer in reversed(suspects.items())}  # a layer's first
     found = [
         *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(rest.items())),
-        *_in_subgraphs(gm),
+        *in_subgraphs,
         *_of_transformers(gm.graph),
     ]
     for miss in found:
@@ -94,14 +91,6 @@ def _why_left(layer: str, inputs: tuple[int, ...], ctx: Context) -> str | None:
     if known:
         return next((why for why in known if why is not None), None)
     return "skipped by options['skip']" if Skip(ctx.options.skip).names(layer) else None
-
-
-def _weights_of_layers(graph: fx.Graph, suspects: dict[fx.Node, str]) -> dict[str, tuple[int, ...]]:
-    """Layer -> which of the graph's inputs are stacks of matrices that its matmuls read."""
-    found: dict[str, list[fx.Node]] = {}
-    for node, layer in suspects.items():
-        found.setdefault(layer, []).extend(w for w in _weights_of(node) if _is_stack(w))
-    return {layer: _slots(graph, nodes) for layer, nodes in found.items()}
 
 
 def _slots(graph: fx.Graph, nodes: Iterable[fx.Node]) -> tuple[int, ...]:
@@ -162,6 +151,22 @@ def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> R
     )
 
 
+def _insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
+    """Nothing is known of ids that are inputs: the logical op gets those that the form makes of
+    them."""
+    indices = match.leaves["indices"]
+    if (form.below, form.above) == ("skip", "skip"):
+        return indices
+    value = tensor_of(indices)
+    assert value is not None
+    with root.graph.inserting_before(root):
+        args = (indices, match.letters["E"], form.below, form.above)
+        ids = root.graph.call_function(torch.ops.mxfp4.expert_ids.default, args)
+    with value.fake_mode:  # type: ignore[attr-defined]
+        ids.meta = {**root.meta, "example_value": torch.empty_like(value)}
+    return ids
+
+
 def _insert_moe(gm: fx.GraphModule, root: fx.Node, match: Match, has_router: bool) -> fx.Node:
     """Put the logical op behind the region and hand it the region's users."""
     weights = [match.leaves[name] for name in WEIGHTS]
@@ -220,44 +225,6 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
         graph.call_function(verification.compare, args)
 
 
-def _suspects(gm: fx.GraphModule, ctx: Context) -> dict[fx.Node, str]:
-    """What looks like experts, with its module: a matmul with a parameter of stacked matrices."""
-    inputs = zip(gm.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True)
-    parameters = {node for node, value in inputs if is_parameter(node, value)}
-    # Where Dynamo is told not to lift parameters they are attributes.
-    parameters |= set(gm.graph.find_nodes(op="get_attr"))
-    return _matmuls_with(gm.graph, {node for node in parameters if _is_stack(node)})
-
-
-def _is_stack(node: fx.Node) -> bool:
-    value = tensor_of(node)
-    return value is not None and value.ndim == (4 if value.dtype == torch.uint8 else 3)
-
-
-def _matmuls_with(graph: fx.Graph, stacks: set[fx.Node]) -> dict[fx.Node, str]:
-    """Every matmul that reads one of ``stacks``, and every grouped one, with its module's name."""
-    found: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        name = op_name(node)
-        reads = name in _MATMULS and not stacks.isdisjoint(_weights_of(node))
-        if name == "grouped_mm" or reads:
-            found[node] = module_name(node)
-    return found
-
-
-def _weights_of(node: fx.Node) -> Iterator[fx.Node]:
-    """The inputs of a matmul, and what they are picked from (``weight[expert_ids]``)."""
-    for value in node.all_input_nodes:
-        yield value
-        yield from _picked_from(value)
-
-
-def _picked_from(value: fx.Node) -> Iterator[fx.Node]:
-    while op_name(value) in ("getitem", "cast", "view") and value.all_input_nodes:
-        value = value.all_input_nodes[0]
-        yield value
-
-
 def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]) -> set[str]:
     """The suspects that a failed match speaks of: of the root's, or of the mismatch's, module."""
     names = {module_name(root)}
@@ -267,6 +234,12 @@ def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]
 
 
 def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
+    if op_name(node) in LOGICAL:
+        reason = (
+            "it calls torch.ops.mxfp4.moe itself, which computes it as it is, in plain PyTorch: "
+            "call GPT-OSS's experts instead"
+        )
+        return Miss(layer, reason, source_line(node))
     if mismatch is None:
         reason = "no weighted sum over the chosen experts, as GPT-OSS has it, was found behind it"
         return Miss(layer, reason, source_line(node))
@@ -282,26 +255,3 @@ def _of_transformers(graph: fx.Graph) -> list[Miss]:
     )
     nodes = [node for node in graph.nodes if comes_from(node, FOREIGN_EXPERTS)]
     return [Miss(name, reason) for name in dict.fromkeys(map(module_name, nodes))]
-
-
-def _in_subgraphs(gm: fx.GraphModule) -> list[Miss]:
-    """Experts inside higher-order ops, which the passes do not enter."""
-    reason = (
-        "it is inside a subgraph (activation checkpointing or a nested compile region), "
-        "which is not searched"
-    )
-    found: dict[str, Miss] = {}
-    for name, module in gm.named_modules():
-        if name and isinstance(module, fx.GraphModule):
-            # Inputs of a subgraph are not known to be parameters; one that a matmul picks matrices
-            # from is.
-            picked = {
-                weight
-                for node in module.graph.nodes
-                if op_name(node) == "bmm"
-                for weight in _picked_from(node.all_input_nodes[-1])
-                if weight.op == "placeholder" and _is_stack(weight)
-            }
-            for node, layer in _matmuls_with(module.graph, picked).items():
-                found.setdefault(layer, Miss(layer, reason, source_line(node)))
-    return list(found.values())

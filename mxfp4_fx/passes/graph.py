@@ -1,4 +1,4 @@
-"""Reading a Dynamo graph: what a node computes, what it aliases, what it writes, whence it came.
+"""Reading a Dynamo graph: what a node computes.
 
 Dynamo hands out torch IR: methods and functions, positional and keyword arguments, defaults left
 out or not. :func:`read_call` removes these differences, so that one pattern serves every spelling.
@@ -9,18 +9,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-import os
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 Number = (int, float, torch.SymInt, torch.SymFloat)
 
@@ -127,7 +121,7 @@ def op_name(node: fx.Node) -> str | None:
         return _METHODS.get(str(node.target))
     if node.op != "call_function":
         return None
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if is_op(node.target):
         named = str(node.target).removesuffix(".default")
         if named.startswith(_OWN):
             return named
@@ -203,8 +197,8 @@ def _read_cast(node: fx.Node) -> Call | None:
 
 def _read_own(node: fx.Node) -> Call | None:
     """An op of this package, by its schema."""
-    assert isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-    args = {a.name: a.default_value for a in _schemas(node.target)[0].arguments}
+    assert is_op(node.target)
+    args = {a.name: a.default_value for a in overloads(node.target)[0]._schema.arguments}
     args |= dict(zip(args, node.args, strict=False)) | node.kwargs
     args = {k: fx.node.map_arg(v, scalar_or_node) for k, v in args.items()}
     return Call(op_name(node) or "", args)
@@ -220,6 +214,11 @@ def tensor_of(node: object) -> Tensor | None:
     """The fake tensor of a node, or None where it has none."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def is_known(number: Any) -> bool:
+    """Whether a graph can be compiled for its value: not for a float of a tensor (``.item()``)."""
+    return not isinstance(number, torch.SymFloat) or number.node.hint is not None
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -250,150 +249,15 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def tensors_in(node: fx.Node) -> Iterator[Tensor]:
-    """The fake tensors that a node yields: one, or those of a tuple."""
-    value = node.meta.get("example_value")
-    for leaf in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(leaf, Tensor):
-            yield leaf
+def is_op(target: object) -> TypeGuard[torch._ops.OpOverload | torch._ops.OpOverloadPacket]:
+    """Whether a call's target is an op of torch's dispatcher, so that it has schemas."""
+    return isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
 
 
-def storages(node: fx.Node) -> set[object]:
-    """Keys of the memory behind a node; nodes that may alias share one, or have :data:`UNKNOWN`.
-
-    Dynamo propagates fake tensors, and a view's fake tensor shares its base's storage.
-    """
-    return {_storage(t) for t in tensors_in(node) if t.layout is torch.strided}
-
-
-# The key of memory that cannot be told: of values inside function transforms such as vmap.
-UNKNOWN = "unknown"
-
-
-def _storage(value: Tensor) -> object:
-    if is_transformed(value):
-        return UNKNOWN
-    return value.untyped_storage()._cdata
-
-
-def is_transformed(value: Tensor) -> bool:
-    """Whether a value is inside a function transform (``torch.func``: vmap, grad)."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
-
-
-class Memory:
-    """Who shares memory with whom in a graph, and who may write to it.
-
-    Attributes:
-        writes: each call that may write, in order, with the keys of the memory that it is given.
-    """
-
-    def __init__(self, graph: fx.Graph, inputs: list[Any]) -> None:
-        # Inputs have fake storages of their own even where the real memory is one (a parameter and
-        # a view of it, or an array of numpy's): the real memory is a second key.
-        self._shared: dict[object, object] = {}
-        areas = _areas([value for value in inputs if _has_memory(value)])
-        for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
-            if _has_memory(value):
-                self._shared |= {key: ("input", areas[id(value)]) for key in storages(node)}
-        self.writes = [(node, self._given(node)) for node in graph.nodes if may_write(node)]
-
-    def _given(self, node: fx.Node) -> set[object]:
-        given = {key for argument in node.all_input_nodes for key in self.of(argument)}
-        # A transform's calls are many and nearly all read: only sure writes are suspected of all.
-        return given if surely_writes(node) else given - {UNKNOWN}
-
-    def of(self, node: fx.Node) -> set[object]:
-        """Keys of the memory behind a node."""
-        keys = storages(node)
-        return keys | {self._shared[key] for key in keys if key in self._shared}
-
-
-def _has_memory(value: object) -> bool:
-    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
-        return False
-    return value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
-
-
-def _areas(values: list[Tensor]) -> dict[int, int]:
-    """id of a tensor -> number of the piece of memory that it is in; what overlaps is one piece."""
-    spans = sorted(
-        (value.device.type, value.device.index or 0, s.data_ptr(), s.data_ptr() + s.nbytes(), at)
-        for at, value in enumerate(values)
-        for s in (value.untyped_storage(),)
-    )
-    found: dict[int, int] = {}
-    area, end, device = 0, 0, None
-    for *where, start, stop, at in spans:
-        if where != device or start >= end:
-            area, end, device = area + 1, stop, where
-        end = max(end, stop)
-        found[id(values[at])] = area
-    return found
-
-
-# What models do with router scores besides: statistics, losses, masks. None takes ``inplace``.
-_READS = {
-    *("abs", "amax", "amin", "argmax", "bincount", "clone", "contiguous", "detach", "exp", "log"),
-    *("logsumexp", "max", "mean", "min", "norm", "numel", "one_hot", "size", "std", "var"),
-    *("eq", "ge", "gt", "le", "lt", "ne", "div", "pow", "sub", "truediv"),
-    *("cat", "expand", "gather", "permute", "stack", "t", "transpose", "where"),
-}
-
-
-def may_write(node: fx.Node) -> bool:
-    """Whether a call may write to its arguments: it may unless it is known not to.
-
-    There are too many ways to write (``out=``, ``inplace`` by position, functions that Dynamo does
-    not look into) for a list of them to be complete.
-    """
-    if node.op in ("placeholder", "get_attr", "output"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return any(schema.is_mutable for schema in _schemas(node.target))
-    name = getattr(node.target, "__name__", str(node.target))
-    spellings = (getattr(module, name, None) for module in (torch, operator, torch.nn.functional))
-    if name in _READS and (node.op == "call_method" or node.target in spellings):
-        return "out" in node.kwargs
-    call = read_call(node)
-    return call is None or call.args.get("inplace") is True
-
-
-def surely_writes(node: fx.Node) -> bool:
-    """Whether the call's name says that it writes; for the words of a report."""
-    name = getattr(node.target, "__name__", str(node.target))
-    return name.endswith("_") or name == "setitem"
-
-
-def _schemas(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[Any]:
+def overloads(
+    target: torch._ops.OpOverload | torch._ops.OpOverloadPacket,
+) -> list[torch._ops.OpOverload]:
+    """The op itself, or all that a call of the packet may mean."""
     if isinstance(target, torch._ops.OpOverload):
-        return [target._schema]
-    return [getattr(target, name)._schema for name in target.overloads()]
-
-
-def module_name(node: fx.Node) -> str:
-    """The qualified name of the module whose forward made a node, as ``named_modules`` has it."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return "(top level)"
-    # Dynamo writes L['self'].model.layers[0].mlp or L['self']._modules['model']._modules['0'].
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]", r".\1", path)
-    return re.sub(r"^L\.\w+\.?", "", path) or "(top level)"
-
-
-def comes_from(node: fx.Node, file: str) -> bool:
-    """Whether code in ``file``, the end of a path, made a node."""
-    return f'{file}", line' in (node.meta.get("stack_trace") or "").replace("\\", "/")
-
-
-def source_line(node: fx.Node) -> str:
-    """The line of model code, not torch's, that made a node: ``file:line: code``, or ""."""
-    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    for at in range(len(lines) - 1, -1, -1):
-        found = re.match(r'\s*File "(.*?)", line (\d+)', lines[at])
-        if found and not found[1].startswith(_TORCH):
-            code = lines[at + 1].strip() if at + 1 < len(lines) else ""
-            file = found[1].replace("\\", "/").rpartition("/")[2]
-            return f"{file}:{found[2]}: {code}"
-    return ""
+        return [target]
+    return [getattr(target, name) for name in target.overloads()]

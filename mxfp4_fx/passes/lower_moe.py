@@ -18,21 +18,21 @@ from torch import fx
 from mxfp4_fx import target
 from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.layouts import LAYOUTS
-from mxfp4_fx.passes.context import Binding, Context
+from mxfp4_fx.passes.context import REWRITE, Binding, Context
 from mxfp4_fx.passes.graph import tensor_of
 
 Sources = tuple[fx.Node, ...]
 
 _MXFP4 = torch.ops.mxfp4
-_MOE = (_MXFP4.moe.default, _MXFP4.moe.routes)
 
 
 def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
     """Expand every ``mxfp4::moe`` for its device; record kernels, layout and bytes."""
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     swizzled: dict[Sources, tuple[fx.Node, fx.Node]] = {}
-    moes = [node for node in gm.graph.nodes if node.target in _MOE]
-    for at, node in enumerate(moes):
+    # Not those that the model itself calls: about them nothing is proven.
+    for node in [node for node in gm.graph.nodes if REWRITE in node.meta]:
+        rewrite = node.meta.pop(REWRITE)
         values = _arguments(node)
         chosen = target.choose(_fake(node).device, ctx.options.kernels)
         found = []
@@ -47,8 +47,8 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
             found.append(swizzled[sources])
         gate_up, down = found
         _expand(node, values, gate_up, down, chosen)
-        ctx.report.rewrites[at] = dataclasses.replace(
-            ctx.report.rewrites[at],
+        ctx.report.rewrites[ctx.report.rewrites.index(rewrite)] = dataclasses.replace(
+            rewrite,
             kernels=chosen.kernels,
             layout=chosen.layout,
             reason=chosen.reason,

@@ -22,6 +22,7 @@ from mxfp4_fx.passes.graph import (
     Number,
     equal,
     equal_or_guard,
+    is_known,
     read_call,
     tensor_of,
 )
@@ -236,7 +237,10 @@ class Match:
             for letter, size in zip(shape, value.shape, strict=True):
                 if isinstance(letter, Letter | Multiple):
                     letter.bind(env, size)
-        for expected, actual, _, _ in self._numbers:
+        for expected, actual, expr, node in self._numbers:
+            if not is_known(actual):
+                reason = f"expected {expr}, with {expected} but found a number computed from data"
+                raise self._mismatch(f"{reason} (.item()): make it a Python number", node)
             if isinstance(expected, Letter):
                 expected.bind(env, actual)
         for name, shape in shapes.items():

@@ -75,12 +75,16 @@ class Form:
     Attributes:
         name: in reports.
         result: the experts' result as an expression.
-        needs_router: right only for ids that the router has chosen, which are all below E.
+        below, above: what it makes of ids below 0, and from E on, in the words of ``expert_ids`` in
+            ``ops/reference.py``; the router chooses none of these.
+        needs_router: right only for ids that the router has chosen.
         shapes: of the leaves.
     """
 
     name: str
     result: Op
+    below: str = "error"
+    above: str = "error"
     needs_router: bool = False
     shapes: Shapes = dataclasses.field(default_factory=lambda: EXPERT_SHAPES)
 
@@ -249,13 +253,18 @@ def index_put(x: Expr, index: Expr, values: Expr) -> Expr:
 
 FORMS = (
     *(
-        Form("grouped_mm", grouped_mm(histogram_dtype, sentinels))
-        for sentinels in (Sentinels.NONE, Sentinels.ROWS, Sentinels.RESULT)
+        # Rows of negative ids come first and are in no offset: all others get the wrong experts.
+        Form("grouped_mm", grouped_mm(histogram_dtype, sentinels), below="error", above=above)
+        for sentinels, above in (
+            (Sentinels.NONE, "error"),
+            (Sentinels.ROWS, "skip"),
+            (Sentinels.RESULT, "skip"),
+        )
         for histogram_dtype in (torch.float32, torch.int32)
     ),
-    Form("batched_mm", batched_mm(Sentinels.NONE)),
-    Form("batched_mm", batched_mm(Sentinels.SCORES)),
+    Form("batched_mm", batched_mm(Sentinels.NONE), below="wrap", above="error"),
+    Form("batched_mm", batched_mm(Sentinels.SCORES), below="first", above="skip"),
     Form("batched_mm", batched_mm(Sentinels.CLAMP), needs_router=True),
-    Form("packed", packed(), shapes=PACKED_SHAPES),
+    Form("packed", packed(), below="skip", above="skip", shapes=PACKED_SHAPES),
 )
 ROUTER_SCORES, ROUTER_INDICES = router()

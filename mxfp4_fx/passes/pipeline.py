@@ -13,7 +13,7 @@ from torch._logging import trace_structured
 from mxfp4_fx.errors import PipelineError
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
-from mxfp4_fx.passes.context import Context, Pass
+from mxfp4_fx.passes.context import REWRITE, Context, Pass
 from mxfp4_fx.passes.fuse_moe import fuse_moe
 from mxfp4_fx.passes.lower_moe import lower_moe
 
@@ -23,7 +23,7 @@ log = logging.getLogger("mxfp4_fx.passes")
 def check(gm: fx.GraphModule, ctx: Context) -> None:
     """Last pass: nothing logical is left, and every swizzled input is bound and read."""
     for node in gm.graph.nodes:
-        if str(node.target).startswith("mxfp4.moe"):
+        if REWRITE in node.meta:
             raise PipelineError(f"{node} was not lowered")
     placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     for name in ctx.bindings:

@@ -31,11 +31,14 @@ inline float exponential(float x) {
   return p * float_of(half << 23) * float_of((power + 127 - half) << 23);
 }
 
-// The clamped SwiGLU of GPT-OSS. Comparisons are such that a NaN passes.
+// As torch.clamp: a NaN stays one, and a bound that is NaN gives NaN.
+inline float at_most(float x, float bound) { return x <= bound || x != x ? x : bound; }
+inline float at_least(float x, float bound) { return x >= bound || x != x ? x : bound; }
+
+// The clamped SwiGLU of GPT-OSS. The upper bound comes last: of a negative limit it wins.
 inline float swiglu(float gate, float up, float alpha, float limit) {
-  gate = gate > limit ? limit : gate;
-  up = up > limit ? limit : up;
-  up = up < -limit ? -limit : up;
+  gate = at_most(gate, limit);
+  up = at_most(at_least(up, -limit), limit);
   const float z = gate * alpha;
   return gate * (1.f / (1.f + exponential(-z))) * (up + 1.f);
 }

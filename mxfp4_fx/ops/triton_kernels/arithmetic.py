@@ -30,9 +30,10 @@ def exponential(x):
 
 @triton.jit
 def swiglu(gate, up, alpha, limit):
-    """GPT-OSS's clamped SwiGLU. NaN stays NaN, as in PyTorch's clamp."""
+    """GPT-OSS's clamped SwiGLU. NaN stays NaN, as in PyTorch's clamp; a negative limit wins."""
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
     return tl.div_rn(gate, 1.0 + exponential(-alpha * gate)) * (up + 1.0)
 
 

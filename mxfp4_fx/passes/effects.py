@@ -1,0 +1,151 @@
+"""What a call does besides giving its result: to its arguments, and to autograd's modes."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import operator
+import types
+from typing import Any
+
+import torch
+from torch import fx
+from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
+
+from mxfp4_fx.passes.graph import is_op, overloads, read_call
+
+
+class Effect(enum.Flag):
+    """What a call may do, in place, to the tensors that it is given."""
+
+    READS = 0
+    WRITES = enum.auto()  # change values
+    RESHAPES = enum.auto()  # change what describes a tensor: shape, strides, autograd's history
+    REPOINTS = enum.auto()  # give it other memory
+    UNKNOWN = enum.auto()  # anything
+
+
+def effect(node: fx.Node) -> Effect:
+    """All that a call may do, by the schema of its op; UNKNOWN where it has none.
+
+    There are too many ways to write (``inplace`` by position, functions that Dynamo does not look
+    into) for a list of them to be complete.
+    """
+    if node.op in ("placeholder", "get_attr", "output"):
+        return Effect.READS
+    if "out" in node.kwargs:
+        return Effect.WRITES | Effect.RESHAPES
+    if is_op(node.target):
+        return _of_overloads(overloads(node.target))
+    if node.target in _OPERATORS:
+        return _OPERATORS[node.target]
+    if meant := _aten(node):
+        return _of_overloads(meant)
+    call = read_call(node)
+    if call is not None:
+        return Effect.WRITES if call.args.get("inplace") is True else Effect.READS
+    return Effect.READS if node.target is torch.norm else Effect.UNKNOWN
+
+
+_OPERATORS: dict[Any, Effect] = {
+    getattr(operator, name): Effect.READS
+    for name in (
+        *("abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "invert", "le", "lshift"),
+        *("lt", "matmul", "mod", "mul", "ne", "neg", "or_", "pos", "pow", "rshift", "sub"),
+        *("truediv", "xor"),
+    )
+} | {
+    getattr(operator, name): Effect.WRITES
+    for name in (
+        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow"),
+        *("irshift", "isub", "itruediv", "ixor", "setitem"),
+    )
+}
+# Modules whose builtins are ATen's ops of the same names.
+_BUILTINS: tuple[Any, ...] = (
+    torch,
+    *(getattr(torch._C, name) for name in ("_nn", "_special", "_linalg", "_fft")),
+)
+
+
+def _aten(node: fx.Node) -> list[torch._ops.OpOverload]:
+    """The ATen ops that a method, or a builtin function of torch's, may be without ``out``."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif isinstance(node.target, types.BuiltinFunctionType):
+        name = node.target.__name__
+        if node.target not in [getattr(module, name, None) for module in _BUILTINS]:
+            return []
+    else:
+        return []
+    packet = getattr(torch.ops.aten, name, None)
+    found = [op for op in overloads(packet) if not _is_out(op)] if packet else []
+    # Python's lists have methods of the same names (``sort``) in TorchScript.
+    of_tensors = [op for op in found if str(op._schema.arguments[0].type) == "Tensor"]
+    return of_tensors or found
+
+
+# What the tags of ops in place do not say: that they describe a tensor anew, or set its memory ...
+_RESHAPE = {"requires_grad_", "retain_grad", "_coalesced_", "_mkldnn_transpose_"}
+_REPOINT = {"set_", "set_data"}
+# ... and that statistics are written, about which the schemas of these are silent.
+_STATISTICS = ("batch_norm", "instance_norm")
+
+
+def _of_overloads(ops: list[torch._ops.OpOverload]) -> Effect:
+    return functools.reduce(operator.or_, map(_of_overload, ops))
+
+
+@functools.cache
+def _of_overload(op: torch._ops.OpOverload) -> Effect:
+    name = op._schema.name.partition("::")[2]
+    if any(part in name for part in _STATISTICS):
+        return Effect.UNKNOWN
+    if not any(_is_written(argument) for argument in op._schema.arguments):
+        return Effect.READS
+    if op.namespace != "aten":
+        return Effect.UNKNOWN
+    if name in _REPOINT:
+        return Effect.REPOINTS | Effect.RESHAPES
+    if _is_out(op):
+        return Effect.WRITES | Effect.RESHAPES
+    if torch.Tag.inplace_view in op.tags or name in _RESHAPE or "resize" in name:
+        return Effect.RESHAPES
+    return Effect.WRITES
+
+
+def _is_out(op: torch._ops.OpOverload) -> bool:
+    return any(argument.is_out for argument in op._schema.arguments)
+
+
+def _is_written(argument: Any) -> bool:
+    info = argument.alias_info
+    return info is not None and info.is_write and "Tensor" in str(argument.type)
+
+
+@dataclasses.dataclass(frozen=True)
+class Modes:
+    """The modes of autograd."""
+
+    gradients: bool
+    inference: bool
+
+
+def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
+    """The modes that each call runs in. While compiling they are those that the graph begins in."""
+    now = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    before: dict[
+        fx.Node, Modes
+    ] = {}  # the call that enters inference mode -> what its exit restores
+    found: dict[fx.Node, Modes] = {}
+    for node in graph.nodes:
+        found[node] = now
+        if node.target is torch._C._set_grad_enabled:
+            now = dataclasses.replace(now, gradients=node.args[0])
+        elif node.target is _enter_inference_mode:
+            before[node] = now
+            now = Modes(gradients=not node.args[0], inference=node.args[0])
+        elif node.target is _exit_inference_mode:
+            now = before[node.args[0]]
+    return found

@@ -1,0 +1,130 @@
+"""What aliases what in a graph, and who writes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mxfp4_fx.passes.effects import Effect, effect
+
+
+def tensors_in(node: fx.Node) -> Iterator[Tensor]:
+    """The fake tensors that a node yields: one, or those of a tuple."""
+    value = node.meta.get("example_value")
+    for leaf in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def storages(node: fx.Node) -> set[object]:
+    """Keys of the memory behind a node; nodes that may alias share one, or have :data:`UNKNOWN`.
+
+    Dynamo propagates fake tensors, and a view's fake tensor shares its base's storage.
+    """
+    return {_storage(t) for t in tensors_in(node) if t.layout is torch.strided}
+
+
+# The keys of memory that cannot be told: of values inside function transforms such as vmap, and of
+# values that get other memory in the graph.
+UNKNOWN, ANY = "unknown", "any"
+
+
+def _storage(value: Tensor) -> object:
+    if is_transformed(value):
+        return UNKNOWN
+    return value.untyped_storage()._cdata
+
+
+def is_transformed(value: Tensor) -> bool:
+    """Whether a value is inside a function transform (``torch.func``: vmap, grad)."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
+class Memory:
+    """Who shares memory with whom in a graph, and who may write to it.
+
+    Dynamo notes one fake tensor a value, in the state that it has when the graph ends. What was
+    described anew in place (``t_``) had another shape before, or other memory (``set_``).
+
+    Attributes:
+        writes: each call that may write, in order, with the keys of the memory that it is given.
+    """
+
+    def __init__(self, graph: fx.Graph, inputs: list[Any]) -> None:
+        # Inputs have fake storages of their own even where the real memory is one (a parameter and
+        # a view of it, or an array of numpy's): the real memory is a second key.
+        self._shared: dict[object, object] = {}
+        areas = _areas([value for value in inputs if _has_memory(value)])
+        for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+            if _has_memory(value):
+                self._shared |= {key: ("input", areas[id(value)]) for key in storages(node)}
+        effects = {node: effect(node) for node in graph.nodes}
+        self._reshaped = _touched(effects, Effect.RESHAPES)
+        self._repointed = _touched(effects, Effect.REPOINTS)
+        self.writes = [
+            (node, self._given(node, what))
+            for node, what in effects.items()
+            if what & (Effect.WRITES | Effect.UNKNOWN)
+        ]
+
+    def _given(self, node: fx.Node, what: Effect) -> set[object]:
+        given = {key for argument in node.all_input_nodes for key in self.of(argument)}
+        # A transform's calls are many and nearly all read: only sure writes are suspected of all.
+        return given if what & Effect.WRITES else given - {UNKNOWN}
+
+    def of(self, node: fx.Node) -> set[object]:
+        """Keys of the memory behind a node."""
+        if any(id(value) in self._repointed for value in tensors_in(node)):
+            return {ANY}
+        keys = storages(node)
+        return keys | {self._shared[key] for key in keys if key in self._shared}
+
+    def reshaper(self, node: fx.Node) -> fx.Node | None:
+        """The call that describes a value anew, in place, if there is one."""
+        found = (self._reshaped.get(id(value)) for value in tensors_in(node))
+        return next((call for call in found if call is not None), None)
+
+
+def _touched(effects: dict[fx.Node, Effect], what: Effect) -> dict[int, fx.Node]:
+    """id of a fake tensor -> the last call that may do ``what`` to it."""
+    return {
+        id(value): node
+        for node, found in effects.items()
+        if found & what
+        for argument in node.all_input_nodes
+        for value in tensors_in(argument)
+    }
+
+
+def may_share(a: set[object], b: set[object]) -> bool:
+    """Whether memory of the keys ``a`` may be memory of the keys ``b``."""
+    unknown = {ANY, UNKNOWN}
+    return not (a.isdisjoint(b) and unknown.isdisjoint(a) and unknown.isdisjoint(b))
+
+
+def _has_memory(value: object) -> bool:
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        return False
+    return value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
+
+
+def _areas(values: list[Tensor]) -> dict[int, int]:
+    """id of a tensor -> number of the piece of memory that it is in; what overlaps is one piece."""
+    spans = sorted(
+        (value.device.type, value.device.index or 0, s.data_ptr(), s.data_ptr() + s.nbytes(), at)
+        for at, value in enumerate(values)
+        for s in (value.untyped_storage(),)
+    )
+    found: dict[int, int] = {}
+    area, end, device = 0, 0, None
+    for *where, start, stop, at in spans:
+        if where != device or start >= end:
+            area, end, device = area + 1, stop, where
+        end = max(end, stop)
+        found[id(values[at])] = area
+    return found
