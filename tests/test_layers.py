@@ -13,6 +13,7 @@ LAYERS = [
     ["native.py", "hub.py", "freed.py", "skip.py"],
     ["formats.py", "target.py", "options.py", "safetensors_file.py", "journal.py"],
     ["layouts.py", "gpt_oss.py"],
+    ["checkpoint_files.py", "foreign_tensors.py"],
     ["checkpoint.py"],
     ["ops/reference.py", "ops/tiles.py", "ops/triton_kernels/arithmetic.py"],
     ["ops/triton_kernels/decode.py", "ops/triton_kernels/routing.py"],
