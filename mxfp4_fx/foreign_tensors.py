@@ -41,10 +41,10 @@ def diagnosis(names: Collection[str], missing: Sequence[str]) -> str | None:
             "merge_and_unload() returns"
         )
     if found := _wrappers(names, missing):
-        makers = ", ".join(dict.fromkeys(_maker(pattern) for pattern in found))
+        parts = ", ".join(map(_with_maker, found))
         mapping = ", ".join(f'r"{pattern}": ""' for pattern in found)
         return (
-            f"their names have what {makers} put there: save the model that was wrapped, or pass "
+            f"in the files, names have {parts} too much: save the model that was wrapped, or pass "
             f"key_mapping={{{mapping}}} to mxfp4_fx.from_pretrained"
         )
     if single := next((name for name in names if _ONE_EXPERT.search(name)), None):
@@ -104,23 +104,23 @@ def _wrappers(names: Collection[str], missing: Sequence[str]) -> list[str]:
     """Patterns of what to take from the names, so that tensors that are missing are found."""
     patterns = []
     for embedding in (name for name in names if name.endswith(_EMBEDDING)):
-        before = embedding.removesuffix(_EMBEDDING).removesuffix("model.")
-        if before:
+        if before := embedding.removesuffix(_EMBEDDING).removesuffix("model."):
             patterns.append("^" + re.escape(before))
-    patterns += [rf"{part}\." for part in WRAPPERS if any(f".{part}." in name for name in names)]
-
-    def bare(name: str) -> str:
-        for pattern in patterns:
-            name = re.sub(pattern, "", name)
-        return name
-
-    found = {bare(name) for name in names}
-    wanted = [name.removeprefix("model.") for name in missing]
-    without = {name.removeprefix("model.") for name in found}
-    return patterns if sum(name in without for name in wanted) * 2 > len(wanted) else []
+    for part in WRAPPERS:
+        if any(f".{part}." in _bare(name, patterns) for name in names):
+            patterns.append(rf"{part}\.")
+    found = {_bare(name, patterns).removeprefix("model.") for name in names}
+    helped = sum(name.removeprefix("model.") in found for name in missing)
+    return patterns if helped * 2 > len(missing) else []
 
 
-def _maker(pattern: str) -> str:
-    parts = pattern.lstrip("^").replace("\\", "").rstrip(".")
-    known = [maker for part, maker in _MAKERS.items() if f".{part}." in f".{parts}."]
-    return " and ".join(known) or f"whoever put {parts!r} in front"
+def _bare(name: str, patterns: Sequence[str]) -> str:
+    for pattern in patterns:
+        name = re.sub(pattern, "", name)
+    return name
+
+
+def _with_maker(pattern: str) -> str:
+    parts = pattern.lstrip("^").replace("\\", "")
+    makers = [maker for part, maker in _MAKERS.items() if f".{part}." in f".{parts}"]
+    return f"{parts!r} (from {' and '.join(makers)})" if makers else repr(parts)
