@@ -28,11 +28,10 @@ from mxfp4_fx.checkpoint_files import (
 )
 from mxfp4_fx.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
 from mxfp4_fx.formats import BLOCK, E8M0_NAN
-from mxfp4_fx.gpt_oss import Axes, Form
+from mxfp4_fx.gpt_oss import ITS_CONFIG, Axes, Form
 from mxfp4_fx.safetensors_file import StoredTensor, read_header
 from mxfp4_fx.skip import Skip, not_converted
 
-_ITS_CONFIG = f"use the {CONFIG} that belongs to these weights"
 _FROM_ONE = "copy or download all files from one and the same checkpoint"
 _SHOWN = 4  # faults that a message lists
 
@@ -174,7 +173,7 @@ class Checkpoint:
                 says what would help.
         """
         self._check_pairs()
-        sizes = self._sizes()
+        sizes = gpt_oss.sizes(self.config, self._config_name)
         self._check_layers(sizes[gpt_oss.LAYERS])
         self._check_forms(sizes)
         expected = self._expected()
@@ -220,29 +219,9 @@ class Checkpoint:
                 forms[layer] = "dense"
         return forms
 
-    def _sizes(self) -> dict[str, int]:
-        if (kind := self.config.get("model_type")) != "gpt_oss":
-            raise CheckpointError(
-                f"{self._config_name} says that model_type is {kind!r}: name a checkpoint of "
-                "GPT-OSS, where it is 'gpt_oss'"
-            )
-        for key in gpt_oss.KEYS:
-            size = self.config.get(key)
-            if type(size) is not int or size < 1:
-                what = f"says that {key} is {size!r}" if key in self.config else f"has no {key}"
-                raise CheckpointError(f"{self._config_name} {what}: {_ITS_CONFIG}")
-        return {key: self.config[key] for key in gpt_oss.KEYS}
-
     def quantization(self) -> tuple[str | None, list[str]]:
         """The config's ``quant_method``, None if it has none, and ``modules_to_not_convert``."""
-        settings = self.config.get("quantization_config") or {}
-        if not isinstance(settings, Mapping):
-            raise CheckpointError(f"quantization_config is {settings!r} in {CONFIG}, not an object")
-        method = settings.get("quant_method")
-        modules = settings.get("modules_to_not_convert") or []
-        if not isinstance(modules, list | tuple) or not all(isinstance(m, str) for m in modules):
-            raise CheckpointError(f"modules_to_not_convert is {modules!r}, not a list of names")
-        return getattr(method, "value", method), list(modules)
+        return gpt_oss.quantization(self.config, self._config_name)
 
     def _needs_head(self) -> bool:
         if not self.prefix or self.config.get("tie_word_embeddings"):
@@ -269,40 +248,36 @@ class Checkpoint:
         if (found := self._layers()) and (actual := max(found) + 1) != count:
             raise CheckpointError(
                 f"{self._config_name} says that {gpt_oss.LAYERS} is {count}, but the tensors are "
-                f"those of {actual}: {_ITS_CONFIG}, or copy the shards that are missing"
+                f"those of {actual}: {ITS_CONFIG}, or copy the shards that are missing"
             )
 
     def _check_forms(self, sizes: Mapping[str, int]) -> None:
         method, patterns = self.quantization()
-        if method not in (None, "mxfp4"):
-            raise CheckpointError(
-                f"{self._config_name} says that quant_method is {method!r}: name a checkpoint in "
-                "mxfp4, or one that is not quantized"
-            )
+        gpt_oss.require_method(method, self._config_name)
         skipped = {layer for pattern in patterns for layer in self.matching(pattern)}
         packed = {layer for layer, form in self.forms.items() if form == "packed"}
         dense = self.forms.keys() - packed
         if packed and not method:
             raise CheckpointError(
                 f"{self._names(packed)} packed, but {self._config_name} does not say that "
-                f"quant_method is mxfp4: {_ITS_CONFIG}"
+                f"quant_method is mxfp4: {ITS_CONFIG}"
             )
         if packed & skipped:
             raise CheckpointError(
                 f"{self._names(packed & skipped)} packed, but modules_to_not_convert in "
-                f"{self._config_name} says otherwise: {_ITS_CONFIG}"
+                f"{self._config_name} says otherwise: {ITS_CONFIG}"
             )
         if method and dense - skipped:
             raise CheckpointError(
                 f"{self._names(dense - skipped)} dense, but {self._config_name} says that "
                 "quant_method is mxfp4: pack them with python -m mxfp4_fx quantize, or "
-                f"{_ITS_CONFIG}"
+                f"{ITS_CONFIG}"
             )
         for key in gpt_oss.MULTIPLES_OF_BLOCK:
             if packed and sizes[key] % BLOCK:
                 raise CheckpointError(
                     f"{self._config_name} says that {key} is {sizes[key]}, but MXFP4 needs a "
-                    f"multiple of {BLOCK}: {_ITS_CONFIG}"
+                    f"multiple of {BLOCK}: {ITS_CONFIG}"
                 )
 
     def _names(self, layers: Iterable[int]) -> str:
@@ -322,7 +297,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{len(wrong)} tensors are none of the model that {self._config_name} describes: "
                 f"{few(wrong)} in {self.tensors[wrong[0]].file}; "
-                f"{_FROM_ONE if is_twice else _ITS_CONFIG}"
+                f"{_FROM_ONE if is_twice else ITS_CONFIG}"
             )
 
     def _check_sizes(self, expected: Mapping[str, Axes], sizes: Mapping[str, int]) -> None:
@@ -341,7 +316,7 @@ class Checkpoint:
                 wrong.append(f"{axis} is {said}, but {size} in the tensors ({shown})")
         if wrong:
             raise CheckpointError(
-                f"{self._config_name} says that {'; '.join(wrong[:_SHOWN])}: {_ITS_CONFIG}"
+                f"{self._config_name} says that {'; '.join(wrong[:_SHOWN])}: {ITS_CONFIG}"
             )
 
     def _check_tensors(self, expected: Mapping[str, Axes], sizes: Mapping[str, int]) -> None:

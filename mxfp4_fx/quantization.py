@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,7 +81,7 @@ def quantize_checkpoint(
     Warns:
         NanWeightsWarning: values were NaN or infinite; their blocks are NaN now.
     """
-    source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
+    source, out = (Path(os.path.realpath(os.path.expanduser(path))) for path in (source, out))
     if scale_rule not in SCALE_RULES:
         raise OptionError(f"scale_rule is {scale_rule!r}: it must be in {SCALE_RULES}")
     if max_shard_bytes < 1:

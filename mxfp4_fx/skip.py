@@ -112,6 +112,7 @@ def _compiled(
     expression: str, pattern: str, error_class: type[Mxfp4Error] = OptionError
 ) -> re.Pattern[str]:
     try:
+        re.compile(pattern)  # by itself, for a message that fits it
         return re.compile(expression)
     except re.error as error:
         raise error_class(

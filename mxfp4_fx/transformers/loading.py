@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 
+from mxfp4_fx import gpt_oss
 from mxfp4_fx.checkpoint import Checkpoint
-from mxfp4_fx.checkpoint_files import CONFIG
+from mxfp4_fx.checkpoint_files import CONFIG, directory_of, read_config
 from mxfp4_fx.errors import CheckpointError, OptionError
 from mxfp4_fx.formats import SCALE_RULES
+from mxfp4_fx.gpt_oss import MODEL_TYPE
 from mxfp4_fx.skip import not_converted
 
-MODEL_TYPE = "gpt_oss"
-STORED_METHOD = "mxfp4"
-
+_NEEDED = "transformers 5.8 or newer (pip install transformers)"
 _HUB_OPTIONS = (
     *("cache_dir", "force_download", "local_files_only", "proxies"),
     *("revision", "subfolder", "token"),
@@ -92,9 +92,7 @@ def from_pretrained(
 
         from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, check, renaming
     except ImportError as error:
-        raise CheckpointError(
-            f"loading needs transformers 5.8 or newer (pip install transformers): {error}"
-        ) from error
+        raise CheckpointError(f"loading needs {_NEEDED}: {error}") from error
 
     path = os.path.expanduser(os.fspath(path))
     mapping, ignore_sizes = kwargs.get("key_mapping") or {}, kwargs.get("ignore_mismatched_sizes")
@@ -135,22 +133,38 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
             experts are packed, as :func:`from_pretrained` loads them.
 
     Raises:
-        CheckpointError: there is no such file, or transformers is not installed.
+        CheckpointError: there is no such file, it describes no GPT-OSS, or transformers is not
+            installed.
+        OptionError: transformers has no such implementation.
     """
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
         from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, packed_like
     except ImportError as error:
-        raise CheckpointError("this needs transformers: pip install transformers") from error
-    if not os.path.isfile(os.path.join(path, CONFIG)):
-        raise CheckpointError(f"{path} has no {CONFIG}; name a checkpoint's directory")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+        raise CheckpointError(f"this needs {_NEEDED}: {error}") from error
+    directory = directory_of(path)
+    content, named = read_config(directory), str(directory / CONFIG)
+    gpt_oss.sizes(content, named)
+    gpt_oss.require_method(gpt_oss.quantization(content, named)[0], named)
+    known = ("eager", *ALL_EXPERTS_FUNCTIONS)
+    if experts is not None and experts not in known:
+        raise OptionError(
+            f"transformers has no experts implementation {experts!r}: it has {', '.join(known)}"
+        )
+    config, _ = _model_config(str(directory), {"local_files_only": True}, {})
     stored = PackedMxfp4Config.of(vars(config).pop("quantization_config", None))
     kwargs = {"experts_implementation": experts} if experts else {}
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+        except Exception as error:  # of any class: the config's values are used as they are
+            raise CheckpointError(
+                f"transformers cannot make the model of {named} ({_one_line(error)}): "
+                f"{gpt_oss.ITS_CONFIG}"
+            ) from error
         for name, module in list(model.named_modules()):
             kept = any(not_converted(entry, name) for entry in stored.modules_to_not_convert)
             if experts is None and isinstance(module, GptOssExperts) and not kept:
@@ -180,12 +194,7 @@ def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:
             f"{path} has a model of type {config.get('model_type')}: only GPT-OSS ({MODEL_TYPE}) "
             f"can be loaded with packed experts"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method", STORED_METHOD)
-    if method != STORED_METHOD:
-        raise CheckpointError(
-            f"{path} is quantized by the method {method}: only {STORED_METHOD}, and checkpoints "
-            f"that are not quantized, can be loaded with packed experts"
-        )
+    gpt_oss.require_method(gpt_oss.quantization(config, f"{CONFIG} of {path}")[0], path)
     return config
 
 
@@ -205,5 +214,11 @@ def _model_config(
             path if given is None else given, return_unused_kwargs=True, **hub, **kwargs
         )
     except Exception as error:  # classes of huggingface_hub, which differ between versions
-        raise CheckpointError(f"transformers rejects the {CONFIG} of {path}: {error}") from error
+        raise CheckpointError(
+            f"transformers rejects the {CONFIG} of {path}: {_one_line(error)}"
+        ) from error
     return config, unused | dtypes
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
