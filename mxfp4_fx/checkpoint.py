@@ -85,9 +85,7 @@ class Checkpoint:
         self.forms = self._forms()
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], rename: Callable[[str], str] = str
-    ) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str], rename: Callable[[str], str] = str) -> Checkpoint:
         """Read the config and the headers of a checkpoint directory.
 
         Raises:

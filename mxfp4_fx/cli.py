@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from mxfp4_fx import quantization, random_checkpoint, target
-from mxfp4_fx.version import __version__
 from mxfp4_fx.errors import KernelsUnavailableError, Mxfp4Error
 from mxfp4_fx.explanation import explain
+from mxfp4_fx.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,9 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import EXPERTS, PROJECTIONS, copied, edit_config, edit_tensors, write_dense
+from checkpoints import (
+    EXPERTS,
+    PROJECTIONS,
+    copied,
+    edit_config,
+    edit_tensors,
+    write_dense,
+    write_packed,
+)
 from checkpoints import read_tensors as read
-from checkpoints import write_packed
 from loaded import assert_same_tensors
 from torch import Tensor
 

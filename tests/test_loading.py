@@ -165,7 +165,9 @@ def test_skipped_experts_are_marked_for_the_backend_whatever_weights_they_get(
 
 
 def test_a_name_to_skip_that_is_none(checkpoint: Path) -> None:
-    with pytest.raises(OptionError, match=r"'model.layer.1' names no experts.*mean 'model.layers.1'"):
+    with pytest.raises(
+        OptionError, match=r"'model.layer.1' names no experts.*mean 'model.layers.1'"
+    ):
         mxfp4_fx.from_pretrained(checkpoint, skip=["model.layers.1", "model.layer.1"])
 
 

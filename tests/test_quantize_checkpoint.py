@@ -180,7 +180,9 @@ def test_nan_and_infinity_are_reported(dense: Path, tmp_path: Path) -> None:
 # ---- skip ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("skip", [["model.layers.1"], ["1.mlp.experts"], ["model.layers.[1-9]"], ["*.1.*"]])
+@pytest.mark.parametrize(
+    "skip", [["model.layers.1"], ["1.mlp.experts"], ["model.layers.[1-9]"], ["*.1.*"]]
+)
 def test_skipped_experts_stay_dense(dense: Path, tmp_path: Path, skip: list[str]) -> None:
     out = convert(dense, tmp_path / "out", skip=skip)
     checkpoint = Checkpoint.open(out)

@@ -123,7 +123,9 @@ def test_a_pattern_that_is_no_expression(pattern: str) -> None:
         Skip.of(pattern)
 
 
-@pytest.mark.parametrize("entry", [e for e in PATTERNS if not e.startswith(("*", "model.layers.["))])
+@pytest.mark.parametrize(
+    "entry", [e for e in PATTERNS if not e.startswith(("*", "model.layers.["))]
+)
 def test_entries_of_a_checkpoints_config_mean_what_they_mean_to_transformers(entry: str) -> None:
     for name in EXPERTS:
         assert not_converted(entry, name) == (not should_convert_module(name, [entry]))
