@@ -94,7 +94,10 @@ def is_an_adapters(name: str) -> bool:
 def described(names: Sequence[str]) -> str:
     """What tensors are that no GPT-OSS has, and that are left out."""
     if any(map(is_an_adapters, names)):
-        return "an adapter's among them: the model is loaded without it; peft.PeftModel.from_pretrained adds it"
+        return (
+            "an adapter's among them: the model is loaded without it, which "
+            "peft.PeftModel.from_pretrained adds"
+        )
     return "the model is loaded without them, as transformers does it"
 
 

@@ -1,4 +1,4 @@
-"""GPT-OSS: what its config.json has to say, and the names and shapes of its tensors in those words."""
+"""GPT-OSS: what its config.json has to say, and in those words its tensors' names and shapes."""
 
 from __future__ import annotations
 

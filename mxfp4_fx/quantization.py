@@ -75,7 +75,8 @@ def quantize_checkpoint(
 
     Raises:
         OptionError: `skip` names nothing, or another argument is wrong.
-        CheckpointError: `source` is damaged, inconsistent or packed already, `out` is taken or its disk too full (nothing was written then); another run
+        CheckpointError: `source` is damaged, inconsistent or packed already, `out` is taken or
+            cannot be written, or its disk is too full (nothing was written then); another run
             works on `out`, or one with another input or other options was interrupted; the disk
             fails.
     Warns:

@@ -59,7 +59,8 @@ def test_versions_are_those_that_are_declared(package: str) -> None:
     declared = (ROOT / "pyproject.toml").read_text("utf-8")
     oldest = re.search(rf'"{package}>=([\d.]+)', declared)
     python = re.search(r'requires-python = ">=([\d.]+)"', declared)
-    assert oldest and python
+    assert oldest
+    assert python
     assert re.search(rf"{package} {re.escape(oldest[1])}\b", before_the_first_example, re.I)
     assert f"Python {python[1]}" in before_the_first_example
     tested = re.search(rf"^{package}==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.M)
