@@ -302,7 +302,7 @@ def test_what_cannot_be_loaded(checkpoint: Path, tmp_path: Path, spoil: Any, rea
 
 CACHED = {
     "another model": "someone/tiny has a model of type llama",
-    "another method": "someone/tiny is quantized by the method fp8",
+    "another method": "someone/tiny says that quant_method is 'fp8'",
     "only pickles": "someone/tiny cannot be loaded",  # and were not downloaded
     "no safetensors": "someone/tiny cannot be loaded",
     "damaged shard": "is cut short",
