@@ -7,6 +7,8 @@ torch itself is still being imported.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mxfp4_fx.version import __version__
+
 if TYPE_CHECKING:
     from mxfp4_fx.backend import mxfp4
     from mxfp4_fx.explanation import Explanation, explain
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Explanation",
+    "__version__",
     "dequantize",
     "explain",
     "from_pretrained",

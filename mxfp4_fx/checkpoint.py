@@ -7,27 +7,33 @@ checked before anything of it is loaded. Experts of a layer are *packed* (MXFP4:
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mxfp4_fx import gpt_oss
-from mxfp4_fx.errors import CheckpointError, NanWeightsWarning
+from mxfp4_fx import foreign_tensors, gpt_oss
+from mxfp4_fx.checkpoint_files import (
+    AGAIN,
+    CONFIG,
+    INDEX,
+    directory_of,
+    few,
+    read_config,
+    require_safetensors,
+    weight_files,
+)
+from mxfp4_fx.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
 from mxfp4_fx.formats import BLOCK, E8M0_NAN
-from mxfp4_fx.gpt_oss import Axes, Form
+from mxfp4_fx.gpt_oss import ITS_CONFIG, Axes, Form
 from mxfp4_fx.safetensors_file import StoredTensor, read_header
+from mxfp4_fx.skip import Skip, not_converted
 
-CONFIG = "config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-_AGAIN = "copy or download the checkpoint again"
-_ITS_CONFIG = f"use the {CONFIG} that belongs to these weights"
-_SHOWN = 4  # names that a message lists
+_FROM_ONE = "copy or download all files from one and the same checkpoint"
+_SHOWN = 4  # faults that a message lists
 
 
 class Checkpoint:
@@ -41,8 +47,18 @@ class Checkpoint:
         forms: layer -> whether its experts are packed or dense, for each layer that has experts.
     """
 
-    def __init__(self, files: Sequence[str | Path], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        config: Mapping[str, Any],
+        rename: Callable[[str], str] = str,
+    ) -> None:
         """Read the headers of `files`, which may lie anywhere; `config` is as in ``config.json``.
+
+        Args:
+            files: safetensors files.
+            config: the content of ``config.json``.
+            rename: a name in the files -> the name that this tensor is to have.
 
         Raises:
             CheckpointError: there are no files, one is no safetensors file or a damaged one, or two
@@ -55,8 +71,9 @@ class Checkpoint:
             raise CheckpointError("there are no weights: name the checkpoint's safetensors files")
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
-            _require_safetensors(file)
-            for name, tensor in read_header(file).items():
+            require_safetensors(file)
+            for stored, tensor in read_header(file).items():
+                name = rename(stored)
                 if name in self.tensors:
                     raise CheckpointError(
                         f"{name} lies both in {self.tensors[name].file} and in {file}: remove the "
@@ -68,79 +85,59 @@ class Checkpoint:
         self.forms = self._forms()
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str], rename: Callable[[str], str] = str) -> Checkpoint:
         """Read the config and the headers of a checkpoint directory.
 
         Raises:
-            CheckpointError: it has no ``config.json`` or no safetensors weights, a file is damaged,
-                or the index of its shards disagrees with them.
+            CheckpointError: it has no ``config.json`` or no safetensors weights, or a file is
+                damaged.
+        Warns:
+            CheckpointWarning: the index of its shards disagrees with them.
         """
-        path = Path(path).expanduser()
-        if not path.is_dir():
-            what = "is a file" if path.exists() else "does not exist"
-            raise CheckpointError(f"{path} {what}: name a checkpoint's directory on this machine")
-        if not (path / CONFIG).is_file():
-            raise CheckpointError(
-                f"{path} has no {CONFIG}: name a checkpoint's directory, or {_AGAIN}"
+        directory = directory_of(path)
+        config = read_config(directory)
+        files, weight_map = weight_files(directory)
+        found = cls(files, config, rename)
+        found._config_name = str(directory / CONFIG)
+        places = {tensor.name: tensor.file.name for tensor in found.tensors.values()}
+        names = {**weight_map, **places} if weight_map else {}
+        if wrong := [name for name in names if places.get(name) != weight_map.get(name)]:
+            warnings.warn(
+                f"{directory / INDEX} is not that of these shards: {few(wrong)} "
+                "is not where it says, or not in it; what lies in the shards counts",
+                CheckpointWarning,
+                stacklevel=2,
             )
-        config = _read_json(path / CONFIG)
-        if (path / WEIGHTS).is_file():  # which transformers prefers, too
-            found = cls([path / WEIGHTS], config)
-        elif (path / INDEX).is_file():
-            found = cls._open_shards(path / INDEX, config)
-        else:
-            raise _no_weights(path)
-        found._config_name = str(path / CONFIG)
-        return found
-
-    @classmethod
-    def _open_shards(cls, index: Path, config: Mapping[str, Any]) -> Checkpoint:
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map: {_AGAIN}")
-        files = list(dict.fromkeys(map(str, weight_map.values())))
-        if elsewhere := [file for file in files if Path(file).name != file]:
-            raise CheckpointError(f"{index} names {elsewhere[0]!r}, no file beside it: {_AGAIN}")
-        if absent := [file for file in files if not (index.parent / file).is_file()]:
-            raise CheckpointError(
-                f"{index} names {_few(absent)}, which is not there: copy or download it as well"
-            )
-        found = cls([index.parent / file for file in files], config)
-        for name in {**weight_map, **found.tensors}:
-            says = f"says {weight_map[name]}" if name in weight_map else "does not name it"
-            if name not in found.tensors:
-                raise CheckpointError(f"{name} is in no shard, but {index} {says}: {_AGAIN}")
-            if (file := found.tensors[name].file).name != weight_map.get(name):
-                raise CheckpointError(f"{name} is in {file}, but {index} {says}: {_AGAIN}")
         return found
 
     def experts(self, layer: int) -> str:
         """The module of a layer's experts: "model.layers.0.mlp.experts"."""
         return f"{self.prefix}layers.{layer}.mlp.experts"
 
-    def matching(self, pattern: str) -> set[int]:
+    def matching(self, entry: str) -> set[int]:
         """Layers whose experts an entry of ``modules_to_not_convert`` names.
 
-        An entry is the end of a module's name, or a regular expression for its beginning up to a
-        dot, as in transformers. The experts of a base model also have the name that they have in
-        the whole one.
+        The experts of a base model also have the name that they have in the whole one.
 
         Raises:
             CheckpointError: the entry is no regular expression.
         """
-        try:
-            expression = re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
-        except re.error as error:
-            raise CheckpointError(
-                f"{pattern!r} is no regular expression ({error}): name a module, for example "
-                f"{self.experts(0)}"
-            ) from error
-        found = set()
-        for layer in self.forms:
-            for name in {self.experts(layer), f"model.layers.{layer}.mlp.experts"}:
-                if name.endswith(pattern) or expression.match(name):
-                    found.add(layer)
-        return found
+        return {
+            layer
+            for layer in self.forms
+            for name in (self.experts(layer), f"model.layers.{layer}.mlp.experts")
+            if not_converted(entry, name)
+        }
+
+    def skipped(self, skip: Skip) -> set[int]:
+        """Layers whose experts a user wants to stay dense.
+
+        Raises:
+            OptionError: a pattern names none.
+        """
+        experts = {layer: self.experts(layer) for layer in self.forms}
+        skip.require_used(list(experts.values()))
+        return {layer for layer, name in experts.items() if skip.names(name)}
 
     def nan_blocks(self) -> dict[str, int]:
         """Names of ``*_scales`` tensors -> how many of their bytes are 255, which stands for NaN.
@@ -157,29 +154,51 @@ class Checkpoint:
 
     # ---- whether it is whole and consistent -----------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, *, ignore_sizes: bool = False) -> None:
         """Compare the tensors with the config, from headers alone.
 
         Experts must be packed where the config says ``quant_method: mxfp4`` and its
         ``modules_to_not_convert`` does not name them, and dense elsewhere. So the input of a
         quantization is checked with a config that has no ``quantization_config``.
 
+        Args:
+            ignore_sizes: let tensors that are not the experts' have any shape.
+
         Raises:
-            CheckpointError: a tensor is missing, unknown, or of a wrong shape or dtype; blocks lack
-                scales, or scales blocks; the config's sizes or its quantization are not those of
-                the tensors. The message names the tensors and says what would help.
+            CheckpointError: a tensor is missing, or of a wrong shape or dtype, or the config says
+                that it is not there; blocks lack scales, or scales blocks; the config's sizes or
+                its quantization are not those of the tensors. The message names the tensors and
+                says what would help.
         """
         self._check_pairs()
-        sizes = self._sizes()
+        sizes = gpt_oss.sizes(self.config, self._config_name)
         self._check_layers(sizes[gpt_oss.LAYERS])
         self._check_forms(sizes)
-        forms = self._expected_forms(sizes[gpt_oss.LAYERS])
-        biases = bool(self.config.get("attention_bias", True))
-        head = "lm_head.weight" in self.tensors or self._needs_head()
-        expected = gpt_oss.tensors(self.prefix, forms, biases, head)
+        expected = self._expected()
         self._check_names(expected)
+        if ignore_sizes:
+            expected = {name: axes for name, axes in expected.items() if ".mlp.experts." in name}
         self._check_sizes(expected, sizes)
         self._check_tensors(expected, sizes)
+
+    def strays(self) -> list[str]:
+        """Tensors that the model does not have, though their names are such as its own have."""
+        expected = self._expected()
+        return [name for name in self.tensors if name not in expected and self._is_ours(name)]
+
+    def _expected(self) -> dict[str, Axes]:
+        layers = self.config[gpt_oss.LAYERS]
+        method, _ = self.quantization()
+        missing: Form = "packed" if method else "dense"
+        forms = {layer: self.forms.get(layer, missing) for layer in range(layers)}
+        biases = bool(self.config.get("attention_bias", True))
+        head = "lm_head.weight" in self.tensors or self._needs_head()
+        return gpt_oss.tensors(self.prefix, forms, biases, head)
+
+    def _is_ours(self, name: str) -> bool:
+        # What else there may be belongs to another head: score.weight, for example.
+        ours = (self.prefix,) if self.prefix else ("layers.", "embed_tokens.", "norm.")
+        return name.startswith((*ours, "lm_head.")) or foreign_tensors.is_an_adapters(name)
 
     def _layers(self) -> dict[int, list[str]]:
         layers = defaultdict(list)
@@ -198,34 +217,9 @@ class Checkpoint:
                 forms[layer] = "dense"
         return forms
 
-    def _sizes(self) -> dict[str, int]:
-        if (kind := self.config.get("model_type")) != "gpt_oss":
-            raise CheckpointError(
-                f"{self._config_name} says that model_type is {kind!r}: name a checkpoint of "
-                "GPT-OSS, where it is 'gpt_oss'"
-            )
-        for key in gpt_oss.KEYS:
-            size = self.config.get(key)
-            if type(size) is not int or size < 1:
-                what = f"says that {key} is {size!r}" if key in self.config else f"has no {key}"
-                raise CheckpointError(f"{self._config_name} {what}: {_ITS_CONFIG}")
-        return {key: self.config[key] for key in gpt_oss.KEYS}
-
     def quantization(self) -> tuple[str | None, list[str]]:
         """The config's ``quant_method``, None if it has none, and ``modules_to_not_convert``."""
-        settings = self.config.get("quantization_config") or {}
-        if not isinstance(settings, Mapping):
-            raise CheckpointError(f"quantization_config is {settings!r} in {CONFIG}, not an object")
-        method = settings.get("quant_method")
-        modules = settings.get("modules_to_not_convert") or []
-        if not isinstance(modules, list | tuple) or not all(isinstance(m, str) for m in modules):
-            raise CheckpointError(f"modules_to_not_convert is {modules!r}, not a list of names")
-        return getattr(method, "value", method), list(modules)
-
-    def _expected_forms(self, layers: int) -> dict[int, Form]:
-        method, _ = self.quantization()
-        missing: Form = "packed" if method else "dense"
-        return {layer: self.forms.get(layer, missing) for layer in range(layers)}
+        return gpt_oss.quantization(self.config, self._config_name)
 
     def _needs_head(self) -> bool:
         if not self.prefix or self.config.get("tie_word_embeddings"):
@@ -246,66 +240,62 @@ class Checkpoint:
                     "the model again with save_pretrained(directory, save_original_format=False)"
                 )
             if f"{stem}_{other}" not in self.tensors:
-                raise CheckpointError(f"{name} in {tensor.file} has no {other}: {_AGAIN}")
+                raise CheckpointError(f"{name} in {tensor.file} has no {other}: {AGAIN}")
 
     def _check_layers(self, count: int) -> None:
         if (found := self._layers()) and (actual := max(found) + 1) != count:
             raise CheckpointError(
                 f"{self._config_name} says that {gpt_oss.LAYERS} is {count}, but the tensors are "
-                f"those of {actual}: {_ITS_CONFIG}, or copy the shards that are missing"
+                f"those of {actual}: {ITS_CONFIG}, or copy the shards that are missing"
             )
 
     def _check_forms(self, sizes: Mapping[str, int]) -> None:
         method, patterns = self.quantization()
-        if method not in (None, "mxfp4"):
-            raise CheckpointError(
-                f"{self._config_name} says that quant_method is {method!r}: name a checkpoint in "
-                "mxfp4, or one that is not quantized"
-            )
+        gpt_oss.require_method(method, self._config_name)
         skipped = {layer for pattern in patterns for layer in self.matching(pattern)}
         packed = {layer for layer, form in self.forms.items() if form == "packed"}
         dense = self.forms.keys() - packed
         if packed and not method:
             raise CheckpointError(
                 f"{self._names(packed)} packed, but {self._config_name} does not say that "
-                f"quant_method is mxfp4: {_ITS_CONFIG}"
+                f"quant_method is mxfp4: {ITS_CONFIG}"
             )
         if packed & skipped:
             raise CheckpointError(
                 f"{self._names(packed & skipped)} packed, but modules_to_not_convert in "
-                f"{self._config_name} says otherwise: {_ITS_CONFIG}"
+                f"{self._config_name} says otherwise: {ITS_CONFIG}"
             )
         if method and dense - skipped:
             raise CheckpointError(
                 f"{self._names(dense - skipped)} dense, but {self._config_name} says that "
                 "quant_method is mxfp4: pack them with python -m mxfp4_fx quantize, or "
-                f"{_ITS_CONFIG}"
+                f"{ITS_CONFIG}"
             )
         for key in gpt_oss.MULTIPLES_OF_BLOCK:
             if packed and sizes[key] % BLOCK:
                 raise CheckpointError(
                     f"{self._config_name} says that {key} is {sizes[key]}, but MXFP4 needs a "
-                    f"multiple of {BLOCK}: {_ITS_CONFIG}"
+                    f"multiple of {BLOCK}: {ITS_CONFIG}"
                 )
 
     def _names(self, layers: Iterable[int]) -> str:
         names = [self.experts(layer) for layer in sorted(layers)]
-        return f"{_few(names)} {'is' if len(names) == 1 else 'are'}"
+        return f"{few(names)} {'is' if len(names) == 1 else 'are'}"
 
     def _check_names(self, expected: Mapping[str, Axes]) -> None:
         if missing := [name for name in expected if name not in self.tensors]:
-            files = _few([file.name for file in self.files])
+            files = few([file.name for file in self.files])
             raise CheckpointError(
-                f"{len(missing)} of {len(expected)} tensors are not in {files}: {_few(missing)}; "
-                f"{_AGAIN}"
+                f"{len(missing)} of {len(expected)} tensors are not in {files}: {few(missing)}; "
+                f"{foreign_tensors.diagnosis(self.tensors, missing) or AGAIN}"
             )
-        # What else there may be belongs to another head: score.weight, for example.
-        ours = (self.prefix,) if self.prefix else ("layers.", "embed_tokens.", "norm.")
-        extra = [n for n in self.tensors if n not in expected and n.startswith((*ours, "lm_head."))]
-        if extra:
+        strays = self.strays()
+        if wrong := [name for name in strays if foreign_tensors.contradicts(name, self.prefix)]:
+            is_twice = ".mlp.experts." in wrong[0]  # packed and dense
             raise CheckpointError(
-                f"{len(extra)} tensors are none of the model that {self._config_name} describes: "
-                f"{_few(extra)} in {self.tensors[extra[0]].file}; {_ITS_CONFIG}"
+                f"{len(wrong)} tensors are none of the model that {self._config_name} describes: "
+                f"{few(wrong)} in {self.tensors[wrong[0]].file}; "
+                f"{_FROM_ONE if is_twice else ITS_CONFIG}"
             )
 
     def _check_sizes(self, expected: Mapping[str, Axes], sizes: Mapping[str, int]) -> None:
@@ -324,7 +314,7 @@ class Checkpoint:
                 wrong.append(f"{axis} is {said}, but {size} in the tensors ({shown})")
         if wrong:
             raise CheckpointError(
-                f"{self._config_name} says that {'; '.join(wrong[:_SHOWN])}: {_ITS_CONFIG}"
+                f"{self._config_name} says that {'; '.join(wrong[:_SHOWN])}: {ITS_CONFIG}"
             )
 
     def _check_tensors(self, expected: Mapping[str, Axes], sizes: Mapping[str, int]) -> None:
@@ -332,9 +322,10 @@ class Checkpoint:
             tensor = self.tensors[name]
             shape = [gpt_oss.size(axis, sizes) for axis in axes]
             if list(tensor.shape) != shape:
+                is_turned = len(shape) == 3 and list(tensor.shape) == [shape[0], *shape[:0:-1]]
                 raise CheckpointError(
                     f"{name} in {tensor.file} has shape {list(tensor.shape)} and should have "
-                    f"{shape}: {_AGAIN}"
+                    f"{shape}: {'transpose it' if is_turned else _FROM_ONE}"
                 )
             if tensor.dtype not in (dtypes := gpt_oss.dtypes(name)):
                 wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -344,10 +335,21 @@ class Checkpoint:
                 )
 
 
+def warn_of_strays(checkpoint: Checkpoint) -> None:
+    """Warn of tensors that are left out when a checkpoint that was checked is loaded."""
+    if strays := checkpoint.strays():
+        warnings.warn(
+            f"{len(strays)} tensors are none of GPT-OSS's: {few(strays)} in "
+            f"{checkpoint.tensors[strays[0]].file}; {foreign_tensors.described(strays)}",
+            CheckpointWarning,
+            stacklevel=3,
+        )
+
+
 def warn_of_nan_blocks(counts: Mapping[str, int]) -> None:
     """Warn once of what `Checkpoint.nan_blocks` counted, if that is anything."""
     if counts:
-        named = _few([f"{name} ({count})" for name, count in counts.items()])
+        named = few([f"{name} ({count})" for name, count in counts.items()])
         warnings.warn(
             f"{sum(counts.values())} MXFP4 blocks are NaN (scale byte {E8M0_NAN}), in {named}: "
             "tokens that are routed to these experts become NaN; if the original is finite, "
@@ -355,44 +357,3 @@ def warn_of_nan_blocks(counts: Mapping[str, int]) -> None:
             NanWeightsWarning,
             stacklevel=3,
         )
-
-
-# ---- files and messages -------------------------------------------------------------------------
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): {_AGAIN}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no JSON object: {_AGAIN}")
-    return content
-
-
-def _require_safetensors(file: Path) -> None:
-    if file.suffix in PICKLES:
-        raise CheckpointError(
-            f"{file} is a pickle, which may run any code when it is read: only safetensors are; "
-            "convert it where you trust it, with transformers' model.save_pretrained"
-        )
-    if file.suffix != ".safetensors":
-        raise CheckpointError(f"{file} is no .safetensors file: name the checkpoint's own")
-
-
-def _no_weights(path: Path) -> CheckpointError:
-    files = sorted(file for file in path.iterdir() if file.is_file())
-    try:
-        for file in files:
-            if file.suffix in PICKLES:
-                _require_safetensors(file)
-    except CheckpointError as error:
-        return error
-    shards = [file.name for file in files if file.suffix == ".safetensors"]
-    has = f"only {_few(shards)}" if shards else "no weights"
-    return CheckpointError(f"{path} has {has}, but neither {WEIGHTS} nor {INDEX}: {_AGAIN}")
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

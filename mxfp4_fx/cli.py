@@ -15,11 +15,17 @@ import torch
 from mxfp4_fx import quantization, random_checkpoint, target
 from mxfp4_fx.errors import KernelsUnavailableError, Mxfp4Error
 from mxfp4_fx.explanation import explain
+from mxfp4_fx.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a failure that has a name is one line and exit status 1."""
+    """Run one command; a failure that has a name, or is the system's, is told without a traceback.
+
+    Returns:
+        The exit status: 0, 1 after a failure, 130 after an interrupt; argparse exits with 2.
+    """
     parser = argparse.ArgumentParser(prog="python -m mxfp4_fx", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"mxfp4_fx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     doctor = commands.add_parser("doctor", help="what this machine will use, and why")
@@ -46,13 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     try:
-        return int(args.run(args) or 0)
-    except Mxfp4Error as error:
+        status = int(args.run(args) or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure is told
+        return status
+    except BrokenPipeError:  # whoever read the output has closed it, and may be right
+        # Python would try once more to write what is left, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Mxfp4Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _doctor(args: argparse.Namespace) -> None:
+    print(f"mxfp4_fx {__version__}")
     print(f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")
     for package in ("torch", "transformers", "triton", "kernels"):
         try:

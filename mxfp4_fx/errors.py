@@ -57,6 +57,10 @@ class SlowKernelsWarning(UserWarning):
     """The native kernels cannot be used here; everything works, several times slower."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint serves, but something in its files is left out or does not fit the rest."""
+
+
 class NanWeightsWarning(UserWarning):
     """Blocks of an MXFP4 checkpoint have the scale byte 255, which makes their weights NaN."""
 

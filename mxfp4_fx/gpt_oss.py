@@ -1,12 +1,13 @@
-"""The tensors of a GPT-OSS checkpoint: their names and shapes, in the words of its config.json."""
+"""GPT-OSS: what its config.json has to say, and in those words its tensors' names and shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from mxfp4_fx.errors import CheckpointError
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
 
 # Of a layer's experts: MXFP4 blocks and scales, or a float for each weight.
@@ -15,6 +16,8 @@ Form = Literal["packed", "dense"]
 # The sizes of a tensor's dimensions: numbers and keys of config.json, their products and quotients.
 Axes = tuple[str, ...]
 
+MODEL_TYPE, METHOD = "gpt_oss", "mxfp4"
+ITS_CONFIG = "use the config.json that belongs to these weights"
 PROJECTIONS = ("gate_up_proj", "down_proj")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -22,6 +25,8 @@ LAYERS = "num_hidden_layers"
 _E, _H, _I, _V = "num_local_experts", "hidden_size", "intermediate_size", "vocab_size"
 _HEADS, _KV_HEADS, _HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
 KEYS = (LAYERS, _E, _H, _I, _V, _HEADS, _KV_HEADS, _HEAD_DIM)
+_TOP_K = "num_experts_per_tok"
+_OPTIONAL = (_TOP_K,)
 MULTIPLES_OF_BLOCK = (_H, _I)  # if experts are packed
 
 _Q, _KV = f"{_HEADS} * {_HEAD_DIM}", f"{_KV_HEADS} * {_HEAD_DIM}"
@@ -61,6 +66,67 @@ _EXPERTS: dict[Form, dict[str, Axes]] = {
 }
 
 
+def sizes(config: Mapping[str, Any], named: str) -> dict[str, int]:
+    """The numbers of KEYS in a config.
+
+    Args:
+        config: the content of ``config.json``.
+        named: what a message calls it.
+
+    Raises:
+        CheckpointError: it is another model's, or no model can have such sizes.
+    """
+    if (kind := config.get("model_type")) != MODEL_TYPE:
+        raise CheckpointError(
+            f"{named} says that model_type is {kind!r}: name a checkpoint of GPT-OSS, where it is "
+            f"{MODEL_TYPE!r}"
+        )
+    for key in (*KEYS, *_OPTIONAL):
+        if key in _OPTIONAL and key not in config:
+            continue
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            what = f"says that {key} is {value!r}" if key in config else f"has no {key}"
+            raise CheckpointError(f"{named} {what}: {ITS_CONFIG}")
+    found: dict[str, int] = {key: config[key] for key in KEYS}
+    top_k = config.get(_TOP_K, 1)
+    for key, value, is_wrong, rule in (
+        (_HEADS, found[_HEADS], found[_HEADS] % found[_KV_HEADS], f"a multiple of {_KV_HEADS}"),
+        (_HEAD_DIM, found[_HEAD_DIM], found[_HEAD_DIM] % 2, "even"),
+        (_TOP_K, top_k, top_k > found[_E], f"{found[_E]} or less, the {_E}"),
+    ):
+        if is_wrong:
+            raise CheckpointError(f"{named} says that {key} is {value}, not {rule}: {ITS_CONFIG}")
+    return found
+
+
+def quantization(config: Mapping[str, Any], named: str) -> tuple[str | None, list[str]]:
+    """A config's ``quant_method``, None if it has none, and ``modules_to_not_convert``.
+
+    Raises:
+        CheckpointError: they are of other types.
+    """
+    settings = config.get("quantization_config") or {}
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"quantization_config is {settings!r} in {named}, not an object")
+    method = settings.get("quant_method")
+    modules = settings.get("modules_to_not_convert") or []
+    if not isinstance(modules, list | tuple) or not all(isinstance(m, str) for m in modules):
+        raise CheckpointError(
+            f"modules_to_not_convert is {modules!r} in {named}, not a list of names"
+        )
+    return getattr(method, "value", method), list(modules)
+
+
+def require_method(method: str | None, named: str) -> None:
+    """Raises CheckpointError unless experts are MXFP4 or not quantized."""
+    if method not in (None, METHOD):
+        raise CheckpointError(
+            f"{named} says that quant_method is {method!r}: name a checkpoint in {METHOD}, or one "
+            "that is not quantized"
+        )
+
+
 def tensors(prefix: str, forms: Mapping[int, Form], biases: bool, head: bool) -> dict[str, Axes]:
     """Name -> axes of every tensor that a checkpoint has to have.
 
@@ -85,11 +151,11 @@ def dtypes(name: str) -> tuple[torch.dtype, ...]:
     return (torch.uint8,) if name.endswith(("_blocks", "_scales")) else FLOATS
 
 
-def size(axis: str, sizes: Mapping[str, int]) -> int:
-    """The number that an axis stands for; `sizes` has all of KEYS."""
+def size(axis: str, numbers: Mapping[str, int]) -> int:
+    """The number that an axis stands for; `numbers` has all of KEYS."""
     value = 1
     for factor in axis.split(" * "):
         key, _, divisor = factor.partition(" / ")
-        value *= int(key) if key.isdecimal() else sizes[key]
+        value *= int(key) if key.isdecimal() else numbers[key]
         value //= int(divisor or 1)
     return value

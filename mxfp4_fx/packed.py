@@ -8,12 +8,14 @@ form ``packed``.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
+from mxfp4_fx.errors import SlowKernelsWarning
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.freed import DeferredTensor, is_freed
 from mxfp4_fx.gpt_oss import PROJECTIONS
@@ -89,6 +91,8 @@ class PackedExperts(nn.Module):
             alpha=self.alpha,
             limit=self.limit,
         )
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            _warn_of_export()
         out: Tensor = torch.ops.mxfp4.matmul_ogs(
             inner,
             self.down_proj_blocks,
@@ -100,6 +104,18 @@ class PackedExperts(nn.Module):
             experts_per_token=router_indices.shape[1],
         )
         return out
+
+
+# Strict export runs this as it is, instead of tracing it.
+@torch.compiler.assume_constant_result
+def _warn_of_export() -> None:
+    warnings.warn(
+        "packed experts are exported with the reference kernels, which are slow everywhere: "
+        "backend='mxfp4' chooses kernels when it compiles a model, and an exported program is not "
+        "compiled by it. torch.compile(model, backend='mxfp4') runs them in MXFP4",
+        SlowKernelsWarning,
+        stacklevel=2,
+    )
 
 
 def _bytes(*shape: int) -> nn.Parameter:

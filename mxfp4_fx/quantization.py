@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from mxfp4_fx import formats
-from mxfp4_fx.checkpoint import CONFIG, INDEX, PICKLES, Checkpoint, warn_of_nan_blocks
-from mxfp4_fx.errors import CheckpointError
+from mxfp4_fx.checkpoint import Checkpoint, warn_of_nan_blocks
+from mxfp4_fx.checkpoint_files import CONFIG, INDEX, PICKLES
+from mxfp4_fx.errors import CheckpointError, OptionError
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, SCALE_RULES
 from mxfp4_fx.gpt_oss import MULTIPLES_OF_BLOCK, PROJECTIONS
 from mxfp4_fx.journal import Journal, locked, sync
@@ -35,6 +37,7 @@ from mxfp4_fx.safetensors_file import (
     require_room,
     write_safetensors,
 )
+from mxfp4_fx.skip import Skip
 
 # Of the input, these stay behind: weights, in whatever form, and what lists them.
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
@@ -45,7 +48,7 @@ def quantize_checkpoint(
     source: str | Path,
     out: str | Path,
     *,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     scale_rule: str = "max",
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -61,9 +64,8 @@ def quantize_checkpoint(
     Args:
         source: a directory with dense experts in bfloat16, float16 or float32.
         out: a directory that does not exist or is empty; parents are made.
-        skip: modules whose experts stay dense, as entries of ``modules_to_not_convert`` in
-            transformers: the end of a name, or a regular expression for its beginning. They are
-            added to what the config names already.
+        skip: names of modules, or patterns (`mxfp4_fx.skip`), whose experts stay dense, beside
+            those that the config names already.
         scale_rule: one of SCALE_RULES, for `formats.quantize`.
         max_shard_bytes: tensor bytes in a shard; what belongs together is not torn apart for it.
         progress: show progress bars, if stderr is a terminal.
@@ -72,23 +74,23 @@ def quantize_checkpoint(
         `out`, absolute.
 
     Raises:
-        CheckpointError: `source` is damaged, inconsistent or packed already, a pattern matches
-            nothing, `out` is taken or its disk too full (nothing was written then); another run
+        OptionError: `skip` names nothing, or another argument is wrong.
+        CheckpointError: `source` is damaged, inconsistent or packed already, `out` is taken or
+            cannot be written, or its disk is too full (nothing was written then); another run
             works on `out`, or one with another input or other options was interrupted; the disk
             fails.
     Warns:
         NanWeightsWarning: values were NaN or infinite; their blocks are NaN now.
     """
-    source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
+    source, out = (Path(os.path.realpath(os.path.expanduser(path))) for path in (source, out))
     if scale_rule not in SCALE_RULES:
-        raise CheckpointError(f"scale_rule is {scale_rule!r}: it must be in {SCALE_RULES}")
+        raise OptionError(f"scale_rule is {scale_rule!r}: it must be in {SCALE_RULES}")
     if max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}: it must be 1 or more")
+        raise OptionError(f"max_shard_bytes is {max_shard_bytes}: it must be 1 or more")
     require_new(out)
     if out.is_relative_to(source):
         raise CheckpointError(f"{out} lies in {source}: name a directory elsewhere")
-    skip = (skip,) if isinstance(skip, str) else skip
-    plan = _plan(source, skip, scale_rule, max_shard_bytes)
+    plan = _plan(source, Skip.of(skip), scale_rule, max_shard_bytes)
 
     partial = partial_of(out)
     if not partial.exists():
@@ -160,7 +162,7 @@ class _Plan(NamedTuple):
         return others + sum(item.nbytes for items in self.shards.values() for item in items)
 
 
-def _plan(directory: Path, skip: Sequence[str], scale_rule: str, max_shard_bytes: int) -> _Plan:
+def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) -> _Plan:
     checkpoint = Checkpoint.open(directory)
     config = dict(checkpoint.config)
     _require_dense(checkpoint)
@@ -169,14 +171,9 @@ def _plan(directory: Path, skip: Sequence[str], scale_rule: str, max_shard_bytes
         names = ("layers.*.self_attn", "layers.*.mlp.router", "embed_tokens")
         modules = [*(f"{checkpoint.prefix}{name}" for name in names), "lm_head"]
     kept = {layer for pattern in modules for layer in checkpoint.matching(pattern)}
-    for pattern in skip:
-        if not (matched := checkpoint.matching(pattern)):
-            raise CheckpointError(
-                f"skip names {pattern!r}, which matches no experts: theirs are names like "
-                f"{checkpoint.experts(min(checkpoint.forms))}"
-            )
-        modules += [checkpoint.experts(layer) for layer in sorted(matched - kept)]
-        kept |= matched
+    more = checkpoint.skipped(skip) - kept
+    modules += [checkpoint.experts(layer) for layer in sorted(more)]
+    kept |= more
     if not checkpoint.forms.keys() - kept:
         raise CheckpointError(
             f"nothing of {directory} is left to quantize: skip fewer layers, or remove some of "
@@ -347,7 +344,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("source", type=Path, help="a checkpoint's directory, its experts dense")
     parser.add_argument("out", type=Path, help="directory to write: a new or an empty one")
-    text = "modules whose experts stay dense: the end of a name, or a regular expression"
+    text = "modules whose experts stay dense: parts of their names (layers.0), * for any others"
     parser.add_argument(
         "--skip", action="extend", nargs="+", default=[], metavar="PATTERN", help=text
     )

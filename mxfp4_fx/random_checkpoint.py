@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -127,10 +128,10 @@ def write_random_checkpoint(
         `path`, absolute.
 
     Raises:
-        CheckpointError: `path` is taken, its disk is too full, or `tokenizers` is not installed.
-            Nothing was written.
+        CheckpointError: `path` is taken or cannot be written, its disk is too full, or `tokenizers`
+            is not installed. Nothing was written.
     """
-    path = Path(path).expanduser().resolve()
+    path = Path(os.path.realpath(os.path.expanduser(path)))
     require_new(path)
     total = checkpoint_bytes(shape)
     require_room(path, total)
@@ -138,10 +139,9 @@ def write_random_checkpoint(
     index = index_of({name: [t.spec for t in shard] for name, shard in shards.items()})
     texts = _texts(shape) | {"model.safetensors.index.json": _json(index)}
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         bar = tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True)
         with bar:
             for name, shard in shards.items():
@@ -151,8 +151,10 @@ def write_random_checkpoint(
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         partial.replace(path)
-    except BaseException:  # an interrupt, too, leaves nothing behind
+    except BaseException as error:  # an interrupt, too, leaves nothing behind
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
         raise
     return path
 

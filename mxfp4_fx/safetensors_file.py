@@ -215,7 +215,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def require_new(path: Path) -> None:
     """Raises CheckpointError unless `path` is missing or an empty directory."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    try:
+        is_taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror or error}): name another directory"
+        ) from error
+    if is_taken:
         raise CheckpointError(f"{path} exists already: remove it, or name another directory")
 
 

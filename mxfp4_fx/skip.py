@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from mxfp4_fx.errors import OptionError
+from mxfp4_fx.errors import CheckpointError, Mxfp4Error, OptionError
 
 # Parts of names that tools add where they wrap a module. What they put in front needs no list.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -81,9 +81,9 @@ def not_converted(entry: str, module: str) -> bool:
     An entry is the end of the name, or a regular expression for its beginning up to a dot.
 
     Raises:
-        OptionError: the entry is no regular expression.
+        CheckpointError: the entry is no regular expression.
     """
-    expression = _compiled(rf"(?:{entry}){_UP_TO_A_DOT}", entry)
+    expression = _compiled(rf"(?:{entry}){_UP_TO_A_DOT}", entry, CheckpointError)
     return module.endswith(entry) or expression.match(module) is not None
 
 
@@ -108,11 +108,14 @@ def _matcher(pattern: str) -> Callable[[str], Any]:
     return lambda name: bool(parts) and fnmatch.fnmatchcase(f".{name}.", f"*.{parts}.*")
 
 
-def _compiled(expression: str, pattern: str) -> re.Pattern[str]:
+def _compiled(
+    expression: str, pattern: str, error_class: type[Mxfp4Error] = OptionError
+) -> re.Pattern[str]:
     try:
+        re.compile(pattern)  # by itself, for a message that fits it
         return re.compile(expression)
     except re.error as error:
-        raise OptionError(
+        raise error_class(
             f"{pattern!r} is no regular expression ({error}): name a module, for example "
             "model.layers.0.mlp.experts"
         ) from error

@@ -9,10 +9,11 @@ import pytest
 # Every file of the package but the `__init__`s of folders: a line is a layer, the lowest comes
 # first. Files of one layer do not import one another. ops/cpu/ holds C++ only.
 LAYERS = [
-    ["errors.py", "console.py", "dynamo.py"],
+    ["errors.py", "console.py", "dynamo.py", "version.py"],
     ["native.py", "hub.py", "freed.py", "skip.py"],
     ["experts.py", "formats.py", "target.py", "options.py", "safetensors_file.py", "journal.py"],
     ["layouts.py", "gpt_oss.py"],
+    ["checkpoint_files.py", "foreign_tensors.py"],
     ["checkpoint.py"],
     ["ops/reference.py", "ops/tiles.py", "ops/triton_kernels/arithmetic.py"],
     ["ops/triton_kernels/decode.py", "ops/triton_kernels/routing.py"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import copied, edit_config, edit_tensors, read_tensors, write_packed
+from checkpoints import (
+    copied,
+    edit_config,
+    edit_tensors,
+    read_config,
+    read_tensors,
+    write_packed,
+)
 from loaded import (
     IDS,
     SECOND_LAYER_ON_DISK,
@@ -119,14 +127,47 @@ def test_experts_to_skip_are_dense(checkpoint: Path) -> None:
 
 
 def test_skipping_all_experts_warns(checkpoint: Path) -> None:
-    with pytest.warns(NoExpertsWarning, match="skipped by .*'model.layers.*.mlp'"):
+    with pytest.warns(NoExpertsWarning, match=r"skipped by .*'model\.layers\.1\.mlp\.experts'"):
         model = mxfp4_fx.from_pretrained(checkpoint, skip=["model.layers.*.mlp"])
     expected = dequantized(checkpoint)
     assert_same_tensors(dict(model.named_parameters()), dict(expected.named_parameters()))
 
 
+@pytest.mark.parametrize("skip", ["*.layers.1.*", "layers.1", "model.layers.(1|7)"])
+def test_patterns_to_skip_are_those_of_the_backend(checkpoint: Path, skip: str) -> None:
+    assert is_packed(mxfp4_fx.from_pretrained(checkpoint, skip=skip)) == [True, False]
+
+
+def test_a_skipped_layer_is_saved_by_its_name(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers, which reads it, has another idea of patterns."""
+    mxfp4_fx.from_pretrained(checkpoint, skip="*.layers.1.*").save_pretrained(tmp_path)
+    entries = read_config(tmp_path)["quantization_config"]["modules_to_not_convert"]
+    before = read_config(checkpoint)["quantization_config"]["modules_to_not_convert"]
+    assert entries == [*before, "model.layers.1.mlp.experts"]
+    expected = dict(dequantized(checkpoint).named_parameters())
+    assert_same_tensors(dict(dequantized(tmp_path).named_parameters()), expected)
+
+
+def marked(model: Any) -> list[bool]:
+    return [getattr(m.mlp.experts, "_mxfp4_fx_keep_dense", False) for m in model.model.layers]
+
+
+def test_skipped_experts_are_marked_for_the_backend_whatever_weights_they_get(
+    checkpoint: Path,
+) -> None:
+    model = mxfp4_fx.from_pretrained(checkpoint, skip="model.layers.1")
+    assert marked(model) == [False, True]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    assert marked(model) == [False, True]
+    assert marked(copy.deepcopy(model)) == [False, True]
+    assert marked(mxfp4_fx.from_pretrained(checkpoint)) == [False, False]
+
+
 def test_a_name_to_skip_that_is_none(checkpoint: Path) -> None:
-    with pytest.raises(OptionError, match=r"'model.layer.1' names no experts"):
+    with pytest.raises(
+        OptionError, match=r"'model.layer.1' names no experts.*mean 'model.layers.1'"
+    ):
         mxfp4_fx.from_pretrained(checkpoint, skip=["model.layers.1", "model.layer.1"])
 
 
@@ -253,15 +294,15 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(("spoil", "reason"), BAD.values(), ids=BAD)
 def test_what_cannot_be_loaded(checkpoint: Path, tmp_path: Path, spoil: Any, reason: str) -> None:
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    spoil(copy)
+    path = shutil.copytree(checkpoint, tmp_path / "copy")
+    spoil(path)
     with pytest.raises(CheckpointError, match=reason):
-        mxfp4_fx.from_pretrained(copy)
+        mxfp4_fx.from_pretrained(path)
 
 
 CACHED = {
     "another model": "someone/tiny has a model of type llama",
-    "another method": "someone/tiny is quantized by the method fp8",
+    "another method": "someone/tiny says that quant_method is 'fp8'",
     "only pickles": "someone/tiny cannot be loaded",  # and were not downloaded
     "no safetensors": "someone/tiny cannot be loaded",
     "damaged shard": "is cut short",
@@ -302,7 +343,13 @@ def test_a_path_at_home(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert is_packed(mxfp4_fx.from_pretrained("~/packed")) == [True, True]
 
 
-@pytest.mark.parametrize("option", ["quantization_config", "tp_plan", "use_kernels", "gguf_file"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("quantization_config", "tp_plan", "tp_size", "use_kernels", "gguf_file"),
+        *("load_in_4bit", "device_mesh"),
+    ],
+)
 def test_options_that_make_no_sense(checkpoint: Path, option: str) -> None:
     with pytest.raises(OptionError, match=option):
         mxfp4_fx.from_pretrained(checkpoint, **{option: "auto"})

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 
-from mxfp4_fx.checkpoint import CONFIG, Checkpoint
+from mxfp4_fx import gpt_oss
+from mxfp4_fx.checkpoint import Checkpoint
+from mxfp4_fx.checkpoint_files import CONFIG, directory_of, read_config
 from mxfp4_fx.errors import CheckpointError, OptionError
 from mxfp4_fx.formats import SCALE_RULES
+from mxfp4_fx.gpt_oss import MODEL_TYPE
+from mxfp4_fx.skip import not_converted
 
-MODEL_TYPE = "gpt_oss"
-STORED_METHOD = "mxfp4"
-
+_NEEDED = "transformers 5.8 or newer (pip install transformers)"
 _HUB_OPTIONS = (
     *("cache_dir", "force_download", "local_files_only", "proxies"),
     *("revision", "subfolder", "token"),
@@ -28,8 +30,14 @@ _REFUSED = {
     "state_dict": "weights are read from files",
     "gguf_file": "weights are read from safetensors files",
     "use_kernels": "other kernels would replace the packed experts",
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit"),
+        "experts are MXFP4 already; the rest of the model stays as it is",
+    ),
     "tp_plan": "packed experts cannot be split among processes; use device_map=",
     "distributed_config": "packed experts cannot be split among processes; use device_map=",
+    "tp_size": "packed experts cannot be split among processes; use device_map=",
+    "device_mesh": "packed experts cannot be split among processes; use device_map=",
 }
 
 
@@ -49,10 +57,11 @@ def from_pretrained(
     Args:
         path: a directory, or a model's name on the Hub.
         auto_class: the transformers class that loads it, ``AutoModelForCausalLM`` if None.
-        skip: names of modules, or patterns, whose experts become dense ones of transformers. They
-            are added to the checkpoint's own ``modules_to_not_convert``.
+        skip: names of modules, or patterns (`mxfp4_fx.skip`), whose experts become dense ones of
+            transformers, beside those that the checkpoint's ``modules_to_not_convert`` names.
         scale_rule: of ``formats.quantize``, where there is something to quantize.
         kwargs: what transformers' ``from_pretrained`` takes: dtype, device_map, revision, ...
+            With ``key_mapping`` a model is saved under its own names, not those of the files.
 
     Returns:
         The model, on the CPU unless ``device_map`` says otherwise. It can be run, compiled
@@ -63,6 +72,11 @@ def from_pretrained(
             transformers is not installed.
         OptionError: an option of transformers that makes no sense here, ``skip`` that names
             nothing, or an unknown ``scale_rule``.
+    Warns:
+        CheckpointWarning: the files hold tensors that the model does not have, or their index is
+            not their own.
+        NanWeightsWarning: blocks are NaN.
+        NoExpertsWarning: all experts are skipped.
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) not in (None, False):
@@ -76,24 +90,25 @@ def from_pretrained(
         import transformers
         from safetensors import SafetensorError
 
-        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, check
+        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, check, renaming
     except ImportError as error:
-        raise CheckpointError(
-            f"loading needs transformers 5.8 or newer (pip install transformers): {error}"
-        ) from error
+        raise CheckpointError(f"loading needs {_NEEDED}: {error}") from error
 
     path = os.path.expanduser(os.fspath(path))
+    mapping, ignore_sizes = kwargs.get("key_mapping") or {}, kwargs.get("ignore_mismatched_sizes")
+    rename = renaming(mapping)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     if os.path.isdir(path) and kwargs.get("variant") is None:
-        checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")))
+        checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")), rename)
         stored = checkpoint.config
-        check(checkpoint)
+        check(checkpoint, ignore_sizes=bool(ignore_sizes))
     else:  # files of the Hub are checked once they are here
         stored = _stored_config(path, hub)
     config, kwargs = _model_config(path, hub, kwargs)
     # Asked for by argument, so that packed and dense checkpoints come the same way.
     quantization = PackedMxfp4Config.of(vars(config).pop("quantization_config", None), skip)
     quantization.scale_rule, quantization.stored_config = scale_rule, stored
+    quantization.key_mapping, quantization.ignore_sizes = mapping, bool(ignore_sizes)
     auto_class = auto_class or transformers.AutoModelForCausalLM
     kwargs["use_safetensors"] = True  # None would allow pickles
     try:
@@ -118,25 +133,40 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
             experts are packed, as :func:`from_pretrained` loads them.
 
     Raises:
-        CheckpointError: there is no such file, or transformers is not installed.
+        CheckpointError: there is no such file, it describes no GPT-OSS, or transformers is not
+            installed.
+        OptionError: transformers has no such implementation.
     """
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-        from transformers.quantizers.quantizers_utils import should_convert_module
 
         from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, packed_like
     except ImportError as error:
-        raise CheckpointError("this needs transformers: pip install transformers") from error
-    if not os.path.isfile(os.path.join(path, CONFIG)):
-        raise CheckpointError(f"{path} has no {CONFIG}; name a checkpoint's directory")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+        raise CheckpointError(f"this needs {_NEEDED}: {error}") from error
+    directory = directory_of(path)
+    content, named = read_config(directory), str(directory / CONFIG)
+    gpt_oss.sizes(content, named)
+    gpt_oss.require_method(gpt_oss.quantization(content, named)[0], named)
+    known = ("eager", *ALL_EXPERTS_FUNCTIONS)
+    if experts is not None and experts not in known:
+        raise OptionError(
+            f"transformers has no experts implementation {experts!r}: it has {', '.join(known)}"
+        )
+    config, _ = _model_config(str(directory), {"local_files_only": True}, {})
     stored = PackedMxfp4Config.of(vars(config).pop("quantization_config", None))
     kwargs = {"experts_implementation": experts} if experts else {}
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+        except Exception as error:  # of any class: the config's values are used as they are
+            raise CheckpointError(
+                f"transformers cannot make the model of {named} ({_one_line(error)}): "
+                f"{gpt_oss.ITS_CONFIG}"
+            ) from error
         for name, module in list(model.named_modules()):
-            kept = not should_convert_module(name, stored.modules_to_not_convert)
+            kept = any(not_converted(entry, name) for entry in stored.modules_to_not_convert)
             if experts is None and isinstance(module, GptOssExperts) and not kept:
                 packed = packed_like(module, name)
                 packed.gate_up_proj_bias = module.gate_up_proj_bias
@@ -164,12 +194,7 @@ def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:
             f"{path} has a model of type {config.get('model_type')}: only GPT-OSS ({MODEL_TYPE}) "
             f"can be loaded with packed experts"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method", STORED_METHOD)
-    if method != STORED_METHOD:
-        raise CheckpointError(
-            f"{path} is quantized by the method {method}: only {STORED_METHOD}, and checkpoints "
-            f"that are not quantized, can be loaded with packed experts"
-        )
+    gpt_oss.require_method(gpt_oss.quantization(config, f"{CONFIG} of {path}")[0], path)
     return config
 
 
@@ -189,5 +214,11 @@ def _model_config(
             path if given is None else given, return_unused_kwargs=True, **hub, **kwargs
         )
     except Exception as error:  # classes of huggingface_hub, which differ between versions
-        raise CheckpointError(f"transformers rejects the {CONFIG} of {path}: {error}") from error
+        raise CheckpointError(
+            f"transformers rejects the {CONFIG} of {path}: {_one_line(error)}"
+        ) from error
     return config, unused | dtypes
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -11,22 +11,24 @@ at a time; experts that the user skips are dequantized by another if the files h
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxfp4_fx.checkpoint import Checkpoint, warn_of_nan_blocks
+from mxfp4_fx.checkpoint import Checkpoint, warn_of_nan_blocks, warn_of_strays
 from mxfp4_fx.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.skip import Skip
 from mxfp4_fx.transformers.unpacking import dense_weight, unpack_experts
 from mxfp4_fx.weights import keep_dense
 
@@ -39,7 +41,7 @@ NOT_CONVERTED = (
 )
 
 
-def check(checkpoint: Checkpoint) -> None:
+def check(checkpoint: Checkpoint, *, ignore_sizes: bool = False) -> None:
     """`Checkpoint.check`, to which dense experts are welcome: they become what the config says.
 
     Raises:
@@ -50,7 +52,29 @@ def check(checkpoint: Checkpoint) -> None:
         dense = [checkpoint.experts(n) for n, form in checkpoint.forms.items() if form == "dense"]
         settings = {"quant_method": method, "modules_to_not_convert": [*patterns, *dense]}
         checkpoint.config = {**checkpoint.config, "quantization_config": settings}
-    checkpoint.check()
+    checkpoint.check(ignore_sizes=ignore_sizes)
+
+
+def renaming(key_mapping: Mapping[str, str]) -> Callable[[str], str]:
+    """A name in the files -> the name that transformers gives that tensor for a ``key_mapping``.
+
+    Raises:
+        OptionError: it is none.
+    """
+    try:
+        steps = [WeightRenaming(source, target) for source, target in key_mapping.items()]
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise OptionError(
+            "from_pretrained(..., key_mapping=...) takes regular expressions for parts of names "
+            rf'and what is to stand there, {{r"^module\.": ""}} for example: {error}'
+        ) from error
+
+    def rename(name: str) -> str:
+        for step in steps:
+            name, _ = step.rename_source_key(name)
+        return name
+
+    return rename
 
 
 @register_quantization_config(METHOD)
@@ -58,9 +82,13 @@ class PackedMxfp4Config(QuantizationConfigMixin):
     """Asks for packed experts.
 
     Attributes:
-        modules_to_not_convert: names, or patterns of names, whose experts become dense.
+        modules_to_not_convert: entries that name modules whose experts become dense, as
+            transformers understands them. Experts that ``skip`` names are added, by their names.
         scale_rule: how blocks get their scale where a dense checkpoint is quantized.
-        skip: the part of them that the user asked for.
+        skip: what else the user wants dense.
+        key_mapping: patterns of names in the files -> what is to stand there, as in transformers.
+        ignore_sizes: take tensors of other sizes than the config's; transformers then makes new
+            ones. The experts' must fit.
         stored_config: the content of the checkpoint's ``config.json``, with which its files are
             compared; the model's config if None.
     """
@@ -76,7 +104,9 @@ class PackedMxfp4Config(QuantizationConfigMixin):
             NOT_CONVERTED if modules_to_not_convert is None else modules_to_not_convert
         )
         self.scale_rule = scale_rule
-        self.skip: list[str] = []
+        self.skip = Skip()
+        self.key_mapping: Mapping[str, str] = {}
+        self.ignore_sizes = False
         self.stored_config: Mapping[str, Any] | None = None
 
     @classmethod
@@ -84,8 +114,7 @@ class PackedMxfp4Config(QuantizationConfigMixin):
         """What a checkpoint's own config says (None, a mapping or a config), and more to skip."""
         stored = stored if isinstance(stored, dict | None) else stored.to_dict()
         config = cls((stored or {}).get("modules_to_not_convert"))
-        config.skip = [skip] if isinstance(skip, str) else list(skip)
-        config.modules_to_not_convert += config.skip
+        config.skip = Skip.of(skip)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,17 +134,15 @@ class PackedMxfp4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        config = self.quantization_config.stored_config or model.config.to_dict()
-        checkpoint = Checkpoint(checkpoint_files or (), config)
-        check(checkpoint)
-        for pattern in self.quantization_config.skip:
-            if not checkpoint.matching(pattern):
-                raise OptionError(
-                    f"skip={pattern!r} names no experts: those of the first layer are "
-                    f"{checkpoint.experts(0)}"
-                )
-        patterns = self.quantization_config.modules_to_not_convert
-        skipped = {layer for pattern in patterns for layer in checkpoint.matching(pattern)}
+        settings = self.quantization_config
+        config = settings.stored_config or model.config.to_dict()
+        rename = renaming(settings.key_mapping)
+        checkpoint = Checkpoint(checkpoint_files or (), config, rename)
+        check(checkpoint, ignore_sizes=settings.ignore_sizes)
+        warn_of_strays(checkpoint)
+        entries = settings.modules_to_not_convert
+        skipped = {layer for entry in entries for layer in checkpoint.matching(entry)}
+        more = checkpoint.skipped(settings.skip) - skipped
         self._nan_blocks = checkpoint.nan_blocks()
         self._to_quantize: list[str] = []
         self._to_dequantize: list[str] = []
@@ -128,7 +155,9 @@ class PackedMxfp4Quantizer(HfQuantizer):
             layer = int(short.split(".")[1])
             weights = [f"{short}.{projection}" for projection in PROJECTIONS]
             is_packed = checkpoint.forms[layer] == "packed"
-            if layer in skipped:
+            if layer in more:  # named in full: other programs that read the config know no skip
+                entries.append(name)
+            if layer in skipped | more:
                 self._to_dequantize += weights if is_packed else []
                 continue
             found = True
@@ -144,7 +173,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         if not found:
             warnings.warn(
                 f"no experts of this {type(model).__name__} will be MXFP4: all are skipped by "
-                f"{patterns}",
+                f"{entries}",
                 NoExpertsWarning,
                 stacklevel=2,
             )
@@ -157,11 +186,16 @@ class PackedMxfp4Quantizer(HfQuantizer):
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # the loader makes every float a trainable parameter
             elif isinstance(module, GptOssExperts):
-                for projection in PROJECTIONS:  # skipped, which the backend is to respect
+                # Skipped, which the backend is to respect. The mark on the module stays when its
+                # parameters are replaced.
+                module._mxfp4_fx_keep_dense = True
+                for projection in PROJECTIONS:
                     keep_dense(module.get_parameter(projection))
         warn_of_nan_blocks(self._nan_blocks)
         _correct_offload_index(model)
-        # Saving would undo the conversions; packed experts are saved as they are.
+        # Saving would undo the conversions; packed experts are saved as they are, and all under
+        # the names that the model has.
+        mapping = self.quantization_config.key_mapping
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
@@ -169,6 +203,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 isinstance(operation, QuantizeExperts | DequantizeExperts)
                 for operation in getattr(conversion, "operations", ())
             )
+            and not (isinstance(conversion, WeightRenaming) and mapping)
         ]
         return model
 
