@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
+from processes import LAST_RESORT
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -458,4 +459,6 @@ assert (keep == 127).all()
 def test_pages_of_a_mapped_file_go(tmp_path: Path) -> None:
     """transformers maps checkpoints; a page that was read counts as the process's memory."""
     argv = [sys.executable, "-c", MAPPED, str(tmp_path / "w.safetensors")]
-    subprocess.run(argv, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    subprocess.run(
+        argv, check=True, timeout=LAST_RESORT, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )

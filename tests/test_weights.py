@@ -15,6 +15,7 @@ import pytest
 import torch
 from implementations import Kernels
 from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, tokens
+from processes import LAST_RESORT
 from torch import Tensor, nn
 
 import mxfp4_fx
@@ -243,7 +244,7 @@ thread.start()
 locked.wait()
 child = os.fork()
 if not child:
-    signal.alarm(60)
+    signal.alarm(int(sys.argv[1]))
     STORE.get(torch.zeros(1, 32, 8), "row_major")
     os._exit(0)
 status = os.waitpid(child, 0)[1]
@@ -254,7 +255,8 @@ sys.exit(os.waitstatus_to_exitcode(status) != 0)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
-    subprocess.run([sys.executable, "-c", LOCKED_AT_THE_FORK], check=True, timeout=120)
+    argv = [sys.executable, "-c", LOCKED_AT_THE_FORK, f"{LAST_RESORT:.0f}"]
+    subprocess.run(argv, check=True)
 
 
 def test_an_id_that_is_used_again_is_another_weight() -> None:
