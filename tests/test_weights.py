@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from implementations import Kernels
-from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, tokens
+from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, swizzled, tokens
 from processes import LAST_RESORT
 from torch import Tensor, nn
 
 import mxfp4_fx
-from mxfp4_fx import target, weights
+from mxfp4_fx import weights
 from mxfp4_fx.errors import WeightError
 from mxfp4_fx.formats import dequantize
 from mxfp4_fx.layouts import LAYOUTS
@@ -66,22 +66,21 @@ def test_layers_of_one_model_compiled_one_by_one() -> None:
 def test_tied_experts_are_swizzled_once() -> None:
     tied = model()
     tied.model.layers[1].mlp.experts = tied.model.layers[0].mlp.experts
-    before = len(STORE)
     assert close(compile_with(tied)(tokens()).logits, tied(tokens()).logits)
-    assert len(STORE) - before == 2
+    assert mxfp4_fx.refresh(tied) == 2
 
 
 def test_prefill_and_decode_share_swizzled_weights() -> None:
     shared = model()
     graphs = Graphs()
     compiled = compile_with(shared, graphs, dynamic=False)
-    before = len(STORE)
     compiled(tokens(1, 7))
-    made = {id(part) for key, entry in STORE._entries.items() for part in entry.parts}
+    made = [swizzled(layer.mlp.experts) for layer in shared.model.layers]
     compiled(tokens(1, 1))
     assert len(graphs.seen) == 2
-    assert len(STORE) - before == 4
-    assert {id(p) for entry in STORE._entries.values() for p in entry.parts} == made
+    for layer, parts in zip(shared.model.layers, made, strict=True):
+        assert list(map(id, swizzled(layer.mlp.experts))) == list(map(id, parts))
+    assert mxfp4_fx.refresh(shared) == 4
 
 
 def test_load_state_dict_after_compiling() -> None:
@@ -216,14 +215,9 @@ def test_a_dead_model_frees_its_swizzled_weights() -> None:
     module = mlp()
     compiled = compile_with(module, "aot_eager")
     compiled(hidden())
-    experts = module.experts
-    layout = target.choose(torch.device("cpu")).layout
-    made = [STORE.get(w, layout) for w in (experts.gate_up_proj, experts.down_proj)]
-    parts = [weakref.ref(part) for pair in made for part in pair]
-    before = len(STORE)
-    del module, compiled, experts, made
+    parts = [weakref.ref(part) for part in swizzled(module.experts)]
+    del module, compiled
     gc.collect()
-    assert len(STORE) == before - 2
     assert all(part() is None for part in parts)
 
 
