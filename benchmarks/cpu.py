@@ -30,6 +30,7 @@ from probes import Probes, ProbesUnavailable
 from report import text
 from results import collect
 from rounds import check_all, run_rounds
+from samples import Clock
 from small import alternating, overhead
 
 from mxfp4_fx import target
@@ -43,25 +44,25 @@ HUB_ONLY = "its CPU kernels are downloaded from a hub (use_kernels=True), not in
 SPARE_BYTES = 2 << 30  # for activations, compilers and other programs
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, clock: Clock = time.perf_counter) -> int:
     args = parse(argv)
     if args.plot:
         require()  # rather than after minutes of measuring
-    started = time.perf_counter()
+    started = clock()
 
     def log(message: str) -> None:
         if not args.silent:
-            print(f"-- {time.perf_counter() - started:4.0f} s  {message}", file=sys.stderr)
+            print(f"-- {clock() - started:4.0f} s  {message}", file=sys.stderr)
 
     # Dynamo tells users that transformers caches a version check; it is nothing to act upon.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     if args.threads:
         torch.set_num_threads(args.threads)
     with torch.no_grad(), who.restored_path():
-        results = layer_results(args, log)
+        results = layer_results(args, log, clock)
         gc.collect()
         results["end_to_end"] = model_results(args, log) if args.end_to_end else None
-    results["seconds"] = time.perf_counter() - started
+    results["seconds"] = clock() - started
     print(text(results))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def layer_results(args: argparse.Namespace, log: Any) -> dict[str, Any]:
+def layer_results(args: argparse.Namespace, log: Any, clock: Clock) -> dict[str, Any]:
     """Everything but the whole model."""
     sizes = moe.Sizes(args.hidden, args.intermediate, args.experts, args.top_k)
     facts = machine()
@@ -150,18 +151,18 @@ def layer_results(args: argparse.Namespace, log: Any) -> dict[str, Any]:
 
     torch._dynamo.config.recompile_limit = max(64, len(args.tokens))
     unavailable["transformers mxfp4"] = HUB_ONLY
-    cells, skipped = check_all(everyone, by_tokens, checked, truth, log)
+    cells, skipped = check_all(everyone, by_tokens, checked, truth, log, clock)
     notes = [] if args.end_to_end else ["the whole model was left out (--end-to-end)"]
     best = everyone[0]
     assert isinstance(best, who.Ours)
     try:
         log("measuring floors")
         with Probes(torch.get_num_threads(), args.probe_mib << 20) as probes:
-            done = run_rounds(cells, by_tokens, probes, args.rounds, args.seconds, log)
+            done = run_rounds(cells, by_tokens, probes, args.rounds, args.seconds, log, clock)
     except ProbesUnavailable as error:
         unavailable["floors"] = str(error)
         probes = None
-        done = run_rounds(cells, by_tokens, None, args.rounds, args.seconds, log)
+        done = run_rounds(cells, by_tokens, None, args.rounds, args.seconds, log, clock)
     log("measuring calls")
     small = {
         "overhead": overhead([*ours, plain], rounds=max(3, args.rounds // 2)),

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from moe import ROUNDINGS, relative_error
 from samples import summary
+from token_times import TokenTimes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from compile_model import TINY, generate, load
+from compile_model import TINY, load
 
 from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
 
@@ -38,7 +39,8 @@ def end_to_end(
 ) -> dict[str, Any]:
     """Prefill and greedy decode, medians of ``rounds``.
 
-    Prefill is generating one token; decode is what ``new_tokens`` more take.
+    Prefill is from the prompt to the first token; decode is what ``new_tokens`` more take, in the
+    same call: the difference of two calls would be negative when the machine is busy in one.
 
     Args:
         checkpoint: written with random weights if it is absent.
@@ -67,7 +69,7 @@ def end_to_end(
         model._compiled_call_impl = calls[name]
 
     # Two compilers, prefill, decode, and a cache that grows: more graphs than Dynamo expects.
-    times: dict[str, dict[str, list[float]]] = {
+    rates: dict[str, dict[str, list[float]]] = {
         name: {"prefill": [], "decode": []} for name in calls
     }
     differences = {}
@@ -79,16 +81,14 @@ def end_to_end(
             if name == "uncompiled":
                 plain = logits
             differences[name] = relative_error(logits, plain)
-            generate(model, ids, 1 + new_tokens)
+            _rates(model, ids, new_tokens)
         _check(differences, model.config.num_hidden_layers)
         for turn in range(rounds):
             log(f"round {turn + 1} of {rounds}")
             for name in random.Random(turn).sample(list(calls), len(calls)):
                 use(name)
-                first = 1 / generate(model, ids, 1)[0]
-                whole = (1 + new_tokens) / generate(model, ids, 1 + new_tokens)[0]
-                times[name]["prefill"].append(first)
-                times[name]["decode"].append(whole - first)
+                for part, rate in _rates(model, ids, new_tokens).items():
+                    rates[name][part].append(rate)
     return {
         "layers": model.config.num_hidden_layers,
         "hidden": model.config.hidden_size,
@@ -96,11 +96,8 @@ def end_to_end(
         "new_tokens": new_tokens,
         "compiler": compiler,
         "tokens_per_second": {
-            name: {
-                "prefill": summary([prompt_tokens / seconds for seconds in parts["prefill"]]),
-                "decode": summary([new_tokens / seconds for seconds in parts["decode"]]),
-            }
-            for name, parts in times.items()
+            name: {part: summary(samples) for part, samples in parts.items()}
+            for name, parts in rates.items()
         },
         "relative_difference_of_logits": differences,
     }
@@ -117,6 +114,20 @@ def _first_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return_dict_in_generate=True,
     )
     return out.logits[0].double()
+
+
+def _rates(model: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, float]:
+    """Tokens a second of greedy generation, prefill and decode."""
+    times = TokenTimes()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=1 + new_tokens,
+        max_new_tokens=1 + new_tokens,
+        do_sample=False,
+        streamer=times,
+    )
+    return times.rates(ids.shape[1])
 
 
 def _check(differences: dict[str, float], layers: int) -> None:

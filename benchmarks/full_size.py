@@ -254,8 +254,11 @@ def run(name: str, settings: dict[str, Any], limit: int, log: Log) -> list[dict[
                     phase = json.loads(line)
                     phase["sampled_peaks"] = watch.take()
                     phases.append(phase)
-                    peak = phase["memory"]["peak"] / 2**30
-                    log(f"{name}: {phase['phase']}: {phase['seconds']:.1f} s, peak {peak:.2f} GiB")
+                    peak = phase["memory"]["peak"]
+                    size = f"{peak / 2**30:.2f} GiB"
+                    log(f"{name}: {phase['phase']}: {phase['seconds']:.1f} s, peak {size}")
+                    if peak > limit and watch.exceeded is None:  # between two samples
+                        watch.end(peak)
             failed = process.wait() != 0
         finally:
             process.kill()

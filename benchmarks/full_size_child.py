@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from process_memory import mapped_bytes, memory, reset_peak
+from token_times import TokenTimes
 
 
 class Phases:
@@ -35,25 +36,6 @@ class Phases:
         facts["checkpoint_mapped"] = mapped_bytes(".safetensors")
         facts["graphs"] = _graphs() - graphs
         print(json.dumps({"phase": name, **facts}), file=self._pipe, flush=True)
-
-
-class TokenTimes:
-    """A streamer for ``generate``: when each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:  # the prompt is the first
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def rates(self, prompt_tokens: int) -> dict[str, float]:
-        """Tokens a second: of the prompt, and after the first new one."""
-        start, first, *rest = self.times
-        decode = len(rest) / (rest[-1] - first)
-        return {"prefill": prompt_tokens / (first - start), "decode": decode}
 
 
 def main(settings: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from gpu_tune import tune
 from moe import Sizes
 from plot import PlotUnavailable, require
 from rounds import WrongResult
+from samples import Clock
 
 from mxfp4_fx import target
 from mxfp4_fx.ops import tiles
@@ -49,19 +50,19 @@ SPARE_BYTES = 4 << 30  # for activations and graphs
 COMPILE_SECONDS = 120.0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, clock: Clock = time.perf_counter) -> int:
     args = parse(argv)
     if args.plot and not args.tune:
         require()  # rather than after minutes of measuring
-    started = time.perf_counter()
+    started = clock()
 
     def log(message: str) -> None:
         if not args.silent:
-            print(f"-- {time.perf_counter() - started:4.0f} s  {message}", file=sys.stderr)
+            print(f"-- {clock() - started:4.0f} s  {message}", file=sys.stderr)
 
     # Dynamo tells users that transformers caches a version check; it is nothing to act upon.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    device = Device(args.device)
+    device = Device(args.device, clock)
     with torch.no_grad(), Compiler(device, args.compilers) as compiler:
         run = Run(args, device, compiler, log, started + args.seconds)
         if args.tune:
@@ -83,7 +84,7 @@ class Run:
     ) -> None:
         self.args, self.device, self.compiler = args, device, compiler
         self.log, self.deadline = log, deadline
-        self.started = time.perf_counter()
+        self.started = device.clock()
         self.layout = args.layout or target.choose(device.torch, "triton").layout
         self.problems = {
             experts: Problem.random(
@@ -105,7 +106,7 @@ class Run:
         except WrongResult as error:
             results.stopped = f"wrong result: {error}"
         finally:  # an interrupted run leaves what it has
-            results.head["seconds"] = time.perf_counter() - self.started
+            results.head["seconds"] = self.device.clock() - self.started
             results.write()
         if self.args.plot:
             self.args.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ class Run:
         self._cells("ours_again", ours)
         for tokens in self.args.tokens:
             row = self._row(experts, tokens)
-            if "ours" not in row.ms or time.perf_counter() > self.deadline:
+            if "ours" not in row.ms or self.device.clock() > self.deadline:
                 continue
             times = measure_parts(
                 ours, self.problems[experts], tokens, self.device, self.args.cell_seconds / 4
@@ -174,7 +175,7 @@ class Run:
     def _count_launches(self) -> None:
         """Of ours. Profilers leave traces in the times of what comes after them: hence last."""
         for experts, problem in self.problems.items():
-            if not self.device.is_gpu or time.perf_counter() > self.deadline:
+            if not self.device.is_gpu or self.device.clock() > self.deadline:
                 return
             ours = who.Ours(problem, 1, self.layout)
             for tokens in self.args.tokens:
@@ -183,7 +184,7 @@ class Run:
                 self._row(experts, tokens).launches["ours"] = self.device.launches(call)
 
     def _measure_peer(self, peer: str, experts: int) -> None:
-        if time.perf_counter() > self.deadline:
+        if self.device.clock() > self.deadline:
             for tokens in self.args.tokens:
                 self.results.skip(peer, experts, tokens, "the time was up")
             return
@@ -248,7 +249,7 @@ class Run:
     def _why_not(
         self, contender: who.Contender, tokens: int, last: tuple[int, Measurement] | None
     ) -> str:
-        if time.perf_counter() > self.deadline:
+        if self.device.clock() > self.deadline:
             return "the time was up"
         if contender.most_tokens is not None and tokens > contender.most_tokens:
             return f"measured up to T={contender.most_tokens} only"

@@ -1,6 +1,6 @@
 """The device that is measured: a CUDA GPU, or a CPU in whose interpreter Triton's kernels run.
 
-On a CPU nothing is captured, clocks are the wall's, and times mean nothing: it is there so that
+On a CPU nothing is captured, and times mean nothing: it is there so that
 the benchmark can be tested where there is no GPU.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from machine import machine
+from samples import Clock
 from torch import Tensor
 
 from mxfp4_fx import target
@@ -25,9 +26,15 @@ Work = Callable[[], Tensor]
 
 
 class Device:
-    """Runs work on the device and times it. Nothing here changes the device's settings."""
+    """Runs work on the device and times it. Nothing here changes the device's settings.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: cuda or cpu.
+        clock: times everything that a GPU's events do not.
+    """
+
+    def __init__(self, name: str, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
         self.torch = torch.device(name)
         self.is_gpu = self.torch.type == "cuda"
         if self.is_gpu:
@@ -89,10 +96,10 @@ class Device:
 
     def _seconds(self, work: Callable[[], object], calls: int) -> float:
         if not self.is_gpu:
-            started = time.perf_counter()
+            started = self.clock()
             for _ in range(calls):
                 work()
-            return (time.perf_counter() - started) / calls
+            return (self.clock() - started) / calls
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(calls):

@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,10 +144,10 @@ def tune(
     path = (args.table_folder or tiles.FOLDER) / f"{name}.json"
     entries = list(tiles.table(tiles.table_name(name, layout)))
     measured: dict[str, Any] = {"machine": device.facts(), "seed": args.seed, "entries": []}
-    deadline = time.perf_counter() + args.tune_seconds
+    deadline = device.clock() + args.tune_seconds
     lines = []
     for number, entry in enumerate(entries):
-        now = time.perf_counter()
+        now = device.clock()
         until = now + max(0.0, deadline - now) / (len(entries) - number)
         sizes = served(entries, entry, [(e, t) for e in args.experts for t in args.tokens], args)
         if not sizes:
@@ -190,10 +189,10 @@ def climb(
     wanted = [tuner.entry, *seeds(tuner.entry, layout, ks)]
     while wanted:
         jobs = [Job(tile, sizes, layout) for tile in wanted for sizes in of_models]
-        compiler.compile(jobs, min(BATCH_SECONDS, max(0.0, until - time.perf_counter())))
+        compiler.compile(jobs, min(BATCH_SECONDS, max(0.0, until - tuner.device.clock())))
         start = best
         for tile in wanted:
-            if time.perf_counter() > until and len(tuner.tried) > LEAST_CANDIDATES:
+            if tuner.device.clock() > until and len(tuner.tried) > LEAST_CANDIDATES:
                 return best
             times = tuner.attempt(tile, found)
             if tuner.score(times) < (1 - GAIN) * tuner.score(found):

@@ -90,10 +90,14 @@ class Watch(threading.Thread):
                     self._peaks[name] = max(self._peaks.get(name, 0), value)
             most = max(sample["resident"], sample.get("with_children", 0))
             if most > self.limit:
-                self.exceeded = most
-                os.killpg(self.pid, signal.SIGKILL)
+                self.end(most)
                 return
             time.sleep(self.interval)
+
+    def end(self, most: int) -> None:
+        """End the process, which has so many bytes."""
+        self.exceeded = most
+        os.killpg(self.pid, signal.SIGKILL)
 
     def take(self) -> dict[str, int]:
         """Peaks since the last time: anonymous, mapped, resident, with_children."""

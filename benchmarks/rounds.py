@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contenders import Contender
 from moe import ERROR_BOUND, Inputs, relative_error
 from probes import Probes
+from samples import Clock
 from torch import Tensor
 
 SAMPLE_SECONDS, SAMPLE_CALLS = 0.04, 32  # a sample: as many calls in a row, and their median
@@ -36,14 +37,14 @@ class Cell:
     call_seconds: float  # before any sample, to plan with
     samples: list[float] = dataclasses.field(default_factory=list)  # seconds a call
 
-    def take(self, inputs: Inputs) -> None:
+    def take(self, inputs: Inputs, clock: Clock) -> None:
         contender = self.contender
         contender.prepare()
         times = []
         for _ in range(min(SAMPLE_CALLS, math.ceil(SAMPLE_SECONDS / self.call_seconds))):
-            started = time.perf_counter()
+            started = clock()
             contender(inputs)
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
         self.samples.append(statistics.median(times))
 
 
@@ -60,6 +61,7 @@ def check_all(
     checked: Sequence[int],
     truth: Tensor,
     log: Callable[[str], None],
+    clock: Clock = time.perf_counter,
 ) -> tuple[list[Cell], list[Skipped]]:
     """Call every contender at every number of tokens, on its first layer, and compare.
 
@@ -82,18 +84,18 @@ def check_all(
                 continue
             known = [i for i, token in enumerate(checked) if token < tokens]
             contender.prepare()
-            started = time.perf_counter()
+            started = clock()
             out = contender.run(0, inputs[tokens])
-            first = time.perf_counter() - started
+            first = clock() - started
             error = relative_error(out[[checked[i] for i in known]], truth[known])
             if not (out.isfinite().all() and error <= ERROR_BOUND):
                 raise WrongResult(
                     f"{contender.label} at T={tokens}: relative error {error:.2e} of "
                     f"{len(known)} tokens; rounding explains {ERROR_BOUND:.2e}"
                 )
-            started = time.perf_counter()
+            started = clock()
             contender(inputs[tokens])  # the first call may have compiled
-            last = Cell(contender, tokens, error, min(first, time.perf_counter() - started))
+            last = Cell(contender, tokens, error, min(first, clock() - started))
             cells.append(last)
     return cells, skipped
 
@@ -105,17 +107,18 @@ def run_rounds(
     rounds: int,
     seconds: float,
     log: Callable[[str], None],
+    clock: Clock = time.perf_counter,
 ) -> int:
     """Take samples for ``rounds`` rounds or ``seconds``; returns the rounds that were made.
 
     A cell that would take more than its share of the time pauses in some rounds, but everyone has
     ``LEAST_SAMPLES`` samples in the end (fewer only if there are fewer rounds).
     """
-    started = time.perf_counter()
+    started = clock()
     share = 2 * seconds / max(len(cells), 1)
     done = 0
     while done < rounds:
-        elapsed = time.perf_counter() - started
+        elapsed = clock() - started
         if elapsed > seconds and done >= LEAST_SAMPLES:
             log(f"time is up after {done} of {rounds} rounds")
             break
@@ -125,9 +128,9 @@ def run_rounds(
         for cell in random.Random(done).sample(cells, len(cells)):
             wanted = max(LEAST_SAMPLES, int(share / cell.call_seconds))
             if len(cell.samples) < wanted and _is_due(done, rounds, wanted):
-                cell.take(inputs[cell.tokens])
+                cell.take(inputs[cell.tokens], clock)
         done += 1
-        log(f"round {done} of {rounds}: {time.perf_counter() - started:.0f} s")
+        log(f"round {done} of {rounds}: {clock() - started:.0f} s")
     return done
 
 

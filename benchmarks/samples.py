@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+# Seconds that have passed since some moment. Tests hand over one that counts its readings, so that
+# what a benchmark does with its time does not depend on how fast their machine is.
+Clock = Callable[[], float]
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:

@@ -18,6 +18,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+VARIABLES = (
+    *("CXX", "MXFP4_FX_CPU", "MXFP4_FX_CXXFLAGS", "MXFP4_FX_CACHE_DIR"),
+    *("HF_HOME", "HF_HUB_OFFLINE", "LOCAL_KERNELS", "TRITON_INTERPRET"),
+)
+
+
 # Read by triton when it is imported: without a GPU its kernels run in its interpreter.
 if not has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,16 +32,45 @@ if not has_gpu():
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     """What lasts a process, such as recompile limits and warnings given once, lasts a test."""
+    begin_anew()
+    before = settings()
     yield
-    if "torch._dynamo" in sys.modules:
+    begin_anew()
+    assert settings() == before, "the test changed what other tests rely on"
+
+
+def begin_anew() -> None:
+    if "torch" in sys.modules:
         import torch
 
+        torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
     if "mxfp4_fx.calls" in sys.modules:
         from mxfp4_fx import calls
 
         calls._told.clear()
         calls._seen.clear()
+    if "mxfp4_fx.target" in sys.modules:
+        from mxfp4_fx import target
+
+        target._warn_slow.cache_clear()
+
+
+def settings() -> dict[str, object]:
+    """What a process has one of, and a test that changes it must put back."""
+    import torch
+
+    return {
+        "folder": os.getcwd(),
+        "gradients": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "variables": {k: v for k, v in os.environ.items() if k in VARIABLES},
+    }
 
 
 @pytest.fixture

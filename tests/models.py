@@ -10,8 +10,10 @@ from torch import Tensor, fx, nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssMLP
 
+from mxfp4_fx import target
 from mxfp4_fx.formats import dequantize, quantize
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.weights import STORE
 
 FORMS = ("grouped_mm", "batched_mm", "eager")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,6 +82,18 @@ def _packed(experts: GptOssExperts) -> PackedExperts:
         for part, value in zip(("blocks", "scales", "bias"), held, strict=True):
             setattr(packed, f"{name}_{part}", nn.Parameter(value.detach(), requires_grad=False))
     return packed
+
+
+def swizzled(experts: Any) -> list[Tensor]:
+    """Blocks and scales of both weights of experts, as compiled graphs get them."""
+    layout, parts = target.choose(torch.device("cpu")).layout, []
+    for name in PROJECTIONS:
+        if isinstance(experts, PackedExperts):
+            held = getattr(experts, f"{name}_blocks"), getattr(experts, f"{name}_scales")
+        else:
+            held = getattr(experts, name), None
+        parts += STORE.get(held[0], layout, held[1])
+    return parts
 
 
 def on_mxfp4_grid(weight: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from implementations import CPU_PATHS, Kernels, check_matmul, chosen, int32, randn
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_routes
+from processes import LAST_RESORT
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -262,7 +263,7 @@ def test_in_the_workers_of_a_data_loader(method: str) -> None:
     """Forked from a process whose threads have worked already, and new ones."""
     here = torch.stack([Outputs()[i] for i in range(4)])
     loader = DataLoader(
-        Outputs(), batch_size=1, num_workers=2, multiprocessing_context=method, timeout=120
+        Outputs(), batch_size=1, num_workers=2, multiprocessing_context=method, timeout=LAST_RESORT
     )
     assert torch.equal(torch.cat(list(loader)), here)
 
@@ -287,7 +288,8 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_child_that_is_the_first_to_use_them() -> None:
     subprocess.run(
         [sys.executable, "-c", FIRST_USE_IN_A_CHILD],
-        check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        check=True, timeout=LAST_RESORT,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
     )  # fmt: skip
 
 

@@ -10,11 +10,10 @@ import errno
 import math
 import mmap
 import os
-import signal
-import time
 from ctypes import c_int32, c_int64, c_void_p
 
 import oracle
+import processes
 import pytest
 import torch
 from models import DTYPES
@@ -366,21 +365,8 @@ def test_a_forked_process_can_call_it_after_its_parent_used_threads(library: Lib
             os._exit(0)
         finally:
             os._exit(1)
-    assert exit_status(child, seconds=60) == 0
+    assert processes.exit_status(child) == 0
     assert_same_bits((panels, flags), expected)
-
-
-def exit_status(child: int, seconds: float) -> int:
-    """What the process returned; it is killed if it does not end."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError("the child did not end")
 
 
 def test_asking_for_huge_pages_changes_no_bytes(library: Library) -> None:

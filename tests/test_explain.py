@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import compile_with, hidden, mlp, model, tokens
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
 from mxfp4_fx import target
@@ -64,11 +65,16 @@ def test_the_same_as_data() -> None:
     )
 
 
-def test_nothing_is_quantized() -> None:
-    before = len(STORE)
+def test_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(*_: object) -> None:
+        raise AssertionError("a swizzled weight is asked for")
+
+    monkeypatch.setattr(type(STORE), "get", get)
+    whole = model()
     with torch.no_grad():
-        mxfp4_fx.explain(model(), tokens())
-    assert len(STORE) == before
+        mxfp4_fx.explain(whole, tokens())
+        with pytest.raises(BackendCompilerFailed, match="is asked for"):
+            compile_with(whole)(tokens())
 
 
 def test_explaining_again_says_the_same() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -30,10 +31,14 @@ pytestmark = needs_triton
 
 
 def run(options: str, *files: str | Path, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The benchmark in a process of its own; ``before`` is Python that changes it first."""
+    """The benchmark in a process of its own, which counts its time instead of measuring it.
+
+    ``before`` is Python that changes it first.
+    """
     program = (
-        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        f"import gpu, gpu_contenders, gpu_measure\n{before}\nraise SystemExit(gpu.main())"
+        f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(BENCHMARKS.parent / 'tests')!r}]\n"
+        "import gpu, gpu_contenders, gpu_measure\nfrom counted_clock import CountedClock\n"
+        f"clock = CountedClock(0.001)\n{before}\nraise SystemExit(gpu.main(clock=clock))"
     )
     command = [sys.executable, "-c", program, *TOY.split(), *options.split(), *map(str, files)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -239,13 +244,23 @@ gpu.measure = interrupted
 
 def test_when_the_time_is_up_the_rest_is_named(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    done = run("--experts 2 --tokens 1 --seconds 0", "--output", path)
+    before = """
+measure = gpu.measure
+def slow(*args):
+    found = measure(*args)
+    clock.now += 60
+    return found
+gpu.measure = slow
+"""
+    done = run("--experts 2 --tokens 1,2 --seconds 60", "--output", path, before=before)
     assert done.returncode == 0, done.stderr
-    skipped = json.loads(path.read_text("utf-8"))["skipped"]
-    assert {skip["reason"] for skip in skipped} == {"the time was up"}
-    assert {skip["contender"] for skip in skipped} == {
-        *("ours", "ours_again", "triton_kernels", "grouped_mm", "batched_mm")
-    }
+    left = json.loads(path.read_text("utf-8"))
+    assert [list(row["ms"]) for row in left["rows"]] == [["ours"], []]
+    assert {skip["reason"] for skip in left["skipped"]} == {"the time was up"}
+    assert [(skip["contender"], skip["tokens"]) for skip in left["skipped"]] == [
+        ("ours", 2),
+        *itertools.product(("ours_again", "triton_kernels", "grouped_mm", "batched_mm"), (1, 2)),
+    ]
 
 
 # ---- tuning
@@ -255,11 +270,11 @@ def test_tuning_writes_a_table_that_the_package_reads(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tiles.FOLDER.iterdir()}
     # The entry's own tile is made slow, so that another must win.
     slow = """
-import time, gpu_tune
+import gpu_tune
 run = gpu_tune.Tuner.run
 def slower(tuner, *args):
     if gpu_tune.tiles._forced[-1] == tuner.entry:
-        time.sleep(0.5)
+        clock.now += 0.5
     return run(tuner, *args)
 gpu_tune.Tuner.run = slower
 """

@@ -14,10 +14,8 @@ import importlib
 import importlib.util
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +23,7 @@ from typing import Any
 
 import hub_package
 import hub_repository
+import processes
 import pytest
 import torch
 from implementations import Kernels, check_matmul, int32, randn
@@ -161,16 +160,7 @@ def test_a_fork_does_not_inherit_a_lock_that_is_held(monkeypatch: pytest.MonkeyP
             with contextlib.suppress(KernelsUnavailableError):
                 hub.load()
             os._exit(0)
-        for _ in range(1000):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                break
-            time.sleep(0.01)
-        else:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            pytest.fail("waits for the lock")
-    assert status == 0
+        assert processes.exit_status(child) == 0
 
 
 CHOOSE = """

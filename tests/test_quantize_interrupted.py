@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 from checkpoints import TINY, convert, copied, edit_tensors, files, randomize, write_dense
 
@@ -24,8 +24,7 @@ from mxfp4_fx.safetensors_file import read_header
 
 # ---- interruptions ------------------------------------------------------------------------------
 
-DEEP = CheckpointShape(**{**vars(TINY), "layers": 12})
-CUT = {"max_shard_bytes": 1}  # a file for each tensor, 200 of them
+CUT = {"max_shard_bytes": 1}  # a file for each tensor, 37 of them
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +32,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return edit_tensors(write_dense(tmp_path_factory.mktemp("dense")), randomize)
 
 
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return edit_tensors(write_dense(tmp_path_factory.mktemp("deep"), DEEP), randomize)
-
-
 @contextmanager
-def running(source: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process of its own, which has written some shards."""
-    # Who runs the tests may ignore SIGINT, as a shell has background jobs do, and they inherit it.
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from mxfp4_fx.cli import main; sys.exit(main())"
-    )
+def stopped_run(source: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own, stopped between its 20th shard and its journal."""
+    # The journal is written at first, and after each shard.
+    code = processes.stopping("os.rename", "journal.writing", times=21)
+    code += "from mxfp4_fx.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "quantize", str(source), str(out)]
     process = subprocess.Popen([*command, "--max-shard-bytes=1"], text=True, stderr=subprocess.PIPE)
     try:
-        while process.poll() is None and len(complete(out)) < 20:
-            time.sleep(0.002)
+        processes.wait_until_stopped(process)
         yield process
     finally:
         process.kill()
@@ -69,51 +60,49 @@ def partial(out: Path) -> Path:
 
 
 def interrupt(source: Path, out: Path, stop: signal.Signals = signal.SIGKILL) -> str:
-    with running(source, out) as process:
-        process.send_signal(stop)
-        _, stderr = process.communicate()
+    with stopped_run(source, out) as process:
+        stderr = processes.end(process, stop)
     assert process.returncode == (-stop if stop == signal.SIGKILL else 130), stderr
     return stderr
 
 
-def test_a_killed_run_leaves_nothing_that_looks_finished(deep: Path, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_nothing_that_looks_finished(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    interrupt(deep, out)
+    interrupt(dense, out)
     assert list(tmp_path.iterdir()) == [partial(out)]
     assert [file.name for file in partial(out).rglob("*.json")] == ["journal.json"]
-    assert 20 <= len(complete(out)) < 200
+    assert len(complete(out)) == 20
     for file in complete(out):
         read_header(file)
 
 
-def test_a_killed_run_goes_on(deep: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    interrupt(deep, out)
+    interrupt(dense, out)
     journal = json.loads((partial(out) / "journal.json").read_text())
     done = {name: (partial(out) / "checkpoint" / name).stat() for name in journal["shards"]}
-    assert len(done) >= 19
-    whole = files(convert(deep, tmp_path / "whole", **CUT))
-    assert files(convert(deep, out, **CUT)) == whole
+    assert len(done) == 19
+    whole = files(convert(dense, tmp_path / "whole", **CUT))
+    assert files(convert(dense, out, **CUT)) == whole
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
     for name, before in done.items():
         after = (out / name).stat()
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_ctrl_c_says_how_to_go_on(deep: Path, tmp_path: Path) -> None:
-    stderr = interrupt(deep, tmp_path / "out", signal.SIGINT)
+def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path) -> None:
+    stderr = interrupt(dense, tmp_path / "out", signal.SIGINT)
     assert "interrupted: the same command goes on after the last whole shard" in stderr
     assert "Traceback" not in stderr
-    Checkpoint.open(convert(deep, tmp_path / "out", **CUT)).check()
+    Checkpoint.open(convert(dense, tmp_path / "out", **CUT)).check()
 
 
-def test_one_run_at_a_time(deep: Path, tmp_path: Path) -> None:
+def test_one_run_at_a_time(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with running(deep, out) as process:
-        process.send_signal(signal.SIGSTOP)
+    with stopped_run(dense, out):
         before = complete(out)
         with pytest.raises(CheckpointError, match=r"another process works on .*out\.partial: wait"):
-            convert(deep, out, **CUT)
+            convert(dense, out, **CUT)
         assert complete(out) == before
 
 

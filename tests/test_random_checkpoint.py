@@ -4,10 +4,10 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors import safe_open
@@ -52,16 +52,12 @@ def load_dequantized(path: Path):
     )
 
 
-# Who runs the tests may ignore SIGINT, as a shell has background jobs do, and they inherit it.
-HEED_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-
-
-def start_writing(out: Path, first: str = "") -> subprocess.Popen[str]:
-    """Write a checkpoint of 960 MB in a fresh interpreter, which runs the line `first` first."""
+def start_writing(out: Path, first: str) -> subprocess.Popen[str]:
+    """Write a checkpoint, a file for each tensor, in a new interpreter that runs `first` first."""
     code = f"""
 {first}
-from mxfp4_fx.random_checkpoint import write_random_checkpoint
-write_random_checkpoint({str(out)!r})
+from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
+write_random_checkpoint({str(out)!r}, CheckpointShape(**{SIZES}), max_shard_bytes=1)
 """
     return subprocess.Popen([sys.executable, "-c", code], text=True, stderr=subprocess.PIPE)
 
@@ -276,11 +272,11 @@ def test_all_sixteen_codes_occur_in_both_nibbles(checkpoint):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, stop):
-    process = start_writing(tmp_path / "out", HEED_SIGINT)
-    while process.poll() is None and not list(tmp_path.glob("*/*.safetensors")):
-        time.sleep(0.01)
-    process.send_signal(stop)
-    _, stderr = process.communicate()
+    second_file = processes.stopping("open", ".safetensors", times=2)
+    process = start_writing(tmp_path / "out", second_file)
+    processes.wait_until_stopped(process)
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 1
+    stderr = processes.end(process, stop)
     assert process.returncode != 0, stderr
     left = list(tmp_path.iterdir())
     if stop == signal.SIGINT:

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from implementations import Kernels
-from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, tokens
+from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, swizzled, tokens
+from processes import LAST_RESORT
 from torch import Tensor, nn
 
 import mxfp4_fx
-from mxfp4_fx import target, weights
+from mxfp4_fx import weights
 from mxfp4_fx.errors import WeightError
 from mxfp4_fx.formats import dequantize
 from mxfp4_fx.layouts import LAYOUTS
@@ -65,22 +66,21 @@ def test_layers_of_one_model_compiled_one_by_one() -> None:
 def test_tied_experts_are_swizzled_once() -> None:
     tied = model()
     tied.model.layers[1].mlp.experts = tied.model.layers[0].mlp.experts
-    before = len(STORE)
     assert close(compile_with(tied)(tokens()).logits, tied(tokens()).logits)
-    assert len(STORE) - before == 2
+    assert mxfp4_fx.refresh(tied) == 2
 
 
 def test_prefill_and_decode_share_swizzled_weights() -> None:
     shared = model()
     graphs = Graphs()
     compiled = compile_with(shared, graphs, dynamic=False)
-    before = len(STORE)
     compiled(tokens(1, 7))
-    made = {id(part) for key, entry in STORE._entries.items() for part in entry.parts}
+    made = [swizzled(layer.mlp.experts) for layer in shared.model.layers]
     compiled(tokens(1, 1))
     assert len(graphs.seen) == 2
-    assert len(STORE) - before == 4
-    assert {id(p) for entry in STORE._entries.values() for p in entry.parts} == made
+    for layer, parts in zip(shared.model.layers, made, strict=True):
+        assert list(map(id, swizzled(layer.mlp.experts))) == list(map(id, parts))
+    assert mxfp4_fx.refresh(shared) == 4
 
 
 def test_load_state_dict_after_compiling() -> None:
@@ -215,14 +215,9 @@ def test_a_dead_model_frees_its_swizzled_weights() -> None:
     module = mlp()
     compiled = compile_with(module, "aot_eager")
     compiled(hidden())
-    experts = module.experts
-    layout = target.choose(torch.device("cpu")).layout
-    made = [STORE.get(w, layout) for w in (experts.gate_up_proj, experts.down_proj)]
-    parts = [weakref.ref(part) for pair in made for part in pair]
-    before = len(STORE)
-    del module, compiled, experts, made
+    parts = [weakref.ref(part) for part in swizzled(module.experts)]
+    del module, compiled
     gc.collect()
-    assert len(STORE) == before - 2
     assert all(part() is None for part in parts)
 
 
@@ -243,7 +238,7 @@ thread.start()
 locked.wait()
 child = os.fork()
 if not child:
-    signal.alarm(60)
+    signal.alarm(int(sys.argv[1]))
     STORE.get(torch.zeros(1, 32, 8), "row_major")
     os._exit(0)
 status = os.waitpid(child, 0)[1]
@@ -254,7 +249,8 @@ sys.exit(os.waitstatus_to_exitcode(status) != 0)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
-    subprocess.run([sys.executable, "-c", LOCKED_AT_THE_FORK], check=True, timeout=120)
+    argv = [sys.executable, "-c", LOCKED_AT_THE_FORK, f"{LAST_RESORT:.0f}"]
+    subprocess.run(argv, check=True)
 
 
 def test_an_id_that_is_used_again_is_another_weight() -> None:

@@ -1,0 +1,78 @@
+"""Other processes in tests. No test waits for a time: what it waits for is told, or happens.
+
+LAST_RESORT only ends a test that hangs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+LAST_RESORT = 600.0  # seconds
+
+
+def wait_until(happened: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + LAST_RESORT
+    while not happened():
+        assert time.monotonic() < until, f"waits for {what}"
+        time.sleep(0.01)
+
+
+def exit_status(child: int) -> int:
+    """What a forked process returned; it is killed if it does not end."""
+    status: list[int] = []
+
+    def ended() -> bool:
+        pid, found = os.waitpid(child, os.WNOHANG)
+        if pid:
+            status.append(os.waitstatus_to_exitcode(found))
+        return bool(pid)
+
+    try:
+        wait_until(ended, "the child")
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    return status[0]
+
+
+def stopping(event: str, ending: str, times: int) -> str:
+    """Python that stops its process before it does something to such a file for the n-th time.
+
+    Args:
+        event: one of Python's audit events whose first argument is a path: "open", "os.rename".
+        ending: of the path.
+        times: n.
+    """
+    # Who runs the tests may ignore SIGINT, as a shell has background jobs do, and they inherit it.
+    return f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.alarm({LAST_RESORT:.0f})
+seen = []
+
+def stop(event, args):
+    if event == {event!r} and str(args[0]).endswith({ending!r}):
+        seen.append(event)
+        if len(seen) == {times}:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+sys.addaudithook(stop)
+"""
+
+
+def wait_until_stopped(process: subprocess.Popen[str]) -> None:
+    """Wait until a process that runs :func:`stopping` has stopped."""
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), process.communicate()
+
+
+def end(process: subprocess.Popen[str], sent: signal.Signals) -> str:
+    """Send a stopped process a signal that ends it; its stderr."""
+    process.send_signal(sent)
+    process.send_signal(signal.SIGCONT)
+    return process.communicate(timeout=LAST_RESORT)[1]
