@@ -29,12 +29,12 @@ from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning, NoExpertsW
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
-from mxfp4_fx.skip import Skip
+from mxfp4_fx.skip import KEEP_DENSE, Skip
 from mxfp4_fx.transformers.capture import prepare_capture
 
-# Marks on a module's experts, which Dynamo guards because the hook reads them.
-KEEP_DENSE = "_mxfp4_fx_keep_dense"  # for good: the user skipped them when they were loaded
-_SKIPPED = "_mxfp4_fx_skipped"  # while a call lasts: options["skip"] of that call names them
+# A mark on experts while a call lasts: its options["skip"] names them. Dynamo guards it, as it guards
+# KEEP_DENSE, because the hook reads it.
+_SKIPPED = "_mxfp4_fx_skipped"
 _HOOK = -4  # our key among a module's hooks; torch's are not negative
 
 

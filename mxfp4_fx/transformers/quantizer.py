@@ -28,9 +28,8 @@ from mxfp4_fx.checkpoint import Checkpoint, warn_of_nan_blocks, warn_of_strays
 from mxfp4_fx.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
-from mxfp4_fx.skip import Skip
+from mxfp4_fx.skip import KEEP_DENSE, Skip
 from mxfp4_fx.transformers.unpacking import dense_weight, unpack_experts
-from mxfp4_fx.weights import keep_dense
 
 METHOD = "mxfp4_fx"
 SAVED_METHOD = "mxfp4"
@@ -186,11 +185,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # the loader makes every float a trainable parameter
             elif isinstance(module, GptOssExperts):
-                # Skipped, which the backend is to respect. The mark on the module stays when its
-                # parameters are replaced.
-                module._mxfp4_fx_keep_dense = True
-                for projection in PROJECTIONS:
-                    keep_dense(module.get_parameter(projection))
+                setattr(module, KEEP_DENSE, True)  # skipped, which the backend is to respect
         warn_of_nan_blocks(self._nan_blocks)
         _correct_offload_index(model)
         # Saving would undo the conversions; packed experts are saved as they are, and all under
