@@ -12,7 +12,7 @@ from models import Graphs, model, pack, tokens
 from transformers import CompileConfig, GptOssForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.store import STORE
 
 LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
 Make = Callable[[], GptOssForCausalLM]

@@ -162,6 +162,7 @@ def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
     """
     if source.dtype not in _DTYPES:
         raise TypeError(f"a weight must be float32, bfloat16 or float16, not {source.dtype}")
+    source = source.resolve_neg()  # the sign may be a bit of the tensor, not of its memory
     e, k, n = source.shape
     _check(
         _library().mxfp4_quantize(
@@ -178,7 +179,7 @@ def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
 
 def swizzle(blocks: Tensor, scales: Tensor, panels: Tensor, flags: Tensor) -> None:
     """Blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint into ``cpu_panels``."""
-    blocks, scales = blocks.contiguous(), scales.contiguous()
+    blocks, scales = (part.resolve_neg().contiguous() for part in (blocks, scales))
     e, n, groups = scales.shape
     _check(
         _library().mxfp4_swizzle(

@@ -15,7 +15,7 @@ from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.formats import dequantize as dequantize_values
 from mxfp4_fx.freed import is_freed
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.store import STORE
 
 Model = TypeVar("Model", bound=nn.Module)
 
