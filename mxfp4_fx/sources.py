@@ -108,9 +108,10 @@ class Source(State):
         self.storage, self.address, self.end, self.version = _state(tensor)
         self.is_freed = is_freed
 
-    def is_current(self, tensor: Tensor, owner: Tensor) -> bool:
+    def is_current(self, tensor: Tensor, owner: Tensor | None = None) -> bool:
+        """Whether this is the state of a tensor; of a view, if ``owner`` is what it views."""
         return (
-            self.impl == owner._cdata
+            self.impl == (tensor if owner is None else owner)._cdata
             # Not by its address, which may be that of an earlier one.
             and self.storage() is tensor.untyped_storage()
             and self.address == tensor.data_ptr()
@@ -130,30 +131,20 @@ class Entry:
 
     sources: tuple[Source, ...]
     geometry: tuple[Any, ...]
-    guards: Any
+    guards: Callable[..., bool]
     layout: str
     sizes: tuple[int, int, int]
     parts: Parts = ()  # type: ignore[assignment]  # made a little later
     stale: bool = False
 
-    def is_current(self, *tensors: Tensor) -> bool:
-        """Whether nothing has changed, of tensors that are no views."""
-        if self.stale:
-            return False
-        for source, tensor in zip(self.sources, tensors):  # noqa: B905  (strict= costs time)
-            if not source.is_current(tensor, tensor):
-                return False
-        return self.guards.check(*tensors) or self._has_geometry(tensors)
-
-    def is_current_view(self, *tensors: Tensor) -> bool:
-        """The same of any tensors."""
-        if self.stale:
-            return False
+    def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether nothing has changed."""
         pairs = zip(self.sources, tensors, strict=True)
-        return all(s.is_current(t, owner_of(t)) for s, t in pairs) and self._has_geometry(tensors)
-
-    def _has_geometry(self, tensors: tuple[Tensor, ...]) -> bool:
-        if self.geometry != tuple(map(geometry_of, tensors)):
+        if (
+            self.stale
+            or self.geometry != tuple(map(geometry_of, tensors))
+            or not all(s.is_current(t, owner_of(t)) for s, t in pairs)
+        ):
             return False
         # They ask for modes and requires_grad, too, which may have changed.
         self.guards = guards_of(tensors)
@@ -193,9 +184,12 @@ def geometry_of(tensor: Tensor) -> Geometry:
     return *place, tensor.dtype, tensor.device, tensor.is_neg(), tensor.is_conj()
 
 
-def guards_of(tensors: tuple[Tensor, ...]) -> Any:
+def guards_of(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
     """Whether tensors have this geometry, asked at once; and this class, mode and so on."""
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    check: Callable[..., bool] = TensorGuards(
+        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+    ).check
+    return check
 
 
 def is_gathered(tensor: Tensor) -> bool:

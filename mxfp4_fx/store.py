@@ -81,15 +81,27 @@ class WeightStore:
             scales: of a packed weight.
             name: the weight's, for what may have to be said of it.
         """
+        # Every weight passes here in every call.
         mark = id(getattr(weight, MARK, None))
         if scales is None:
             entry = self._entries.get((mark, _NO_SCALES, layout))
-            if entry is not None and entry.is_current(weight):
+            if (
+                entry is not None
+                and entry.sources[0].is_current(weight)
+                and entry.guards(weight)
+                and not entry.stale
+            ):
                 return entry.parts
             tensors: tuple[Tensor, ...] = (weight,)
         else:
             entry = self._entries.get((mark, id(getattr(scales, MARK, None)), layout))
-            if entry is not None and entry.is_current(weight, scales):
+            if (
+                entry is not None
+                and entry.sources[0].is_current(weight)
+                and entry.sources[1].is_current(scales)
+                and entry.guards(weight, scales)
+                and not entry.stale
+            ):
                 return entry.parts
             tensors = (weight, scales)
         with self._lock, torch._C.DisableTorchFunctionSubclass():
@@ -199,8 +211,8 @@ class WeightStore:
         if any(tensor._base is not None for tensor in tensors):
             key = (*key, *(geometry_of(tensor)[:3] for tensor in tensors))
         old = self._entries.get(key)
-        if old is not None and old.is_current_view(*tensors):
-            return old.parts  # a view, or another thread was faster
+        if old is not None and old.is_current(tensors):
+            return old.parts  # a view, or another mode, or another thread was faster
         # Read before the values: a write in between is then noticed at the next call.
         has_freed = [freed.is_freed(tensor) for tensor in tensors]
         new = Entry(
@@ -229,7 +241,7 @@ class WeightStore:
         if old is not None:
             self._let_go(old)
         if len(tensors) == 1 and not has_freed[0]:
-            _warn_of_nan(tensors[0], name)
+            _warn_of_nan(nan_experts(tensors[0], new.parts, layout), name)
         if new.stale and not marks[0].told:
             marks[0].told = True
             warn_of_repeats(name, "its memory is filled anew for each call, as FSDP does")
@@ -291,7 +303,7 @@ class WeightStore:
         for key, entry in list(self._entries.items()):
             mine = [source for source in entry.sources if source.mark() is mark]
             is_itself = entry.layout == CHECKPOINT_ORDER and len(entry.sources) == 2
-            if mine and (is_itself or not all(s.is_current(tensor, tensor) for s in mine)):
+            if mine and (is_itself or not all(s.is_current(tensor) for s in mine)):
                 del self._entries[key]
                 self._let_go(entry)
 
@@ -366,11 +378,12 @@ def warn_of_repeats(name: str, why: str) -> None:
     )
 
 
-def _warn_of_nan(weight: Tensor, name: str) -> None:
-    if experts := nan_experts(weight):
+def _warn_of_nan(experts: list[int], name: str) -> None:
+    if experts:
+        shown = ", ".join(map(str, experts[:8])) + (", ..." if experts[8:] else "")
         warnings.warn(
-            f"{name or 'an expert weight'} has infinite or NaN elements, in experts {experts[:8]}: "
-            f"MXFP4 makes NaN of each block of 32 that holds one",
+            f"{name or 'an expert weight'} has infinite or NaN elements (experts {shown}): MXFP4 "
+            f"makes NaN of each block of 32 that holds one",
             NanWeightsWarning,
             stacklevel=3,
         )

@@ -82,16 +82,23 @@ def dequantized_like(blocks: Tensor, scales: Tensor, like: Tensor) -> Tensor:
     return weight
 
 
-def nan_experts(weight: Tensor) -> list[int]:
+def nan_experts(weight: Tensor, parts: Parts, layout: str) -> list[int]:
     """The experts of a weight [E, K, N] of floats that have infinite or NaN elements.
 
     MXFP4 has neither: a block of 32 that holds one becomes NaN, all of it.
+
+    Args:
+        weight: the weight.
+        parts: what it was swizzled to, in ``layout``.
     """
+    if layout == "cpu_panels" and not parts[1].any():  # no scale byte is extreme
+        return []
     with torch.inference_mode(False), torch.no_grad():
         ends = [torch.stack(torch.aminmax(expert)) for expert in weight.detach() if expert.numel()]
         if not ends:
             return []
-        return (~torch.stack(ends).isfinite().all(dim=1)).nonzero().flatten().tolist()
+        found: list[int] = (~torch.stack(ends).isfinite().all(dim=1)).nonzero().flatten().tolist()
+        return found
 
 
 def sizes_of(weight: Tensor, is_packed: bool) -> tuple[int, int, int]:
