@@ -101,7 +101,7 @@ class DeferredTensor(torch.Tensor):
     from the beginning; its memory is not touched before.
     """
 
-    _make: Callable[[], Tensor] | None
+    _make: Callable[[], Tensor]
 
     @classmethod
     def of(cls, like: Tensor, make: Callable[[], Tensor]) -> DeferredTensor:
@@ -123,12 +123,15 @@ class DeferredTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     def values(self) -> Tensor:
-        """The same memory as a plain tensor, with its values."""
+        """The same memory as a plain tensor, with its values; this one is plain from now on, too.
+
+        (``nn.Parameter`` wants tensors that detach to their own class.)
+        """
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             plain = self.as_subclass(torch.Tensor)
-            if self._make is not None:
-                plain.copy_(self._make())
-                self._make = None
+            plain.copy_(self._make())
+            del self._make
+            self.__class__ = torch.Tensor  # type: ignore[assignment]
             return plain
 
 
@@ -143,7 +146,11 @@ def can_free(value: Tensor) -> bool:
     """
     if isinstance(value, FreedParameter):
         return True
-    return type(value) is nn.Parameter and not value.is_inference()
+    # What nn.Parameter makes of a tensor that was deferred is a plain one with a mark.
+    is_plain = type(value) is nn.Parameter or (
+        type(value) is Tensor and hasattr(value, "_is_param")
+    )
+    return is_plain and not value.is_inference()
 
 
 def free(parameter: nn.Parameter) -> bool:

@@ -114,11 +114,13 @@ def test_loading_other_values(make: Callable[..., Any], assign: bool) -> None:
 
 
 @BOTH
-def test_loading_what_it_holds_itself(make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_what_it_holds_itself(make: Callable[..., Any], assign: bool) -> None:
     module, compiled = freed(make())
-    expected = compiled(hidden())[0]
-    module.load_state_dict(module.state_dict())
+    before, expected = number_freed(module), compiled(hidden())[0]
+    module.load_state_dict(module.state_dict(), assign=assign)
     assert torch.equal(compiled(hidden())[0], expected)
+    assert number_freed(module) == before
     mxfp4_fx.restore(module)
     assert_same_tensors(dict(module.named_parameters()), dict(make().named_parameters()))
 
@@ -159,6 +161,8 @@ def test_new_data() -> None:
 def test_the_state_dict_has_the_values(make: Callable[..., Any]) -> None:
     module, _ = freed(make())
     assert_same_tensors(dict(module.state_dict()), dict(make().state_dict()))
+    deferred = module.state_dict()
+    assert all(torch.equal(deferred[n], deferred[n]) for n in deferred)
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)

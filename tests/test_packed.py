@@ -209,7 +209,7 @@ num_experts=E, first_expert=0, kernels=reference), with 0 = 0 but found 1
         )
 
     def test_other_scales(self) -> None:
-        changes = {"self.down_proj_scales,": "self.down_proj_scales + 1,"}
+        changes = {"self.down_proj_scales)": "self.down_proj_scales + 1)"}
         self.assert_missed(
             self.edit(changes),
             """\
