@@ -21,7 +21,7 @@ from torch import Tensor
 from mxfp4_fx import target
 from mxfp4_fx.formats import dequantize
 from mxfp4_fx.ops.schemas import KERNELS
-from mxfp4_fx.weights import swizzle_weight
+from mxfp4_fx.swizzle import swizzle_weight
 
 PATH_VARIABLE = "MXFP4_FX_CPU"
 OPS = torch.ops.mxfp4

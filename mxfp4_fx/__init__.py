@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from mxfp4_fx.quantization import quantize_checkpoint
     from mxfp4_fx.transformers.loading import from_pretrained
     from mxfp4_fx.transformers.unpacking import dequantize
-    from mxfp4_fx.weights import refresh, restore
+    from mxfp4_fx.weights import forget, refresh, restore
 
 __all__ = [
     "Explanation",
     "__version__",
     "dequantize",
     "explain",
+    "forget",
     "from_pretrained",
     "mxfp4",
     "quantize_checkpoint",
@@ -33,6 +34,7 @@ _MODULES = {
     "Explanation": "mxfp4_fx.explanation",
     "dequantize": "mxfp4_fx.transformers.unpacking",
     "explain": "mxfp4_fx.explanation",
+    "forget": "mxfp4_fx.weights",
     "from_pretrained": "mxfp4_fx.transformers.loading",
     "mxfp4": "mxfp4_fx.backend",
     "quantize_checkpoint": "mxfp4_fx.quantization",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -18,7 +19,8 @@ from mxfp4_fx.options import Options
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.sources import Mark, mark_of
+from mxfp4_fx.store import STORE, warn_of_repeats
 
 log = logging.getLogger("mxfp4_fx.backend")
 
@@ -151,15 +153,21 @@ class InputPlan:
 
     def __init__(self, captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> None:
         slots = {n.name: i for i, n in enumerate(captured.graph.find_nodes(op="placeholder"))}
-        bindings = [ctx.bindings.get(n.name) for n in lowered.graph.find_nodes(op="placeholder")]
-        # Swizzled weights: the captured graph's inputs that each is made from, and its layout.
-        self.swizzled = sorted({(b.sources, b.layout) for b in bindings if b})
+        placeholders = lowered.graph.find_nodes(op="placeholder")
+        bindings = [ctx.bindings.get(node.name) for node in placeholders]
+        # Swizzled weights: the captured graph's inputs that each is made from, layout and name.
+        self.swizzled = sorted({(b.sources, b.layout, b.name) for b in bindings if b})
         # For each input: one of the captured graph's as it is, or a swizzled weight and its part.
         self._inputs: list[tuple[int, None] | tuple[int, int]] = [
-            (self.swizzled.index((b.sources, b.layout)), b.part) if b else (slots[node.name], None)
-            for node, b in zip(lowered.graph.find_nodes(op="placeholder"), bindings, strict=True)
+            (self.swizzled.index((b.sources, b.layout, b.name)), b.part)
+            if b
+            else (slots[node.name], None)
+            for node, b in zip(placeholders, bindings, strict=True)
         ]
         self.as_they_are = {at for at, part in self._inputs if part is None}
+        # What the last call that had to swizzle was called with, and how many in a row had others.
+        self._last: list[weakref.ref[Mark]] = []
+        self._strangers = 0
 
     def examples(self, lowered: fx.GraphModule, ctx: Context) -> list[Any]:
         """Example inputs for the inner compiler; swizzled weights are fake."""
@@ -173,11 +181,28 @@ class InputPlan:
         """The lowered graph's inputs for a call of the captured one with ``args``."""
         # Freed parameters go by the road of all others, past their own class's veto.
         with torch._C.DisableTorchFunctionSubclass():
-            swizzled = [
-                STORE.get(args[sources[0]], layout, *(args[i] for i in sources[1:]))
-                for sources, layout in self.swizzled
-            ]
-        return [args[at] if part is None else swizzled[at][part] for at, part in self._inputs]
+            before = STORE.swizzled
+            parts = self._look_up(args)
+            if STORE.swizzled != before:
+                self._look_out(args)
+                parts = self._look_up(args)  # what shares memory may have turned out to be stale
+        return [args[at] if part is None else parts[at][part] for at, part in self._inputs]
+
+    def _look_up(self, args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
+        return [
+            STORE.get(args[at[0]], layout, args[at[1]] if len(at) == 2 else None, name)
+            for at, layout, name in self.swizzled
+        ]
+
+    def _look_out(self, args: tuple[Any, ...]) -> None:
+        """Tell if each call brings tensors that no earlier one brought, and that do not last."""
+        are_gone = bool(self._last) and all(mark() is None for mark in self._last)
+        self._strangers = self._strangers + 1 if are_gone else 0
+        self._last = [weakref.ref(mark_of(args[at[0]])) for at, _, _ in self.swizzled]
+        if self._strangers == 2:
+            warn_of_repeats(
+                self.swizzled[0][2], "every call brings another tensor, and the last one is gone"
+            )
 
 
 _TITLE = "mxfp4: swizzling expert weights"
@@ -185,24 +210,22 @@ _TITLE = "mxfp4: swizzling expert weights"
 
 def _swizzle_ahead(plan: InputPlan, ctx: Context) -> None:
     """Swizzle while compiling, with a progress bar, rather than in the first call."""
-    for sources, layout in tqdm(plan.swizzled, _TITLE, leave=False, disable=None):
+    for sources, layout, name in tqdm(plan.swizzled, _TITLE, leave=False, disable=None):
         weight, *scales = (ctx.inputs[i] for i in sources)
         if isinstance(weight, Tensor) and not isinstance(weight, FakeTensor):
-            STORE.get(weight, layout, *scales)
+            STORE.get(weight, layout, scales[0] if scales else None, name)
 
 
 def _free(plan: InputPlan, args: tuple[Any, ...]) -> None:
     """Swizzle what is not, and give each source's memory back before the next one is swizzled."""
     found = []
-    for sources, layout in plan.swizzled:
-        tensors = [args[i] for i in sources]
-        if is_freed(tensors[0]):
-            continue
-        if STORE.can_free(tensors[0], layout, *tensors[1:]) and not set(sources) & plan.as_they_are:
-            found.append((layout, tensors))
+    for sources, layout, name in plan.swizzled:
+        weight, *scales = (args[i] for i in sources)
+        if STORE.can_free(weight, layout, *scales) and not set(sources) & plan.as_they_are:
+            found.append((weight, layout, *(scales or [None]), name))
     if found:
-        for layout, (weight, *scales) in tqdm(found, _TITLE, leave=False, disable=None):
-            STORE.free(weight, layout, *scales)
+        for one in tqdm(found, _TITLE, leave=False, disable=None):
+            STORE.free(*one)
 
 
 def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> CompiledGraph:

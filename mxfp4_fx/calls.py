@@ -32,7 +32,7 @@ from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
 from mxfp4_fx.skip import KEEP_DENSE, Skip
 from mxfp4_fx.transformers.capture import prepare_capture
 
-# A mark on experts while a call lasts: its options["skip"] names them. Dynamo guards it, as it guards
+# A mark on experts while a call lasts: its options["skip"] names them. Dynamo guards it, as it does
 # KEEP_DENSE, because the hook reads it.
 _SKIPPED = "_mxfp4_fx_skipped"
 _HOOK = -4  # our key among a module's hooks; torch's are not negative

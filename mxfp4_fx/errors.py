@@ -67,3 +67,7 @@ class NanWeightsWarning(UserWarning):
 
 class DeviceFullWarning(UserWarning):
     """A dense weight did not fit on its device and is on the CPU."""
+
+
+class RepeatedSwizzleWarning(UserWarning):
+    """An expert weight is swizzled at each call, because it is another one, or filled anew."""

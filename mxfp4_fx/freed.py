@@ -1,13 +1,15 @@
 """Parameters whose memory was given back: ``options["free_weights"]``.
 
 A freed parameter stays the object that it was, with its shape, dtype and device, because Dynamo's
-guards and the swizzled weights go by these. Its values are elsewhere; whoever asks for them gets an
-error instead of a crash (torch reads a storage of no bytes without looking).
+guards and the swizzled weights go by these. Its values are elsewhere. Who moves, converts, saves or
+overwrites it is served; whoever would compute with it gets an error instead of a crash (torch reads
+a storage of no bytes without looking).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +24,8 @@ from mxfp4_fx.errors import FreedWeightError
 
 _REMEDY = (
     "its memory was given back when it was compiled with options={'free_weights': True}, and its "
-    "values are in the compiled graph's layout now. Call the compiled model, give freed weights "
+    "values are in the compiled graph's layout now. Call the compiled model (if you did, Dynamo "
+    "ran a part of it uncompiled: see torch._dynamo.config.recompile_limit), give freed weights "
     "their memory again with mxfp4_fx.restore(model), or compile without free_weights"
 )
 _MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, which is no matter
@@ -34,7 +37,24 @@ _KNOWN = {
     *("untyped_storage", "get_device", "is_inference"),
 }
 # What may be asked of a freed parameter besides, or done to it.
-_ALLOWED = {*_KNOWN, "data_ptr", "requires_grad_"}
+_ALLOWED = {
+    *("data_ptr", "requires_grad_", "empty_like", "_has_compatible_shallow_copy_type"),
+    *_KNOWN,
+}
+# What makes another tensor of it, of another device or dtype, unless there is nothing to do ...
+_CONVERSIONS = {
+    *("to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16"),
+}
+# ... and what overwrites it.
+_OVERWRITES = {"copy_", "zero_", "fill_"}
+
+_read: Callable[[Tensor], Tensor] | None = None
+
+
+def read_from(values: Callable[[Tensor], Tensor]) -> None:
+    """Have freed parameters find their values by this function."""
+    global _read
+    _read = values
 
 
 class FreedParameter(nn.Parameter):
@@ -49,8 +69,17 @@ class FreedParameter(nn.Parameter):
             # What another compiler makes of a tensor reads its memory without asking.
             if name in _ALLOWED or (torch.compiler.is_compiling() and dynamo.compiling_for()):
                 return func(*args, **kwargs)
-        freed = (a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
-        return _refuse(next(freed), name)
+        freed = next(a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
+        if args and args[0] is freed and not torch.compiler.is_compiling():
+            if name == "detach":
+                return DeferredTensor.of(freed, functools.partial(_values, freed))
+            if name in _CONVERSIONS:
+                return _converted(freed, func, args[1:], kwargs)
+            if name in _OVERWRITES:
+                return _overwritten(freed, func, args[1:], kwargs)
+            if name == "set data":
+                return _set_data(freed, args[1])
+        return _refuse(freed, name)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # as it is called, so it is
         with torch._C.DisableTorchFunctionSubclass():
@@ -72,7 +101,7 @@ class DeferredTensor(torch.Tensor):
     from the beginning; its memory is not touched before.
     """
 
-    _make: Callable[[], Tensor] | None
+    _make: Callable[[], Tensor]
 
     @classmethod
     def of(cls, like: Tensor, make: Callable[[], Tensor]) -> DeferredTensor:
@@ -94,12 +123,15 @@ class DeferredTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     def values(self) -> Tensor:
-        """The same memory as a plain tensor, with its values."""
+        """The same memory as a plain tensor, with its values; this one is plain from now on, too.
+
+        (``nn.Parameter`` wants tensors that detach to their own class.)
+        """
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             plain = self.as_subclass(torch.Tensor)
-            if self._make is not None:
-                plain.copy_(self._make())
-                self._make = None
+            plain.copy_(self._make())
+            del self._make
+            self.__class__ = torch.Tensor  # type: ignore[assignment]
             return plain
 
 
@@ -114,7 +146,11 @@ def can_free(value: Tensor) -> bool:
     """
     if isinstance(value, FreedParameter):
         return True
-    return type(value) is nn.Parameter and not value.is_inference()
+    # What nn.Parameter makes of a tensor that was deferred is a plain one with a mark.
+    is_plain = type(value) is nn.Parameter or (
+        type(value) is Tensor and hasattr(value, "_is_param")
+    )
+    return is_plain and not value.is_inference()
 
 
 def free(parameter: nn.Parameter) -> bool:
@@ -167,7 +203,9 @@ def _name_of(func: Callable[..., Any]) -> str:
     if name not in ("__get__", "__set__"):
         return name
     attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-    return attribute if attribute in _VALUES else name
+    if attribute not in _VALUES:
+        return name
+    return attribute if name == "__get__" else f"set {attribute}"
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -178,6 +216,40 @@ def _flat(value: Any) -> Iterator[Any]:
         return
     for item in value:
         yield from _flat(item)
+
+
+def _values(parameter: Tensor) -> Tensor:
+    """What a parameter holds, freed or not."""
+    assert _read is not None  # whoever frees can read
+    return _read(parameter)
+
+
+def _converted(freed: FreedParameter, func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
+    """What a conversion makes of it: itself, if it is of that device and dtype already."""
+    with torch._C.DisableTorchFunctionSubclass():
+        like = torch.empty(0, dtype=freed.dtype, device=freed.device)
+    if func(like, *args, **kwargs) is like:
+        return freed
+    converted: Tensor = func(_values(freed), *args, **kwargs)
+    return converted
+
+
+def _overwritten(freed: FreedParameter, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Give it memory and have that written to."""
+    # What is deferred may be its own values.
+    args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.values, (args, kwargs))
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        room = torch.empty_strided(
+            freed.shape, freed.stride(), dtype=freed.dtype, device=freed.device
+        )
+        func(room, *args, **kwargs)  # before anything is changed: it may fail
+    restore(freed, room)
+    return freed
+
+
+def _set_data(freed: FreedParameter, value: Tensor) -> None:
+    if value is not freed:
+        restore(freed, value.values() if isinstance(value, DeferredTensor) else value)
 
 
 def _refuse(parameter: FreedParameter, what: str) -> NoReturn:

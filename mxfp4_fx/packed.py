@@ -1,25 +1,25 @@
 """GPT-OSS experts whose weights stay packed: what a model from an MXFP4 checkpoint holds.
 
 Uncompiled, it computes by the ops' plain-PyTorch meaning, which dequantizes the experts that are
-hit, one at a time. Dynamo captures these ops whole, and ``passes/patterns.py`` knows them as the
-form ``packed``.
+hit, one at a time; weights that were freed by the kernels whose layout they are in. Dynamo captures
+these ops whole, and ``passes/patterns.py`` knows them as the form ``packed``.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
+from mxfp4_fx import target
 from mxfp4_fx.errors import SlowKernelsWarning
 from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
-from mxfp4_fx.freed import DeferredTensor, is_freed
+from mxfp4_fx.freed import is_freed
 from mxfp4_fx.gpt_oss import PROJECTIONS
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.sources import Parts
+from mxfp4_fx.store import STORE
 
 
 class PackedExperts(nn.Module):
@@ -34,6 +34,11 @@ class PackedExperts(nn.Module):
         gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
         alpha, limit: SwiGLU's constants.
     """
+
+    gate_up_proj_blocks: nn.Parameter
+    gate_up_proj_scales: nn.Parameter
+    down_proj_blocks: nn.Parameter
+    down_proj_scales: nn.Parameter
 
     def __init__(
         self,
@@ -57,19 +62,6 @@ class PackedExperts(nn.Module):
             bias = nn.Parameter(torch.empty(num_experts, n), requires_grad=False)
             self.register_parameter(f"{name}_bias", bias)
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        """As every module's; freed weights are read when, and if, their values are asked for."""
-        for name, parameter in self._parameters.items():
-            if keep_vars or parameter is None:
-                destination[prefix + name] = parameter
-            elif is_freed(parameter):
-                read = functools.partial(STORE.values, parameter)
-                destination[prefix + name] = DeferredTensor.of(parameter, read)
-            else:
-                destination[prefix + name] = parameter.detach()
-
     def forward(
         self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor
     ) -> Tensor:
@@ -80,28 +72,30 @@ class PackedExperts(nn.Module):
         gammas, gather_index, scatter_index, offsets = torch.ops.mxfp4.routing.routes(
             router_indices, routing_weights, self.num_experts
         )
+        gate_up, by = _readable(self.gate_up_proj_blocks, self.gate_up_proj_scales)
         inner = torch.ops.mxfp4.matmul_ogs(
             hidden_states,
-            self.gate_up_proj_blocks,
-            self.gate_up_proj_scales,
+            *gate_up,
             self.gate_up_proj_bias,
             offsets,
             gather_index=gather_index,
             activation="swiglu",
             alpha=self.alpha,
             limit=self.limit,
+            **by,
         )
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             _warn_of_export()
+        down, by = _readable(self.down_proj_blocks, self.down_proj_scales)
         out: Tensor = torch.ops.mxfp4.matmul_ogs(
             inner,
-            self.down_proj_blocks,
-            self.down_proj_scales,
+            *down,
             self.down_proj_bias,
             offsets,
             scatter_index=scatter_index,
             gammas=gammas,
             experts_per_token=router_indices.shape[1],
+            **by,
         )
         return out
 
@@ -116,6 +110,17 @@ def _warn_of_export() -> None:
         SlowKernelsWarning,
         stacklevel=2,
     )
+
+
+def _readable(blocks: Tensor, scales: Tensor) -> tuple[Parts, dict[str, str]]:
+    """A weight as it can be read now, and the kernels and layout to name if it is not as it was.
+
+    Not while compiling: a graph reads the parameters themselves, and may read freed ones.
+    """
+    if torch.compiler.is_compiling() or not (is_freed(blocks) or is_freed(scales)):
+        return (blocks, scales), {}
+    parts, layout = STORE.held(blocks, scales)
+    return parts, {"layout": layout, "kernels": target.kernels_for(layout, parts[0].device)}
 
 
 def _bytes(*shape: int) -> nn.Parameter:

@@ -23,8 +23,8 @@ from mxfp4_fx.errors import CheckpointError, Mxfp4Error, OptionError
 
 # Parts of names that tools add where they wrap a module. What they put in front needs no list.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# A mark on experts that the user skipped when they were loaded. It is the module's, which stays when
-# its parameters are replaced.
+# A mark on experts that the user skipped when they were loaded. It is the module's, which stays
+# when its parameters are replaced.
 KEEP_DENSE = "_mxfp4_fx_keep_dense"
 _REGEX = set("\\()|^$+{}")
 # What may follow a match: nothing or a dot, or the match ends in one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -88,6 +89,15 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
         _warn_slow(str(error))
         return Target("pytorch", "row_major", f"PyTorch {threads}, for {error}")
     return Target("cpu", "cpu_panels", f"native {threads}, {cpu_path()}: {_why(cpu_path())}")
+
+
+def kernels_for(layout: str, device: torch.device) -> str:
+    """Kernels that read a layout on a device: the best, or the reference, which reads them all."""
+    with contextlib.suppress(KernelsUnavailableError):
+        best = choose(device)
+        if best.layout == layout:
+            return best.kernels
+    return "reference"
 
 
 def _hub(device: torch.device) -> Target:

@@ -12,11 +12,10 @@ import pytest
 import torch
 from models import Graphs, compile_with, hidden, mlp, model, tokens
 from oracle import assert_as_accurate
-from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
-from mxfp4_fx.errors import MissedRewriteWarning, NoExpertsWarning, OptionError
+from mxfp4_fx.errors import MissedRewriteWarning, OptionError
 from mxfp4_fx.options import Options
 
 

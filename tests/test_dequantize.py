@@ -25,7 +25,7 @@ from mxfp4_fx.errors import DequantizeError, DeviceFullWarning
 from mxfp4_fx.formats import SLAB_VALUES
 from mxfp4_fx.freed import is_freed
 from mxfp4_fx.packed import PackedExperts
-from mxfp4_fx.weights import STORE, WeightStore
+from mxfp4_fx.store import STORE, WeightStore
 
 WAYS: dict[str, Callable[[Any], Any]] = {
     "function": mxfp4_fx.dequantize,

@@ -18,7 +18,7 @@ import mxfp4_fx
 from mxfp4_fx import target
 from mxfp4_fx.cli import main
 from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.store import STORE
 
 CPU = target.choose(torch.device("cpu"))
 # Panels are 32 rows high and two blocks wide: all weights here fill theirs but down_proj, whose 96

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import os
 import pickle
 import re
@@ -25,7 +24,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
 from mxfp4_fx.freed import FreedParameter
-from mxfp4_fx.weights import WeightStore, swizzle_weight
+from mxfp4_fx.store import WeightStore
+from mxfp4_fx.swizzle import swizzle_weight
 
 FREE = {"free_weights": True}
 
@@ -135,7 +135,7 @@ def test_weights_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         still.append(held(whole))
         return real(*args)
 
-    monkeypatch.setattr("mxfp4_fx.weights.swizzle_weight", watching)
+    monkeypatch.setattr("mxfp4_fx.store.swizzle_weight", watching)
     total = held(whole)
     compile_with(whole, options=FREE)(tokens())
     sizes = [p.numel() for p in experts_of(whole.model.layers[0]).values()]
@@ -197,21 +197,17 @@ USES: dict[str, Callable[[Any], Any]] = {
     "eager": lambda m: m(hidden()),
     "arithmetic": lambda m: m.experts.down_proj + 1,
     "sum": lambda m: m.experts.down_proj.sum(),
+    "add_": lambda m: m.experts.down_proj.add_(1),
+    "source of a copy": lambda m: torch.zeros(6, 96, 64).copy_(m.experts.down_proj),
     "clone": lambda m: m.experts.down_proj.clone(),
-    "detach": lambda m: m.experts.down_proj.detach(),
     "numpy": lambda m: m.experts.down_proj.numpy(),
     "data": lambda m: m.experts.down_proj.data.sum(),
-    "new data": lambda m: setattr(m.experts.down_proj, "data", torch.zeros(6, 96, 64)),
     "transposed": lambda m: m.experts.down_proj.mT.sum(),
     "item": lambda m: m.experts.down_proj[0, 0, 0].item(),
     "list of weights": lambda m: torch.cat([torch.zeros(1, 96, 64), m.experts.down_proj]),
     "keyword": lambda m: torch.add(torch.zeros(1), other=m.experts.down_proj),
-    "copy_": lambda m: m.experts.down_proj.copy_(torch.zeros(6, 96, 64)),
-    "to": lambda m: m.double(),
     "deepcopy": copy.deepcopy,
     "pickle": pickle.dumps,
-    "torch.save": lambda m: torch.save(m.state_dict(), io.BytesIO()),
-    "load_state_dict": lambda m: m.load_state_dict(mlp().state_dict()),
     "another compiler": lambda m: torch.compile(m, backend="aot_eager")(hidden()),
     "another compiler's kernel": lambda m: torch.compile(
         lambda: m.experts.down_proj.sum(), backend="inductor"
@@ -432,7 +428,7 @@ MAPPED = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.store import STORE
 
 def file_pages():
     status = open("/proc/self/status").read()

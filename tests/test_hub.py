@@ -37,7 +37,7 @@ from torch._subclasses import FakeTensorMode
 from mxfp4_fx import hub, target
 from mxfp4_fx.errors import KernelsUnavailableError
 from mxfp4_fx.ops import hub as hub_ops
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.store import STORE
 
 HUB = Kernels("hub")
 CUDA = torch.device("cuda")

@@ -9,7 +9,7 @@ import pytest
 # Every file of the package but the `__init__`s of folders: a line is a layer, the lowest comes
 # first. Files of one layer do not import one another. ops/cpu/ holds C++ only.
 LAYERS = [
-    ["errors.py", "console.py", "dynamo.py", "version.py"],
+    ["errors.py", "console.py", "dynamo.py", "version.py", "sources.py"],
     ["native.py", "hub.py", "freed.py", "skip.py"],
     ["experts.py", "formats.py", "target.py", "options.py", "safetensors_file.py", "journal.py"],
     ["layouts.py", "gpt_oss.py"],
@@ -20,8 +20,9 @@ LAYERS = [
     ["ops/triton_kernels/matmul.py"],
     ["ops/triton.py", "ops/cpu.py", "ops/pytorch.py", "ops/hub.py", "ops/backward.py"],
     ["ops/schemas.py"],
-    ["weights.py", "verification.py", "passes/graph.py", "passes/origin.py", "passes/report.py"],
-    ["packed.py", "passes/matcher.py", "passes/context.py", "passes/effects.py"],
+    ["swizzle.py", "verification.py", "passes/graph.py", "passes/origin.py", "passes/report.py"],
+    ["store.py"],
+    ["weights.py", "packed.py", "passes/matcher.py", "passes/context.py", "passes/effects.py"],
     ["passes/patterns.py", "passes/memory.py"],
     ["passes/canonicalize.py"],
     ["passes/checks.py"],
@@ -171,7 +172,7 @@ UPWARD = {
     "for types only": "if TYPE_CHECKING:\n    from ..backend import mxfp4",
     "import_module": "importlib.import_module('mxfp4_fx.backend')",
     "relative import_module": "import_module('..backend', __package__)",
-    "same layer": "from ..weights import swizzled",
+    "same layer": "from ..swizzle import swizzle_weight",
     "the package": "import mxfp4_fx",
     "name of the package": "from mxfp4_fx import explain_all",
     "folder": "from mxfp4_fx import ops",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mxfp4_fx.layouts import LAYOUTS
-from mxfp4_fx.weights import swizzle_weight
+from mxfp4_fx.swizzle import swizzle_weight
 
 # Panels and pairs of blocks that are full, partly filled, and none.
 SIZES = [(64, 128), (48, 96), (33, 160), (31, 64), (5, 32), (1, 64), (0, 32)]

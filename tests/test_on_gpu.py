@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mxfp4_fx import target
 from mxfp4_fx.freed import FreedParameter
-from mxfp4_fx.weights import restore, swizzle_weight
+from mxfp4_fx.swizzle import swizzle_weight
+from mxfp4_fx.weights import restore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -20,7 +20,8 @@ from mxfp4_fx.errors import WeightError
 from mxfp4_fx.formats import quantize
 from mxfp4_fx.layouts import LAYOUTS
 from mxfp4_fx.packed import PackedExperts
-from mxfp4_fx.weights import STORE, WeightStore, swizzle_weight, unswizzle_weight
+from mxfp4_fx.store import STORE, WeightStore
+from mxfp4_fx.swizzle import swizzle_weight, unswizzle_weight
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -208,7 +209,7 @@ num_experts=E, first_expert=0, kernels=reference), with 0 = 0 but found 1
         )
 
     def test_other_scales(self) -> None:
-        changes = {"self.down_proj_scales,": "self.down_proj_scales + 1,"}
+        changes = {"self.down_proj_scales)": "self.down_proj_scales + 1)"}
         self.assert_missed(
             self.edit(changes),
             """\

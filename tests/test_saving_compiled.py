@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mxfp4_fx
 from mxfp4_fx.freed import DeferredTensor, FreedParameter
-from mxfp4_fx.weights import WeightStore
+from mxfp4_fx.store import WeightStore
 
 FREE = {"free_weights": True, "strict": True}
 

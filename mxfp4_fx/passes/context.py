@@ -21,11 +21,13 @@ class Binding:
             or blocks and scales.
         layout: the layout it is swizzled to.
         part: 0 for blocks, 1 for scales.
+        name: the weight's, in the model that was captured; others may share the graph.
     """
 
     sources: tuple[int, ...]
     layout: str
     part: int
+    name: str
 
 
 @dataclasses.dataclass

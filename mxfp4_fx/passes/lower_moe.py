@@ -43,7 +43,10 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
             )
             if sources not in swizzled:
                 indices = tuple(inputs[source] for source in sources)
-                swizzled[sources] = _swizzled_inputs(sources, indices, chosen.layout, ctx)
+                full_name = f"{name}_proj of {rewrite.layer}"
+                swizzled[sources] = _swizzled_inputs(
+                    sources, indices, chosen.layout, full_name, ctx
+                )
             found.append(swizzled[sources])
         gate_up, down = found
         _expand(node, values, gate_up, down, chosen)
@@ -66,7 +69,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _swizzled_inputs(
-    sources: Sources, indices: tuple[int, ...], layout: str, ctx: Context
+    sources: Sources, indices: tuple[int, ...], layout: str, name: str, ctx: Context
 ) -> tuple[fx.Node, fx.Node]:
     """New graph inputs for the swizzled blocks and scales of one weight, in place of its own."""
     source = sources[0]
@@ -79,15 +82,16 @@ def _swizzled_inputs(
         parts = LAYOUTS[layout].empty(e, n, k, weight.device)
     nodes = []
     after = source
-    for part, (name, value) in enumerate(zip(("blocks", "scales"), parts, strict=True)):
+    for part, (end, value) in enumerate(zip(("blocks", "scales"), parts, strict=True)):
         with source.graph.inserting_after(after):
             stem = source.name.rstrip("_").removesuffix("_blocks")
-            node = source.graph.placeholder(f"{stem}_{name}")
+            node = source.graph.placeholder(f"{stem}_{end}")
+        node.target = node.name  # the argument's name, which two pairs with common blocks share
         node.meta["example_value"] = value
         # Its address is fixed as the parameter's was, and no guard of Dynamo's speaks of it.
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         node._dynamo_source = None
-        ctx.bindings[node.name] = Binding(indices, layout, part)
+        ctx.bindings[node.name] = Binding(indices, layout, part, name)
         nodes.append(after := node)
     return nodes[0], nodes[1]
 

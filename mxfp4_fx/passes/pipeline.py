@@ -88,6 +88,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     old_output, output = (g.output_node() for g in (gm.graph, graph))
     output.meta = dict(old_output.meta)
     for old, new in copies.items():
+        new.meta.pop("grapharg", None)  # refers weakly to a tensor, which may not be swapped then
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)

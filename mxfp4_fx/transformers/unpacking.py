@@ -15,7 +15,7 @@ from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.formats import dequantize as dequantize_values
 from mxfp4_fx.freed import is_freed
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.store import STORE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,8 +35,8 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
         The model.
 
     Raises:
-        DequantizeError: it has no packed experts, parts of it are offloaded, or other weights of it
-            were freed. Nothing changed.
+        DequantizeError: it has no packed experts (nor dense ones that ``free_weights`` freed), or
+            parts of it are offloaded. Nothing changed.
     """
     unpack_experts(model, dtype)
     for module in model.modules():
@@ -53,7 +53,14 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         if isinstance(module, PackedExperts):
             places.setdefault(id(module), []).append(name)
     owner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if owner is None or not places:
+    others = [
+        parameter
+        for module in model.modules()
+        if not isinstance(module, PackedExperts)
+        for parameter in module.parameters(recurse=False)
+        if is_freed(parameter)
+    ]
+    if owner is None or not (places or others):
         raise DequantizeError(
             f"{type(model).__name__} has no packed experts: pass a model that "
             f"mxfp4_fx.from_pretrained returned"
@@ -64,15 +71,8 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 f"{name} is offloaded, where dense weights have no place: load the checkpoint with "
                 f"transformers and Mxfp4Config(dequantize=True) instead"
             )
-    modules = [module for module in model.modules() if isinstance(module, PackedExperts)]
-    packed_ones = {id(parameter) for module in modules for parameter in module.parameters()}
-    del modules
-    for name, parameter in model.named_parameters():
-        if is_freed(parameter) and id(parameter) not in packed_ones:
-            raise DequantizeError(
-                f"{name} was freed when it was compiled (free_weights), and is not packed: call "
-                f"mxfp4_fx.restore(model) first"
-            )
+    for parameter in others:  # dense ones, of which MXFP4 values are left
+        STORE.restore(parameter)
     for names in places.values():
         parents = [model.get_submodule(name.rpartition(".")[0]) for name in names]
         # Packed experts never are; dense ones are trained if the router beside them is.
