@@ -75,10 +75,7 @@ class Checkpoint:
             for stored, tensor in read_header(file).items():
                 name = rename(stored)
                 if name in self.tensors:
-                    raise CheckpointError(
-                        f"{name} lies both in {self.tensors[name].file} and in {file}: remove the "
-                        "file that belongs to another checkpoint"
-                    )
+                    raise CheckpointError(_twice(self.tensors[name], tensor))
                 self.tensors[name] = tensor
         is_prefixed = any(name.startswith("model.") for name in self.tensors)
         self.prefix = "model." if is_prefixed else ""
@@ -333,6 +330,15 @@ class Checkpoint:
                     f"{name} in {tensor.file} is {str(tensor.dtype).removeprefix('torch.')}: "
                     f"save it in one of {wanted}"
                 )
+
+
+def _twice(first: StoredTensor, second: StoredTensor) -> str:
+    if first.name != second.name:
+        return f"key_mapping gives {first.name} and {second.name} one and the same name"
+    return (
+        f"{first.name} lies both in {first.file} and in {second.file}: remove the file that "
+        "belongs to another checkpoint"
+    )
 
 
 def warn_of_strays(checkpoint: Checkpoint) -> None:

@@ -54,7 +54,7 @@ class NoExpertsWarning(UserWarning):
 
 
 class SlowKernelsWarning(UserWarning):
-    """The native kernels cannot be used here; everything works, several times slower."""
+    """Experts run, or are exported, with kernels several times slower than the native ones."""
 
 
 class CheckpointWarning(UserWarning):

@@ -50,8 +50,16 @@ class Skip:
 
     @classmethod
     def of(cls, patterns: str | Iterable[str]) -> Skip:
-        """One pattern, or several."""
-        return cls((patterns,) if isinstance(patterns, str) else tuple(patterns))
+        """One pattern, or several.
+
+        Raises:
+            OptionError: they are no strings, or one is no regular expression.
+        """
+        several = [patterns] if isinstance(patterns, str) else patterns
+        found = tuple(several) if isinstance(several, Iterable) else (several,)
+        if not all(isinstance(pattern, str) for pattern in found):
+            raise OptionError(f"skip={patterns!r} is no list of names of modules")
+        return cls(found)
 
     def names(self, module: str) -> bool:
         """Whether one of the patterns names a module.

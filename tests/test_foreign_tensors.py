@@ -128,6 +128,13 @@ def test_a_key_mapping_that_is_none(packed: Path, key_mapping: Any) -> None:
         mxfp4_fx.from_pretrained(packed, key_mapping=key_mapping)
 
 
+def test_a_key_mapping_that_makes_two_names_one(packed: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"key_mapping gives model.* and model.* the same name"
+    ):
+        mxfp4_fx.from_pretrained(packed, key_mapping={r"layers\.1\.": "layers.0."})
+
+
 # ---- other layouts ------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -115,6 +117,12 @@ def test_a_pattern_that_names_nothing_is_refused(pattern: str, message: str) -> 
     with pytest.raises(OptionError, match=message):
         Skip(("model.layers.1", pattern)).require_used(EXPERTS)
     Skip(("model.layers.1",)).require_used(EXPERTS)
+
+
+@pytest.mark.parametrize("patterns", [5, [5], ["lm_head", None]], ids=str)
+def test_patterns_that_are_no_text(patterns: Any) -> None:
+    with pytest.raises(OptionError, match=r"skip=.* is no list of names of modules"):
+        Skip.of(patterns)
 
 
 @pytest.mark.parametrize("pattern", ["(1", "model.layers.+*", "\\"])
