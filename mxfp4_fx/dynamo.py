@@ -14,6 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 
 _OURS = "_is_mxfp4_backend"
 
@@ -46,6 +51,17 @@ def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
             backend, "_torchdynamo_orig_backend", None
         )
     return None, {}
+
+
+def untraced(function: types.FunctionType) -> None:
+    """Keep Dynamo out of a function that C++ calls, and out of whatever that calls.
+
+    Dynamo does not see such a call and would take the function for a frame of its own
+    (``torch.compiler.set_stance("eager_then_compile")``). ``torch.compiler.disable`` does the same
+    and costs microseconds a call; this is a mark on the code, which nobody asks for otherwise.
+    """
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, skip)
 
 
 # Dynamo traces what a freed parameter does when it is used, and must answer this, not trace it.

@@ -37,6 +37,10 @@ class MissedRewriteError(Mxfp4Error, RuntimeError):
     """``strict=True``: something looked like experts and was not rewritten, or nothing did."""
 
 
+class GradientError(Mxfp4Error, RuntimeError):
+    """A derivative is asked for that MXFP4 experts do not have."""
+
+
 class VerificationError(Mxfp4Error, RuntimeError):
     """``verify=True``: a rewritten region disagrees with the region that it replaced."""
 

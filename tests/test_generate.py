@@ -12,6 +12,8 @@ from models import Graphs, model, pack, tokens
 from transformers import CompileConfig, GptOssForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
+import mxfp4_fx
+
 LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
 Make = Callable[[], GptOssForCausalLM]
 Compile = Callable[[GptOssForCausalLM, Graphs], dict[str, Any]]

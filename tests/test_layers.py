@@ -18,7 +18,10 @@ LAYERS = [
     ["ops/reference.py", "ops/tiles.py", "ops/triton_kernels/arithmetic.py"],
     ["ops/triton_kernels/decode.py", "ops/triton_kernels/routing.py"],
     ["ops/triton_kernels/matmul.py"],
-    ["ops/triton.py", "ops/cpu.py", "ops/pytorch.py", "ops/hub.py", "ops/backward.py"],
+    [
+        *("ops/triton.py", "ops/cpu.py", "ops/pytorch.py", "ops/hub.py"),
+        *("ops/backward.py", "ops/autograd.py"),
+    ],
     ["ops/schemas.py"],
     ["swizzle.py", "verification.py", "passes/graph.py", "passes/origin.py", "passes/report.py"],
     ["store.py"],

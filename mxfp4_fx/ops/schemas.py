@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4_fx import dynamo
 from mxfp4_fx.formats import BLOCK
 from mxfp4_fx.layouts import LAYOUTS
-from mxfp4_fx.ops import backward, reference
+from mxfp4_fx.ops import autograd, backward, reference
 from mxfp4_fx.target import DTYPES
 
 _REFERENCE = {
@@ -305,6 +306,7 @@ def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return impl(*args, **kwargs)
 
+    dynamo.untraced(run)
     return run
 
 
@@ -313,4 +315,6 @@ for _name, (_impl, _fake) in _IMPLS.items():
     _LIBRARY.impl(_name, _outside_autocast(_impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mxfp4::{_name}", _fake, lib=_LIBRARY)
 for _name, (_backward, _save) in _GRADIENTS.items():
-    torch.library.register_autograd(f"mxfp4::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
+    _packet, _, _overload = _name.partition(".")
+    _op = getattr(getattr(torch.ops.mxfp4, _packet), _overload or "default")
+    autograd.register(_LIBRARY, _op, _backward, _save)

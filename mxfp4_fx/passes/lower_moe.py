@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 
 from mxfp4_fx import target
 from mxfp4_fx.formats import BLOCK
@@ -111,9 +112,11 @@ def _expand(
         made = graph.call_function(function, args, kwargs)
         made.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
         fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
-        # The graph may switch gradients off around the experts.
+        # The graph may switch gradients off around the experts. Hooks on saved tensors are for those
+        # of the run (activation checkpointing counts them).
         recorded = torch.set_grad_enabled(_fake(node).requires_grad)
-        with recorded, _fake(node).fake_mode:  # type: ignore[attr-defined]
+        unhooked = _disable_saved_tensors_hooks_during_tracing()
+        with recorded, unhooked, _fake(node).fake_mode:  # type: ignore[attr-defined]
             made.meta["example_value"] = function(*fakes[0], **fakes[1])
         return made
 
