@@ -53,7 +53,7 @@ def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
     return None, {}
 
 
-def untraced(function: types.FunctionType) -> None:
+def untraced(function: Callable[..., Any]) -> None:
     """Keep Dynamo out of a function that C++ calls, and out of whatever that calls.
 
     Dynamo does not see such a call and would take the function for a frame of its own
