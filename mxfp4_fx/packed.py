@@ -32,6 +32,11 @@ class PackedExperts(nn.Module):
         alpha, limit: SwiGLU's constants.
     """
 
+    gate_up_proj_blocks: nn.Parameter
+    gate_up_proj_scales: nn.Parameter
+    down_proj_blocks: nn.Parameter
+    down_proj_scales: nn.Parameter
+
     def __init__(
         self,
         num_experts: int,
