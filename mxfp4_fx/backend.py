@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -208,21 +208,26 @@ class InputPlan:
 _TITLE = "mxfp4: swizzling expert weights"
 
 
+def _pair(inputs: Sequence[Any], sources: tuple[int, ...]) -> tuple[Any, Any]:
+    """The weight and the scales, if there are, that ``sources`` are the indices of."""
+    return inputs[sources[0]], inputs[sources[1]] if len(sources) == 2 else None
+
+
 def _swizzle_ahead(plan: InputPlan, ctx: Context) -> None:
     """Swizzle while compiling, with a progress bar, rather than in the first call."""
     for sources, layout, name in tqdm(plan.swizzled, _TITLE, leave=False, disable=None):
-        weight, *scales = (ctx.inputs[i] for i in sources)
+        weight, scales = _pair(ctx.inputs, sources)
         if isinstance(weight, Tensor) and not isinstance(weight, FakeTensor):
-            STORE.get(weight, layout, scales[0] if scales else None, name)
+            STORE.get(weight, layout, scales, name)
 
 
 def _free(plan: InputPlan, args: tuple[Any, ...]) -> None:
     """Swizzle what is not, and give each source's memory back before the next one is swizzled."""
     found = []
     for sources, layout, name in plan.swizzled:
-        weight, *scales = (args[i] for i in sources)
-        if STORE.can_free(weight, layout, *scales) and not set(sources) & plan.as_they_are:
-            found.append((weight, layout, *(scales or [None]), name))
+        weight, scales = _pair(args, sources)
+        if STORE.can_free(weight, layout, scales) and not set(sources) & plan.as_they_are:
+            found.append((weight, layout, scales, name))
     if found:
         for one in tqdm(found, _TITLE, leave=False, disable=None):
             STORE.free(*one)

@@ -136,14 +136,16 @@ class WeightStore:
         """Whether :meth:`free` would give memory back.
 
         Not where checkpoint order is the kernels' order, who read the source itself, nor what is no
-        plain parameter, was restored by the user, or is freed already.
+        plain parameter, was restored by the user, is freed already, or is FSDP's to fill.
         """
         if scales is not None and layout == CHECKPOINT_ORDER:
             return False
         tensors = [weight] if scales is None else [weight, scales]
         if not all(map(freed.can_free, tensors)) or all(map(freed.is_freed, tensors)):
             return False
-        return not any(getattr(getattr(t, MARK, None), "keep", False) for t in tensors)
+        marks = (getattr(tensor, MARK, None) for tensor in tensors)
+        is_kept = any(getattr(mark, "keep", False) for mark in marks)
+        return not is_kept and not any(map(is_gathered, tensors))
 
     def free(
         self, weight: Tensor, layout: str, scales: Tensor | None = None, name: str = ""
@@ -303,7 +305,8 @@ class WeightStore:
         for key, entry in list(self._entries.items()):
             mine = [source for source in entry.sources if source.mark() is mark]
             is_itself = entry.layout == CHECKPOINT_ORDER and len(entry.sources) == 2
-            if mine and (is_itself or not all(s.is_current(tensor) for s in mine)):
+            is_old = entry.stale or not all(source.is_current(tensor) for source in mine)
+            if mine and (is_itself or is_old):
                 del self._entries[key]
                 self._let_go(entry)
 

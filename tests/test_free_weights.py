@@ -310,6 +310,18 @@ def test_values_that_were_swizzled_before_a_change_are_not_the_weights() -> None
         assert torch.equal(part, wanted)
 
 
+def test_values_that_were_refreshed_are_not_the_weights() -> None:
+    store, new = WeightStore(), torch.randn(2, 64, 32)
+    source = nn.Parameter(torch.randn(2, 64, 32), requires_grad=False)
+    store.get(source, "row_major")
+    source.data.copy_(new)
+    store.refresh([source])
+    assert store.free(source, "cpu_panels")
+    expected = swizzle_weight(new, "row_major")
+    for part, wanted in zip(store.get(source, "row_major"), expected, strict=True):
+        assert torch.equal(part, wanted)
+
+
 @pytest.mark.parametrize("part", ["blocks", "scales"])
 def test_half_of_a_pair_is_replaced(part: str) -> None:
     module, other, x = packed(), packed(), hidden()

@@ -54,11 +54,11 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             places.setdefault(id(module), []).append(name)
     owner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     others = [
-        parameter
+        held
         for module in model.modules()
         if not isinstance(module, PackedExperts)
-        for parameter in module.parameters(recurse=False)
-        if is_freed(parameter)
+        for held in module.parameters(recurse=False)
+        if is_freed(held)
     ]
     if owner is None or not (places or others):
         raise DequantizeError(
