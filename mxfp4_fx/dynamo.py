@@ -22,7 +22,7 @@ def ours(backend: Callable[..., Any]) -> Callable[..., Any]:
     return backend
 
 
-def untraced(function: types.FunctionType) -> None:
+def untraced(function: Callable[..., Any]) -> None:
     """Keep Dynamo out of a function that C++ calls, and out of whatever that calls.
 
     Dynamo does not see such a call and would take the function for a frame of its own
@@ -30,7 +30,8 @@ def untraced(function: types.FunctionType) -> None:
     and costs microseconds a call; this is a mark on the code, which nobody asks for otherwise.
     """
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    set_code_exec_strategy(function.__code__, skip)
+    code: types.CodeType = function.__code__  # type: ignore[attr-defined]
+    set_code_exec_strategy(code, skip)
 
 
 # Dynamo traces what a freed parameter does when it is used, and must answer this, not trace it.

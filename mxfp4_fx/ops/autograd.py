@@ -6,7 +6,7 @@ which ``torch.func.grad`` asks for, and forward-mode derivatives are lost in sil
 
 from __future__ import annotations
 
-import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from mxfp4_fx.errors import GradientError
 def register(
     library: torch.library.Library,
     op: torch._ops.OpOverload,
-    backward: types.FunctionType,
-    save: types.FunctionType,
+    backward: Callable[..., Any],
+    save: Callable[..., Any],
 ) -> None:
     """Give an op a gradient.
 

@@ -17,7 +17,7 @@ from mxfp4_fx import verification
 from mxfp4_fx.ops import reference
 from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region
 from mxfp4_fx.passes.context import REWRITE, Context
-from mxfp4_fx.passes.effects import modes
+from mxfp4_fx.passes.effects import Modes, modes
 from mxfp4_fx.passes.graph import op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
@@ -74,7 +74,10 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             _erase(gm, match)
     left = {layer: node for node, layer in reversed(suspects.items())}  # a layer's first
     found = [
-        *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(left.items())),
+        *(
+            _explain_miss(layer, node, misses.get(layer), modes_at[node])
+            for layer, node in reversed(left.items())
+        ),
         *in_subgraphs,
         *_of_transformers(gm.graph),
     ]
@@ -223,7 +226,7 @@ def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]
     return names & set(suspects.values())
 
 
-def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
+def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None, mode: Modes) -> Miss:
     if op_name(node) in LOGICAL:
         reason = (
             "it calls torch.ops.mxfp4.moe itself, which computes it as it is, in plain PyTorch: "
@@ -234,7 +237,13 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
         reason = "no weighted sum over the chosen experts, as GPT-OSS has it, was found behind it"
         return Miss(layer, reason, source_line(node))
     at = mismatch.node if mismatch.node is not None else node
-    return Miss(layer, mismatch.reason, source_line(at))
+    reason = mismatch.reason
+    if mode.autocast is not None:
+        reason = (
+            f"it runs under torch.autocast, which is not rewritten: load the model in "
+            f"{mode.autocast} and leave autocast out ({reason})"
+        )
+    return Miss(layer, reason, source_line(at))
 
 
 def _of_transformers(graph: fx.Graph) -> list[Miss]:
