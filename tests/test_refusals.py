@@ -367,8 +367,8 @@ cast(selected_hidden_states_g, dtype=torch.bfloat16)
         self.assert_missed(
             Autocast(mlp()),
             """\
-module.experts: it runs under torch.autocast, which is not rewritten: load the model in
-torch.bfloat16 and leave autocast out (scores is torch.bfloat16, the activations are
+module.experts: under torch.autocast it computes in more than one dtype: load the model in
+torch.bfloat16, or leave autocast out (scores is torch.bfloat16, the activations are
 torch.float32)
 """,
         )
@@ -376,14 +376,18 @@ torch.float32)
     def test_autocast_around_the_call(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             (miss,) = mxfp4_fx.explain(mlp(), X).misses
-        assert "load the model in torch.bfloat16 and leave autocast out" in miss.reason
+        assert "load the model in torch.bfloat16, or leave autocast out" in miss.reason
+
+    def test_autocast_as_the_reason_says(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mxfp4_fx.explain(mlp(torch.bfloat16), X.bfloat16()).rewrites
 
     def test_autocast_of_the_batched_form(self) -> None:
         self.assert_missed(
             Autocast(mlp(form="batched_mm")),
             """\
-module.experts: it runs under torch.autocast, which is not rewritten: load the model in
-torch.bfloat16 and leave autocast out (not the batched_mm form: expected add(view(..),
+module.experts: under torch.autocast it computes in more than one dtype: load the model in
+torch.bfloat16, or leave autocast out (not the batched_mm form: expected add(view(..),
 other=getitem(..), alpha=1), found view(bmm_1, shape=(21, 64)))
 """,
         )
@@ -397,8 +401,8 @@ other=getitem(..), alpha=1), found view(bmm_1, shape=(21, 64)))
         self.assert_missed(
             Autocast(experts),
             """\
-module: it runs under torch.autocast, which is not rewritten: load the model in
-torch.bfloat16 and leave autocast out (computed in torch.bfloat16, not torch.float32)
+module: under torch.autocast it computes in more than one dtype: load the model in
+torch.bfloat16, or leave autocast out (computed in torch.bfloat16, not torch.float32)
 """,
             X[0],
             *routes,

@@ -32,6 +32,7 @@ from mxfp4_fx.passes.patterns import (
 )
 from mxfp4_fx.passes.report import Miss, Rewrite
 from mxfp4_fx.passes.suspects import LOGICAL, find_suspects
+from mxfp4_fx.target import DTYPES
 from mxfp4_fx.weights import is_kept_dense
 
 
@@ -238,10 +239,11 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None, mode: Mo
         return Miss(layer, reason, source_line(node))
     at = mismatch.node if mismatch.node is not None else node
     reason = mismatch.reason
-    if mode.autocast is not None:
+    dtypes = {v.dtype for value in node.all_input_nodes if (v := tensor_of(value)) is not None}
+    if mode.autocast is not None and dtypes & {*DTYPES} - {mode.autocast}:
         reason = (
-            f"it runs under torch.autocast, which is not rewritten: load the model in "
-            f"{mode.autocast} and leave autocast out ({reason})"
+            f"under torch.autocast it computes in more than one dtype: load the model in "
+            f"{mode.autocast}, or leave autocast out ({reason})"
         )
     return Miss(layer, reason, source_line(at))
 

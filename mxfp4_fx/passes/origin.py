@@ -14,7 +14,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 # A step of a path to a module: .name, [0] or ['name'].
 _STEP = re.compile(r"""\.([^.\[]+)|\[(\d+)\]|\[(?:'([^']*)'|"([^"]*)")\]""")
-# Steps that lead through Python's ways of holding a module, and that ``named_modules`` does not have.
+# Steps through Python's ways of holding a module, which ``named_modules`` does not have.
 _NO_NAMES = {
     *("__dict__", "_modules", "_orig_mod"),
     *("forward", "__call__", "__self__", "__func__", "__closure__", "cell_contents"),
