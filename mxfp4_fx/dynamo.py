@@ -61,7 +61,8 @@ def untraced(function: Callable[..., Any]) -> None:
     and costs microseconds a call; this is a mark on the code, which nobody asks for otherwise.
     """
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    set_code_exec_strategy(function.__code__, skip)
+    code: types.CodeType = function.__code__  # type: ignore[attr-defined]
+    set_code_exec_strategy(code, skip)
 
 
 # Dynamo traces what a freed parameter does when it is used, and must answer this, not trace it.

@@ -367,16 +367,28 @@ cast(selected_hidden_states_g, dtype=torch.bfloat16)
         self.assert_missed(
             Autocast(mlp()),
             """\
-module.experts: scores is torch.bfloat16, the activations are torch.float32
+module.experts: under torch.autocast it computes in more than one dtype: load the model in
+torch.bfloat16, or leave autocast out (scores is torch.bfloat16, the activations are
+torch.float32)
 """,
         )
+
+    def test_autocast_around_the_call(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            (miss,) = mxfp4_fx.explain(mlp(), X).misses
+        assert "load the model in torch.bfloat16, or leave autocast out" in miss.reason
+
+    def test_autocast_as_the_reason_says(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mxfp4_fx.explain(mlp(torch.bfloat16), X.bfloat16()).rewrites
 
     def test_autocast_of_the_batched_form(self) -> None:
         self.assert_missed(
             Autocast(mlp(form="batched_mm")),
             """\
-module.experts: not the batched_mm form: expected add(view(..), other=getitem(..), alpha=1),
-found view(bmm_1, shape=(21, 64))
+module.experts: under torch.autocast it computes in more than one dtype: load the model in
+torch.bfloat16, or leave autocast out (not the batched_mm form: expected add(view(..),
+other=getitem(..), alpha=1), found view(bmm_1, shape=(21, 64)))
 """,
         )
 
@@ -389,7 +401,8 @@ found view(bmm_1, shape=(21, 64))
         self.assert_missed(
             Autocast(experts),
             """\
-module: computed in torch.bfloat16 (autocast?), not torch.float32
+module: under torch.autocast it computes in more than one dtype: load the model in
+torch.bfloat16, or leave autocast out (computed in torch.bfloat16, not torch.float32)
 """,
             X[0],
             *routes,
@@ -442,6 +455,16 @@ experts: gate_up is not a parameter or buffer of the model
         down = module.experts.down_proj.detach()
         module.experts.down_proj = nn.Parameter(TwoTensor(down, down.clone()))
         assert "down is a TwoTensor" in missed(module, X)
+
+    def test_weights_that_are_constants(self) -> None:
+        with torch._dynamo.config.patch(prepare_freezing=True):  # as TORCHINDUCTOR_FREEZING=1 does
+            self.assert_missed(
+                mlp(),
+                """\
+experts: gate_up is a constant of the graph (TORCHINDUCTOR_FREEZING=1 makes it one): leave
+that out, and set options={'inductor': {'freezing': True}} instead
+""",
+            )
 
     def test_on_a_device_without_kernels(self) -> None:
         told = mxfp4_fx.explain(mlp().to("meta"), X.to("meta"))

@@ -38,7 +38,7 @@ def check_region(
         match: the proof of its dataflow, solved.
         ctx: the pipeline's state.
         memory: what aliases what, and who writes, in the whole graph.
-        modes: autograd's at each node of the graph.
+        modes: torch's at each node of the graph.
 
     Raises:
         Mismatch: one does not hold; the reason is for the user.
@@ -93,7 +93,7 @@ def _check_types(match: Match) -> None:
         if expr.op not in _ARITHMETIC or result is None or not result.is_floating_point():
             continue
         if result.dtype != hidden.dtype:
-            _fail(match, f"computed in {result.dtype} (autocast?), not {hidden.dtype}", node)
+            _fail(match, f"computed in {result.dtype}, not {hidden.dtype}", node)
 
 
 def _check_sizes(match: Match) -> None:
@@ -121,6 +121,12 @@ def _check_weights(match: Match, ctx: Context) -> None:
         node = match.leaves.get(name)
         if node is None:
             continue
+        if node.op == "get_attr":
+            reason = (
+                f"{name} is a constant of the graph (TORCHINDUCTOR_FREEZING=1 makes it one): leave "
+                "that out, and set options={'inductor': {'freezing': True}} instead"
+            )
+            _fail(match, reason, node)
         if node.op != "placeholder" or not is_parameter(node, inputs[node]):
             _fail(match, f"{name} is not a parameter or buffer of the model", node)
 
@@ -136,7 +142,7 @@ def _check_gradients(
     if not any(_leaf(match, name).requires_grad for name in match.leaves):
         return False
     for node in match.nodes.values():
-        if modes[node] != modes[root]:
+        if modes[node].autograd != modes[root].autograd:
             reason = (
                 "gradients are recorded for one part of it and not for another: put all of it "
                 "under torch.no_grad() (or inference_mode), or nothing"

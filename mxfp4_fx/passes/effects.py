@@ -1,4 +1,4 @@
-"""What a call does besides giving its result: to its arguments, and to autograd's modes."""
+"""What a call does besides giving its result: to its arguments, and to torch's modes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 
 from mxfp4_fx.passes.graph import is_op, overloads, read_call
@@ -126,26 +127,46 @@ def _is_written(argument: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Modes:
-    """The modes of autograd."""
+    """What torch's modes are.
+
+    Attributes:
+        gradients, inference: autograd's.
+        autocast: the dtype of ``torch.autocast``, or None where it is off.
+    """
 
     gradients: bool
     inference: bool
+    autocast: torch.dtype | None
+
+    @property
+    def autograd(self) -> tuple[bool, bool]:
+        return self.gradients, self.inference
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
     """The modes that each call runs in. While compiling they are those that the graph begins in."""
-    now = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    before: dict[
-        fx.Node, Modes
-    ] = {}  # the call that enters inference mode -> what its exit restores
+    now = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast_now())
+    before: dict[fx.Node, Modes] = {}  # where a mode is entered -> what its exit restores
     found: dict[fx.Node, Modes] = {}
     for node in graph.nodes:
         found[node] = now
         if node.target is torch._C._set_grad_enabled:
             now = dataclasses.replace(now, gradients=node.args[0])
         elif node.target is _enter_inference_mode:
-            before[node] = now
-            now = Modes(gradients=not node.args[0], inference=node.args[0])
+            before[node], on = now, node.args[0]
+            now = dataclasses.replace(now, gradients=not on, inference=on)
+        elif node.target is _enter_autocast:
+            before[node], (_, dtype, on, *_) = now, node.args
+            now = dataclasses.replace(now, autocast=dtype if on else None)
         elif node.target is _exit_inference_mode:
-            now = before[node.args[0]]
+            now = dataclasses.replace(before[node.args[0]], autocast=now.autocast)
+        elif node.target is _exit_autocast:
+            now = dataclasses.replace(now, autocast=before[node.args[0]].autocast)
     return found
+
+
+def _autocast_now() -> torch.dtype | None:
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return None

@@ -18,7 +18,7 @@ from mxfp4_fx import verification
 from mxfp4_fx.ops import reference
 from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region
 from mxfp4_fx.passes.context import REWRITE, Context
-from mxfp4_fx.passes.effects import modes
+from mxfp4_fx.passes.effects import Modes, modes
 from mxfp4_fx.passes.graph import op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
@@ -34,6 +34,7 @@ from mxfp4_fx.passes.patterns import (
 from mxfp4_fx.passes.report import Miss, Rewrite
 from mxfp4_fx.passes.suspects import LOGICAL, find_suspects
 from mxfp4_fx.skip import Skip
+from mxfp4_fx.target import DTYPES
 
 
 def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
@@ -73,7 +74,10 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             _erase(gm, match)
     rest = {layer: node for node, layer in reversed(suspects.items())}  # a layer's first
     found = [
-        *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(rest.items())),
+        *(
+            _explain_miss(layer, node, misses.get(layer), modes_at[node])
+            for layer, node in reversed(rest.items())
+        ),
         *in_subgraphs,
         *_of_transformers(gm.graph),
     ]
@@ -233,7 +237,7 @@ def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]
     return names & set(suspects.values())
 
 
-def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
+def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None, mode: Modes) -> Miss:
     if op_name(node) in LOGICAL:
         reason = (
             "it calls torch.ops.mxfp4.moe itself, which computes it as it is, in plain PyTorch: "
@@ -244,7 +248,14 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
         reason = "no weighted sum over the chosen experts, as GPT-OSS has it, was found behind it"
         return Miss(layer, reason, source_line(node))
     at = mismatch.node if mismatch.node is not None else node
-    return Miss(layer, mismatch.reason, source_line(at))
+    reason = mismatch.reason
+    dtypes = {v.dtype for value in node.all_input_nodes if (v := tensor_of(value)) is not None}
+    if mode.autocast is not None and dtypes & {*DTYPES} - {mode.autocast}:
+        reason = (
+            f"under torch.autocast it computes in more than one dtype: load the model in "
+            f"{mode.autocast}, or leave autocast out ({reason})"
+        )
+    return Miss(layer, reason, source_line(at))
 
 
 def _of_transformers(graph: fx.Graph) -> list[Miss]:

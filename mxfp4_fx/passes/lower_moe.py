@@ -112,8 +112,8 @@ def _expand(
         made = graph.call_function(function, args, kwargs)
         made.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
         fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
-        # The graph may switch gradients off around the experts. Hooks on saved tensors are for those
-        # of the run (activation checkpointing counts them).
+        # The graph may switch gradients off around the experts. Hooks on saved tensors are for the
+        # run (activation checkpointing counts them).
         recorded = torch.set_grad_enabled(_fake(node).requires_grad)
         unhooked = _disable_saved_tensors_hooks_during_tracing()
         with recorded, unhooked, _fake(node).fake_mode:  # type: ignore[attr-defined]

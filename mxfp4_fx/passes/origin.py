@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 
@@ -11,15 +12,34 @@ from torch import fx
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
+# A step of a path to a module: .name, [0] or ['name'].
+_STEP = re.compile(r"""\.([^.\[]+)|\[(\d+)\]|\[(?:'([^']*)'|"([^"]*)")\]""")
+# Steps through Python's ways of holding a module, which ``named_modules`` does not have.
+_NO_NAMES = {
+    *("__dict__", "_modules", "_orig_mod"),
+    *("forward", "__call__", "__self__", "__func__", "__closure__", "cell_contents"),
+}
+
+
 def module_name(node: fx.Node) -> str:
-    """The qualified name of the module whose forward made a node, as ``named_modules`` has it."""
+    """The qualified name of the module whose forward made a node, as ``named_modules`` has it.
+
+    It begins at the module that is compiled; or, where a function is, at the name by which the
+    function finds the module.
+    """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return "(top level)"
-    # Dynamo writes L['self'].model.layers[0].mlp or L['self']._modules['model']._modules['0'].
+    # Dynamo writes L['self'].model.layers[0].mlp, L['self'].__dict__['_modules']['model'], and
+    # G['model'] or L['run'].__closure__[0].cell_contents outside of modules.
     path = str(list(stack.values())[-1][0])
-    path = re.sub(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]", r".\1", path)
-    return re.sub(r"^L\.\w+\.?", "", path) or "(top level)"
+    steps = ["".join(step.groups("")) for step in _STEP.finditer(path)]
+    names = [
+        name
+        for before, name in itertools.pairwise(["", *steps])
+        if name not in _NO_NAMES and before != "__closure__" and not name.startswith("__import_")
+    ]
+    return ".".join(names[1:] if path.startswith("L[") else names) or "(top level)"
 
 
 def comes_from(node: fx.Node, file: str) -> bool:
