@@ -96,7 +96,7 @@ class StoredTensor:
             shape, nbytes = shape[1:], nbytes // shape[0]
             start += index * nbytes
         if not nbytes:
-            return torch.empty(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=self.dtype, device="cpu")
         before = start % mmap.ALLOCATIONGRANULARITY
         with self.file.open("rb") as file:
             # mmap refuses to go beyond the end, where touching a page would end the process.

@@ -16,6 +16,8 @@ from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
 from torch import Tensor
 
+from mxfp4_fx.ops import schemas
+
 REFERENCE = Kernels("reference")
 ops = torch.ops.mxfp4
 
@@ -67,6 +69,22 @@ def test_matmul_of_x_that_is_not_contiguous(kernels: Kernels) -> None:
     matrices, indices = Matrices.random(3, 48, 64), random_routes(7, 3, 2)[0]
     for x in (randn(64, 7).T, randn(7, 128)[:, ::2], randn(1, 64).expand(7, 64)):
         check_matmul(kernels, x, matrices, indices)
+
+
+def test_a_default_device_of_the_user_changes_nothing(kernels: Kernels) -> None:
+    """Called past torch's dispatcher, which switches it off for the kernels."""
+    if kernels.name == "hub":
+        pytest.skip("what the hub's package makes is its own affair")
+    x, matrices = randn(3, 64).to(kernels.device), Matrices.random(4, 48, 64)
+    operands, logits = kernels.there(kernels.operands(matrices)), random_logits(3, 4)
+    routing, matmul = (schemas.kernel(kernels.name, op) for op in ("routing", "matmul_ogs"))
+    results = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            _, gather, _, offsets = routing(logits.to(kernels.device), 2)
+            constants = None, None, 1, "none", ALPHA, LIMIT, kernels.layout
+            results.append(matmul(x, *operands, offsets, gather, *constants))
+    assert torch.equal(*results)
 
 
 def test_matmul_of_a_slice_of_the_experts(kernels: Kernels) -> None:

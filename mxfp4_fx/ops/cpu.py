@@ -229,11 +229,12 @@ def _require_panels(layout: str) -> None:
 
 
 def _empty_routes(rows: int, experts: int) -> Routes:
+    # The device is said wherever the user's default could be another.
     return (
-        torch.empty(rows, dtype=torch.float32),
-        torch.empty(rows, dtype=torch.int32),
-        torch.empty(rows, dtype=torch.int32),
-        torch.empty(experts + 1, dtype=torch.int32),
+        torch.empty(rows, dtype=torch.float32, device="cpu"),
+        torch.empty(rows, dtype=torch.int32, device="cpu"),
+        torch.empty(rows, dtype=torch.int32, device="cpu"),
+        torch.empty(experts + 1, dtype=torch.int32, device="cpu"),
     )
 
 

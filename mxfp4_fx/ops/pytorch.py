@@ -34,9 +34,8 @@ def matmul_ogs(
     """See ``ops.reference.matmul_ogs``; only ``layout="row_major"``."""
     e, n, k = blocks.shape[0], blocks.shape[1], x.shape[1]
     r = x.shape[0] if gather_index is None else gather_index.shape[0]
-    panel = torch.empty(
-        (min(n, max(2, PANEL_BYTES // (4 * max(k, 1)) & ~1)), k), dtype=torch.float32
-    )
+    height = min(n, max(2, PANEL_BYTES // (4 * max(k, 1)) & ~1))
+    panel = x.new_empty((height, k), dtype=torch.float32)
     halved = activation == "swiglu"
     y = x.new_zeros((r, n // 2 if halved else n), dtype=torch.float32)
     offsets = expert_offsets.tolist()
