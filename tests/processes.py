@@ -6,10 +6,12 @@ LAST_RESORT only ends a test that hangs.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 LAST_RESORT = 600.0  # seconds
 
@@ -19,6 +21,23 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
     while not happened():
         assert time.monotonic() < until, f"waits for {what}"
         time.sleep(0.01)
+
+
+def until_there(file: Path) -> str:
+    """Shell that waits for a file."""
+    return f"while [ ! -e {shlex.quote(str(file))} ]; do sleep 0.1; done"
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def is_written(file: Path) -> bool:
+    """Whether a file is there with a whole line, and not only begun."""
+    return file.exists() and file.read_text().endswith("\n")
 
 
 def exit_status(child: int) -> int:

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import LAST_RESORT, wait_until
+from processes import LAST_RESORT, is_alive, is_written, until_there, wait_until
 
 from mxfp4_fx import native
 from mxfp4_fx.errors import NativeBuildError
@@ -137,22 +137,6 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process would know."""
     monkeypatch.setattr(native, "_loaded", {})
     monkeypatch.setattr(native, "_failed", {})
-
-
-def until_there(file: Path) -> str:
-    """Shell that waits for a file."""
-    return f"while [ ! -e {shlex.quote(str(file))} ]; do sleep 0.1; done"
-
-
-def is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def is_written(file: Path) -> bool:
-    return file.exists() and file.read_text().endswith("\n")
 
 
 def refusal(path: str = "portable") -> str:
