@@ -53,9 +53,9 @@ class Plain(nn.Module):
 
     alpha, limit = 1.702, 7.0
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, i: int = I) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
 
         def parameter(*shape: int, std: float) -> Tensor:
             return torch.randn(shape, generator=generator) * std
@@ -65,9 +65,10 @@ class Plain(nn.Module):
 
         self.router = frozen(parameter(E, H, std=0.2))
         self.router_bias = frozen(parameter(E, std=0.2))
-        self.gate_up = frozen(on_mxfp4_grid(parameter(E, H, 2 * I, std=0.1)))
-        self.gate_up_bias = frozen(parameter(E, 2 * I, std=1.0))
-        self.down = frozen(on_mxfp4_grid(parameter(E, I, H, std=0.1)))
+        self.gate_up = frozen(on_mxfp4_grid(parameter(E, H, 2 * i, std=0.1)))
+        self.gate_up_bias = frozen(parameter(E, 2 * i, std=1.0))
+        down = parameter(E, i, H, std=0.1)
+        self.down = frozen(down if i % 32 else on_mxfp4_grid(down))
         self.down_bias = frozen(parameter(E, H, std=1.0))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,6 +187,8 @@ def _all() -> Iterator[tuple[str, _Spec]]:
     yield "plain-grad", _Spec(Plain, _flat, grad=True)
     yield "plain-dynamic-grad", _Spec(Plain, _flat, grad=True, dynamic=True)
     yield "plain-no-tokens", _Spec(Plain, _flat, tokens=0)
+    yield "plain-float64", _Spec(lambda: Plain().double(), lambda t: (_flat(t)[0].double(),))
+    yield "plain-odd-size", _Spec(lambda: Plain(80), _flat)
     yield "beside", _Spec(Beside)
     yield "beside-grad", _Spec(Beside, grad=True)
     yield "two", _Spec(lambda: Two("grouped_mm"))

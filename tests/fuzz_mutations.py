@@ -6,6 +6,7 @@ a program that cannot run: the fuzzer throws that away.
 
 from __future__ import annotations
 
+import math
 import operator
 import random
 from collections.abc import Callable, Iterator
@@ -51,7 +52,8 @@ class Draft:
         return [node for node in self.graph.nodes if node.op.startswith("call_")]
 
     def tensors(self) -> list[fx.Node]:
-        return [node for node in self.nodes() if value(node) is not None]
+        """All but Dynamo's inputs for floats of the model's, of which the code sees the number."""
+        return [node for node in self.nodes() if value(node) is not None and not is_number(node)]
 
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -92,7 +94,7 @@ class Draft:
             (user, path, v)
             for user in self.calls()
             for path, v in arguments_of(user)
-            if value(v) is not None
+            if value(v) is not None and not is_number(v)
         ]
 
     def add_output(self, node: fx.Node) -> None:
@@ -109,6 +111,11 @@ def value(node: object) -> Tensor | None:
 def is_float(node: fx.Node) -> bool:
     found = value(node)
     return found is not None and found.is_floating_point() and found.ndim > 0
+
+
+def is_number(node: fx.Node) -> bool:
+    found = value(node)
+    return node.op == "placeholder" and found is not None and found.ndim == 0
 
 
 _SLICE = ("start", "stop", "step")
@@ -165,16 +172,18 @@ def mutation(weight: int = 4, neutral: bool = False) -> Callable[[Mutation], Mut
     return add
 
 
-def mutate(draft: Draft, neutral: bool, only: str | None = None) -> tuple[str, str]:
-    """Do one mutation, neutral or not; returns its name and what it did."""
-    names = [name for name in MUTATIONS if (name in NEUTRAL) == neutral] if not only else [only]
-    while names:
-        name = draft.rng.choices(names, [_WEIGHTS[name] for name in names])[0]
+def choose(rng: random.Random, neutral: bool) -> str:
+    names = [name for name in MUTATIONS if (name in NEUTRAL) == neutral]
+    return rng.choices(names, [_WEIGHTS[name] for name in names])[0]
+
+
+def mutate(draft: Draft, kind: str) -> tuple[str, str]:
+    """Do one mutation, another where there is nothing for it; returns which, and what it did."""
+    while True:
         try:
-            return name, MUTATIONS[name](draft)
+            return kind, MUTATIONS[kind](draft)
         except NotHere:
-            names.remove(name)
-    raise NotHere
+            kind = choose(draft.rng, kind in NEUTRAL)
 
 
 # Numbers, operands and operations.
@@ -192,20 +201,20 @@ def _other_literals(old: Any) -> list[Any]:
     return [0, 1, 2, -1, 0.5, torch.float64, torch.float32] if old is None else []
 
 
-@mutation(8)
+@mutation(14)
 def literal(d: Draft) -> str:
-    node, path, old = d.pick(
-        (node, path, old)
+    literals = {
+        node: [(path, old) for path, old in arguments_of(node) if _other_literals(old)]
         for node in d.calls()
-        for path, old in arguments_of(node)
-        if _other_literals(old)
-    )
+    }
+    node = d.pick(node for node, found in literals.items() if found)
+    path, old = d.pick(literals[node])
     new = d.pick(o for o in _other_literals(old) if type(o) is not type(old) or o != old)
     set_argument(node, path, new)
     return f"{node}{list(path)}: {old} -> {new}"
 
 
-@mutation()
+@mutation(8)
 def keyword(d: Draft) -> str:
     """Arguments that a call leaves out."""
     options: dict[str, list[tuple[str, Any]]] = {
@@ -293,7 +302,7 @@ _OTHER_OPS: dict[Any, list[Any]] = {
 }
 
 
-@mutation(6)
+@mutation(8)
 def exchange(d: Draft) -> str:
     """Another operation."""
     node = d.pick(node for node in d.calls() if node.target in _OTHER_OPS)
@@ -443,7 +452,6 @@ def _writes(d: Draft, to: fx.Node) -> list[Write]:
         ("resize_", ([1],), {}),
         ("resize_as_", (to,), {}),
         ("masked_fill_", (True, 1.0), {}),
-        ("apply_", (abs,), {}),
         ("add_", (to,), {}),
         ("mul_", (to,), {"alpha": 2}) if d.rng.random() < 0.1 else ("mul_", (to,), {}),
         (torch.mul, (to, 2), {"out": to}),
@@ -488,9 +496,10 @@ _OWN_ARGUMENTS = {torch.mul, torch.add, torch.clamp, aten.mul.out}
 
 def _write(d: Draft, to: fx.Node, place: fx.Node) -> str:
     if d.rng.random() < 0.15:
+        target = d.pick(["copy_", "set_", aten.set_.source_Tensor, "mul_", "add_"])
         other = d.pick(n for n in d.tensors() if n <= place)
-        target = d.pick(["copy_", "set_", aten.set_.source_Tensor, "swap_dims_", "mul_", "add_"])
-        if d.rng.random() < 0.5:
+        # Of another dtype, set_ crashes torch itself.
+        if "set_" in str(target) or d.rng.random() < 0.5:
             other = d.call_after(place, d.pick([torch.zeros_like, "clone", torch.neg]), to)
             place = other
         made = d.call_after(place, target, to, other)
@@ -511,12 +520,21 @@ def write(d: Draft) -> str:
     return f"{text}: {_write(d, to, d.place(to))}"
 
 
-@mutation(4)
+@mutation(6)
 def write_weight(d: Draft) -> str:
-    """A parameter, or a view of it, is written to at a random place."""
-    node = d.pick(n for n in d.placeholders() if "self" in n.name or "proj" in n.name)
+    """A parameter, or a view of it, is written to: first of all, or at a random place."""
+    node = _parameter(d)
+    if d.rng.random() < 0.4:
+        return f"{node}: {_write(d, node, d.placeholders()[-1])}"
     to, text = _seen_as(d, node)
     return f"{text}: {_write(d, to, d.place(to))}"
+
+
+def _parameter(d: Draft) -> fx.Node:
+    """Stacks of matrices rather than others."""
+    found = [n for n in d.placeholders() if "self" in n.name and not is_number(n)]
+    stacks = [n for n in found if value(n) is not None and value(n).ndim > 2]
+    return d.pick(stacks if d.rng.random() < 0.5 else found)
 
 
 @mutation(5)
@@ -583,9 +601,11 @@ def detach(d: Draft) -> str:
     return f"{user}{list(path)}: {old} detached"
 
 
-@mutation(2)
+@mutation(4)
 def autocast(d: Draft) -> str:
     a, b = _two_places(d)
+    if d.rng.random() < 0.5:
+        a, b = d.placeholders()[-1], d.nodes()[-1]
     enabled = d.rng.random() < 0.8
     enter = d.call_after(a, _enter_autocast, "cpu", torch.bfloat16, enabled, None)
     leave = d.call_after(b if b is not a else enter, _exit_autocast, enter)
@@ -611,7 +631,7 @@ def wants_grad(d: Draft) -> str:
 @mutation(4)
 def view_of_weight(d: Draft) -> str:
     """A parameter is read through a view or a copy."""
-    node = d.pick(n for n in d.placeholders() if n.users and ("self" in n.name or "proj" in n.name))
+    node = _parameter(d)
     user = d.pick(node.users)
     target, args = d.pick(
         [
@@ -706,8 +726,8 @@ def constants(d: Draft) -> str:
             if isinstance(number, float) and abs(number) == old:
                 set_argument(node, path, new if number > 0 else -new)
                 count += 1
-    floats = [n for n in d.placeholders() if value(n) is not None and value(n).ndim == 0]
-    if not count and not floats:
+    floats = list(filter(is_number, d.placeholders()))
+    if not count and not (floats and math.isfinite(new)):  # Dynamo makes no input of others
         raise NotHere
 
     def edit(inputs: Inputs) -> None:
@@ -719,13 +739,13 @@ def constants(d: Draft) -> str:
     return f"{old} is {new} everywhere"
 
 
-@mutation(2)
+@mutation(8)
 def kind_of_weight(d: Draft) -> str:
-    """A parameter has other strides, the lazy negative bit, or is no parameter at all."""
-    weights = [n for n in d.placeholders() if "self" in n.name and value(n) is not None]
-    stacks = [n for n in weights if value(n).ndim > 2]
-    node = d.pick(stacks if d.rng.random() < 0.7 else weights)
-    what = d.pick(["no parameter", "negative bit", "strides", "offset", "inference"])
+    """A parameter has other strides or another dtype, the negative bit, or is no parameter."""
+    node = _parameter(d)
+    kinds = ["no parameter", "negative bit", "strides", "offset", "inference"]
+    dtypes = [torch.bfloat16, torch.float16, torch.float64]
+    what = d.pick([*kinds, *dtypes])
     if what == "no parameter":
         node.meta = {k: v for k, v in node.meta.items() if k != "tensor_dict"}
 
@@ -736,6 +756,8 @@ def kind_of_weight(d: Draft) -> str:
             new = torch._neg_view(-new)
         elif what == "strides" and new.ndim > 1:
             new = new.transpose(0, 1).contiguous().transpose(0, 1)
+        elif what in dtypes and new.is_floating_point():
+            new = new.to(what)
         elif what == "offset":
             new = torch.cat([new[:1], new])[1:]
         elif what == "inference":

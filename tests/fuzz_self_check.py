@@ -74,32 +74,27 @@ class _Places(ast.NodeTransformer):
         return len(self.texts) - 1 == self.delete
 
     def visit_If(self, node: ast.If) -> Any:
-        test = ast.unparse(node.test)
-        if any(map(_is_refusal, node.body)) and self._here(f"if {test}: refuse"):
+        test_text = ast.unparse(node.test)
+        if any(map(_is_refusal, node.body)) and self._here(f"if {test_text}: refuse"):
             return ast.copy_location(ast.Pass(), node)
-        refuses = any(_is_refusal(n) for n in ast.walk(node) if isinstance(n, ast.stmt))
+        refuses = any(map(_is_refusal, node.body))
         if refuses or _leaves(node.body[-1]):
-            value = not refuses
-            if isinstance(node.test, ast.BoolOp):
-                for at, operand in enumerate(node.test.values):
-                    is_or = isinstance(node.test.op, ast.Or)
-                    # without one of the reasons to refuse, or with one of the exemptions for all
-                    if is_or and self._here(f"{'always' if value else 'never'}: {_text(operand)}"):
-                        node.test.values[at] = ast.copy_location(ast.Constant(value), operand)
-            elif not refuses and len(node.body) == 1 and self._here(f"always: {test}"):
+            for test in _disjunctions(node.test):
+                for at, operand in enumerate(test.values):
+                    # without one of the reasons to refuse, or with one exemption for all
+                    if self._here(f"{'never' if refuses else 'always'}: {_text(operand)}"):
+                        test.values[at] = ast.copy_location(ast.Constant(not refuses), operand)
+            whole = not refuses and not isinstance(node.test, ast.BoolOp)
+            if whole and self._here(f"always: {test_text}"):
                 node.test = ast.copy_location(ast.Constant(True), node.test)
         self.generic_visit(node)
         return node
 
-    def visit_BoolOp(self, node: ast.BoolOp) -> Any:
-        self.generic_visit(node)
-        return node
-
     def visit_Assign(self, node: ast.Assign) -> Any:
-        if isinstance(node.value, ast.BoolOp) and isinstance(node.value.op, ast.Or):
-            for at, operand in enumerate(node.value.values):
+        for test in _disjunctions(node.value):
+            for at, operand in enumerate(test.values):
                 if self._here(f"never: {_text(operand)}"):
-                    node.value.values[at] = ast.copy_location(ast.Constant(False), operand)
+                    test.values[at] = ast.copy_location(ast.Constant(False), operand)
         self.generic_visit(node)
         return node
 
@@ -112,6 +107,12 @@ class _Places(ast.NodeTransformer):
                 handler.body = [ast.copy_location(ast.Pass(), handler.body[0])]
         self.generic_visit(node)
         return node
+
+
+def _disjunctions(test: ast.expr) -> list[ast.BoolOp]:
+    """The ``or`` of a condition, or those in its ``and``."""
+    parts = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+    return [p for p in parts if isinstance(p, ast.BoolOp) and isinstance(p.op, ast.Or)]
 
 
 def _text(node: ast.AST) -> str:
