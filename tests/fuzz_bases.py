@@ -336,7 +336,7 @@ def propagate(base: Base, gm: fx.GraphModule, inputs: dict[str, Any]) -> ShapeEn
             if node.op == "call_method":
                 node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
-                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                node.meta["example_value"] = node.target(*args, **kwargs)
     return env
 
 

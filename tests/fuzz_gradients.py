@@ -88,7 +88,7 @@ class _Passing(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.tap._keep(gradient)
         return gradient, None
 
@@ -130,9 +130,7 @@ def gradients(
     """
     t, a = indices.shape
     expert = indices.reshape(-1)
-    pre = oracle.grouped_linear(
-        Bounded.exact(hidden.repeat_interleave(a, dim=0)), expert, *gate_up
-    )
+    pre = oracle.grouped_linear(Bounded.exact(hidden.repeat_interleave(a, dim=0)), expert, *gate_up)
     y = oracle.grouped_linear(oracle.swiglu(pre, alpha, limit), expert, *down)
     given = gradient.double().repeat_interleave(a, dim=0)
     of_weights = Bounded(

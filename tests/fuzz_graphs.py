@@ -30,16 +30,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import fuzz_inputs
+import fuzz_mutations
+import fuzz_spelling
+import fuzz_writes
 import torch
 from fuzz_bases import BASES, Inputs, base_of, modes_kept, new_inputs, propagate
+from fuzz_draft import MUTATIONS, NEUTRAL, Draft, choose, mutate
 from fuzz_judge import Judge, Recorder, Wrong, call
-from fuzz_mutations import MUTATIONS, NEUTRAL, Draft, choose, mutate
 from torch import Tensor, fx, nn
 
 from mxfp4_fx.backend import bind
 from mxfp4_fx.options import Options
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
+
+SOURCES = fuzz_mutations, fuzz_writes, fuzz_inputs, fuzz_spelling  # all that are in MUTATIONS
 
 # Those of dynamic shapes take ten times as long.
 _SHARE = {name: 1 if "dynamic" in name else 4 for name in BASES}
@@ -78,7 +84,9 @@ class Result:
 
     def __str__(self) -> str:
         steps = "".join(f"\n  {kind}: {s}" for kind, s in zip(self.kinds, self.steps, strict=True))
-        again = f"python tests/fuzz_graphs.py --form {self.form} --seed {self.seed} --count 1 --show"
+        again = (
+            f"python tests/fuzz_graphs.py --form {self.form} --seed {self.seed} --count 1 --show"
+        )
         return f"{self.form}, seed {self.seed}:{steps}\n  {self.fault}\n  again: {again}"
 
 

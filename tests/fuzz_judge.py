@@ -84,7 +84,9 @@ class _Recording(fx.Interpreter):
             if str(node.target).startswith(("mxfp4.routing", "mxfp4.matmul_ogs")):
                 ours[node.meta.get("fuzz")].append(node)
         # A rewrite's ops are noted as made by the region's root; packed experts' own are not.
-        self.ours = {node: name for name, nodes in ours.items() if len(nodes) == 3 for node in nodes}
+        self.ours = {
+            node: name for name, nodes in ours.items() if len(nodes) == 3 for node in nodes
+        }
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.ours:
@@ -192,7 +194,9 @@ def assert_same_bits(what: str, actual: list[Any], expected: list[Any]) -> None:
                 raise Wrong(f"{what} {at}: {a} is not {e}")
             continue
         if a.shape != e.shape or a.dtype != e.dtype:
-            raise Wrong(f"{what} {at}: {a.dtype} {tuple(a.shape)} is not {e.dtype} {tuple(e.shape)}")
+            raise Wrong(
+                f"{what} {at}: {a.dtype} {tuple(a.shape)} is not {e.dtype} {tuple(e.shape)}"
+            )
         if a.is_quantized or not bool(((a == e) | ((a != a) & (e != e))).all()):
             off = (a.double() - e.double()).abs().nan_to_num(float("inf")).max()
             raise Wrong(f"{what} {at} differs, by up to {off:.3g}")

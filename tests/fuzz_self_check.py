@@ -171,13 +171,43 @@ def commutes(op: str) -> Iterator[None]:
         matcher._COMMUTATIVE.remove(op)
 
 
-def variants() -> Iterator[tuple[str, Any]]:
-    """What is tried: a name, and how to have it."""
+def variants() -> Iterator[tuple[str, str, Any]]:
+    """What is tried: a name, the function that then refuses less, and how to have it."""
     for deletion in deletions():
         where = "" if deletion.owner is checks else "matcher "
-        yield f"{where}{deletion}", deleted(deletion)
+        yield f"{where}{deletion}", deletion.function, deleted(deletion)
     for op in ("floordiv", "ge"):
-        yield f"matcher _COMMUTATIVE: {op}, too", commutes(op)
+        yield f"matcher _COMMUTATIVE: {op}, too", "expect", commutes(op)
+
+
+class Refusals:
+    """Which function refused what: only cases that it refuses can show what it lacks."""
+
+    def __init__(self) -> None:
+        self._functions: dict[str, set[str]] = {}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        original = matcher.Mismatch.__init__
+        functions = self._functions
+
+        def note(self: Any, reason: str, *args: Any) -> None:
+            original(self, reason, *args)
+            frame = sys._getframe(1)
+            while frame.f_code.co_name in ("_fail", "_mismatch") and frame.f_back is not None:
+                frame = frame.f_back
+            functions.setdefault(reason, set()).add(frame.f_code.co_name)
+
+        matcher.Mismatch.__init__ = note
+        try:
+            yield
+        finally:
+            matcher.Mismatch.__init__ = original
+
+    def by(self, function: str, case: Result) -> bool:
+        # What is reported has a word on the form before it.
+        known = [r for r, names in self._functions.items() if function in names]
+        return any(reason.endswith(k) for reason in case.reasons for k in known)
 
 
 def first_fault(cases: list[Result]) -> Result | None:
@@ -195,26 +225,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first case's")
     parser.add_argument("--only", default="", help="deletions with this in their name")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(line_buffering=True)
     missed = 0
     with quiet():
         seeds = range(args.seed, args.seed + args.count)
+        refusals = Refusals()
+        with refusals.noted():
+            cases = [run_case(seed) for seed in seeds]
         # A deletion makes rewrites of refusals, and changes nothing else.
-        refused = [case for case in map(run_case, seeds) if case.verdict == "refused"]
+        refused = [case for case in cases if case.verdict == "refused"]
         print(f"{len(refused)} of {args.count} cases are refused")
-        for name, variant in variants():
+        for name, function, variant in variants():
             if args.only not in name:
                 continue
+            candidates = [case for case in refused if refusals.by(function, case)]
             before = time.process_time()
             with variant:
-                fault = first_fault(refused)
+                fault = first_fault(candidates)
             seconds = f"{time.process_time() - before:4.0f} s"
             if fault is not None:
                 at = fault.seed - args.seed + 1
-                print(f"found  {seconds} {name}\n         case {at}: {fault.fault[:110]}", flush=True)
+                print(f"found  {seconds} {name}\n         case {at}: {fault.fault[:110]}")
                 continue
             why = next((why for text, why in UNSEEN.items() if text in name), None)
             missed += why is None
-            print(f"{'-     ' if why else 'MISSED'} {seconds} {name}", flush=True)
+            print(f"{'-     ' if why else 'MISSED'} {seconds} {name} ({len(candidates)} cases)")
             if why:
                 print(f"         {why}")
     return 1 if missed else 0
