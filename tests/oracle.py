@@ -107,19 +107,26 @@ def swiglu(y: Bounded, alpha: float, limit: float) -> Bounded:
     """[.., 2I] -> [.., I]: gate in the even columns, up in the odd; limit is a float32 number."""
     gate = y[..., 0::2].through(lambda v: v.clamp(max=limit))  # clamping rounds nothing
     up = y[..., 1::2].through(lambda v: v.clamp(min=-limit, max=limit))
-    steps = roundings(2) * alpha * gate.largest  # alpha to float32, the product
-    z = Bounded(alpha * gate.value, alpha * gate.error + steps + UNDERFLOW)
-    s = z.through(torch.sigmoid)
-    # 1 / (1 + exp(-z)): an ulp is up to 2U of exp, which is at most all of the sum; sum; division
-    s = s.plus_error(roundings(2 * EXP_ULP + 2) * s.largest + SMALLEST_NORMAL)
+    _, s = sigmoid_of(gate, alpha)
     up_and_1 = Bounded(up.value + 1, up.error).rounded(torch.float32)
     return times(times(gate, s), up_and_1)
+
+
+def sigmoid_of(gate: Bounded, alpha: float) -> tuple[Bounded, Bounded]:
+    """alpha * gate and its sigmoid."""
+    steps = roundings(2) * abs(alpha) * gate.largest  # alpha to float32, the product
+    z = Bounded(alpha * gate.value, abs(alpha) * gate.error + steps + UNDERFLOW)
+    s = z.through(torch.sigmoid)
+    # 1 / (1 + exp(-z)): an ulp is up to 2U of exp, which is at most all of the sum; sum; division
+    return z, s.plus_error(roundings(2 * EXP_ULP + 2) * s.largest + SMALLEST_NORMAL)
 
 
 def softmax(logits: Tensor) -> Bounded:
     """Over the last dimension of exact logits [T, A]."""
     logits = logits.double()
     distance = logits.amax(dim=-1, keepdim=True) - logits
+    # Below exp(-104) float32 has no number but zero, however far below.
+    distance = torch.where(distance > 200, 0.0, distance)
     n = (
         4 * EXP_ULP  # the exponential above and those below the line: 2U an ulp
         + distance  # logit - largest is off by U * distance, and exp is its own derivative,

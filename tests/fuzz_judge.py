@@ -1,0 +1,375 @@
+"""Whether a rewritten graph does what the captured one does.
+
+Nothing here has a tolerance. Outside of a rewritten region both graphs make the same calls, so that
+
+- with the region's result put into the captured graph in the place of its own, every output and
+  every input after the call must be the same **bit for bit**;
+- the region's result, the rewritten and the captured one, must be GPT-OSS's of what the region
+  reads, within the running error analysis of ``oracle.py``: it holds for every evaluation in
+  float32 that rounds to nearest, whatever its order, and the weights are MXFP4's exactly;
+- so must the gradients that the region's ops hand back for the gradient that they are given
+  (``fuzz_gradients.py``);
+- whose gradient is whose is seen in float64, with the region as a formula: rewritten and captured
+  graph then differ by float64's rounding, for which float32's is a bound 2**29 times as large.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import oracle
+import torch
+from fuzz_bases import Base, Edit, Inputs, modes_kept, new_inputs
+from fuzz_gradients import FORMULAS, Tap, gradients, softmax_backwards
+from oracle import Bounded, Matrices, assert_as_accurate, assert_within
+from torch import Tensor, fx
+
+from mxfp4_fx.options import Options
+from mxfp4_fx.passes.canonicalize import canonicalize
+from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.fuse_moe import fuse_moe
+from mxfp4_fx.passes.pipeline import copy_graph
+from mxfp4_fx.weights import unswizzle_weight
+
+_MXFP4 = torch.ops.mxfp4
+
+
+class Wrong(Exception):
+    """The rewritten graph does something else."""
+
+
+@dataclass
+class Region:
+    """What one run of a rewritten region read and gave, as copies.
+
+    Attributes:
+        routing: of ``routing`` or ``routing.routes``: its arguments.
+        operands: of the two ``matmul_ogs``, their arguments by name.
+        taps: where gradients pass, by name.
+    """
+
+    routing: tuple[Any, ...] = ()
+    operands: list[dict[str, Any]] = field(default_factory=list)
+    result: Tensor | None = None
+    taps: dict[str, Tap] = field(default_factory=dict)
+
+
+class Recorder:
+    """An inner compiler that runs a lowered graph as it is and records its regions.
+
+    Attributes:
+        runs: for each call, root's name in the captured graph -> what its region did.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Region]] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.runs.append({})
+            return _Recording(gm, self.runs[-1]).run(*args)
+
+        return run
+
+
+class _Recording(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, regions: dict[str, Region]) -> None:
+        super().__init__(gm)
+        self.regions = regions
+        ours = collections.defaultdict(list)
+        for node in gm.graph.nodes:
+            if str(node.target).startswith(("mxfp4.routing", "mxfp4.matmul_ogs")):
+                ours[node.meta.get("fuzz")].append(node)
+        # A rewrite's ops are noted as made by the region's root; packed experts' own are not.
+        self.ours = {
+            node: name for name, nodes in ours.items() if len(nodes) == 3 for node in nodes
+        }
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self.ours:
+            return super().run_node(n)
+        region = self.regions.setdefault(self.ours[n], Region())
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        target: Any = n.target
+        names = [a.name for a in target._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        copies = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in given.items()}
+        if "routing" in str(target):
+            region.routing = tuple(copies.values())
+            key = "logits" if "logits" in given else "weights"
+            tapped = [key]
+        else:
+            tapped = ["x"] if not region.operands else []
+            region.operands.append(copies)
+        for key in tapped:
+            region.taps[key] = Tap()
+            given[key] = region.taps[key](given[key])
+        result = target(**given)
+        if len(region.operands) == 2:
+            region.taps["result"] = Tap()
+            region.taps["result"].watch(result)
+            region.result = result.detach().clone()
+        return result
+
+
+class _Replaced(fx.Interpreter):
+    """Runs a captured graph with the results of some nodes replaced; what they were is kept."""
+
+    def __init__(self, gm: fx.GraphModule, results: dict[str, Tensor]) -> None:
+        super().__init__(gm)
+        self.results = results
+        self.own: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name not in self.results:
+            return result
+        self.own[n.name] = result.detach().clone()
+        new = self.results[n.name]
+        if new.shape != result.shape or new.dtype != result.dtype:
+            raise Wrong(f"{n} is {new.dtype} {tuple(new.shape)}, not {tuple(result.shape)}")
+        return new.clone()
+
+
+@dataclass
+class Outcome:
+    """What a call gave and left behind."""
+
+    outputs: list[Any]
+    inputs: list[Any]
+    gradients: list[Tensor | None]
+    kinds: list[Any]
+
+
+def call(run: Callable[..., Any], base: Base, inputs: Inputs, times: int = 2) -> list[Outcome]:
+    """Call it, twice on the same inputs, with gradients of the first call if there are leaves."""
+    values, found = inputs.list, []
+    for at in range(times):
+        with modes_kept(base.grad):
+            outputs = list(run(*values))
+        leaves = list(inputs.leaves.values()) if at == 0 else []
+        gradients = _gradients(outputs, leaves) if leaves else []
+        kinds = [_kind(value, [*values, *outputs]) for value in outputs]
+        kept = [[_copy(v) for v in group] for group in (outputs, values)]
+        found.append(Outcome(kept[0], kept[1], gradients, kinds))
+    return found
+
+
+def _gradients(outputs: list[Any], leaves: list[Tensor]) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(5)
+    wanted = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+    if not wanted:
+        return [None] * len(leaves)
+    # The same numbers in every dtype.
+    given = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in wanted]
+    return list(torch.autograd.grad(wanted, leaves, given, allow_unused=True, retain_graph=True))
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _kind(value: Any, everything: list[Any]) -> Any:
+    """What there is to say of an output besides its numbers: type, gradient, whose memory."""
+    if not isinstance(value, Tensor):
+        return type(value)
+    shared = [
+        at
+        for at, other in enumerate(everything)
+        if isinstance(other, Tensor)
+        and other.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+        and value.untyped_storage().nbytes()
+    ]
+    same = [at for at, other in enumerate(everything) if other is value]
+    return value.dtype, value.shape, value.stride(), value.requires_grad, shared, same
+
+
+def assert_same_bits(what: str, actual: list[Any], expected: list[Any]) -> None:
+    for at, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        if not isinstance(e, Tensor):
+            if a != e:
+                raise Wrong(f"{what} {at}: {a} is not {e}")
+            continue
+        if a.shape != e.shape or a.dtype != e.dtype:
+            raise Wrong(
+                f"{what} {at}: {a.dtype} {tuple(a.shape)} is not {e.dtype} {tuple(e.shape)}"
+            )
+        if a.is_quantized or not bool(((a == e) | ((a != a) & (e != e))).all()):
+            off = (a.double() - e.double()).abs().nan_to_num(float("inf")).max()
+            raise Wrong(f"{what} {at} differs, by up to {off:.3g}")
+
+
+class Judge:
+    """One mutated graph against what was made of it."""
+
+    def __init__(self, base: Base, gm: fx.GraphModule, edits: list[Edit]) -> None:
+        self.base, self.gm, self.edits = base, gm, edits
+
+    def compare(
+        self, expected: list[Outcome], actual: list[Outcome], runs: list[dict[str, Region]],
+        rewrites: int,
+    ) -> None:  # fmt: skip
+        """Raises :class:`Wrong` where ``actual`` is not what ``expected`` and rounding allow."""
+        for at, (a, e, regions) in enumerate(zip(actual, expected, runs, strict=True)):
+            if a.kinds != e.kinds:
+                raise Wrong(f"call {at + 1}: outputs are {a.kinds}, not {e.kinds}")
+            if len(regions) != rewrites:
+                raise Wrong(f"the report has {rewrites} rewrites, the graph {len(regions)}")
+        values = new_inputs(self.base, self.edits, grad=False).list
+        for at, (a, regions) in enumerate(zip(actual, runs, strict=True)):
+            known = {name: r.result for name, r in regions.items() if r.result is not None}
+            replaced = _Replaced(self.gm, known)
+            with modes_kept(self.base.grad):
+                outputs = list(replaced.run(*values))
+            for name, region in regions.items():
+                self._judge_region(f"call {at + 1}: {name}", region, replaced.own.get(name))
+            assert_same_bits(f"call {at + 1}: output", a.outputs, outputs)
+            assert_same_bits(f"call {at + 1}: input afterwards", a.inputs, values)
+        for a, e in zip(actual[0].gradients, expected[0].gradients, strict=True):
+            if (a is None) != (e is None):
+                raise Wrong("a gradient is there, or is None, where it was not")
+
+    def _judge_region(self, what: str, region: Region, own: Tensor | None) -> None:
+        if own is None or region.result is None:
+            raise Wrong(f"{what}: no such node in the captured graph")
+        exact = oracle.experts(*_operands(region), torch.float32)
+        known = exact.value.isfinite() & exact.error.isfinite()
+        # Where the captured graph overflows float32 it is no measure; NaN and infinity that come
+        # from the inputs, and not from an overflow, are the same in any order of summation.
+        overflow = known & ~own.isfinite()
+        for text, y in (("rewritten", region.result), ("captured", own)):
+            y = torch.where(overflow, exact.value.to(y.dtype), y)
+            bounded = Bounded(torch.where(known, exact.value, torch.nan), exact.error)
+            try:
+                assert_within(torch.where(known, y, torch.nan), bounded)
+            except AssertionError as error:
+                raise Wrong(f"{what}, {text}, is not the oracle's: {error}") from None
+        odd = ~known & ~exact.error.isinf()
+        if not torch.equal(region.result.isnan() & odd, own.isnan() & odd):
+            raise Wrong(f"{what}: NaN in other places")
+        if region.taps["result"].gradient is not None:
+            _judge_gradients(what, region, region.taps["result"].gradient)
+
+    def semantics(self) -> bool:
+        """Values and gradients in float64, as above; False where float64 cannot run it."""
+        exact = in_float64(self.gm)
+        inputs = new_inputs(self.base, self.edits, True)
+        fused, ctx = copy_graph(self.gm), Context(Options(), inputs.list)
+        canonicalize(fused, ctx)
+        fuse_moe(fused, ctx)
+        low = call(self.gm.forward, self.base, inputs, 1)[0]
+        wide = [new_inputs(self.base, self.edits, True, torch.float64) for _ in range(2)]
+        try:
+            exactly = call(exact.forward, self.base, wide[0], 1)[0]
+        except Exception:
+            return False
+        new = call(in_float64(fused).forward, self.base, wide[1], 1)[0]
+        for text in ("outputs", "inputs", "gradients"):
+            for at, (a, e, x) in enumerate(
+                zip(getattr(new, text), getattr(low, text), getattr(exactly, text), strict=True)
+            ):
+                if (a is None) != (x is None):
+                    raise Wrong(f"in float64, {text} {at}: one is None")
+                if isinstance(x, Tensor):
+                    _as_near(f"in float64, {text} {at}", a, e, x)
+        return True
+
+
+def _as_near(what: str, actual: Tensor, low: Tensor, exact: Tensor) -> None:
+    """Of float64: at most as far apart as float32 is off, and its rounding."""
+    if not exact.is_floating_point():
+        same = torch.equal(actual, exact)
+        if not same:
+            raise Wrong(f"{what} differs")
+        return
+    actual, low, exact = (t.double() for t in (actual, low, exact))
+    numbers = exact.isfinite() & low.isfinite()
+    if not torch.equal(actual.isnan(), exact.isnan()):
+        raise Wrong(f"{what}: NaN in other places")
+    zero = torch.zeros_like(exact)
+    actual, low, exact = (torch.where(numbers, t, zero) for t in (actual, low, exact))
+    try:
+        assert_as_accurate(actual, low, exact)
+    except AssertionError as error:
+        raise Wrong(f"{what}: {error}") from None
+
+
+def in_float64(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same computation in float64, for inputs of float64."""
+    gm = copy_graph(gm)
+    for node in gm.graph.nodes:
+        node.args, node.kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda v: torch.float64 if v is torch.float32 else v
+        )
+        if node.op == "call_method" and node.target == "float":
+            node.target = "double"
+        if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            name = str(node.target).removesuffix(".default")
+            if "mxfp4.moe" in name:
+                name = "mxfp4.moe"
+            if name in FORMULAS:
+                _spell_out(node)
+                node.target = FORMULAS[name]
+    gm.recompile()
+    return gm
+
+
+def _spell_out(node: fx.Node) -> None:
+    """Every argument of an op by name."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = target.default
+    arguments = target._schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= dict(zip([a.name for a in arguments], node.args, strict=False))
+    node.args, node.kwargs = (), {**given, **node.kwargs}
+
+
+def _operands(region: Region) -> tuple[Any, ...]:
+    """What ``oracle.experts`` takes."""
+    first, last = region.operands
+    if region.routing[0].is_floating_point():
+        chosen, indices = torch.topk(region.routing[0], region.routing[1], dim=-1)
+        weights = oracle.softmax(chosen)
+    else:
+        indices, weights = region.routing[0], Bounded.exact(region.routing[1])
+    assert indices.shape[1] == last["experts_per_token"]
+    limit = float(torch.tensor(first["limit"], dtype=torch.float32))
+    return first["x"], indices, weights, *_weights(region), first["alpha"], limit
+
+
+def _judge_gradients(what: str, region: Region, gradient: Tensor) -> None:
+    operands = _operands(region)
+    of_hidden, of_weights = gradients(*operands, gradient)
+    name = "logits" if region.routing[0].is_floating_point() else "weights"
+    if name == "logits":
+        chosen = softmax_backwards(of_weights, operands[2])
+        zero = torch.zeros(region.routing[0].shape, dtype=torch.float64)
+        of_weights = Bounded(
+            *(zero.scatter(1, operands[1], part) for part in (chosen.value, chosen.error))
+        )
+    for key, exact in (("x", of_hidden), (name, of_weights)):
+        found = region.taps[key].gradient
+        if found is None or not bool((exact.value + exact.error).isfinite().all()):
+            continue
+        try:
+            assert_within(found, exact)
+        except AssertionError as error:
+            raise Wrong(f"{what}: gradient of {key}: {error}") from None
+
+
+def _weights(region: Region) -> list[tuple[Tensor, Tensor]]:
+    """Of both projections: the weight [E, N, K] and the bias, in float64."""
+    found = []
+    k = region.operands[0]["x"].shape[1]
+    for operands in region.operands:
+        e, n = operands["bias"].shape
+        parts = operands["blocks"], operands["scales"]
+        if operands["layout"] != "row_major":
+            parts = unswizzle_weight(parts, operands["layout"], e, n, k)
+        found.append(Matrices(*parts, operands["bias"]).exact)
+        k = n // 2
+    return found

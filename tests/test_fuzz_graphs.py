@@ -1,0 +1,44 @@
+"""Mutated graphs are rewritten rightly or reported: a seeded run of the fuzzer, which can fail."""
+
+from __future__ import annotations
+
+import pytest
+from fuzz_graphs import fuzz, quiet, run_case
+from fuzz_self_check import deleted, deletions
+
+CASES = 120
+
+
+@pytest.mark.parametrize("seed", range(0, 5 * CASES, CASES))
+def test_no_mutation_makes_a_wrong_rewrite_a_crash_or_a_silent_miss(seed: int) -> None:
+    statistics = fuzz(range(seed, seed + CASES))
+    faults = statistics.faults
+    assert not faults, f"{len(faults)} faults:\n" + "\n".join(map(str, faults))
+    # A fuzzer that reaches nothing finds nothing.
+    assert statistics.verdicts["rewritten"] > CASES // 4
+    assert statistics.verdicts["refused"] > CASES // 4
+    neutral = statistics.neutral
+    assert neutral["rewritten"] > neutral.total() // 2
+
+
+def test_a_case_depends_on_its_seed_alone() -> None:
+    with quiet():
+        first = run_case(11)
+        run_case(12)
+        again = run_case(11)
+    assert first == again
+    assert first.graph
+
+
+@pytest.mark.parametrize(
+    ("function", "form", "only"),
+    [("_check_gradients", "plain-grad", "grad_mode"), ("solve", "grouped_mm", "literal")],
+)
+def test_a_proof_that_asks_less_is_found_out(function: str, form: str, only: str) -> None:
+    refusals = [d for d in deletions() if d.function == function and d.text.endswith("refuse")]
+    assert refusals
+    found = []
+    for deletion in refusals:
+        with deleted(deletion):
+            found += fuzz(range(40), form, only, stop=True).faults
+    assert found
