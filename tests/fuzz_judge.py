@@ -32,7 +32,7 @@ from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.fuse_moe import fuse_moe
 from mxfp4_fx.passes.pipeline import copy_graph
-from mxfp4_fx.weights import unswizzle_weight
+from mxfp4_fx.swizzle import unswizzle_weight
 
 _MXFP4 = torch.ops.mxfp4
 
