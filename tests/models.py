@@ -13,7 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssML
 from mxfp4_fx import target
 from mxfp4_fx.formats import dequantize, quantize
 from mxfp4_fx.packed import PROJECTIONS, PackedExperts
-from mxfp4_fx.weights import STORE
+from mxfp4_fx.store import STORE
 
 FORMS = ("grouped_mm", "batched_mm", "eager")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
