@@ -258,7 +258,8 @@ class WeightStore:
         if not freed.is_freed(tensors[0]):
             return tensors[0], layout, room, None
         entry = self._holder(tensors[0])
-        blocks, scales = unswizzle_weight(entry.parts, entry.layout, *entry.sizes)
+        with torch.inference_mode(False):  # they may be kept as they are
+            blocks, scales = unswizzle_weight(entry.parts, entry.layout, *entry.sizes)
         return blocks, layout, room, scales
 
     def _holder(self, parameter: Tensor) -> Entry:

@@ -38,9 +38,9 @@ SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 4}
 TOP_K = 2
 PROJECTIONS = ("gate_up_proj", "down_proj")
 OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
+    *({}, {}, {}),
+    *({"kernels": "reference"}, {"kernels": "reference"}),
     {"free_weights": True},
-    {"kernels": "reference"},
     {"kernels": "pytorch", "free_weights": True},
     {"skip": ["*"]},
 )
@@ -121,14 +121,22 @@ class Life:
         self.subjects = [self.born() for _ in range(2)]
         self.steps = [
             *([self.compile] * 2),
-            *([self.train, self.write] * 3),
-            *([self.assign, self.load, self.free, self.restore] * 2),
-            *(self.save, self.convert, self.forget, self.tie, self.swap, self.write_uncounted),
+            *([self.train, self.write, self.assign] * 3),
+            *([self.load, self.restore] * 2),
+            *(
+                self.free,
+                self.save,
+                self.convert,
+                self.forget,
+                self.tie,
+                self.swap,
+                self.write_uncounted,
+            ),
             *(self.threads, self.die, self.replace),
         ]
 
     def born(self) -> Subject:
-        is_packed = self.random.random() < 0.5
+        is_packed = self.random.random() < 0.3
         form = self.random.choice(("grouped_mm", "batched_mm"))
         self.log.append(f"a {'packed' if is_packed else 'dense ' + form} MLP")
         return Subject(self.number(), is_packed, form)
@@ -191,7 +199,7 @@ class Life:
     def train(self, subject: Subject) -> None:
         """A step of an optimizer; the gradients are random."""
         name = self.random.choice(list(OPTIMIZERS))
-        only = self.random.choice(("router", "bias", ""))
+        only = self.random.choice(("router", "", ""))
         trained = [
             p
             for n, p in subject.module.named_parameters()
@@ -208,7 +216,9 @@ class Life:
             parameter.grad = None
 
     def some_weight(self, subject: Subject) -> tuple[str, nn.Parameter]:
-        name, weight = self.random.choice(list(subject.experts().items()))
+        # Down more often: it is square, and can be transposed.
+        found = sorted(subject.experts().items())
+        name, weight = self.random.choice([*found, *found[: len(found) // 2]])
         self.log.append(f"  {name}{', which is freed' if is_freed(weight) else ''}")
         return name, weight
 
@@ -253,17 +263,21 @@ class Life:
             "new": lambda: new,
             "part of something": lambda: torch.cat([new, new])[1 : 1 + new.shape[0]],
         }
-        if not is_freed(weight) and name.endswith("down_proj"):
-            kinds["transposed"] = lambda: weight.data.transpose(1, 2)
-            kinds["negative by a bit"] = lambda: torch._neg_view(weight.data)
+        if not is_freed(weight):
+
+            def through_nothing() -> Tensor:
+                """At the old address, likely."""
+                shape, dtype = weight.shape, weight.dtype
+                weight.data = torch.empty(0, dtype=dtype)
+                return torch.empty(shape, dtype=dtype).copy_(new)
+
+            kinds["new, through nothing"] = through_nothing
+            if name.endswith("down_proj"):
+                kinds["transposed"] = lambda: weight.data.transpose(1, 2)
+                kinds["negative by a bit"] = lambda: torch._neg_view(weight.data)
         kind = self.random.choice(list(kinds))
-        through_nothing = not is_freed(weight) and kind == "new" and self.random.random() < 0.5
-        self.log.append(f"  {kind}{', through nothing' if through_nothing else ''}")
-        with torch.no_grad():
-            assigned = kinds[kind]()
-            if through_nothing:
-                weight.data = torch.empty(0, dtype=weight.dtype)
-            weight.data = assigned
+        self.log.append(f"  {kind}")
+        weight.data = kinds[kind]()
 
     def replace(self, subject: Subject) -> None:
         """Another parameter; maybe of the memory of the old one."""

@@ -240,6 +240,13 @@ def test_uncompiled_packed_experts_have_gradients() -> None:
     assert close(x.grad, expected)
 
 
+def test_another_layout_made_in_inference_mode_can_be_saved_for_a_backward() -> None:
+    module, _ = freed(dense())
+    with torch.inference_mode():
+        parts = STORE.get(module.experts.down_proj, "row_major")
+    assert not any(part.is_inference() for part in parts)
+
+
 def test_beyond_the_recompile_limit() -> None:
     """What Dynamo runs uncompiled then computes from the same weights."""
     module, plain = packed(), packed()
