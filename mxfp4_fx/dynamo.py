@@ -30,7 +30,7 @@ def untraced(function: Callable[..., Any]) -> None:
     and costs microseconds a call; this is a mark on the code, which nobody asks for otherwise.
     """
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    code: types.CodeType = function.__code__  # type: ignore[attr-defined]
+    code: types.CodeType = function.__code__
     set_code_exec_strategy(code, skip)
 
 
