@@ -213,7 +213,7 @@ num_experts=E, first_expert=0, kernels=reference), with 0 = 0 but found 1
         self.assert_missed(
             self.edit(changes),
             """\
-experts: down_scales is not a parameter or buffer of the model
+experts: down_scales is not a parameter or buffer of the model: it is what add makes
 """,
         )
 

@@ -421,7 +421,7 @@ class TestWeights(NearMisses):
         self.assert_missed(
             module,
             """\
-experts: gate_up is not a parameter or buffer of the model
+experts: gate_up is not a parameter or buffer of the model: it is what mul makes
 """,
         )
 
@@ -432,7 +432,7 @@ experts: gate_up is not a parameter or buffer of the model
         self.assert_missed(
             module,
             """\
-experts: gate_up is not a parameter or buffer of the model
+experts: gate_up is not a parameter or buffer of the model: it is what mul makes
 """,
         )
 

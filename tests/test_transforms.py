@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mxfp4_fx.errors import GradientError
 
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's
+
 EXPERTS = pack(mlp()).experts
 X, INDICES, WEIGHTS = hidden()[0], torch.arange(21).view(7, 3) % 6, torch.rand(7, 3)
 
@@ -54,7 +56,6 @@ def test_reverse_mode_jacobian_and_vjp() -> None:
     assert torch.equal(pull(torch.ones(()))[0], expected)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradients_per_token() -> None:
     def one(x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         return EXPERTS(x[None], indices[None], weights[None]).square().sum()

@@ -127,7 +127,11 @@ def _check_weights(match: Match, ctx: Context) -> None:
                 "that out, and set options={'inductor': {'freezing': True}} instead"
             )
             _fail(match, reason, node)
-        if node.op != "placeholder" or not is_parameter(node, inputs[node]):
+        if node.op != "placeholder":
+            call = getattr(node.target, "__name__", str(node.target))
+            reason = f"{name} is not a parameter or buffer of the model: it is what {call} makes"
+            _fail(match, reason, node)
+        if not is_parameter(node, inputs[node]):
             _fail(match, f"{name} is not a parameter or buffer of the model", node)
 
 
