@@ -50,6 +50,7 @@ SOURCES = fuzz_mutations, fuzz_writes, fuzz_inputs, fuzz_spelling  # all that ar
 # Those of dynamic shapes take ten times as long.
 _SHARE = {name: 1 if "dynamic" in name else 4 for name in BASES}
 _SHARE |= {name: 6 for name in BASES if name.endswith("routes")}
+_SHARE |= {name: 6 for name in BASES if name.endswith("parallel")}
 _SHARE |= {"plain-float64": 1, "plain-odd-size": 1}  # which are never rewritten
 
 _TRIES = 5  # what a case makes until it has a program
@@ -176,7 +177,7 @@ def _brief(error: BaseException) -> str:
 _MATMULS = {"bmm", "matmul", "baddbmm", "einsum", "matmul_ogs"}
 _SAME_MATRICES = {
     *("getitem", "to", "float", "view", "reshape", "contiguous", "clone", "detach", "index_select"),
-    *("view_as", "alias", "expand_as", "type", "unflatten", "reshape_as"),
+    *("view_as", "alias", "expand_as", "type", "unflatten", "reshape_as", "flatten"),
 }
 
 

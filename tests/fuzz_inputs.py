@@ -134,12 +134,12 @@ def constants(d: Draft) -> str:
     return f"{old} is {new} everywhere"
 
 
-@mutation(8)
+@mutation(12)
 def kind_of_weight(d: Draft) -> str:
-    """A parameter has other strides or another dtype, the negative bit, or is no parameter."""
+    """A parameter has other strides, a row or a dtype more, the negative bit, or is none."""
     node = pick_parameter(d)
-    kinds = ["no parameter", "negative bit", "strides", "offset", "inference"]
-    dtypes = [torch.bfloat16, torch.float16, torch.float64]
+    kinds = ["no parameter", "negative bit", "strides", "offset", "inference", "one more"]
+    dtypes = [torch.bfloat16, torch.float64]
     what = d.pick([*kinds, *dtypes])
     if what == "no parameter":
         node.meta = {k: v for k, v in node.meta.items() if k != "tensor_dict"}
@@ -153,6 +153,8 @@ def kind_of_weight(d: Draft) -> str:
             new = new.transpose(0, 1).contiguous().transpose(0, 1)
         elif what in dtypes and new.is_floating_point():
             new = new.to(what)
+        elif what == "one more":
+            new = torch.cat([new, new[:1]])
         elif what == "offset":
             new = torch.cat([new[:1], new])[1:]
         elif what == "inference":

@@ -84,14 +84,12 @@ def keyword(d: Draft) -> str:
     return f"{node}: {key}={new}"
 
 
-@mutation()
+@mutation(6)
 def swap(d: Draft) -> str:
     """Two arguments of a call change places."""
-    options = []
-    for node in d.calls():
-        tops = list(range(len(node.args)))
-        options += [(node, a, b) for a in tops for b in tops if a < b]
-    node, a, b = d.pick(options)
+    target = d.pick(dict.fromkeys(n.target for n in d.calls() if len(n.args) > 1))
+    node = d.pick(n for n in d.calls() if n.target == target and len(n.args) > 1)
+    a, b = d.rng.sample(range(len(node.args)), 2)
     args = list(node.args)
     args[a], args[b] = args[b], args[a]
     node.args = tuple(args)
@@ -179,7 +177,25 @@ _CHANGES: list[tuple[Any, tuple[Any, ...]]] = [
     (torch.zeros_like, ()),
     ("transpose", (-1, -2)),
     ("roll", (1, 0)),
+    ("flatten", ()),
+    ("unsqueeze", (-1,)),
+    ("unsqueeze", (0,)),
 ]
+
+
+@mutation(3)
+def computed_number(d: Draft) -> str:
+    """A number comes from the data, as ``x.max().item()`` does."""
+    node, path, old = d.pick(
+        (node, path, old)
+        for node in d.calls()
+        for path, old in arguments_of(node)
+        if isinstance(old, float)
+    )
+    of = d.pick(n for n in d.tensors() if n < node and is_float(n))
+    number = d.call_before(node, "item", d.call_before(node, "amax", of))
+    set_argument(node, path, number)
+    return f"{node}{list(path)}: {old} -> amax({of}).item()"
 
 
 @mutation(6)
@@ -249,11 +265,11 @@ def detach(d: Draft) -> str:
     return f"{user}{list(path)}: {old} detached"
 
 
-@mutation(4)
+@mutation(8)
 def autocast(d: Draft) -> str:
     a, b = _two_places(d)
-    if d.rng.random() < 0.5:
-        a, b = d.placeholders()[-1], d.nodes()[-1]
+    if d.rng.random() < 0.6:
+        a, b = d.pick([a, d.placeholders()[-1]]), d.nodes()[-1]
     enabled = d.rng.random() < 0.8
     enter = d.call_after(a, _enter_autocast, "cpu", torch.bfloat16, enabled, None)
     leave = d.call_after(b if b is not a else enter, _exit_autocast, enter)

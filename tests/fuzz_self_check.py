@@ -31,6 +31,8 @@ UNSEEN = {
     "is_transformed": "wants a function transform (vmap); these graphs have none",
     "is_traceable_wrapper_subclass": "wants a tensor subclass such as DTensor",
     "value.device": "wants a second device",
+    "get_attr": "says why; what it lets through, the next check refuses",
+    "COMMUTATIVE: floordiv": "a number by the order of rows is a division by zero: no program",
 }
 
 

@@ -156,6 +156,22 @@ def does_nothing(d: Draft) -> str:
     return f"{user}{list(path)}: {old}.{text_of(target)}"
 
 
+@mutation(3, neutral=True)
+def index(d: Draft) -> str:
+    """An index in other words."""
+    node = d.pick(
+        n for n in d.calls() if n.target is operator.getitem and value(n.args[0]) is not None
+    )
+    base, old = node.args
+    rest = value(base).ndim - 1
+    if isinstance(old, tuple):
+        new = d.pick([(slice(None),) * rest + (old[-1],), (..., *old[1:]), [*old]])
+    else:
+        new = d.pick([(old,), (old, ...), (old, *[slice(None)] * rest)])
+    node.args = base, new
+    return f"{node}: [{old}] -> [{new}]"
+
+
 @mutation(2, neutral=True)
 def clone(d: Draft) -> str:
     user, path, old = d.pick(e for e in d.edges() if not _effects(e[0]))

@@ -141,12 +141,12 @@ def write(d: Draft) -> str:
     return f"{text}: {_write(d, to, d.place(to))}"
 
 
-@mutation(6)
+@mutation(10)
 def write_weight(d: Draft) -> str:
-    """A parameter, or a view of it, is written to: first of all, or at a random place."""
+    """A parameter, or a view of it, is written to: first, last, or at a random place."""
     node = pick_parameter(d)
-    if d.rng.random() < 0.4:
-        return f"{node}: {_write(d, node, d.placeholders()[-1])}"
+    if d.rng.random() < 0.6:
+        return f"{node}: {_write(d, node, d.pick([d.placeholders()[-1], d.nodes()[-1]]))}"
     to, text = _seen_as(d, node)
     return f"{text}: {_write(d, to, d.place(to))}"
 
