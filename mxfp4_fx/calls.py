@@ -106,6 +106,9 @@ class Call:
 
     def __exit__(self, *_: object) -> None:
         _calls.current = self._outer
+        if self._outer is not None:  # a part that is compiled by itself, within a compiled whole
+            self._outer.graphs += self.graphs
+            self._outer.found = self._outer.found or self.found
         with _lock:
             for module in self.experts:
                 count = _watched.pop(module)
@@ -303,9 +306,8 @@ def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
 @dynamo.never_compiled
 def _before_experts(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
-        # Read, so that Dynamo guards them: what is left alone has a graph of its own.
-        if getattr(module, KEEP_DENSE, False) or getattr(module, _SKIPPED, False):
-            return
+        # Asked for, so that Dynamo guards them: what is left alone has a graph of its own.
+        _ = bool(getattr(module, KEEP_DENSE, False)), bool(getattr(module, _SKIPPED, False))
         return
     call = current()
     if call is not None:

@@ -162,6 +162,13 @@ class TestWhatRan:
         run = compile_with(model(), options={"strict": True})
         assert not told(run, tokens(), output_hidden_states=True)
 
+    def test_a_part_that_is_compiled_by_itself_counts_for_the_whole(self) -> None:
+        options = {"inner": "eager", "strict": True}
+        module = mlp()
+        module.experts.compile(backend="mxfp4", options=options)
+        whole = nn.Sequential(with_disabled_experts(module))
+        assert not told(compile_with(whole, options=options), hidden())
+
     def test_a_graph_that_serves_many_layers_names_each(self) -> None:
         module = breaking(*"aaa")
         assert [r.layer for r in mxfp4_fx.explain(module, hidden()).rewrites] == [
