@@ -203,7 +203,8 @@ class Life:
         trained = [
             p
             for n, p in subject.module.named_parameters()
-            if only in n and p.is_floating_point() and not is_freed(p)
+            # Lists of tensors with a lazy sign are more than torch's own kernels take.
+            if only in n and p.is_floating_point() and not is_freed(p) and not p.is_neg()
         ]
         if not trained:
             return
@@ -238,7 +239,8 @@ class Life:
         ways: dict[str, Callable[[], Any]] = {"copy_": lambda: weight.copy_(new)}
         if not is_freed(weight):
             ways["a view's copy_"] = lambda: weight[1].copy_(new[1])
-            ways["_foreach_copy_"] = lambda: torch._foreach_copy_([weight], [new])
+            if not weight.is_neg():
+                ways["_foreach_copy_"] = lambda: torch._foreach_copy_([weight], [new])
             ways["set_"] = lambda: weight.set_(new)
             ways["detach().copy_"] = lambda: weight.detach().copy_(new)
         way = self.random.choice(list(ways))

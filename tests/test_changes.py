@@ -386,21 +386,21 @@ def test_what_is_restored_stays_when_it_is_forgotten() -> None:
 
 
 def test_copies_of_a_weight_are_other_weights() -> None:
-    weight = parameter()
-    assert is_right(weight)
-    for other in (copy.copy(weight), copy.deepcopy(weight), copy.deepcopy(weight.detach())):
-        weight.mul_(2)
-        assert is_right(other)
+    for weight in (parameter(), values()):
         assert is_right(weight)
+        for other in (copy.copy(weight), copy.deepcopy(weight)):
+            weight.mul_(2)
+            assert is_right(other)
+            assert is_right(weight)
 
 
-def test_a_saved_parameter_takes_nothing_along() -> None:
-    weight = parameter()
-    STORE.get(weight, LAYOUT)
-    file = io.BytesIO()
-    torch.save(weight, file)
-    file.seek(0)
-    back = torch.load(file, weights_only=True)
-    assert torch.equal(back, weight)
-    assert is_right(back)
-    assert is_right(pickle.loads(pickle.dumps(weight)))
+def test_a_saved_weight_takes_nothing_along() -> None:
+    for weight in (parameter(), values()):
+        STORE.get(weight, LAYOUT)
+        file = io.BytesIO()
+        torch.save(weight, file)
+        file.seek(0)
+        back = torch.load(file, weights_only=True)
+        assert torch.equal(back, weight)
+        assert is_right(back)
+        assert is_right(pickle.loads(pickle.dumps(weight)))
