@@ -169,9 +169,10 @@ def reshaped(d: Draft) -> str:
 @mutation(5, neutral=True)
 def index(d: Draft) -> str:
     """An index in other words."""
-    node = d.pick(
-        n for n in d.calls() if n.target is operator.getitem and value(n.args[0]) is not None
-    )
+    found = [n for n in d.calls() if n.target is operator.getitem]
+    found = [n for n in found if value(n.args[0]) is not None]
+    tuples = [n for n in found if isinstance(n.args[1], tuple)]
+    node = d.pick(tuples if tuples and d.rng.random() < 0.6 else found)
     base, old = node.args
     rest = value(base).ndim - 1
     if isinstance(old, tuple):
