@@ -50,7 +50,7 @@ SOURCES = fuzz_mutations, fuzz_writes, fuzz_inputs, fuzz_spelling  # all that ar
 # Those of dynamic shapes take ten times as long.
 _SHARE = {name: 1 if "dynamic" in name else 4 for name in BASES}
 _SHARE |= {name: 6 for name in BASES if name.endswith("routes")}
-_SHARE |= {name: 6 for name in BASES if name.endswith("parallel")}
+_SHARE |= {name: 6 for name in BASES if name.endswith(("parallel", "-grad")) and _SHARE[name] > 1}
 _SHARE |= {"plain-float64": 1, "plain-odd-size": 1}  # which are never rewritten
 
 _TRIES = 5  # what a case makes until it has a program

@@ -140,7 +140,9 @@ def kind_of_weight(d: Draft) -> str:
     node = pick_parameter(d)
     kinds = ["no parameter", "negative bit", "strides", "offset", "inference", "one more"]
     dtypes = [torch.bfloat16, torch.float64]
-    what = d.pick([*kinds, *dtypes])
+    what = d.pick([*kinds, *dtypes, "inference"])
+    if what == "inference":  # a bias may be kept for gradients
+        node = d.pick(n for n in d.placeholders() if "bias" in n.name)
     if what == "no parameter":
         node.meta = {k: v for k, v in node.meta.items() if k != "tensor_dict"}
 

@@ -185,7 +185,7 @@ _CHANGES: list[tuple[Any, tuple[Any, ...]]] = [
 
 @mutation(3)
 def computed_number(d: Draft) -> str:
-    """A number comes from the data, as ``x.max().item()`` does."""
+    """A number comes from the data, as ``x.max()`` and ``x.max().item()`` do."""
     node, path, old = d.pick(
         (node, path, old)
         for node in d.calls()
@@ -193,9 +193,12 @@ def computed_number(d: Draft) -> str:
         if isinstance(old, float)
     )
     of = d.pick(n for n in d.tensors() if n < node and is_float(n))
-    number = d.call_before(node, "item", d.call_before(node, "amax", of))
+    number = d.call_before(node, "amax", of)
+    text = f"{node}{list(path)}: {old} -> amax({of})"
+    if d.rng.random() < 0.5:
+        number, text = d.call_before(node, "item", number), text + ".item()"
     set_argument(node, path, number)
-    return f"{node}{list(path)}: {old} -> amax({of}).item()"
+    return text
 
 
 @mutation(6)
@@ -268,8 +271,10 @@ def detach(d: Draft) -> str:
 @mutation(8)
 def autocast(d: Draft) -> str:
     a, b = _two_places(d)
-    if d.rng.random() < 0.6:
-        a, b = d.pick([a, d.placeholders()[-1]]), d.nodes()[-1]
+    matmuls = [n for n in d.calls() if name_of(n) == "bmm"]
+    if matmuls and d.rng.random() < 0.7:  # what autocast does something to
+        node = d.pick(matmuls)
+        a, b = node.prev, d.pick([node, d.nodes()[-1]])
     enabled = d.rng.random() < 0.8
     enter = d.call_after(a, _enter_autocast, "cpu", torch.bfloat16, enabled, None)
     leave = d.call_after(b if b is not a else enter, _exit_autocast, enter)

@@ -31,8 +31,14 @@ UNSEEN = {
     "is_transformed": "wants a function transform (vmap); these graphs have none",
     "is_traceable_wrapper_subclass": "wants a tensor subclass such as DTensor",
     "value.device": "wants a second device",
+    "value.dtype != wanted": "a weight of another dtype is no program, or shows in the arithmetic; "
+    "the kernels take a bias of any",
     "get_attr": "says why; what it lets through, the next check refuses",
+    "never: type(expected)": "what differs in type alone, 0 for False, means the same",
+    "never: not isinstance(actual, list | tuple)": "an index that is no tuple gives another shape",
+    "never: value is None": "what is no tensor is no program in the place of one",
     "COMMUTATIVE: floordiv": "a number by the order of rows is a division by zero: no program",
+    "COMMUTATIVE: ge": "rare here; test_graph_edits.py swaps the arguments of every call",
 }
 
 
@@ -207,9 +213,9 @@ class Refusals:
             matcher.Mismatch.__init__ = original
 
     def by(self, function: str, case: Result) -> bool:
-        # What is reported has a word on the form before it.
+        # What is reported has words on the form before it, or a remedy.
         known = [r for r, names in self._functions.items() if function in names]
-        return any(reason.endswith(k) for reason in case.reasons for k in known)
+        return any(k in reason for reason in case.reasons for k in known)
 
 
 def first_fault(cases: list[Result]) -> Result | None:

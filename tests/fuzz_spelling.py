@@ -157,15 +157,27 @@ def does_nothing(d: Draft) -> str:
 
 
 @mutation(3, neutral=True)
+def reshaped(d: Draft) -> str:
+    """What is about to be reshaped has another shape before."""
+    edges = [e for e in d.edges() if e[0].target in ("reshape", "flatten") and e[1] == (0,)]
+    user, path, old = d.pick(e for e in edges if -1 in e[0].args)
+    target, args = d.pick([("flatten", ()), ("unsqueeze", (-1,)), ("unsqueeze", (0,))])
+    set_argument(user, path, d.call_before(user, target, old, *args))
+    return f"{user}: {old}.{target}{args}"
+
+
+@mutation(5, neutral=True)
 def index(d: Draft) -> str:
     """An index in other words."""
-    node = d.pick(
-        n for n in d.calls() if n.target is operator.getitem and value(n.args[0]) is not None
-    )
+    found = [n for n in d.calls() if n.target is operator.getitem]
+    found = [n for n in found if value(n.args[0]) is not None]
+    tuples = [n for n in found if isinstance(n.args[1], tuple)]
+    node = d.pick(tuples if tuples and d.rng.random() < 0.6 else found)
     base, old = node.args
     rest = value(base).ndim - 1
     if isinstance(old, tuple):
-        new = d.pick([(slice(None),) * rest + (old[-1],), (..., *old[1:]), [*old]])
+        all_but_last = (slice(None),) * rest
+        new = d.pick([(*all_but_last, old[-1]), (..., slice(None), *old[1:])])
     else:
         new = d.pick([(old,), (old, ...), (old, *[slice(None)] * rest)])
     node.args = base, new
