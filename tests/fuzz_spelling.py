@@ -166,7 +166,7 @@ def reshaped(d: Draft) -> str:
     return f"{user}: {old}.{target}{args}"
 
 
-@mutation(5, neutral=True)
+@mutation(3, neutral=True)
 def index(d: Draft) -> str:
     """An index in other words."""
     found = [n for n in d.calls() if n.target is operator.getitem]

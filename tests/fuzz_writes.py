@@ -168,6 +168,35 @@ def scratch(d: Draft) -> str:
     return f"{fresh} = {text_of(fresh.target)}({node}, 2), returned; " + "; ".join(texts)
 
 
+@mutation(6)
+def in_place(d: Draft) -> str:
+    """Code beside the experts: a value and its view, changed in place in values and in shape."""
+    node = d.pick(n for n in d.tensors() if is_float(n))
+    sizes = tuple(value(node).shape)
+    at, texts = d.place(node), []
+
+    def add(target: Any, *args: Any) -> fx.Node:
+        nonlocal at
+        at = d.call_after(at, target, *args)
+        texts.append(f"{at} = {text_of(target)}{args}")
+        return at
+
+    source = add(operator.getitem, node, None) if d.rng.random() < 0.5 else node
+    fresh, other = add(operator.mul, source, 2), add(operator.add, source, 1)
+    view = add(*d.pick([("view", fresh, -1), ("view", fresh, sizes), (operator.getitem, fresh, 0)]))
+    read = d.rng.random() < 0.3 and add("sum", view, 0)
+    add(*d.pick([("add_", fresh, 1), ("add_", fresh, other), ("clamp_", fresh, -1, 1)]))
+    reshapes = ["t_", (aten.squeeze_.dim, 0), (aten.unsqueeze_.default, 0), ("transpose_", -1, -2)]
+    change = d.pick([(target,) if isinstance(target, str) else target for target in reshapes])
+    if not d.dynamic and d.rng.random() < 0.5:
+        add(change[0], d.pick([fresh, other]), *change[1:])
+    elif not d.dynamic:
+        add("set_", fresh, add(torch.zeros_like, fresh))
+    for result in (read or add("clone", view), fresh, other):
+        d.add_output(result)
+    return "; ".join(texts)
+
+
 @mutation(3)
 def alias(d: Draft) -> str:
     """One more input, a view of another's memory, which is read or written to."""

@@ -18,7 +18,7 @@ def test_no_mutation_makes_a_wrong_rewrite_a_crash_or_a_silent_miss(seed: int) -
     assert statistics.verdicts["rewritten"] > CASES // 4
     assert statistics.verdicts["refused"] > CASES // 4
     neutral = statistics.neutral
-    assert neutral["rewritten"] > neutral.total() // 2
+    assert neutral["rewritten"] > neutral.total() // 3
 
 
 def test_a_case_depends_on_its_seed_alone() -> None:
