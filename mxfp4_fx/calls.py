@@ -230,6 +230,8 @@ class Call:
 
         def rename(item: Any) -> Any:
             found = {owners[id(args[at])] for at in item.inputs if id(args[at]) in owners}
+            if not item.inputs:  # its weights are no inputs: it is what was called last
+                found |= {*list(self._entered)[-1:]}
             names = sorted(self.name_of(module) for module in found)
             return dataclasses.replace(item, layer=", ".join(names)) if names else item
 

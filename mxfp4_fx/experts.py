@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from mxfp4_fx.skip import Skip
 
 # Experts whose weights are not stacks of matrices that could be seen.
-_EXPERTS = {"GptOssExperts", "PackedExperts", "Mxfp4GptOssExperts"}
+_EXPERTS = {"GptOssExperts", "PackedExperts", "Mxfp4GptOssMLP", "Mxfp4GptOssExperts"}
 _SMALLEST = 32  # sides of a matrix that MXFP4 could hold
 _LARGEST = 64  # of containers that are looked into, at every call
 

@@ -75,7 +75,7 @@ NOTICED: dict[str, Callable[[nn.Parameter], Any]] = {
     "detach().mul_": lambda w: w.detach().mul_(2),
     "out=": lambda w: torch.ones(w.shape, out=w),
     "set_": lambda w: w.set_(values(1)),
-    "init": nn.init.normal_,
+    "init": lambda w: nn.init.normal_(w, mean=1.0),
     "vector_to_parameters": lambda w: nn.utils.vector_to_parameters(values(1).flatten(), [w]),
     "swap_tensors": lambda w: torch.utils.swap_tensors(w, parameter(1)),
     "_foreach_mul_": lambda w: torch._foreach_mul_([w], 2.0),
