@@ -232,8 +232,10 @@ class Call:
             found = {owners[id(args[at])] for at in item.inputs if id(args[at]) in owners}
             if not item.inputs:  # its weights are no inputs: it is what was called last
                 found |= {*list(self._entered)[-1:]}
-            names = sorted(self.name_of(module) for module in found)
-            return dataclasses.replace(item, layer=", ".join(names)) if names else item
+            name = ", ".join(sorted(self.name_of(module) for module in found))
+            # The graph's name begins with the variable by which a function knows the module.
+            is_told = not name or f".{item.layer}".endswith(f".{name}")
+            return item if is_told else dataclasses.replace(item, layer=name)
 
         rewrites: list[Rewrite] = [rename(rewrite) for rewrite in report.rewrites]
         misses: list[Miss] = [rename(miss) for miss in report.misses]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mxfp4_fx.skip import Skip
+from mxfp4_fx.skip import Skip, bare
 
 # Experts whose weights are not stacks of matrices that could be seen.
 _EXPERTS = {"GptOssExperts", "PackedExperts", "Mxfp4GptOssMLP", "Mxfp4GptOssExperts"}
@@ -38,20 +38,23 @@ class Place:
 
 
 class Model:
-    """A module that is called, and where its experts are, by names as in ``named_modules``."""
+    """A module that is called, and where its experts are, by names as in ``named_modules``.
+
+    But for what wrappers of torch add to these.
+    """
 
     def __init__(self, top: nn.Module) -> None:
         modules = dict(top.named_modules())
         self.top = weakref.ref(top)
         self.kind = type(top).__name__
-        self.names = [*modules]
+        self.names = [*map(bare, modules)]
         self.places: list[Place] = []
         self._skipped: dict[tuple[str, ...], set[str]] = {}
         for name, module in modules.items():
             if is_experts(module):
                 above, _, child = name.rpartition(".")
                 parent = weakref.ref(modules[above])
-                self.places.append(Place(name, weakref.ref(module), parent, child))
+                self.places.append(Place(bare(name), weakref.ref(module), parent, child))
 
     def experts(self) -> list[tuple[str, nn.Module]] | None:
         """Names and experts; None if some are no longer where they were."""

@@ -98,17 +98,22 @@ def not_converted(entry: str, module: str) -> bool:
     return module.endswith(entry) or expression.match(module) is not None
 
 
+def bare(module: str) -> str:
+    """A module's name without the parts that wrappers add."""
+    return ".".join(part for part in module.split(".") if part not in WRAPPERS)
+
+
 def _names(pattern: str, module: str) -> bool:
     return any(map(_matcher(pattern), _names_of(module)))
 
 
 def _names_of(module: str) -> Iterator[str]:
     yield module
-    bare = ".".join(part for part in module.split(".") if part not in WRAPPERS)
-    if bare != module:
-        yield bare
-    if bare.startswith("layers."):
-        yield f"model.{bare}"
+    unwrapped = bare(module)
+    if unwrapped != module:
+        yield unwrapped
+    if unwrapped.startswith("layers."):
+        yield f"model.{unwrapped}"
 
 
 @functools.cache
