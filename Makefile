@@ -26,6 +26,8 @@ OLDEST_TRITON := build/triton-3.6
 # every machine, for torch.compile generates other code for one thread than for several.
 WORKERS = $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
 test: export OMP_NUM_THREADS := 2
+# There are more threads than cores: those that wait give theirs away instead of spinning.
+test: export OMP_WAIT_POLICY := passive
 test: export TORCHINDUCTOR_COMPILE_THREADS := 1
 
 .PHONY: demo test lint bench bench-gpu bench-full-size quality clean distclean
