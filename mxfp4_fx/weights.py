@@ -8,17 +8,6 @@ from torch import Tensor, nn
 
 from mxfp4_fx.store import STORE
 
-_KEPT = "_mxfp4_fx_kept_dense"
-
-
-def keep_dense(weight: Tensor) -> None:
-    """Have the backend leave the experts of this weight as they are."""
-    setattr(weight, _KEPT, True)
-
-
-def is_kept_dense(weight: object) -> bool:
-    return getattr(weight, _KEPT, False)
-
 
 def refresh(model: nn.Module) -> int:
     """Swizzle the expert weights of ``model`` again at its next call.
