@@ -21,6 +21,7 @@ from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport
 from mxfp4_fx.sources import Mark, mark_of
 from mxfp4_fx.store import STORE, warn_of_repeats
+from mxfp4_fx.transformers.capture import prepare_capture
 
 log = logging.getLogger("mxfp4_fx.backend")
 
@@ -256,3 +257,7 @@ def announce(ctx: Context) -> None:
         log.info("not rewritten: %s", miss)
     # Called by hand, the backend has a graph and no model; the graph is then all that is judged.
     (calls.current() or calls.Call(ctx.options)).announce(ctx.report, ctx.inputs)
+
+
+# For those who come without a call: set_stance(force_backend="mxfp4").
+prepare_capture()

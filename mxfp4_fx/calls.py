@@ -38,9 +38,9 @@ _SKIPPED = "_mxfp4_fx_skipped"
 _HOOK = -4  # our key among a module's hooks; torch's are not negative
 
 
-# What was told of a module already; the last word on a model, for those where no experts were seen.
-_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-_seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# What was told already of a module, or of a function; and where experts were seen.
+_told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakSet[Any] = weakref.WeakSet()
 _watched: dict[nn.Module, int] = {}  # what has our hook now -> the calls that need it
 _lock = threading.RLock()
 _calls = threading.local()
@@ -128,24 +128,21 @@ class Call:
         called = getattr(self._function, "__self__", None)
         if isinstance(called, nn.Module) and called in self.experts:
             self.leave(called)  # its forward may have been called past its hooks
-        tops = self._tops()
+        subjects = self._subjects()
         if self.found:
-            _seen.update(tops)
+            _seen.update(subjects)
             return
-        if self.observer is not None or (tops and all(top in _seen for top in tops)):
+        if self.observer is not None or all(subject in _seen for subject in subjects):
             return
         message = "nothing in what it called looks like GPT-OSS experts"
         if self.options.strict:
             raise MissedRewriteError(f"strict=True, and {message}")
-        if tops:
-            fresh = [top for top in tops if message not in _told.setdefault(top, set())]
-        else:
-            fresh = [nn.Module()]
+        fresh = [subject for subject in subjects if message not in _told.get(subject, ())]
         if fresh:
-            kind = type(fresh[0]).__name__ if tops else "a function"
-            _warn(f"{message}: {kind} runs without MXFP4", NoExpertsWarning)
-            for top in fresh:
-                _told.setdefault(top, set()).add(message)
+            name = getattr(fresh[0], "__qualname__", type(fresh[0]).__name__)
+            _warn(f"{message}: {name} runs without MXFP4", NoExpertsWarning)
+            for subject in fresh:
+                _told.setdefault(subject, set()).add(message)
 
     @torch.compiler.disable  # here and below: Dynamo would compile the bookkeeping
     def enter(self, module: nn.Module) -> None:
@@ -221,7 +218,7 @@ class Call:
         for miss in self.renamed(report, args).misses:
             modules = {owners[id(args[at])] for at in miss.inputs if id(args[at]) in owners}
             if not miss.skipped:
-                found.append((miss, list(modules or self._tops())))
+                found.append((miss, list(modules or self._subjects())))
         tell(found, self.options)
 
     def renamed(self, report: GraphReport, args: Sequence[Any]) -> GraphReport:
@@ -241,8 +238,11 @@ class Call:
         misses: list[Miss] = [rename(miss) for miss in report.misses]
         return dataclasses.replace(report, rewrites=rewrites, misses=misses)
 
-    def _tops(self) -> list[nn.Module]:
-        return [top for model in self.models if (top := model.top()) is not None]
+    def _subjects(self) -> list[Any]:
+        """What the verdict is on: the modules that are called, or a function that uses none."""
+        tops = [top for model in self.models if (top := model.top()) is not None]
+        function = getattr(self._function, "__func__", self._function)
+        return tops or [function or self]
 
     def _owners(self) -> dict[int, nn.Module]:
         return {id(tensor): module for module in self.experts for tensor in tensors_of(module)}
@@ -264,7 +264,7 @@ def observed() -> Iterator[Found]:
         _observer.reset(token)
 
 
-def tell(misses: Sequence[tuple[Miss, list[nn.Module]]], options: Options) -> None:
+def tell(misses: Sequence[tuple[Miss, list[Any]]], options: Options) -> None:
     """Warn of misses, once for each module and reason, or raise with ``strict``.
 
     Raises:
@@ -278,7 +278,7 @@ def tell(misses: Sequence[tuple[Miss, list[nn.Module]]], options: Options) -> No
     fresh = [
         (miss, modules)
         for miss, modules in misses
-        if not modules or any(str(miss) not in _told.get(module, ()) for module in modules)
+        if any(str(miss) not in _told.get(module, ()) for module in modules)
     ]
     if not fresh:
         return

@@ -1,7 +1,6 @@
 """What is asked of Dynamo beyond its public API: whose compilation it is at, whose call this is.
 
-The private names of torch that this takes are here and nowhere else; ``tests/test_dynamo.py`` pins
-what each of them is trusted to do.
+``tests/test_dynamo.py`` pins what the private names of torch that this takes are trusted to do.
 """
 
 from __future__ import annotations

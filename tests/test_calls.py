@@ -182,6 +182,10 @@ class TestWhatRan:
         assert not told(run, torch.zeros(2, 4))  # once a model ...
         assert told(compile_with(nn.Linear(4, 3)), torch.zeros(2, 4))  # ... and for each
 
+    def test_a_function_without_modules_is_told_of_once(self) -> None:
+        run = compile_with(lambda x: x + 1)
+        assert [len(told(run, torch.zeros(2))) for _ in range(2)] == [1, 0]
+
     def test_nothing_that_looks_like_experts_is_an_error_when_strict(self) -> None:
         run = compile_with(nn.Linear(4, 3), options={"strict": True})
         for _ in range(2):
