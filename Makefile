@@ -1,6 +1,6 @@
 # make demo    compile a GPT-OSS model with backend="mxfp4" (CHECKPOINT: where its files are)
 # make test    run the tests
-# make lint    check style and types
+# make lint    check style, types and which room imports which
 # make bench   measure the CPU's kernels beside others: build/cpu.json and a plot
 # make bench-gpu  measure a GPU's kernels beside others: build/gpu.json and a plot
 # make bench-full-size  gpt-oss-20b's sizes on two cores: memory and tokens a second, in a quarter of
@@ -15,7 +15,7 @@
 PYTHON ?= python3
 CHECKPOINT ?= build/gpt-oss-2-layers
 STAMP := .venv/.stamp
-CXX_FILES := $(wildcard mxfp4_fx/ops/cpu/*.h mxfp4_fx/ops/cpu/*.cpp tests/native/*.cpp benchmarks/*.cpp)
+CXX_FILES := $(wildcard mxfp4_fx/ops/cpu_kernels/*.h mxfp4_fx/ops/cpu_kernels/*.cpp tests/native/*.cpp benchmarks/*.cpp)
 TORCH := $(shell grep '^torch==' constraints.txt)
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/torchinductor
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
@@ -44,6 +44,7 @@ lint: $(STAMP)
 	.venv/bin/ruff format --check
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 
 bench: $(STAMP)
 	mkdir -p build
@@ -61,7 +62,7 @@ quality: $(STAMP)
 	.venv/bin/python examples/quality.py --output build/quality.json --plot build/quality.svg
 
 clean:
-	rm -rf build .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build .import_linter_cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find mxfp4_fx tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

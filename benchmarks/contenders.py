@@ -18,10 +18,10 @@ import torch
 from moe import ALPHA, LIMIT, Inputs, Projection, Sizes, Weights
 from torch import Tensor
 
-from mxfp4_fx import target
-from mxfp4_fx.formats import dequantize
+from mxfp4_fx.core.formats import dequantize
+from mxfp4_fx.ops import target
 from mxfp4_fx.ops.schemas import KERNELS
-from mxfp4_fx.swizzle import swizzle_weight
+from mxfp4_fx.weights.swizzle import swizzle_weight
 
 PATH_VARIABLE = "MXFP4_FX_CPU"
 OPS = torch.ops.mxfp4
@@ -233,7 +233,7 @@ def native_paths() -> tuple[tuple[str, ...], dict[str, str]]:
 
     Each is compiled and called once, for what cannot be built must not fall back in silence.
     """
-    from mxfp4_fx.layouts import LAYOUTS
+    from mxfp4_fx.core.layouts import LAYOUTS
 
     if "cpu_panels" not in LAYOUTS or not hasattr(target, "runnable_paths"):
         return (), {"native": "this version of mxfp4_fx has no native CPU kernels"}

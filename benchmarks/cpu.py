@@ -33,7 +33,7 @@ from rounds import check_all, run_rounds
 from samples import Clock
 from small import alternating, overhead
 
-from mxfp4_fx import target
+from mxfp4_fx.ops import target
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "build" / "gpt-oss-2-layers"  # the one that `make demo` writes

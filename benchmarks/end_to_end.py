@@ -20,7 +20,7 @@ from token_times import TokenTimes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from compile_model import TINY, load
 
-from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 
 
 class WrongLogits(Exception):

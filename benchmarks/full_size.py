@@ -31,10 +31,10 @@ from machine import available_bytes, machine
 from moe import ROUNDINGS, relative_error
 from process_memory import Watch
 
-from mxfp4_fx import gpt_oss
-from mxfp4_fx.errors import CheckpointError
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
-from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.checkpoints import gpt_oss
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.core.errors import CheckpointError
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 
 BENCHMARKS = Path(__file__).resolve().parent
 CHECKPOINT = BENCHMARKS.parent / "build" / "gpt-oss-20b-random"

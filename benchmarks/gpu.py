@@ -38,8 +38,7 @@ from plot import PlotUnavailable, require
 from rounds import WrongResult
 from samples import Clock
 
-from mxfp4_fx import target
-from mxfp4_fx.ops import tiles
+from mxfp4_fx.ops import target, tiles
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 EXPERTS = (32, 128)

@@ -21,9 +21,8 @@ import torch
 from gpu_device import Device
 from moe import ALPHA, LIMIT, Sizes
 
-from mxfp4_fx import target
-from mxfp4_fx.layouts import LAYOUTS
-from mxfp4_fx.ops import tiles
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.ops import target, tiles
 from mxfp4_fx.ops.tiles import Tile
 
 MOST_WORKERS = 12

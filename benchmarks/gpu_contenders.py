@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (declares the ops)
-from mxfp4_fx.swizzle import swizzle_weight
+from mxfp4_fx.weights.swizzle import swizzle_weight
 
 OPS = torch.ops.mxfp4
 Parts = tuple[Tensor, Tensor]

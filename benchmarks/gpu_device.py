@@ -17,7 +17,7 @@ from machine import machine
 from samples import Clock
 from torch import Tensor
 
-from mxfp4_fx import target
+from mxfp4_fx.ops import target
 
 SAMPLE_SECONDS = 0.003  # a sample lasts so long, or one call
 LEAST_SAMPLES = 5

@@ -24,7 +24,7 @@ from moe import (
 )
 from torch import Tensor
 
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS
 
 # Logits in bfloat16 are off by up to 2^-8 below 2, hence a softmax's weight by 2^-7 of itself.
 ERROR_BOUND = (ROUNDINGS + 4) * 2**-9

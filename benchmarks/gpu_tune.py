@@ -25,8 +25,7 @@ from gpu_layer import ERROR_BOUND, Problem
 from gpu_measure import poisoned
 from torch import Tensor
 
-from mxfp4_fx import target
-from mxfp4_fx.ops import tiles
+from mxfp4_fx.ops import target, tiles
 from mxfp4_fx.ops.tiles import Tile
 
 PROBLEMS = 3  # sizes of an entry that a candidate is timed at

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS, dequantize
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS, dequantize
 from mxfp4_fx.ops.reference import routing, swiglu
 
 ALPHA, LIMIT = 1.702, 7.0  # GPT-OSS's SwiGLU

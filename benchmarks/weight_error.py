@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mxfp4_fx.formats import SCALE_RULES, dequantize, quantize
+from mxfp4_fx.core.formats import SCALE_RULES, dequantize, quantize
 
 Errors = dict[str, dict[str, dict[str, float]]]  # distribution -> rule -> measure
 

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
 import mxfp4_fx
-from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 
 PROMPT = "A mixture of experts sends every token to the few experts that know it best."
 

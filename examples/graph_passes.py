@@ -17,7 +17,7 @@ from torch import fx
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-from mxfp4_fx.options import Options
+from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import PIPELINE, copy_graph, run_pass
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import mxfp4_fx
-from mxfp4_fx.formats import SCALE_RULES
+from mxfp4_fx.core.formats import SCALE_RULES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import corpus

@@ -7,15 +7,15 @@ torch itself is still being imported.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mxfp4_fx.version import __version__
+from mxfp4_fx.core.version import __version__
 
 if TYPE_CHECKING:
     from mxfp4_fx.backend import mxfp4
+    from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
     from mxfp4_fx.explanation import Explanation, explain
-    from mxfp4_fx.quantization import quantize_checkpoint
-    from mxfp4_fx.transformers.loading import from_pretrained
-    from mxfp4_fx.transformers.unpacking import dequantize
-    from mxfp4_fx.weights import forget, refresh, restore
+    from mxfp4_fx.huggingface.loading import from_pretrained
+    from mxfp4_fx.huggingface.unpacking import dequantize
+    from mxfp4_fx.weights.upkeep import forget, refresh, restore
 
 __all__ = [
     "Explanation",
@@ -32,14 +32,14 @@ __all__ = [
 
 _MODULES = {
     "Explanation": "mxfp4_fx.explanation",
-    "dequantize": "mxfp4_fx.transformers.unpacking",
+    "dequantize": "mxfp4_fx.huggingface.unpacking",
     "explain": "mxfp4_fx.explanation",
-    "forget": "mxfp4_fx.weights",
-    "from_pretrained": "mxfp4_fx.transformers.loading",
+    "forget": "mxfp4_fx.weights.upkeep",
+    "from_pretrained": "mxfp4_fx.huggingface.loading",
     "mxfp4": "mxfp4_fx.backend",
-    "quantize_checkpoint": "mxfp4_fx.quantization",
-    "refresh": "mxfp4_fx.weights",
-    "restore": "mxfp4_fx.weights",
+    "quantize_checkpoint": "mxfp4_fx.checkpoints.quantize",
+    "refresh": "mxfp4_fx.weights.upkeep",
+    "restore": "mxfp4_fx.weights.upkeep",
 }
 
 

@@ -12,23 +12,24 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from tqdm import tqdm
 
-from mxfp4_fx import calls, dynamo
-from mxfp4_fx.errors import FreedWeightError
-from mxfp4_fx.freed import is_freed
-from mxfp4_fx.options import Options
+from mxfp4_fx import calls
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.errors import FreedWeightError
+from mxfp4_fx.core.options import Options
+from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport
-from mxfp4_fx.sources import Mark, mark_of
-from mxfp4_fx.store import STORE, warn_of_repeats
-from mxfp4_fx.transformers.capture import prepare_capture
+from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.source import Mark, mark_of
+from mxfp4_fx.weights.store import STORE, warn_of_repeats
 
 log = logging.getLogger("mxfp4_fx.backend")
 
 CompiledGraph = Callable[..., Any]
 
 
-@dynamo.ours
+@torch_private.ours
 def mxfp4(
     gm: fx.GraphModule,
     example_inputs: list[Any],

@@ -24,13 +24,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxfp4_fx import dynamo
-from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning, NoExpertsWarning, OptionError
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.errors import (
+    MissedRewriteError,
+    MissedRewriteWarning,
+    NoExpertsWarning,
+    OptionError,
+)
+from mxfp4_fx.core.options import Options
+from mxfp4_fx.core.skip import KEEP_DENSE, Skip
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
-from mxfp4_fx.options import Options
+from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
-from mxfp4_fx.skip import KEEP_DENSE, Skip
-from mxfp4_fx.transformers.capture import prepare_capture
 
 # A mark on experts while a call lasts: its options["skip"] names them. Dynamo guards it, as it does
 # KEEP_DENSE, because the hook reads it.
@@ -83,7 +88,7 @@ class Call:
 
     def __enter__(self) -> None:
         prepare_capture()  # transformers may have been imported since the last call
-        called = dynamo.compiled_function()
+        called = torch_private.compiled_function()
         skipped = []
         if called is not None:
             self._function = called[0]
@@ -160,12 +165,12 @@ class Call:
         if why is not None:
             miss = Miss(name, why, skipped=True)
         else:
-            miss = Miss(name, f"it ran uncompiled: {dynamo.why_uncompiled()}")
+            miss = Miss(name, f"it ran uncompiled: {torch_private.why_uncompiled()}")
         if self.observer is not None:
             self.observer.outside.append(miss)
         elif why is None:
             # A stance is the user's own wish for this very call: told, but no error.
-            strict = self.options.strict and not dynamo.is_eager_by_stance()
+            strict = self.options.strict and not torch_private.is_eager_by_stance()
             tell([(miss, [module])], dataclasses.replace(self.options, strict=strict))
 
     def name_of(self, module: nn.Module) -> str:
@@ -307,7 +312,7 @@ def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
 
 
 # Compiled by themselves, the hooks would say that they are being compiled, and tell nothing.
-@dynamo.never_compiled
+@torch_private.never_compiled
 def _before_experts(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         # Asked for, so that Dynamo guards them: what is left alone has a graph of its own.
@@ -318,7 +323,7 @@ def _before_experts(module: nn.Module, args: Any) -> None:
         call.enter(module)
 
 
-@dynamo.never_compiled
+@torch_private.never_compiled
 def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
@@ -330,4 +335,4 @@ def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
 if hasattr(os, "register_at_fork"):
     # A thread that held the lock is not there to release it.
     os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock()))
-dynamo.on_calls(_call_with)
+torch_private.on_calls(_call_with)

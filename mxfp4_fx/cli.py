@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from mxfp4_fx import quantization, random_checkpoint, target
-from mxfp4_fx.errors import KernelsUnavailableError, Mxfp4Error
+from mxfp4_fx.checkpoints import quantize, random_weights
+from mxfp4_fx.core.errors import KernelsUnavailableError, Mxfp4Error
+from mxfp4_fx.core.version import __version__
 from mxfp4_fx.explanation import explain
-from mxfp4_fx.version import __version__
+from mxfp4_fx.ops import target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained.set_defaults(run=_explain)
 
     written = commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint")
-    random_checkpoint.add_arguments(written)
-    written.set_defaults(run=random_checkpoint.run)
+    random_weights.add_arguments(written)
+    written.set_defaults(run=random_weights.run)
 
     quantized = commands.add_parser("quantize", help="quantize a GPT-OSS checkpoint to MXFP4")
-    quantization.add_arguments(quantized)
-    quantized.set_defaults(run=quantization.run)
+    quantize.add_arguments(quantized)
+    quantized.set_defaults(run=quantize.run)
 
     args = parser.parse_args(argv)
     try:
@@ -87,7 +88,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    from mxfp4_fx.transformers.loading import empty_model
+    from mxfp4_fx.huggingface.loading import empty_model
 
     with empty_model(args.checkpoint, getattr(torch, args.dtype), args.experts) as model:
         ids = torch.zeros((1, 8), dtype=torch.long)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mxfp4_fx.skip import Skip, bare
+from mxfp4_fx.core.skip import Skip, bare
 
 # Experts whose weights are not stacks of matrices that could be seen.
 _EXPERTS = {"GptOssExperts", "PackedExperts", "Mxfp4GptOssMLP", "Mxfp4GptOssExperts"}

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from mxfp4_fx import calls, dynamo
+from mxfp4_fx import calls
 from mxfp4_fx.backend import analyze, bind, refuse_freed
-from mxfp4_fx.freed import is_freed
-from mxfp4_fx.options import Options
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.report import Miss, Rewrite
+from mxfp4_fx.weights.freed import is_freed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def explain(
     chosen = dict(options) if options else None
     # Its recompilations are its own: they use up nobody's limit, and what was compiled before does
     # not use up theirs. So the limit binds here as it would in a fresh process.
-    isolated: dict[str, Any] = {"isolate_recompiles": True} if dynamo.can_isolate() else {}
+    isolated: dict[str, Any] = {"isolate_recompiles": True} if torch_private.can_isolate() else {}
     with calls.observed() as found, _uncompiled(model):
         run = torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen, **isolated)
         run(*args, **kwargs)
@@ -100,7 +101,7 @@ def explain(
     return Explanation(len(found.graphs), rewrites, tuple(dict.fromkeys(misses)))
 
 
-@dynamo.ours
+@torch_private.ours
 def _collect(
     gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mxfp4_fx import gpt_oss, quantize_checkpoint
-from mxfp4_fx.formats import dequantize
-from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
+from mxfp4_fx import quantize_checkpoint
+from mxfp4_fx.checkpoints import gpt_oss
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.core.formats import dequantize
 
 TINY = CheckpointShape(
     layers=2,

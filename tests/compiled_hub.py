@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mxfp4_fx import hub
+from mxfp4_fx.ops import hub_loader
 
 
 def compile_only(target: GPUTarget) -> list[str]:
@@ -69,7 +69,7 @@ def main(arch: str) -> None:
     import triton_kernels.routing
     import triton_kernels.swiglu
 
-    hub._loaded.append(hub._checked(triton_kernels))
+    hub_loader._loaded.append(hub_loader._checked(triton_kernels))
     layer(4, 2880)
     layer(512, 1024)
     print("\n".join(names))

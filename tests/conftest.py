@@ -52,8 +52,8 @@ def begin_anew() -> None:
 
         calls._told.clear()
         calls._seen.clear()
-    if "mxfp4_fx.target" in sys.modules:
-        from mxfp4_fx import target
+    if "mxfp4_fx.ops.target" in sys.modules:
+        from mxfp4_fx.ops import target
 
         target._warn_slow.cache_clear()
 

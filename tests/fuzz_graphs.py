@@ -41,7 +41,7 @@ from fuzz_judge import Judge, Recorder, Wrong, call
 from torch import Tensor, fx, nn
 
 from mxfp4_fx.backend import bind
-from mxfp4_fx.options import Options
+from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
 

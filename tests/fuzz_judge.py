@@ -27,12 +27,12 @@ from fuzz_gradients import FORMULAS, Tap, gradients, softmax_backwards
 from oracle import Bounded, Matrices, assert_as_accurate, assert_within
 from torch import Tensor, fx
 
-from mxfp4_fx.options import Options
+from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.fuse_moe import fuse_moe
 from mxfp4_fx.passes.pipeline import copy_graph
-from mxfp4_fx.swizzle import unswizzle_weight
+from mxfp4_fx.weights.swizzle import unswizzle_weight
 
 _MXFP4 = torch.ops.mxfp4
 

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import mxfp4_fx
-from mxfp4_fx.errors import Mxfp4Error
-from mxfp4_fx.formats import dequantize, quantize
-from mxfp4_fx.freed import is_freed
+from mxfp4_fx.core.errors import Mxfp4Error
+from mxfp4_fx.core.formats import dequantize, quantize
+from mxfp4_fx.weights.freed import is_freed
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 4}
 TOP_K = 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mxfp4_fx import hub
+from mxfp4_fx.ops import hub_loader
 
 PACKAGE = Path(__file__).with_name("hub_package.py")
 
@@ -24,7 +24,7 @@ def write(folder: Path, source: str | None = None) -> Path:
     metadata = {
         "name": "gpt-oss-triton-kernels",
         "id": "_gpt_oss_triton_kernels_" + "".join(c for c in str(folder) if c.isalnum()),
-        "version": hub.VERSION,
+        "version": hub_loader.VERSION,
         "license": "Apache-2.0",
         "python-depends": [],
         "backend": {"type": "cpu"},
@@ -37,10 +37,10 @@ def write(folder: Path, source: str | None = None) -> Path:
 def served(folder: Path) -> Iterator[None]:
     """kernels="hub" are those of the repository in ``folder``, on a CPU too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_KERNELS", f"{hub.REPOSITORY}={folder}")
-        patch.setattr(hub, "DEVICES", ("cpu", "cuda"))
-        patch.setattr(hub, "_loaded", [])
-        patch.setattr(hub, "_failed", {})
+        patch.setenv("LOCAL_KERNELS", f"{hub_loader.REPOSITORY}={folder}")
+        patch.setattr(hub_loader, "DEVICES", ("cpu", "cuda"))
+        patch.setattr(hub_loader, "_loaded", [])
+        patch.setattr(hub_loader, "_failed", {})
         yield
 
 

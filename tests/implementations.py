@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import mxfp4_fx.ops.schemas  # noqa: F401
-from mxfp4_fx import target
-from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.ops import target
 from mxfp4_fx.ops.reference import Routes
 
 ALPHA, LIMIT = 1.702, 7.0

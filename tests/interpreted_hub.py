@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpreterBuilder
 
-from mxfp4_fx import hub
+from mxfp4_fx.ops import hub_loader
 
 GPU = SimpleNamespace(multi_processor_count=4, shared_memory_per_block_optin=160 << 10)
 HUB = Kernels("hub")
@@ -177,7 +177,7 @@ def main(case: str) -> None:
     import triton_kernels.routing
     import triton_kernels.swiglu
 
-    hub._loaded.append(hub._checked(triton_kernels))
+    hub_loader._loaded.append(hub_loader._checked(triton_kernels))
     with tempfile.TemporaryDirectory() as folder:
         interpret(triton_kernels, folder)
         CASES[case]()

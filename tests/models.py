@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssMLP
 
-from mxfp4_fx import target
-from mxfp4_fx.formats import dequantize, quantize
-from mxfp4_fx.packed import PROJECTIONS, PackedExperts
-from mxfp4_fx.store import STORE
+from mxfp4_fx.core.formats import dequantize, quantize
+from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.ops import target
+from mxfp4_fx.weights.store import STORE
 
 FORMS = ("grouped_mm", "batched_mm", "eager")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

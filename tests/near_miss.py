@@ -22,7 +22,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 
 import mxfp4_fx
-from mxfp4_fx.errors import MissedRewriteWarning
+from mxfp4_fx.core.errors import MissedRewriteWarning
 
 
 def edited(

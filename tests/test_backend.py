@@ -15,8 +15,8 @@ from oracle import assert_as_accurate
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
-from mxfp4_fx.errors import MissedRewriteWarning, OptionError
-from mxfp4_fx.options import Options
+from mxfp4_fx.core.errors import MissedRewriteWarning, OptionError
+from mxfp4_fx.core.options import Options
 
 
 def mxfp4_nodes(graphs: Graphs) -> list[str]:

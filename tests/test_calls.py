@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
-from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning, NoExpertsWarning, OptionError
+from mxfp4_fx.core.errors import (
+    MissedRewriteError,
+    MissedRewriteWarning,
+    NoExpertsWarning,
+    OptionError,
+)
 
 NOT_IN_MXFP4 = "backend 'mxfp4': these MoE layers run as they were, not in MXFP4:"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfp4_fx.options import Options
+from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import copy_graph, run_pass

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import SGD, Adagrad, AdamW
 
 import mxfp4_fx
-from mxfp4_fx.errors import NanWeightsWarning, RepeatedSwizzleWarning
-from mxfp4_fx.store import STORE, WeightStore
-from mxfp4_fx.swizzle import swizzle_weight
+from mxfp4_fx.core.errors import NanWeightsWarning, RepeatedSwizzleWarning
+from mxfp4_fx.weights.store import STORE, WeightStore
+from mxfp4_fx.weights.swizzle import swizzle_weight
 
 LAYOUT = "cpu_panels"
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -301,7 +301,7 @@ def test_swapping_freed_tensors() -> None:
 def test_an_interrupted_swizzle_leaves_nothing_that_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mxfp4_fx import swizzle
+    from mxfp4_fx.weights import swizzle
 
     weight, store = parameter(), WeightStore()
     old = weight.data

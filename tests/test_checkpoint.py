@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from mxfp4_fx.checkpoint import Checkpoint, warn_of_nan_blocks, warn_of_strays
-from mxfp4_fx.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
-from mxfp4_fx.random_checkpoint import CheckpointShape
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks, warn_of_strays
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape
+from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
 
 Edit = Callable[[dict[str, Any]], object]
 

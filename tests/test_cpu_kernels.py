@@ -22,8 +22,8 @@ from processes import LAST_RESORT
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mxfp4_fx import native, target
-from mxfp4_fx.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
+from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
+from mxfp4_fx.ops import native, target
 
 ops = torch.ops.mxfp4
 
@@ -443,7 +443,7 @@ def test_pytorch_on_request_compiles_nothing(fresh_choice: pytest.MonkeyPatch) -
 
 def test_importing_and_choosing_pytorch_loads_no_library() -> None:
     code = (
-        "import torch, mxfp4_fx; from mxfp4_fx import native, target; "
+        "import torch, mxfp4_fx; from mxfp4_fx.ops import native, target; "
         "target.choose(torch.device('cpu'), 'pytorch'); assert not native._loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

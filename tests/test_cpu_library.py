@@ -1,4 +1,4 @@
-"""The C functions of the CPU's library (ops/cpu/api.h), one by one, on every path that runs here.
+"""The C functions of the CPU's library (api.h), one by one, on every path that runs here.
 
 What is exact is compared bit for bit, with outputs that held other bytes before and with several
 numbers of threads.
@@ -20,9 +20,9 @@ from models import DTYPES
 from oracle import assert_within, random_logits, random_routes
 from torch import Tensor
 
-from mxfp4_fx import formats, native, target
-from mxfp4_fx.layouts import LAYOUTS
-from mxfp4_fx.ops import reference
+from mxfp4_fx.core import formats
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.ops import native, reference, target
 
 PANELS = LAYOUTS["cpu_panels"]
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 0, torch.int64: 1}

@@ -21,11 +21,11 @@ from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 import mxfp4_fx
-from mxfp4_fx.errors import DequantizeError, DeviceFullWarning
-from mxfp4_fx.formats import SLAB_VALUES
-from mxfp4_fx.freed import is_freed
-from mxfp4_fx.packed import PackedExperts
-from mxfp4_fx.store import STORE, WeightStore
+from mxfp4_fx.core.errors import DequantizeError, DeviceFullWarning
+from mxfp4_fx.core.formats import SLAB_VALUES
+from mxfp4_fx.huggingface.packed import PackedExperts
+from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.store import STORE, WeightStore
 
 WAYS: dict[str, Callable[[Any], Any]] = {
     "function": mxfp4_fx.dequantize,

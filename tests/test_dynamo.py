@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 import mxfp4_fx
-from mxfp4_fx import calls, dynamo
+from mxfp4_fx import calls
+from mxfp4_fx.core import torch_private
 
 entered: list[str] = []
 
@@ -65,7 +66,7 @@ def test_other_backends_keep_a_context_of_their_own() -> None:
 def test_what_is_never_compiled_by_itself_is_inlined_elsewhere() -> None:
     seen: list[bool] = []
 
-    @dynamo.never_compiled
+    @torch_private.never_compiled
     def inner(x: Tensor) -> Tensor:
         seen.append(torch.compiler.is_compiling())
         return x * 2

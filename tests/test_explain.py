@@ -15,10 +15,10 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
-from mxfp4_fx import target
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 from mxfp4_fx.cli import main
-from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
-from mxfp4_fx.store import STORE
+from mxfp4_fx.ops import target
+from mxfp4_fx.weights.store import STORE
 
 CPU = target.choose(torch.device("cpu"))
 # Panels are 32 rows high and two blocks wide: all weights here fill theirs but down_proj, whose 96

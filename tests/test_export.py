@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import compile_with, hidden, mlp, pack
 
-from mxfp4_fx.errors import SlowKernelsWarning
+from mxfp4_fx.core.errors import SlowKernelsWarning
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -13,9 +13,9 @@ from transformers import GptOssForCausalLM
 from transformers.integrations import mxfp4
 
 import mxfp4_fx
-from mxfp4_fx.errors import MissedRewriteWarning
-from mxfp4_fx.formats import quantize
-from mxfp4_fx.packed import PROJECTIONS
+from mxfp4_fx.core.errors import MissedRewriteWarning
+from mxfp4_fx.core.formats import quantize
+from mxfp4_fx.huggingface.packed import PROJECTIONS
 
 REMEDY = r"transformers holds its weights in MXFP4.*load the model with mxfp4_fx\.from_pretr"
 

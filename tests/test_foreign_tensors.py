@@ -24,7 +24,7 @@ from loaded import assert_same_tensors
 from torch import Tensor
 
 import mxfp4_fx
-from mxfp4_fx.errors import CheckpointError, CheckpointWarning, OptionError
+from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, OptionError
 
 Edit = Callable[[dict[str, Tensor]], object]
 

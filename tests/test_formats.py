@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxfp4_fx import formats
-from mxfp4_fx.formats import (
+from mxfp4_fx.core import formats
+from mxfp4_fx.core.formats import (
     BLOCK,
     BYTES_PER_BLOCK,
     E2M1_MAX,

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
 
-from mxfp4_fx.errors import NoExpertsWarning
+from mxfp4_fx.core.errors import NoExpertsWarning
 from mxfp4_fx.passes.graph import op_name
 
 # What the experts are made of; none of it may be left behind.

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
-from mxfp4_fx.freed import FreedParameter
-from mxfp4_fx.store import WeightStore
-from mxfp4_fx.swizzle import swizzle_weight
+from mxfp4_fx.weights.freed import FreedParameter
+from mxfp4_fx.weights.store import WeightStore
+from mxfp4_fx.weights.swizzle import swizzle_weight
 
 FREE = {"free_weights": True}
 
@@ -135,7 +135,7 @@ def test_weights_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
         still.append(held(whole))
         return real(*args)
 
-    monkeypatch.setattr("mxfp4_fx.store.swizzle_weight", watching)
+    monkeypatch.setattr("mxfp4_fx.weights.store.swizzle_weight", watching)
     total = held(whole)
     compile_with(whole, options=FREE)(tokens())
     sizes = [p.numel() for p in experts_of(whole.model.layers[0]).values()]
@@ -440,7 +440,7 @@ MAPPED = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from mxfp4_fx.store import STORE
+from mxfp4_fx.weights.store import STORE
 
 def file_pages():
     status = open("/proc/self/status").read()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import GptOssForCausalLM
 
 import mxfp4_fx
-from mxfp4_fx.errors import MissedRewriteWarning
-from mxfp4_fx.freed import FreedParameter, is_freed
-from mxfp4_fx.store import STORE
+from mxfp4_fx.core.errors import MissedRewriteWarning
+from mxfp4_fx.weights.freed import FreedParameter, is_freed
+from mxfp4_fx.weights.store import STORE
 
 FREE = {"free_weights": True}
 pytestmark = pytest.mark.usefixtures("no_gradients")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mxfp4_fx.random_checkpoint import CheckpointShape, checkpoint_bytes
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, checkpoint_bytes
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TOY = "--tiny --layers 2 --vocab 512 --prompt-tokens 6 --new-tokens 3 --uncompiled-tokens 1"

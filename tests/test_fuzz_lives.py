@@ -5,7 +5,7 @@ from __future__ import annotations
 import fuzz_lives
 import pytest
 
-from mxfp4_fx.sources import Source
+from mxfp4_fx.weights.source import Source
 
 
 # Without its look at versions, geometry or optimizers the store fails some of them.

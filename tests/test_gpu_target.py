@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mxfp4_fx import target
-from mxfp4_fx.errors import KernelsUnavailableError
+from mxfp4_fx.core.errors import KernelsUnavailableError
+from mxfp4_fx.ops import target
 
 triton = pytest.importorskip("triton")
 

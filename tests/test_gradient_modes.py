@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
 
 import mxfp4_fx
-from mxfp4_fx.errors import MissedRewriteWarning
+from mxfp4_fx.core.errors import MissedRewriteWarning
 
 X = hidden()
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import hardtanh, softmax
 
 from mxfp4_fx.backend import bind
-from mxfp4_fx.options import Options
+from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.fuse_moe import fuse_moe

@@ -16,7 +16,7 @@ import torch
 from models import Graphs, compile_with, hidden, mlp, model, tokens
 from torch import Tensor, fx, nn
 
-from mxfp4_fx.options import Options
+from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import Context, Pass
 from mxfp4_fx.passes.fuse_moe import fuse_moe

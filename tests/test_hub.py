@@ -34,10 +34,10 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
 
-from mxfp4_fx import hub, target
-from mxfp4_fx.errors import KernelsUnavailableError
+from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.ops import hub as hub_ops
-from mxfp4_fx.store import STORE
+from mxfp4_fx.ops import hub_loader, target
+from mxfp4_fx.weights.store import STORE
 
 HUB = Kernels("hub")
 CUDA = torch.device("cuda")
@@ -81,8 +81,8 @@ def test_the_package_is_imported_once(tmp_path: Path, serve: Callable[[Path], No
     count = f"open({str(tmp_path / 'imports')!r}, 'a').write('x')\n"
     source = hub_repository.PACKAGE.read_text().replace("FP4 = object()", count + "FP4 = object()")
     serve(hub_repository.write(tmp_path / "repository", source))
-    first = hub.load()
-    assert hub.load() is first
+    first = hub_loader.load()
+    assert hub_loader.load() is first
     assert (tmp_path / "imports").read_text() == "x"
 
 
@@ -94,7 +94,7 @@ def test_the_choice_says_where_kernels_come_from(served: None) -> None:
 
 
 def test_a_cpu_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "load", lambda: pytest.fail("was loaded"))
+    monkeypatch.setattr(hub_loader, "load", lambda: pytest.fail("was loaded"))
     with pytest.raises(KernelsUnavailableError, match=r"needs a GPU.*'cpu'; kernels='auto'"):
         target.choose(torch.device("cpu"), "hub")
 
@@ -117,7 +117,7 @@ def test_a_package_that_cannot_be_imported(tmp_path: Path, serve: Callable[[Path
 
 
 @needs_library
-@pytest.mark.parametrize("name", hub.NAMES)
+@pytest.mark.parametrize("name", hub_loader.NAMES)
 def test_a_package_that_lacks_a_name(
     tmp_path: Path, serve: Callable[[Path], None], name: str
 ) -> None:
@@ -142,9 +142,9 @@ def test_a_failure_is_remembered_until_the_environment_changes(
         tried.append(os.environ["LOCAL_KERNELS"])
         raise KernelsUnavailableError("no such package")
 
-    monkeypatch.setattr(hub, "_get_kernel", fail)
-    monkeypatch.setattr(hub, "_loaded", [])
-    monkeypatch.setattr(hub, "_failed", {})
+    monkeypatch.setattr(hub_loader, "_get_kernel", fail)
+    monkeypatch.setattr(hub_loader, "_loaded", [])
+    monkeypatch.setattr(hub_loader, "_failed", {})
     for local in ("a", "a", "b"):
         monkeypatch.setenv("LOCAL_KERNELS", local)
         assert message() == "no such package"
@@ -152,20 +152,20 @@ def test_a_failure_is_remembered_until_the_environment_changes(
 
 
 def test_a_fork_does_not_inherit_a_lock_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_loaded", [])
-    monkeypatch.setattr(hub, "_failed", {os.environ.get("LOCAL_KERNELS"): "no such package"})
-    with hub._lock:
+    monkeypatch.setattr(hub_loader, "_loaded", [])
+    monkeypatch.setattr(hub_loader, "_failed", {os.environ.get("LOCAL_KERNELS"): "no such package"})
+    with hub_loader._lock:
         child = os.fork()
         if not child:
             with contextlib.suppress(KernelsUnavailableError):
-                hub.load()
+                hub_loader.load()
             os._exit(0)
         assert processes.exit_status(child) == 0
 
 
 CHOOSE = """
 import sys, torch
-from mxfp4_fx import target
+from mxfp4_fx.ops import target
 try:
     target.choose(torch.device("cuda"), "hub")
 except Exception as error:
@@ -193,12 +193,12 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_library
 def test_offline_the_cache_is_enough(offline: Path, tmp_path: Path) -> None:
-    repository = offline / f"kernels--{hub.REPOSITORY.replace('/', '--')}"
+    repository = offline / f"kernels--{hub_loader.REPOSITORY.replace('/', '--')}"
     commit = "0123456789" * 4
     hub_repository.write(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
-    (repository / "refs" / f"v{hub.VERSION}").write_text(commit)
-    code = "from mxfp4_fx import hub; print(hub.load().__file__)"
+    (repository / "refs" / f"v{hub_loader.VERSION}").write_text(commit)
+    code = "from mxfp4_fx.ops import hub_loader; print(hub_loader.load().__file__)"
     assert f"/snapshots/{commit}/build/" in run(code, tmp_path)
 
 
@@ -215,7 +215,7 @@ def test_offline_with_nothing_in_the_cache(offline: Path, tmp_path: Path) -> Non
 def test_other_kernels_do_not_import_the_library(tmp_path: Path, name: str) -> None:
     code = f"""
 import sys, torch
-from mxfp4_fx import target
+from mxfp4_fx.ops import target
 for device in ("cpu", "cuda"):
     try:
         target.choose(torch.device(device), {name!r})
@@ -249,7 +249,7 @@ def stub(record: dict[str, Any]) -> Any:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The arguments of the latest call of the package, which computes nothing."""
     record: dict[str, Any] = {}
-    monkeypatch.setattr(hub, "_loaded", [stub(record)])
+    monkeypatch.setattr(hub_loader, "_loaded", [stub(record)])
     return record
 
 
@@ -520,7 +520,7 @@ def real_package() -> Any:
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> OnGpu:
-    monkeypatch.setattr(hub, "_loaded", [hub._checked(real_package())])
+    monkeypatch.setattr(hub_loader, "_loaded", [hub_loader._checked(real_package())])
     return OnGpu("hub")
 
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from mxfp4_fx.layouts import LAYOUTS
-from mxfp4_fx.swizzle import swizzle_weight
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.weights.swizzle import swizzle_weight
 
 # Panels and pairs of blocks that are full, partly filled, and none.
 SIZES = [(64, 128), (48, 96), (33, 160), (31, 64), (5, 32), (1, 64), (0, 32)]
@@ -43,7 +43,7 @@ def test_a_whole_weight_has_the_experts_in_front(name: str) -> None:
     assert all(LAYOUTS[name].name == name for name in LAYOUTS)
 
 
-# ---- cpu_panels, from the words of ops/cpu/panels.h
+# ---- cpu_panels, from the words of ops/cpu_kernels/panels.h
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)

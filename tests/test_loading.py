@@ -34,8 +34,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import mxfp4_fx
-from mxfp4_fx.errors import CheckpointError, NanWeightsWarning, NoExpertsWarning, OptionError
-from mxfp4_fx.packed import PackedExperts
+from mxfp4_fx.core.errors import CheckpointError, NanWeightsWarning, NoExpertsWarning, OptionError
+from mxfp4_fx.huggingface.packed import PackedExperts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

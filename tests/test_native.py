@@ -24,8 +24,8 @@ import pytest
 import torch
 from processes import LAST_RESORT, is_alive, is_written, until_there, wait_until
 
-from mxfp4_fx import native
-from mxfp4_fx.errors import NativeBuildError
+from mxfp4_fx.core.errors import NativeBuildError
+from mxfp4_fx.ops import native
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernels run on Linux only")
 
@@ -53,7 +53,7 @@ START = """
 import ctypes, os, re, sys
 from pathlib import Path
 import torch
-from mxfp4_fx import native
+from mxfp4_fx.ops import native
 native._SOURCES = Path(sys.argv[1])
 
 def runtimes():

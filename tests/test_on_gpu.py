@@ -15,10 +15,10 @@ from models import compile_with, hidden, mlp, model, on_mxfp4_grid, pack, tokens
 from oracle import Matrices, assert_as_accurate, random_logits, random_routes
 from torch import Tensor
 
-from mxfp4_fx import target
-from mxfp4_fx.freed import FreedParameter
-from mxfp4_fx.swizzle import swizzle_weight
-from mxfp4_fx.weights import restore
+from mxfp4_fx.ops import target
+from mxfp4_fx.weights.freed import FreedParameter
+from mxfp4_fx.weights.swizzle import swizzle_weight
+from mxfp4_fx.weights.upkeep import restore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 import mxfp4_fx
-from mxfp4_fx import formats
-from mxfp4_fx.errors import WeightError
-from mxfp4_fx.formats import quantize
-from mxfp4_fx.layouts import LAYOUTS
-from mxfp4_fx.packed import PackedExperts
-from mxfp4_fx.store import STORE, WeightStore
-from mxfp4_fx.swizzle import swizzle_weight, unswizzle_weight
+from mxfp4_fx.core import formats
+from mxfp4_fx.core.errors import WeightError
+from mxfp4_fx.core.formats import quantize
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.huggingface.packed import PackedExperts
+from mxfp4_fx.weights.store import STORE, WeightStore
+from mxfp4_fx.weights.swizzle import swizzle_weight, unswizzle_weight
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -29,11 +29,11 @@ from checkpoints import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from mxfp4_fx.checkpoint import Checkpoint
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint
+from mxfp4_fx.checkpoints.safetensors_file import read_header
 from mxfp4_fx.cli import main
-from mxfp4_fx.errors import CheckpointError, NanWeightsWarning, OptionError
-from mxfp4_fx.formats import dequantize, quantize
-from mxfp4_fx.safetensors_file import read_header
+from mxfp4_fx.core.errors import CheckpointError, NanWeightsWarning, OptionError
+from mxfp4_fx.core.formats import dequantize, quantize
 
 GATE_UP = f"{EXPERTS.format(0)}.gate_up_proj"
 OPENAI = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
@@ -330,8 +330,8 @@ def test_memory_is_bounded_by_experts_not_by_tensors(tmp_path: Path) -> None:
     code = f"""
 import re, torch
 from pathlib import Path
-from mxfp4_fx.formats import quantize
-from mxfp4_fx.quantization import quantize_checkpoint
+from mxfp4_fx.core.formats import quantize
+from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
 # Not getrusage's, which a process inherits from the one that started it.
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
 quantize(torch.zeros(32, 32))

@@ -16,11 +16,11 @@ import processes
 import pytest
 from checkpoints import TINY, convert, copied, edit_tensors, files, randomize, write_dense
 
-from mxfp4_fx import quantization
-from mxfp4_fx.checkpoint import Checkpoint
-from mxfp4_fx.errors import CheckpointError
-from mxfp4_fx.random_checkpoint import CheckpointShape
-from mxfp4_fx.safetensors_file import read_header
+from mxfp4_fx.checkpoints import quantize
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape
+from mxfp4_fx.checkpoints.safetensors_file import read_header
+from mxfp4_fx.core.errors import CheckpointError
 
 # ---- interruptions ------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dense(path / "in", CheckpointShape(**{**vars(TINY), "experts": 16}))
     code = f"""
 import resource
-from mxfp4_fx.quantization import quantize_checkpoint
+from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 quantize_checkpoint({str(path / "in")!r}, {str(path / "out")!r}, max_shard_bytes=1, progress=False)
 """
@@ -212,13 +212,13 @@ def test_damage_is_found_before_the_output_appears(interrupted: tuple[Path, Path
 def test_an_input_that_changes_meanwhile(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, write = copied(dense, tmp_path / "in"), quantization._write
+    source, write = copied(dense, tmp_path / "in"), quantize._write
 
     def write_and_touch(*args: Any) -> None:
         write(*args)
         (source / "model.safetensors").touch()
 
-    monkeypatch.setattr(quantization, "_write", write_and_touch)
+    monkeypatch.setattr(quantize, "_write", write_and_touch)
     with pytest.raises(CheckpointError, match=r"/in was changed meanwhile: remove .*out\.partial"):
         convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -242,7 +242,7 @@ def test_room_is_asked_for_when_a_run_goes_on(
 def test_an_output_that_appears_meanwhile(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, locked = tmp_path / "out", quantization.locked
+    out, locked = tmp_path / "out", quantize.locked
 
     @contextmanager
     def locked_late(path: Path) -> Iterator[None]:
@@ -251,7 +251,7 @@ def test_an_output_that_appears_meanwhile(
             (out / "config.json").write_text("another run's")
             yield
 
-    monkeypatch.setattr(quantization, "locked", locked_late)
+    monkeypatch.setattr(quantize, "locked", locked_late)
     with pytest.raises(CheckpointError, match="/out exists already: remove it, or name another"):
         convert(dense, out)
     assert files(out) == {"config.json": b"another run's"}
@@ -260,14 +260,14 @@ def test_an_output_that_appears_meanwhile(
 def test_the_output_is_checked_like_any_checkpoint(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = quantization._plan
+    plan = quantize._plan
 
     def plan_wrongly(*args: Any) -> Any:
         made = plan(*args)
         made.config["vocab_size"] += 1
         return made
 
-    monkeypatch.setattr(quantization, "_plan", plan_wrongly)
+    monkeypatch.setattr(quantize, "_plan", plan_wrongly)
     with pytest.raises(CheckpointError, match="vocab_size is 513, but 512 in the tensors"):
         convert(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()

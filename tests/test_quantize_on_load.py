@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, GptOssForCausalLM
 
 import mxfp4_fx
-from mxfp4_fx.errors import CheckpointError, NanWeightsWarning
-from mxfp4_fx.formats import SLAB_VALUES, quantize
-from mxfp4_fx.packed import PackedExperts
+from mxfp4_fx.core.errors import CheckpointError, NanWeightsWarning
+from mxfp4_fx.core.formats import SLAB_VALUES, quantize
+from mxfp4_fx.huggingface.packed import PackedExperts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,10 +13,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
+from mxfp4_fx.checkpoints.random_weights import (
+    CheckpointShape,
+    checkpoint_bytes,
+    write_random_checkpoint,
+)
 from mxfp4_fx.cli import main
-from mxfp4_fx.errors import CheckpointError
-from mxfp4_fx.formats import dequantize
-from mxfp4_fx.random_checkpoint import CheckpointShape, checkpoint_bytes, write_random_checkpoint
+from mxfp4_fx.core.errors import CheckpointError
+from mxfp4_fx.core.formats import dequantize
 
 SIZES = {
     "layers": 2,
@@ -56,7 +60,7 @@ def start_writing(out: Path, first: str) -> subprocess.Popen[str]:
     """Write a checkpoint, a file for each tensor, in a new interpreter that runs `first` first."""
     code = f"""
 {first}
-from mxfp4_fx.random_checkpoint import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 write_random_checkpoint({str(out)!r}, CheckpointShape(**{SIZES}), max_shard_bytes=1)
 """
     return subprocess.Popen([sys.executable, "-c", code], text=True, stderr=subprocess.PIPE)

@@ -32,7 +32,7 @@ from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 import mxfp4_fx
-from mxfp4_fx.errors import MissedRewriteWarning, NoExpertsWarning
+from mxfp4_fx.core.errors import MissedRewriteWarning, NoExpertsWarning
 
 X = hidden()
 

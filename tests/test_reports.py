@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 import mxfp4_fx
-from mxfp4_fx.errors import MissedRewriteError, MissedRewriteWarning
+from mxfp4_fx.core.errors import MissedRewriteError, MissedRewriteWarning
 
 X = hidden()
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from mxfp4_fx.errors import CheckpointError
-from mxfp4_fx.safetensors_file import TensorSpec, cut, read_header, write_safetensors
+from mxfp4_fx.checkpoints.safetensors_file import TensorSpec, cut, read_header, write_safetensors
+from mxfp4_fx.core.errors import CheckpointError
 
 A = {"dtype": "U8", "shape": [2, 5], "data_offsets": [0, 10]}
 B = {"dtype": "BF16", "shape": [3], "data_offsets": [10, 16]}
@@ -151,7 +151,7 @@ def test_writing_to_what_was_read_leaves_the_file(file: Path) -> None:
 
 
 def test_chunks_are_the_bytes_in_order(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mxfp4_fx.safetensors_file.CHUNK_BYTES", 7)
+    monkeypatch.setattr("mxfp4_fx.checkpoints.safetensors_file.CHUNK_BYTES", 7)
     tensors = every_kind()
     save_file(tensors, file)
     for name, stored in read_header(file).items():
@@ -177,7 +177,7 @@ def test_reading_in_parts_takes_a_parts_memory(file: Path) -> None:
     code = f"""
 import re
 from pathlib import Path
-from mxfp4_fx.safetensors_file import read_header
+from mxfp4_fx.checkpoints.safetensors_file import read_header
 # Not getrusage's, which a process inherits from the one that started it.
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
 stored = read_header(Path({str(file)!r}))["a"]

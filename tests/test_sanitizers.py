@@ -1,4 +1,4 @@
-"""The C++ under ops/cpu on every path that runs here, with AddressSanitizer and UBSan watching."""
+"""The CPU's C++ on every path that runs here, with AddressSanitizer and UBSan watching."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from implementations import CPU_PATHS
 
-from mxfp4_fx import native
+from mxfp4_fx.ops import native
 
 TESTS = Path(__file__).parent
-SOURCES = TESTS.parent / "mxfp4_fx" / "ops" / "cpu"
+SOURCES = TESTS.parent / "mxfp4_fx" / "ops" / "cpu_kernels"
 FLAGS = (
     *("-std=c++17", "-O1", "-g", "-fopenmp", "-pthread", "-Wall", "-Wextra", "-Werror"),
     # gcc 12 sees uninitialized variables inside its own intrinsics.

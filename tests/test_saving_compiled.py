@@ -14,8 +14,8 @@ from models import compile_with
 from safetensors.torch import load_file, save_file
 
 import mxfp4_fx
-from mxfp4_fx.freed import DeferredTensor, FreedParameter
-from mxfp4_fx.store import WeightStore
+from mxfp4_fx.weights.freed import DeferredTensor, FreedParameter
+from mxfp4_fx.weights.store import WeightStore
 
 FREE = {"free_weights": True, "strict": True}
 

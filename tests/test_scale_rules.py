@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfp4_fx import formats
-from mxfp4_fx.formats import (
+from mxfp4_fx.core import formats
+from mxfp4_fx.core.formats import (
     BLOCK,
     E2M1_MAX,
     E2M1_VALUES,

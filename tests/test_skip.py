@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from mxfp4_fx.errors import OptionError
-from mxfp4_fx.skip import Skip, not_converted
+from mxfp4_fx.core.errors import OptionError
+from mxfp4_fx.core.skip import Skip, not_converted
 
 # Twelve layers: "1" is the beginning of "10" and "11".
 EXPERTS = [f"model.layers.{layer}.mlp.experts" for layer in range(12)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from mxfp4_fx.errors import GradientError
+from mxfp4_fx.core.errors import GradientError
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's
 

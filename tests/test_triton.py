@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from mxfp4_fx import target
-from mxfp4_fx.ops import tiles
+from mxfp4_fx.ops import target, tiles
 from mxfp4_fx.ops import triton as launcher
 from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
 from mxfp4_fx.ops.triton_kernels import routing as routing_kernels

@@ -8,7 +8,7 @@ from models import DTYPES, Graphs, compile_with, hidden, mlp, model, tokens
 from oracle import assert_as_accurate
 
 import mxfp4_fx
-from mxfp4_fx import target
+from mxfp4_fx.ops import target
 
 pytest.importorskip("triton")
 

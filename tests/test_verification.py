@@ -9,9 +9,9 @@ import torch
 from models import DTYPES, compile_with, hidden, mlp, model, tokens
 from torch import Tensor
 
-from mxfp4_fx import verification
-from mxfp4_fx.errors import VerificationError
+from mxfp4_fx.core.errors import VerificationError
 from mxfp4_fx.ops import cpu, schemas
+from mxfp4_fx.passes import verification
 
 VERIFY = {"verify": True}
 

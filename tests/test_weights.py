@@ -19,13 +19,13 @@ from processes import LAST_RESORT
 from torch import Tensor, nn
 
 import mxfp4_fx
-from mxfp4_fx import store as store_module
-from mxfp4_fx import swizzle
-from mxfp4_fx.errors import WeightError
-from mxfp4_fx.formats import dequantize
-from mxfp4_fx.layouts import LAYOUTS
-from mxfp4_fx.store import STORE, WeightStore
-from mxfp4_fx.swizzle import swizzle_weight
+from mxfp4_fx.core.errors import WeightError
+from mxfp4_fx.core.formats import dequantize
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.weights import store as store_module
+from mxfp4_fx.weights import swizzle
+from mxfp4_fx.weights.store import STORE, WeightStore
+from mxfp4_fx.weights.swizzle import swizzle_weight
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +227,7 @@ def test_a_dead_model_frees_its_swizzled_weights() -> None:
 LOCKED_AT_THE_FORK = """
 import os, signal, sys, threading
 import torch
-from mxfp4_fx.store import STORE
+from mxfp4_fx.weights.store import STORE
 
 locked, done = threading.Event(), threading.Event()
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mxfp4_fx import foreign_tensors, gpt_oss
-from mxfp4_fx.checkpoint_files import (
+from mxfp4_fx.checkpoints import foreign_tensors, gpt_oss
+from mxfp4_fx.checkpoints.files import (
     AGAIN,
     CONFIG,
     INDEX,
@@ -26,11 +26,11 @@ from mxfp4_fx.checkpoint_files import (
     require_safetensors,
     weight_files,
 )
-from mxfp4_fx.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
-from mxfp4_fx.formats import BLOCK, E8M0_NAN
-from mxfp4_fx.gpt_oss import ITS_CONFIG, Axes, Form
-from mxfp4_fx.safetensors_file import StoredTensor, read_header
-from mxfp4_fx.skip import Skip, not_converted
+from mxfp4_fx.checkpoints.gpt_oss import ITS_CONFIG, Axes, Form
+from mxfp4_fx.checkpoints.safetensors_file import StoredTensor, read_header
+from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
+from mxfp4_fx.core.formats import BLOCK, E8M0_NAN
+from mxfp4_fx.core.skip import Skip, not_converted
 
 _FROM_ONE = "copy or download all files from one and the same checkpoint"
 _SHOWN = 4  # faults that a message lists

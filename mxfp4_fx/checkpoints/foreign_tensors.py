@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from mxfp4_fx import gpt_oss
-from mxfp4_fx.gpt_oss import Form
-from mxfp4_fx.skip import WRAPPERS
+from mxfp4_fx.checkpoints import gpt_oss
+from mxfp4_fx.checkpoints.gpt_oss import Form
+from mxfp4_fx.core.skip import WRAPPERS
 
 _FORMS: tuple[Form, Form] = ("packed", "dense")
 # What puts these parts into names. Those of WRAPPERS may stand anywhere, others in front.

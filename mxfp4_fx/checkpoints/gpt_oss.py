@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from mxfp4_fx.errors import CheckpointError
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
+from mxfp4_fx.core.errors import CheckpointError
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 
 # Of a layer's experts: MXFP4 blocks and scales, or a float for each weight.
 Form = Literal["packed", "dense"]

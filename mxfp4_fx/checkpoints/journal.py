@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mxfp4_fx.errors import CheckpointError
+from mxfp4_fx.core.errors import CheckpointError
 
 
 @contextlib.contextmanager

@@ -20,14 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from mxfp4_fx import formats
-from mxfp4_fx.checkpoint import Checkpoint, warn_of_nan_blocks
-from mxfp4_fx.checkpoint_files import CONFIG, INDEX, PICKLES
-from mxfp4_fx.errors import CheckpointError, OptionError
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, SCALE_RULES
-from mxfp4_fx.gpt_oss import MULTIPLES_OF_BLOCK, PROJECTIONS
-from mxfp4_fx.journal import Journal, locked, sync
-from mxfp4_fx.safetensors_file import (
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
+from mxfp4_fx.checkpoints.files import CONFIG, INDEX, PICKLES
+from mxfp4_fx.checkpoints.gpt_oss import MULTIPLES_OF_BLOCK, PROJECTIONS
+from mxfp4_fx.checkpoints.journal import Journal, locked, sync
+from mxfp4_fx.checkpoints.safetensors_file import (
     SHARD_BYTES,
     StoredTensor,
     TensorSpec,
@@ -37,7 +34,10 @@ from mxfp4_fx.safetensors_file import (
     require_room,
     write_safetensors,
 )
-from mxfp4_fx.skip import Skip
+from mxfp4_fx.core import formats
+from mxfp4_fx.core.errors import CheckpointError, OptionError
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, SCALE_RULES
+from mxfp4_fx.core.skip import Skip
 
 # Of the input, these stay behind: weights, in whatever form, and what lists them.
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")

@@ -33,9 +33,7 @@ import torch
 from numpy.random import PCG64DXSM
 from tqdm import tqdm
 
-from mxfp4_fx.errors import CheckpointError
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS
-from mxfp4_fx.safetensors_file import (
+from mxfp4_fx.checkpoints.safetensors_file import (
     SHARD_BYTES,
     TensorSpec,
     cut,
@@ -44,6 +42,8 @@ from mxfp4_fx.safetensors_file import (
     require_room,
     write_safetensors,
 )
+from mxfp4_fx.core.errors import CheckpointError
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS
 
 # Special tokens, named as gpt-oss names them. Ids 0 to 255 are the bytes of a text, these follow.
 BOS, PAD, EOS, CALL = "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mxfp4_fx.errors import CheckpointError
+from mxfp4_fx.core.errors import CheckpointError
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS, pack, unpack
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS, pack, unpack
 
 
 class Layout(ABC):
@@ -60,7 +60,7 @@ class RowMajor(Layout):
 
 
 class CpuPanels(Layout):
-    """What the CPU's C++ kernels read; ``ops/cpu/panels.h`` describes it byte by byte.
+    """What the CPU's C++ kernels read; ``ops/cpu_kernels/panels.h`` describes it byte by byte.
 
     Panels of 32 rows, a stream of pairs of blocks each: [P, Q, 1088], scales first. The second
     tensor holds a flag a panel, 1 if a scale byte is outside ``SCALES``.

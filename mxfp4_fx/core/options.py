@@ -7,8 +7,8 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mxfp4_fx.errors import OptionError
-from mxfp4_fx.skip import Skip
+from mxfp4_fx.core.errors import OptionError
+from mxfp4_fx.core.skip import Skip
 
 KERNELS = ("auto", "triton", "cpu", "pytorch", "hub", "reference")
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from mxfp4_fx.errors import CheckpointError, Mxfp4Error, OptionError
+from mxfp4_fx.core.errors import CheckpointError, Mxfp4Error, OptionError
 
 # Parts of names that tools add where they wrap a module. What they put in front needs no list.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

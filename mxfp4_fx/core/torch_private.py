@@ -134,7 +134,10 @@ def why_uncompiled() -> str:
                 )
         if _is_disabled_call(frame):
             function = frame.f_locals.get("fn")
-            if getattr(function, "__module__", "").partition(".")[0] == __package__:
+            if (
+                getattr(function, "__module__", "").partition(".")[0]
+                == __package__.partition(".")[0]
+            ):
                 continue  # the caller's own
             name = getattr(function, "__qualname__", "a function")
             return f"torch.compiler.disable keeps Dynamo out of {name}, which calls it"

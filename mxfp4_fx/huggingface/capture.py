@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx import dynamo
+from mxfp4_fx.core import torch_private
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 
@@ -59,7 +59,7 @@ def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) ->
         router_indices: Any = None,
         routing_weights: Any = None,
     ) -> Tensor:
-        if dynamo.compiling_for():
+        if torch_private.compiling_for():
             return grouped(self, hidden_states, router_indices, routing_weights)
         result: Tensor = loop(self, hidden_states, router_indices, routing_weights)
         return result

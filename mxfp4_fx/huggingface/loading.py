@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 
-from mxfp4_fx import gpt_oss
-from mxfp4_fx.checkpoint import Checkpoint
-from mxfp4_fx.checkpoint_files import CONFIG, directory_of, read_config
-from mxfp4_fx.errors import CheckpointError, OptionError
-from mxfp4_fx.formats import SCALE_RULES
-from mxfp4_fx.gpt_oss import MODEL_TYPE
-from mxfp4_fx.skip import not_converted
+from mxfp4_fx.checkpoints import gpt_oss
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint
+from mxfp4_fx.checkpoints.files import CONFIG, directory_of, read_config
+from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
+from mxfp4_fx.core.errors import CheckpointError, OptionError
+from mxfp4_fx.core.formats import SCALE_RULES
+from mxfp4_fx.core.skip import not_converted
 
 _NEEDED = "transformers 5.8 or newer (pip install transformers)"
 _HUB_OPTIONS = (
@@ -90,7 +90,7 @@ def from_pretrained(
         import transformers
         from safetensors import SafetensorError
 
-        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, check, renaming
+        from mxfp4_fx.huggingface.quantizer import PackedMxfp4Config, check, renaming
     except ImportError as error:
         raise CheckpointError(f"loading needs {_NEEDED}: {error}") from error
 
@@ -142,7 +142,7 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-        from mxfp4_fx.transformers.quantizer import PackedMxfp4Config, packed_like
+        from mxfp4_fx.huggingface.quantizer import PackedMxfp4Config, packed_like
     except ImportError as error:
         raise CheckpointError(f"this needs {_NEEDED}: {error}") from error
     directory = directory_of(path)

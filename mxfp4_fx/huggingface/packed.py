@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
-from mxfp4_fx import target
-from mxfp4_fx.errors import SlowKernelsWarning
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
-from mxfp4_fx.freed import is_freed
-from mxfp4_fx.gpt_oss import PROJECTIONS
-from mxfp4_fx.sources import Parts
-from mxfp4_fx.store import STORE
+from mxfp4_fx.checkpoints.gpt_oss import PROJECTIONS
+from mxfp4_fx.core.errors import SlowKernelsWarning
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
+from mxfp4_fx.ops import target
+from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.source import Parts
+from mxfp4_fx.weights.store import STORE
 
 
 class PackedExperts(nn.Module):

@@ -24,12 +24,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxfp4_fx.checkpoint import Checkpoint, warn_of_nan_blocks, warn_of_strays
-from mxfp4_fx.errors import CheckpointError, NoExpertsWarning, OptionError
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
-from mxfp4_fx.packed import PROJECTIONS, PackedExperts
-from mxfp4_fx.skip import KEEP_DENSE, Skip
-from mxfp4_fx.transformers.unpacking import dense_weight, unpack_experts
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks, warn_of_strays
+from mxfp4_fx.core.errors import CheckpointError, NoExpertsWarning, OptionError
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
+from mxfp4_fx.core.skip import KEEP_DENSE, Skip
+from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.huggingface.unpacking import dense_weight, unpack_experts
 
 METHOD = "mxfp4_fx"
 SAVED_METHOD = "mxfp4"

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from mxfp4_fx.errors import DequantizeError, DeviceFullWarning
-from mxfp4_fx.formats import BLOCK
-from mxfp4_fx.formats import dequantize as dequantize_values
-from mxfp4_fx.freed import is_freed
-from mxfp4_fx.packed import PROJECTIONS, PackedExperts
-from mxfp4_fx.store import STORE
+from mxfp4_fx.core.errors import DequantizeError, DeviceFullWarning
+from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.formats import dequantize as dequantize_values
+from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.store import STORE
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mxfp4_fx import dynamo
-from mxfp4_fx.errors import GradientError
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.errors import GradientError
 
 
 def register(
@@ -61,7 +61,7 @@ def register(
         return forward(*args)
 
     for function in (autograd, forward, save, backward):
-        dynamo.untraced(function)
+        torch_private.untraced(function)
     library.impl(op, autograd, "Autograd")
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.formats import dequantize
-from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.core.formats import dequantize
+from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.ops.reference import swiglu
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx import native, target
-from mxfp4_fx.formats import BLOCK
-from mxfp4_fx.layouts import LAYOUTS, Layout
+from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.layouts import LAYOUTS, Layout
+from mxfp4_fx.ops import native, target
 from mxfp4_fx.ops.reference import Routes
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # api.h: mxfp4_dtype

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mxfp4_fx import hub
-from mxfp4_fx.formats import BLOCK, E8M0_BIAS
+from mxfp4_fx.core.formats import BLOCK, E8M0_BIAS
+from mxfp4_fx.ops import hub_loader
 from mxfp4_fx.ops.reference import combine, swiglu
-from mxfp4_fx.target import BF16_TERMS
+from mxfp4_fx.ops.target import BF16_TERMS
 
 # Rows of the tiles that the package may choose, 2^4 to 2^8: 256 on AMD only.
 _LOG2_HEIGHTS = range(4, 9)
@@ -85,7 +85,12 @@ def matmul_ogs(
     # The only rounding to the activations' dtype is the last one.
     alone = len(terms) == 1 and scatter_index is None and not (has_swiglu and gammas is not None)
     call = _Call(
-        hub.load(), blocks, scales, expert_offsets, r, torch.bfloat16 if alone else torch.float32
+        hub_loader.load(),
+        blocks,
+        scales,
+        expert_offsets,
+        r,
+        torch.bfloat16 if alone else torch.float32,
     )
     if gather_index is not None:
         call.gather(gather_index, a if scatters else 1)

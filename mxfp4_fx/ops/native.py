@@ -1,4 +1,4 @@
-"""Compiles the C++ under ``ops/cpu/`` on first use, keeps the result, and loads it.
+"""Compiles the C++ under ``ops/cpu_kernels/`` on first use, keeps the result, and loads it.
 
 There is one library for each instruction-set path. It runs on the threads of torch's own OpenMP
 runtime. It includes no header of torch or Python, so that one build serves every version of them.
@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from mxfp4_fx.console import announced, say
-from mxfp4_fx.errors import NativeBuildError
+from mxfp4_fx.core.console import announced, say
+from mxfp4_fx.core.errors import NativeBuildError
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
@@ -54,7 +54,7 @@ _COMPILE = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall
 # api.h makes its functions visible. The rest has the same names in every library and stays inside.
 _SHARED = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
 _COMPILERS = ("g++", "c++", "clang++")
-_SOURCES = Path(__file__).parent / "ops" / "cpu"
+_SOURCES = Path(__file__).parent / "cpu_kernels"
 _UNIT, _LIBRARY = "kernels.cpp", "kernels.so"  # the second while it is being built
 _TORCH = str(torch._C.__file__)
 _TIMEOUT = 300.0  # seconds for one run of the compiler, which takes about ten

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxfp4_fx.formats import dequantize
+from mxfp4_fx.core.formats import dequantize
 from mxfp4_fx.ops.reference import combine, swiglu
 
 # Float32 bytes of a dequantized panel; from 2 to 8 MiB the speed is the same on 2 cores.

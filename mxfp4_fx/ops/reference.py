@@ -15,8 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mxfp4_fx.formats import dequantize
-from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.core.formats import dequantize
+from mxfp4_fx.core.layouts import LAYOUTS
 
 Routes = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx import dynamo
-from mxfp4_fx.formats import BLOCK
-from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.ops import autograd, backward, reference
-from mxfp4_fx.target import DTYPES
+from mxfp4_fx.ops.target import DTYPES
 
 _REFERENCE = {
     "matmul_ogs": "mxfp4_fx.ops.reference:matmul_ogs",
@@ -306,7 +306,7 @@ def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return impl(*args, **kwargs)
 
-    dynamo.untraced(run)
+    torch_private.untraced(run)
     return run
 
 

@@ -12,8 +12,8 @@ import warnings
 
 import torch
 
-from mxfp4_fx import hub, native
-from mxfp4_fx.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
+from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
+from mxfp4_fx.ops import hub_loader, native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # bfloat16 numbers whose sum is an activation, for matrix units that multiply bfloat16.
@@ -101,13 +101,13 @@ def kernels_for(layout: str, device: torch.device) -> str:
 
 
 def _hub(device: torch.device) -> Target:
-    if device.type not in hub.DEVICES:
+    if device.type not in hub_loader.DEVICES:
         raise KernelsUnavailableError(
             f"kernels='hub' needs a GPU (CUDA or ROCm), and the model is on {device.type!r}; "
             "kernels='auto' takes the best for the device"
         )
-    hub.load()
-    return Target("hub", "row_major", f"{hub.REPOSITORY}, as was asked for")
+    hub_loader.load()
+    return Target("hub", "row_major", f"{hub_loader.REPOSITORY}, as was asked for")
 
 
 def _triton(device: torch.device, requested: str) -> Target:

@@ -14,9 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mxfp4_fx import target
-from mxfp4_fx.layouts import LAYOUTS
-from mxfp4_fx.ops import tiles
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.ops import target, tiles
 from mxfp4_fx.ops.reference import Routes
 from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
 from mxfp4_fx.ops.triton_kernels import routing as routing_kernels

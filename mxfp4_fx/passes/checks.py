@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mxfp4_fx import target
-from mxfp4_fx.errors import KernelsUnavailableError
-from mxfp4_fx.formats import BLOCK
+from mxfp4_fx.core.errors import KernelsUnavailableError
+from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.ops import target
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect
 from mxfp4_fx.passes.graph import tensor_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from mxfp4_fx.options import Options
+from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.report import GraphReport
 
 

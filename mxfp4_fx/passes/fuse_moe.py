@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
-from mxfp4_fx import verification
+from mxfp4_fx.core.skip import Skip
 from mxfp4_fx.ops import reference
+from mxfp4_fx.ops.target import DTYPES
+from mxfp4_fx.passes import verification
 from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.effects import Modes, modes
@@ -33,8 +35,6 @@ from mxfp4_fx.passes.patterns import (
 )
 from mxfp4_fx.passes.report import Miss, Rewrite
 from mxfp4_fx.passes.suspects import LOGICAL, find_suspects
-from mxfp4_fx.skip import Skip
-from mxfp4_fx.target import DTYPES
 
 
 def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 
-from mxfp4_fx import target
-from mxfp4_fx.formats import BLOCK
-from mxfp4_fx.layouts import LAYOUTS
+from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.ops import target
 from mxfp4_fx.passes.context import REWRITE, Binding, Context
 from mxfp4_fx.passes.graph import tensor_of
 

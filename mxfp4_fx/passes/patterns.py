@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Op, Scalar
 
 T, A, E, H, I = (Letter(name) for name in "TAEHI")  # noqa: E741

@@ -10,8 +10,8 @@ from typing import Any
 from torch import fx
 from torch._logging import trace_structured
 
-from mxfp4_fx.errors import PipelineError
-from mxfp4_fx.options import Options
+from mxfp4_fx.core.errors import PipelineError
+from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import REWRITE, Context, Pass
 from mxfp4_fx.passes.fuse_moe import fuse_moe

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mxfp4_fx.errors import VerificationError
-from mxfp4_fx.formats import dequantize, quantize
+from mxfp4_fx.core.errors import VerificationError
+from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.ops import reference
 
 _U32 = 2.0**-24

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from mxfp4_fx import dynamo
-from mxfp4_fx.errors import FreedWeightError
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.errors import FreedWeightError
 
 _REMEDY = (
     "its memory was given back when it was compiled with options={'free_weights': True}, and its "
@@ -67,7 +67,9 @@ class FreedParameter(nn.Parameter):
         name, kwargs = _name_of(func), kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             # What another compiler makes of a tensor reads its memory without asking.
-            if name in _ALLOWED or (torch.compiler.is_compiling() and dynamo.compiling_for()):
+            if name in _ALLOWED or (
+                torch.compiler.is_compiling() and torch_private.compiling_for()
+            ):
                 return func(*args, **kwargs)
         freed = next(a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
         if args and args[0] is freed and not torch.compiler.is_compiling():

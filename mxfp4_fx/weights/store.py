@@ -21,9 +21,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from mxfp4_fx import freed
-from mxfp4_fx.errors import FreedWeightError, NanWeightsWarning, RepeatedSwizzleWarning
-from mxfp4_fx.sources import (
+from mxfp4_fx.core.errors import FreedWeightError, NanWeightsWarning, RepeatedSwizzleWarning
+from mxfp4_fx.weights import freed
+from mxfp4_fx.weights.source import (
     MARK,
     Entry,
     Mark,
@@ -36,7 +36,7 @@ from mxfp4_fx.sources import (
     mark_of,
     states_of,
 )
-from mxfp4_fx.swizzle import (
+from mxfp4_fx.weights.swizzle import (
     CHECKPOINT_ORDER,
     dequantized_like,
     nan_experts,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxfp4_fx.errors import WeightError
-from mxfp4_fx.formats import BLOCK, BYTES_PER_BLOCK, dequantize, quantize
-from mxfp4_fx.layouts import LAYOUTS, Layout
+from mxfp4_fx.core.errors import WeightError
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, dequantize, quantize
+from mxfp4_fx.core.layouts import LAYOUTS, Layout
 from mxfp4_fx.ops import cpu
-from mxfp4_fx.sources import Parts
+from mxfp4_fx.weights.source import Parts
 
 CHECKPOINT_ORDER = "row_major"
 

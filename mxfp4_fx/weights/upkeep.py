@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from mxfp4_fx.store import STORE
+from mxfp4_fx.weights.store import STORE
 
 
 def refresh(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ import threading
 from operator import attrgetter
 from typing import Any
 
-from mxfp4_fx.errors import KernelsUnavailableError
+from mxfp4_fx.core.errors import KernelsUnavailableError
 
 REPOSITORY = "kernels-community/gpt-oss-triton-kernels"
 VERSION = 1  # of its interface; the one that transformers 5 asks for

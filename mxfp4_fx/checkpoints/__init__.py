@@ -1,0 +1,1 @@
+"""Checkpoints on the disk: read strictly, checked as a whole, quantized, written."""
