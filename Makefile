@@ -1,5 +1,6 @@
 # make demo    compile a GPT-OSS model with backend="mxfp4" (CHECKPOINT: where its files are)
-# make test    run the tests
+# make test    run the tests, in six minutes on two cores
+# make test-all  then also those that are marked exhaustive: all tiles, both Tritons, all dtypes
 # make lint    check style, types and which room imports which
 # make bench   measure the CPU's kernels beside others: build/cpu.json and a plot
 # make bench-gpu  measure a GPU's kernels beside others: build/gpu.json and a plot
@@ -25,19 +26,24 @@ OLDEST_TRITON := build/triton-3.6
 # A worker is a process with a compiler and threads of its own. The number of threads is the same on
 # every machine, for torch.compile generates other code for one thread than for several.
 WORKERS = $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
-test: export OMP_NUM_THREADS := 2
+test test-all: export OMP_NUM_THREADS := 2
 # There are more threads than cores: those that wait give theirs away instead of spinning.
-test: export OMP_WAIT_POLICY := passive
-test: export TORCHINDUCTOR_COMPILE_THREADS := 1
+test test-all: export OMP_WAIT_POLICY := passive
+test test-all: export TORCHINDUCTOR_COMPILE_THREADS := 1
 
-.PHONY: demo test lint bench bench-gpu bench-full-size quality clean distclean
+.PHONY: demo test test-all lint bench bench-gpu bench-full-size quality clean distclean
 
 demo: $(STAMP)
 	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
 
+test test-all: export MXFP4_FX_OLDEST_TRITON := $(OLDEST_TRITON)
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+
 test: $(STAMP) $(OLDEST_TRITON)/triton/__init__.py
-	MXFP4_FX_OLDEST_TRITON=$(OLDEST_TRITON) \
-		.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(PYTEST) -m "not exhaustive"
+
+test-all: test
+	$(PYTEST) -m exhaustive
 
 lint: $(STAMP)
 	.venv/bin/ruff check
