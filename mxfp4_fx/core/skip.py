@@ -1,8 +1,8 @@
 """Patterns of module names for ``skip``: one rule for loading, quantizing and compiling.
 
-A pattern names a module if it is equal to one or more whole parts of the module's name; dots
-separate parts. A pattern that names a module also names all modules inside it: ``model.layers.1``
-names layer 1 with its experts, but not layer 10; ``mlp.experts`` names the experts of every layer.
+A pattern names a module if it matches whole parts of the module's name; dots separate parts. A
+pattern that names a module also names all modules inside it: ``model.layers.1`` names layer 1 with
+its experts, but not layer 10; ``mlp.experts`` names the experts of every layer.
 ``*``, ``?`` and ``[...]`` work as in a shell, and a ``*`` may span dots. A pattern with one of
 ``\\ ( ) | ^ $ + { }`` is a regular expression instead.
 
