@@ -54,10 +54,7 @@ def check_region(
 
 
 def is_parameter(node: fx.Node, value: object) -> bool:
-    """Return whether an input is a parameter, or a tensor that Dynamo marks as static.
-
-    Dynamo marks buffers and other tensors that are the same object at every call.
-    """
+    """A parameter, a buffer or another tensor that Dynamo knows to stay the same object."""
     static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
     return isinstance(value, torch.nn.Parameter) or static is not None
 

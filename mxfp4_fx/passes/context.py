@@ -1,4 +1,4 @@
-"""The arguments of every pass besides the graph."""
+"""What every pass is given besides the graph."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mxfp4_fx.passes.report import GraphReport
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """A graph input that each call binds to one part of a swizzled weight.
+    """A graph input that is bound at call time to part of a swizzled weight.
 
     Attributes:
-        sources: the captured graph's inputs that the weight is made from, as indices: a dense
-            weight, or blocks and scales.
-        layout: the layout of the swizzled weight.
+        sources: the indices, among the captured graph's inputs, of what it is made from: a weight,
+            or blocks and scales.
+        layout: the layout it is swizzled to.
         part: 0 for blocks, 1 for scales.
-        name: the weight's name in the model that was captured. Other models may use the same graph.
+        name: the weight's, in the model that was captured; others may share the graph.
     """
 
     sources: tuple[int, ...]
@@ -35,15 +35,14 @@ class Context:
     """The state of one run of the pipeline.
 
     Attributes:
-        options: the user's options.
+        options: what the user asked for.
         inputs: the captured graph's example inputs; parameters are the model's own.
-        left: index of an input -> why the user wants its experts left as they are, or None if they
-            may be rewritten. It holds the weights of experts whose module is known. For all others
-            the name in the graph decides.
-        report: the rewrites and misses so far.
-        verifying: keep each original region beside its rewrite and compare their results. Such a
-            graph is for one eager call.
-        bindings: name of a new placeholder -> its binding; filled by ``lower_moe``.
+        left: for inputs that are weights of experts whose module is known: why the user wants them
+            left as they are, or None. Of other experts only the name in the graph is known.
+        report: what the passes found.
+        verifying: keep each original region beside its rewrite and compare the two; the graph is
+            then for one eager call.
+        bindings: filled by ``lower_moe``: new placeholder's name -> what it is bound to.
     """
 
     options: Options
@@ -54,7 +53,7 @@ class Context:
     bindings: dict[str, Binding] = dataclasses.field(default_factory=dict)
 
 
-# The key in ``node.meta`` under which ``fuse_moe`` keeps the ``Rewrite`` of a logical op.
+# Where a logical op that ``fuse_moe`` made has its ``Rewrite``, in the node's ``meta``.
 REWRITE = "mxfp4_rewrite"
 
 Pass = Callable[[fx.GraphModule, Context], None]

@@ -63,7 +63,7 @@ _OPERATORS: dict[Any, Effect] = {
         *("irshift", "isub", "itruediv", "ixor", "setitem"),
     )
 }
-# Modules whose builtin functions call the ATen op of the same name.
+# Modules whose builtins are ATen's ops of the same names.
 _BUILTINS: tuple[Any, ...] = (
     torch,
     *(getattr(torch._C, name) for name in ("_nn", "_special", "_linalg", "_fft")),
@@ -71,7 +71,7 @@ _BUILTINS: tuple[Any, ...] = (
 
 
 def _aten(node: fx.Node) -> list[torch._ops.OpOverload]:
-    """Return the ATen ops that a Tensor method or a builtin of torch may call without ``out``."""
+    """The ATen ops that a method, or a builtin function of torch's, may be without ``out``."""
     if node.op == "call_method":
         name = str(node.target)
     elif isinstance(node.target, types.BuiltinFunctionType):
@@ -82,7 +82,7 @@ def _aten(node: fx.Node) -> list[torch._ops.OpOverload]:
         return []
     packet = getattr(torch.ops.aten, name, None)
     found = [op for op in overloads(packet) if not _is_out(op)] if packet else []
-    # Some overloads are TorchScript's methods of Python lists, such as ``sort``.
+    # Python's lists have methods of the same names (``sort``) in TorchScript.
     of_tensors = [op for op in found if str(op._schema.arguments[0].type) == "Tensor"]
     return of_tensors or found
 

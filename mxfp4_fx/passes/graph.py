@@ -105,7 +105,7 @@ _FUNCTIONS: dict[Any, str] = {
 _SAME_NAME = set(_SIGNATURES) - {"getitem", "cast", "grouped_mm", "linear", "floordiv"}
 _FUNCTIONS |= {getattr(torch, n): n for n in _SAME_NAME | _VIEWS if hasattr(torch, n)}
 _METHODS = {n: n for n in _SAME_NAME | _VIEWS} | {"floor_divide": "floordiv", "clip": "clamp"}
-# The grouped matmuls that the installed torch has.
+# Which grouped matmuls there are depends on the versions installed.
 _GROUPED_MM = {
     getattr(torch, "_grouped_mm", None),
     getattr(torch.nn.functional, "grouped_mm", None),
@@ -197,7 +197,7 @@ def _read_cast(node: fx.Node) -> Call | None:
 
 
 def _read_own(node: fx.Node) -> Call | None:
-    """Read a call of an op of this package, by its schema."""
+    """An op of this package, by its schema."""
     assert is_op(node.target)
     args = {a.name: a.default_value for a in overloads(node.target)[0]._schema.arguments}
     args |= dict(zip(args, node.args, strict=False)) | node.kwargs
@@ -251,14 +251,14 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def is_op(target: object) -> TypeGuard[torch._ops.OpOverload | torch._ops.OpOverloadPacket]:
-    """Return whether a call's target is an op of torch's dispatcher, and so has schemas."""
+    """Whether a call's target is an op of torch's dispatcher, so that it has schemas."""
     return isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
 
 
 def overloads(
     target: torch._ops.OpOverload | torch._ops.OpOverloadPacket,
 ) -> list[torch._ops.OpOverload]:
-    """Return the overload itself, or all overloads of a packet."""
+    """The op itself, or all that a call of the packet may mean."""
     if isinstance(target, torch._ops.OpOverload):
         return [target]
     return [getattr(target, name) for name in target.overloads()]

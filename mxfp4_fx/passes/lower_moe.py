@@ -1,8 +1,8 @@
-"""Third pass: lower logical ops to device ops, and expert weights to swizzled MXFP4 inputs.
+"""Third pass: logical ops become device ops, expert weights become swizzled MXFP4 inputs.
 
-``mxfp4::moe`` becomes ``routing``, ``matmul_ogs`` (SwiGLU) and ``matmul_ogs`` (gammas, scatter).
-Blocks and scales become inputs of the graph; the backend binds them at each call
-(``backend.py``). Weights that nothing else reads are inputs no longer.
+``mxfp4::moe`` -> ``routing`` -> ``matmul_ogs`` (SwiGLU) -> ``matmul_ogs`` (gammas, scatter). The
+parameters that only the experts read leave the graph's inputs; in their place come blocks and
+scales, which the backend binds when the graph is called (``weights.py``).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _MXFP4 = torch.ops.mxfp4
 
 
 def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
-    """Expand every ``mxfp4::moe`` for its device; report kernels, layout and bytes."""
+    """Expand every ``mxfp4::moe`` for its device; record kernels, layout and bytes."""
     inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     swizzled: dict[Sources, tuple[fx.Node, fx.Node]] = {}
-    # A node without REWRITE is one that the model itself calls. Nothing is proven about it.
+    # Not those that the model itself calls: about them nothing is proven.
     for node in [node for node in gm.graph.nodes if REWRITE in node.meta]:
         rewrite = node.meta.pop(REWRITE)
         values = _arguments(node)
         chosen = target.choose(_fake(node).device, ctx.options.kernels)
         found = []
         for name in ("gate_up", "down"):
-            # A dense weight, or blocks and scales.
+            # A weight of floats, or blocks and scales.
             sources = tuple(
                 v for v in (values[name], values.get(f"{name}_scales")) if v is not None
             )
@@ -72,7 +72,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 def _swizzled_inputs(
     sources: Sources, indices: tuple[int, ...], layout: str, name: str, ctx: Context
 ) -> tuple[fx.Node, fx.Node]:
-    """Insert graph inputs for the swizzled blocks and scales of one weight, and bind them."""
+    """New graph inputs for the swizzled blocks and scales of one weight, in place of its own."""
     source = sources[0]
     weight = _fake(source)
     if len(sources) == 1:
@@ -87,10 +87,9 @@ def _swizzled_inputs(
         with source.graph.inserting_after(after):
             stem = source.name.rstrip("_").removesuffix("_blocks")
             node = source.graph.placeholder(f"{stem}_{end}")
-        # Two weights with the same blocks give the same stem; only the node's name is unique.
-        node.target = node.name
+        node.target = node.name  # the argument's name, which two pairs with common blocks share
         node.meta["example_value"] = value
-        # Its address is fixed like a parameter's, but Dynamo has no guard on it.
+        # Its address is fixed as the parameter's was, and no guard of Dynamo's speaks of it.
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         node._dynamo_source = None
         ctx.bindings[node.name] = Binding(indices, layout, part, name)
@@ -113,8 +112,8 @@ def _expand(
         made = graph.call_function(function, args, kwargs)
         made.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
         fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
-        # The graph may switch gradients off around the experts, so the node's own mode is set.
-        # Hooks on saved tensors must not run now: activation checkpointing counts their calls.
+        # The graph may switch gradients off around the experts. Hooks on saved tensors are for the
+        # run (activation checkpointing counts them).
         recorded = torch.set_grad_enabled(_fake(node).requires_grad)
         unhooked = _disable_saved_tensors_hooks_during_tracing()
         with recorded, unhooked, _fake(node).fake_mode:  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ def _storage(value: Tensor) -> object:
 
 
 def is_transformed(value: Tensor) -> bool:
-    """Return whether a value is inside a function transform (``torch.func``: vmap, grad)."""
+    """Whether a value is inside a function transform (``torch.func``: vmap, grad)."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
 
 

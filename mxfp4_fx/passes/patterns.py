@@ -179,7 +179,7 @@ FOREIGN_EXPERTS = "transformers/integrations/mxfp4.py"
 def matmul_ogs(
     x: Expr, blocks: Expr, scales: Expr, bias: Expr, offsets: Expr, **changes: Any
 ) -> Op:
-    """Build the op with its defaults for what is not given; constants without effect may be any."""
+    """With the op's defaults where nothing else is said, but for constants that are not used."""
     args = {"blocks": blocks, "scales": scales, "bias": bias, "expert_offsets": offsets}
     defaults: dict[str, Any] = {"gather_index": None, "scatter_index": None, "gammas": None}
     defaults |= {"experts_per_token": 1, "activation": "none"}

@@ -82,15 +82,14 @@ def run_pass(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy a graph module: a new graph, the same submodules, and what Dynamo recorded on it."""
+    """A copy with a graph of its own and the same submodules; keeps what Dynamo noted on it."""
     graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
     old_output, output = (g.output_node() for g in (gm.graph, graph))
     output.meta = dict(old_output.meta)
     for old, new in copies.items():
-        # Its weak reference to a tensor would make `swap_tensors` fail for that tensor.
-        new.meta.pop("grapharg", None)
+        new.meta.pop("grapharg", None)  # refers weakly to a tensor, which may not be swapped then
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
