@@ -157,7 +157,7 @@ def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> R
 
 
 def _insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
-    """Insert the op that treats ids out of range as the form does: ids that are inputs may be."""
+    """Insert the op that treats ids out of range as the form does; ids that are inputs need it."""
     indices = match.leaves["indices"]
     if (form.below, form.above) == ("skip", "skip"):
         return indices

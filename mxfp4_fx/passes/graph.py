@@ -236,7 +236,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def equal_or_guard(a: Any, b: Any) -> bool:
-    """Return what :func:`equal` does, but hold two sizes that are equal now to that by a guard."""
+    """Return :func:`equal`; if two sizes are equal now but maybe not in every run, add a guard."""
     if equal(a, b):
         return True
     if not any(isinstance(size, torch.SymInt) for size in (a, b)):

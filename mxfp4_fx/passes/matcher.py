@@ -96,7 +96,10 @@ class Scalar:
 
 
 class Letter(Scalar):
-    """A named number, bound by a leaf's shape or else by the first argument that is just it."""
+    """A named number.
+
+    A leaf's shape binds it, or else the first argument that is this letter alone.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name, lambda env: env[name])

@@ -82,7 +82,8 @@ def compare(
     # Both sum in float32. The original rounds the sum, and again after it adds the bias.
     pre_error = 2 * _sum_error(h + 1) * size + 2 * u * size
     act, act_error = _swiglu_with_error(pre, pre_error, alpha, limit, u)
-    # The original computes SwiGLU in the activations' dtype. The rewritten one rounds the result.
+    # The original rounds each step of SwiGLU to the activations' dtype, the rewritten one only the
+    # result.
     act_error = act_error + (_SWIGLU_ROUNDINGS + 1) * (u + _U32) * act.abs() + tiny
 
     zero = torch.zeros_like(down_bias)
