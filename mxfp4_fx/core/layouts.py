@@ -114,10 +114,10 @@ class Fragments(Layout):
     padding where N is a multiple of 16 and K of 64.
 
     Scales are stored tile by tile, too, as bytes in the order (g, kb, r). Each byte has 126 added,
-    modulo 256: a code at its place in a bfloat16 lacks a factor 2^126, which the sum brings. For a
-    scale above ``LARGEST_SCALE`` it cannot. So one more tile of bytes holds flags: all are 1 if a
-    scale of these 16 rows is above ``LARGEST_SCALE``, and the kernel then decodes these rows in a
-    slower, exact way.
+    modulo 256: a code at its place in a bfloat16 lacks a factor 2^126, which the biased scale
+    supplies. A scale above ``LARGEST_SCALE`` cannot supply it. So one more tile of bytes holds
+    flags: all are 1 if a scale of these 16 rows is that large, and the kernel then decodes these
+    rows in a slower, exact way.
     """
 
     ROWS, COLUMNS = 16, 64
