@@ -83,7 +83,7 @@ class Options:
             raise OptionError(
                 "options['skip'] must be a list of module-name patterns, such as ['*.layers.0.*']."
             )
-        Skip(tuple(self.skip))  # raises for an invalid regular expression
+        Skip(tuple(self.skip))  # refuses what is no regular expression
         if self.verify and self.free_weights:
             raise OptionError(
                 "options['verify'] compares with the original weights, which "
