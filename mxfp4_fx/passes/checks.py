@@ -1,4 +1,4 @@
-"""What must hold for a matched region besides its dataflow, before it is rewritten."""
+"""The conditions for the rewrite of a matched region, besides its dataflow."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
 from mxfp4_fx.passes.patterns import ROUTER_INDICES, ROUTER_SCORES
 
 WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
-SCALES = ("gate_up_scales", "down_scales")  # of packed weights, which are blocks then
-# The weights that are swizzled; biases stay inputs as they are.
+# Packed weights only: gate_up and down are blocks then.
+SCALES = ("gate_up_scales", "down_scales")
+# The weights that are swizzled. Biases remain graph inputs.
 _SWIZZLED = ("gate_up", "down", *SCALES)
-# What the device ops need again for gradients; the experts as they are written keep copies of it.
+# The inputs that the device ops save for the backward. The original experts save copies of them.
 _KEPT = ("hidden", "gate_up_bias", "down_bias")
-# Ops whose dtype is the arithmetic's: under autocast it differs from the inputs'.
+# Ops whose result has the dtype of the arithmetic. Under autocast that is not the inputs' dtype.
 _ARITHMETIC = {"grouped_mm", "bmm", "add", "mul", "sigmoid", "clamp", "sum", "softmax"}
 
 
 def check_region(
     root: fx.Node, match: Match, ctx: Context, memory: Memory, modes: dict[fx.Node, Modes]
 ) -> None:
-    """Run every check.
+    """Run every check on a matched region.
 
     Args:
         root: the node of the region's result.
-        match: the proof of its dataflow, solved.
-        ctx: the pipeline's state.
-        memory: what aliases what, and who writes, in the whole graph.
-        modes: torch's at each node of the graph.
+        match: the solved proof of the region's dataflow.
+        ctx: the state of the pipeline.
+        memory: aliases and writes in the whole graph.
+        modes: torch's modes at each node of the graph.
 
     Raises:
-        Mismatch: one does not hold; the reason is for the user.
+        Mismatch: a check fails; the reason is for the user.
     """
     _check_users(root, match)
     _check_types(match)
@@ -59,7 +60,7 @@ def is_parameter(node: fx.Node, value: object) -> bool:
 
 
 def _check_users(root: fx.Node, match: Match) -> None:
-    """Nobody else reads an intermediate; the router's values may have other readers."""
+    """Check that only the region reads its intermediates, except for those of the router."""
     inside = set(match.nodes.values())
     for expr, node in match.nodes.items():
         if node is root or expr in _ROUTER_OPS:
@@ -99,7 +100,7 @@ def _check_types(match: Match) -> None:
 def _check_sizes(match: Match) -> None:
     sizes = match.letters
     for letter in "AEHI":
-        # Symbolic where it is the size of an input: a guard fixes it.
+        # The size of an input may be symbolic. `int` adds a guard that fixes it.
         sizes[letter] = int(sizes[letter])
     for letter, name in (("H", "hidden size"), ("I", "intermediate size")):
         if sizes[letter] % BLOCK:
@@ -115,7 +116,7 @@ def _check_device(match: Match, ctx: Context) -> None:
 
 
 def _check_weights(match: Match, ctx: Context) -> None:
-    """What becomes MXFP4 is an input that stays the same object from call to call."""
+    """Check that each weight to swizzle is an input that is the same object at every call."""
     inputs = _inputs(match, ctx)
     for name in _SWIZZLED:
         node = match.leaves.get(name)
@@ -138,10 +139,10 @@ def _check_weights(match: Match, ctx: Context) -> None:
 def _check_gradients(
     root: fx.Node, match: Match, ctx: Context, modes: dict[fx.Node, Modes]
 ) -> bool:
-    """One mode for all, and no gradient is asked for that MXFP4 does not have.
+    """Check that the region has one gradient mode and needs no gradient that MXFP4 lacks.
 
     Returns:
-        Whether gradients are recorded.
+        Whether autograd records gradients in the region.
     """
     if not any(_leaf(match, name).requires_grad for name in match.leaves):
         return False
@@ -149,7 +150,7 @@ def _check_gradients(
         if modes[node].autograd != modes[root].autograd:
             reason = (
                 "gradients are recorded for one part of it and not for another: put all of it "
-                "under torch.no_grad() (or inference_mode), or nothing"
+                "under torch.no_grad() (or inference_mode), or none of it"
             )
             _fail(match, reason, node)
     if not modes[root].gradients:
@@ -174,10 +175,12 @@ def _check_gradients(
 
 
 def _check_writes(root: fx.Node, match: Match, memory: Memory, records: bool) -> None:
-    """No weight is written to anywhere, nothing else between the region's first read and its end.
+    """Check that no call writes to what the rewritten region reads.
 
-    Intermediates count, too: the router's may have other readers, who may write. Where gradients
-    are recorded, what they are computed from must stay longer.
+    Weights must not change anywhere in the graph, all other values not between the region's first
+    node and its root. Intermediates count as well: those of the router may have other readers,
+    which may write to them. Where autograd records gradients, the inputs that it saves must not
+    change after the region either.
     """
     first = min(match.nodes.values())
     values = match.leaves | {str(node): node for node in match.nodes.values()}

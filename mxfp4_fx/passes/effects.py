@@ -1,4 +1,4 @@
-"""What a call does besides giving its result: to its arguments, and to torch's modes."""
+"""The side effects of a call: on its arguments and on torch's modes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mxfp4_fx.passes.graph import is_op, overloads, read_call
 
 
 class Effect(enum.Flag):
-    """What a call may do, in place, to the tensors that it is given."""
+    """What a call may do in place to its tensor arguments."""
 
     READS = 0
     WRITES = enum.auto()  # change values
-    RESHAPES = enum.auto()  # change what describes a tensor: shape, strides, autograd's history
-    REPOINTS = enum.auto()  # give it other memory
+    RESHAPES = enum.auto()  # change a tensor's shape, strides or autograd history
+    REPOINTS = enum.auto()  # give a tensor other memory
     UNKNOWN = enum.auto()  # anything
 
 
 def effect(node: fx.Node) -> Effect:
-    """All that a call may do, by the schema of its op; UNKNOWN where it has none.
+    """Return all that a call may do, from the schema of its op; UNKNOWN for a call without one.
 
-    There are too many ways to write (``inplace`` by position, functions that Dynamo does not look
-    into) for a list of them to be complete.
+    Schemas decide because no list of calls that write would be complete: ``inplace`` may be
+    positional, and Dynamo does not trace into some functions.
     """
     if node.op in ("placeholder", "get_attr", "output"):
         return Effect.READS
@@ -87,10 +87,10 @@ def _aten(node: fx.Node) -> list[torch._ops.OpOverload]:
     return of_tensors or found
 
 
-# What the tags of ops in place do not say: that they describe a tensor anew, or set its memory ...
+# In-place ops that reshape or repoint a tensor although no tag of theirs says so.
 _RESHAPE = {"requires_grad_", "retain_grad", "_coalesced_", "_mkldnn_transpose_"}
 _REPOINT = {"set_", "set_data"}
-# ... and that statistics are written, about which the schemas of these are silent.
+# Ops that write running statistics although their schemas do not say so.
 _STATISTICS = ("batch_norm", "instance_norm")
 
 
@@ -127,10 +127,11 @@ def _is_written(argument: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Modes:
-    """What torch's modes are.
+    """Torch's modes at one node.
 
     Attributes:
-        gradients, inference: autograd's.
+        gradients: whether autograd records gradients.
+        inference: whether ``torch.inference_mode`` is on.
         autocast: the dtype of ``torch.autocast``, or None where it is off.
     """
 
@@ -144,9 +145,12 @@ class Modes:
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
-    """The modes that each call runs in. While compiling they are those that the graph begins in."""
+    """Return the modes at each node.
+
+    Dynamo calls the backend in the modes that the graph begins in, so these are read now.
+    """
     now = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast_now())
-    before: dict[fx.Node, Modes] = {}  # where a mode is entered -> what its exit restores
+    before: dict[fx.Node, Modes] = {}  # node that enters a mode -> the modes that its exit restores
     found: dict[fx.Node, Modes] = {}
     for node in graph.nodes:
         found[node] = now

@@ -1,4 +1,4 @@
-"""The pipeline: which passes run on a captured graph, in which order, and why in that order."""
+"""The pipeline: the passes that run on a captured graph, their order, and the reason for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("mxfp4_fx.passes")
 
 
 def check(gm: fx.GraphModule, ctx: Context) -> None:
-    """Last pass: nothing logical is left, and every swizzled input is bound and read."""
+    """Last pass: check that no logical op is left and that every swizzled input is read."""
     for node in gm.graph.nodes:
         if REWRITE in node.meta:
             raise PipelineError(f"{node} was not lowered")
@@ -39,7 +39,7 @@ PIPELINE: tuple[Pass, ...] = (
     canonicalize,  # equal computations look alike ...
     fuse_moe,  # ... so that one pattern finds them; proves and replaces, knows no device
     lower_moe,  # knows the device, proves nothing
-    check,  # trusts nobody
+    check,  # relies on no other pass
 )
 
 
@@ -54,13 +54,14 @@ def run_pipeline(
     """Run all passes on a copy of a captured graph.
 
     Args:
-        gm: the graph as Dynamo hands it out; it stays as it is.
+        gm: the graph that Dynamo captured; it does not change.
         inputs: its example inputs, the model's own parameters among them.
-        options: the user's.
+        options: the user's options.
         left, verifying: see :class:`Context`.
 
     Returns:
-        The rewritten graph, or ``gm`` itself where nothing was rewritten, and what happened.
+        The rewritten graph, or ``gm`` itself if the passes rewrote nothing; and the context, which
+        holds the report.
     """
     ctx = Context(options, inputs, left or {}, verifying)
     rewritten = copy_graph(gm)
