@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from mxfp4_fx.checkpoints import consistency
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.files import CONFIG, INDEX, PICKLES
 from mxfp4_fx.checkpoints.gpt_oss import MULTIPLES_OF_BLOCK, PROJECTIONS
@@ -197,7 +198,7 @@ def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) ->
 def _require_dense(checkpoint: Checkpoint) -> None:
     method, _ = checkpoint.quantization()
     if "packed" in checkpoint.forms.values() or method not in (None, "mxfp4"):
-        checkpoint.check()  # which knows what is wrong, if that is not all
+        consistency.check(checkpoint)  # which knows what is wrong, if that is not all
         layers = [layer for layer, form in checkpoint.forms.items() if form == "packed"]
         raise CheckpointError(
             f"{checkpoint.experts(layers[0])} in {checkpoint.files[0].parent} is in MXFP4 already: "
@@ -206,7 +207,7 @@ def _require_dense(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     # It may say mxfp4 already; what is checked is the model before it is quantized.
     checkpoint.config = {key: config[key] for key in config if key != "quantization_config"}
-    checkpoint.check()
+    consistency.check(checkpoint)
     checkpoint.config = config
     for key in MULTIPLES_OF_BLOCK:
         if config[key] % BLOCK:
@@ -289,7 +290,7 @@ def _watched(
 def _verify(plan: _Plan, journal: Journal, progress: bool) -> None:
     """Read everything again: is it whole, is it what was written, what was copied the original?"""
     written = Checkpoint([journal.checkpoint / name for name in plan.shards], plan.config)
-    written.check()
+    consistency.check(written)
     total = sum(item.nbytes for items in plan.shards.values() for item in items)
     with _bar("verifying", total, progress) as bar:
         for shard, items in plan.shards.items():

@@ -24,7 +24,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks, warn_of_strays
+from mxfp4_fx.checkpoints import consistency
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.core.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
@@ -41,7 +42,7 @@ NOT_CONVERTED = (
 
 
 def check(checkpoint: Checkpoint, *, ignore_sizes: bool = False) -> None:
-    """`Checkpoint.check`, to which dense experts are welcome: they become what the config says.
+    """`consistency.check`, to which dense experts are welcome: they become what the config says.
 
     Raises:
         CheckpointError: something else is wrong with the checkpoint.
@@ -51,7 +52,7 @@ def check(checkpoint: Checkpoint, *, ignore_sizes: bool = False) -> None:
         dense = [checkpoint.experts(n) for n, form in checkpoint.forms.items() if form == "dense"]
         settings = {"quant_method": method, "modules_to_not_convert": [*patterns, *dense]}
         checkpoint.config = {**checkpoint.config, "quantization_config": settings}
-    checkpoint.check(ignore_sizes=ignore_sizes)
+    consistency.check(checkpoint, ignore_sizes=ignore_sizes)
 
 
 def renaming(key_mapping: Mapping[str, str]) -> Callable[[str], str]:
@@ -138,7 +139,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         rename = renaming(settings.key_mapping)
         checkpoint = Checkpoint(checkpoint_files or (), config, rename)
         check(checkpoint, ignore_sizes=settings.ignore_sizes)
-        warn_of_strays(checkpoint)
+        consistency.warn_of_strays(checkpoint)
         entries = settings.modules_to_not_convert
         skipped = {layer for entry in entries for layer in checkpoint.matching(entry)}
         more = checkpoint.skipped(settings.skip) - skipped
