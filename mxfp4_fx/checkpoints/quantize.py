@@ -148,8 +148,6 @@ class _Item(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What a run does."""
-
     directory: Path  # the input
     shards: dict[str, list[_Item]]
     config: dict[str, Any]  # of the output
