@@ -1,7 +1,6 @@
-"""Compare a checkpoint's tensors with its config: is it one whole and consistent GPT-OSS model?
+"""The consistency of a checkpoint: whether its tensors are those that its config describes.
 
-The functions read nothing but what a :class:`Checkpoint` has of the headers and the config, so a
-faulty checkpoint of any size is refused before a byte of a weight is read.
+Only headers are compared, so that a fault raises an error before any weight is read.
 """
 
 from __future__ import annotations
@@ -51,9 +50,10 @@ def check(checkpoint: Checkpoint, *, ignore_sizes: bool = False) -> None:
 
 
 def strays(checkpoint: Checkpoint) -> list[str]:
-    """Return the tensors of the base model, the head or an adapter that the model does not have.
+    """Return the names of tensors that the model does not have, though they look like its own.
 
-    Tensors of other heads, such as ``score.weight``, are not among them.
+    These are names of the base model, of the language model's head and of adapters. Other heads,
+    such as ``score.weight``, do not count.
     """
     expected = _expected(checkpoint)
     return [
