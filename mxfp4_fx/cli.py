@@ -1,4 +1,4 @@
-"""``python -m mxfp4_fx``: show what this machine and a model will use, and write checkpoints."""
+"""``python -m mxfp4_fx``: show what a machine uses and what a model becomes; write checkpoints."""
 
 from __future__ import annotations
 
