@@ -98,8 +98,9 @@ class Checkpoint:
         names = {**weight_map, **places} if weight_map else {}
         if wrong := [name for name in names if places.get(name) != weight_map.get(name)]:
             warnings.warn(
-                f"{directory / INDEX} is not that of these shards: {few(wrong)} "
-                "is not where it says, or not in it; what lies in the shards counts",
+                f"{directory / INDEX} does not match the shards: {few(wrong)} "
+                "is in another shard than the index says, or missing from one of the two; "
+                "the tensors are read from the shards as they are",
                 CheckpointWarning,
                 stacklevel=2,
             )

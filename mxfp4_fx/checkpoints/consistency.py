@@ -25,8 +25,9 @@ def check(checkpoint: Checkpoint, *, ignore_sizes: bool = False) -> None:
     """Raise an error unless the tensors are those that the config describes.
 
     The experts of a layer must be packed if the config says ``quant_method: mxfp4`` and its
-    ``modules_to_not_convert`` does not name them; otherwise they must be dense. To check the dense
-    input of a quantization, pass a config without ``quantization_config``.
+    ``modules_to_not_convert`` does not name them; otherwise they must be dense. The input of a
+    quantization is dense whatever its config says, so check it with a config that has no
+    ``quantization_config``.
 
     Args:
         checkpoint: what to check.
@@ -67,7 +68,7 @@ def warn_of_strays(checkpoint: Checkpoint) -> None:
     """Warn of the tensors of a checked checkpoint that the loader leaves out."""
     if found := strays(checkpoint):
         warnings.warn(
-            f"{len(found)} tensors are none of GPT-OSS's: {few(found)} in "
+            f"{len(found)} tensors do not belong to GPT-OSS: {few(found)} in "
             f"{checkpoint.tensors[found[0]].file}; {foreign_tensors.described(found)}",
             CheckpointWarning,
             stacklevel=3,
@@ -107,8 +108,8 @@ def _check_pairs(checkpoint: Checkpoint) -> None:
         if f"{stem}_{other}" not in checkpoint.tensors and tensor.dtype in gpt_oss.FLOATS:
             # transformers 5.23 saves a model that it has dequantized in this way.
             raise CheckpointError(
-                f"{name} in {tensor.file} is no MXFP4, but dense experts under its name: save "
-                "the model again with save_pretrained(directory, save_original_format=False)"
+                f"{name} in {tensor.file} holds dense experts under an MXFP4 name: save the model "
+                "again with save_pretrained(directory, save_original_format=False)"
             )
         if f"{stem}_{other}" not in checkpoint.tensors:
             raise CheckpointError(f"{name} in {tensor.file} has no {other}: {AGAIN}")
@@ -169,8 +170,8 @@ def _check_names(checkpoint: Checkpoint, expected: Mapping[str, Axes]) -> None:
     if wrong := [name for name in found if foreign_tensors.contradicts(name, checkpoint.prefix)]:
         is_twice = ".mlp.experts." in wrong[0]  # packed and dense
         raise CheckpointError(
-            f"{len(wrong)} tensors are none of the model that {checkpoint.config_name} describes: "
-            f"{few(wrong)} in {tensors[wrong[0]].file}; "
+            f"{len(wrong)} tensors do not belong to the model that {checkpoint.config_name} "
+            f"describes: {few(wrong)} in {tensors[wrong[0]].file}; "
             f"{_FROM_ONE if is_twice else ITS_CONFIG}"
         )
 

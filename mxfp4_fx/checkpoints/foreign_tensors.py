@@ -37,29 +37,29 @@ def diagnosis(names: Collection[str], missing: Sequence[str]) -> str | None:
     """
     if any(".base_layer." in name for name in names):
         return (
-            "it was saved from a PEFT model whose adapter is not merged: save what "
+            "the checkpoint was saved from a PEFT model whose adapter is not merged: save what "
             "merge_and_unload() returns"
         )
     if found := _wrappers(names, missing):
         parts = ", ".join(map(_with_maker, found))
         mapping = ", ".join(f'r"{pattern}": ""' for pattern in found)
         return (
-            f"in the files, names have {parts} too much: save the model that was wrapped, or pass "
-            f"key_mapping={{{mapping}}} to mxfp4_fx.from_pretrained"
+            f"the names in the files have the extra part {parts}: save the model that was wrapped, "
+            f"or pass key_mapping={{{mapping}}} to mxfp4_fx.from_pretrained"
         )
     if single := next((name for name in names if _ONE_EXPERT.search(name)), None):
         return (
-            f"experts lie there one by one ({single}): {_TRANSFORMERS}, which has one tensor "
-            "[experts, in, out] for all of a layer, gate in the even columns of gate_up_proj and "
-            "up in the odd"
+            f"the files hold experts one by one ({single}): {_TRANSFORMERS}, which has one tensor "
+            "[experts, in, out] for all experts of a layer, with gate in the even columns of "
+            "gate_up_proj and up in the odd"
         )
     if any(re.match(r"block\.\d+\.", name) for name in names):
         return (
-            "it is in OpenAI's own layout, not in that of transformers: where it was downloaded, "
-            "the other one lies in the folder above"
+            "the checkpoint is in OpenAI's own layout, not in that of transformers: a download has "
+            "the latter in the folder above"
         )
     if any(name.rpartition(".")[2].startswith(("_flat_param", "flat_param")) for name in names):
-        return "its parameters are FSDP's flat ones: save a full state dict"
+        return "the parameters are FSDP's flat ones: save a full state dict"
     if all(re.search(r"\.self_attn\.\w_proj\.bias$", name) for name in missing):
         return (
             'if attention has no biases, config.json ought to say "attention_bias": false; else '

@@ -1,8 +1,8 @@
 """`quantize_checkpoint`: quantize a GPT-OSS checkpoint to MXFP4 in bounded memory.
 
 Experts are read, quantized and written one at a time; other tensors are copied a few MiB at a time.
-The files are written to ``OUT.partial``, which `journal.py` describes. The directory moves to
-``OUT`` after all files were read again and compared.
+All files are written in ``OUT.partial``, which `journal.py` describes, and then read again and
+compared. Only then does the checkpoint move to ``OUT``.
 """
 
 from __future__ import annotations
