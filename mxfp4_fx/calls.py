@@ -124,7 +124,7 @@ class Call:
                 module._forward_hooks.pop(_HOOK, None)
                 if self.options.skip:
                     vars(module).pop(_SKIPPED, None)
-        # Dynamo does not pass exceptions to us. A new one is on its way to the user: no verdict.
+        # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
         if sys.exc_info()[1] is self._raised:
             self._judge()
 
@@ -208,7 +208,7 @@ class Call:
             )
 
     def ran(self, report: GraphReport, args: Sequence[Any]) -> None:
-        """Record that a graph is about to run: its report and its inputs."""
+        """Record that a graph with this report will run on these inputs; announce its misses."""
         if report.rewrites or report.misses:
             self.found = True
             self.graphs += 1
@@ -291,7 +291,8 @@ def tell(misses: Sequence[tuple[Miss, list[Any]]], options: Options) -> None:
     more = f"\n  and {len(fresh) - 3} more; mxfp4_fx.explain lists all" if fresh[3:] else ""
     shown = "".join(f"\n  {miss}" for miss, _ in fresh[:3])
     _warn(f"these MoE layers run as they were, not in MXFP4:{shown}{more}", MissedRewriteWarning)
-    for miss, modules in fresh:  # not reached if the warning is an error, which may come again
+    # If the warning is raised as an error, this is not reached: the next call raises it again.
+    for miss, modules in fresh:
         for module in modules:
             _told.setdefault(module, set()).add(str(miss))
 
