@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from mxfp4_fx.core.skip import Skip, bare
 
-# Classes of experts, which need not have stacks of matrices that `is_stack` recognizes.
+# Classes of experts whose weights `is_stack` may not recognize.
 _EXPERTS = {"GptOssExperts", "PackedExperts", "Mxfp4GptOssMLP", "Mxfp4GptOssExperts"}
 _SMALLEST = 32  # side of a matrix that MXFP4 can hold
 _LARGEST = 64  # entries of a container that `modules_of` searches, which it does at every call

@@ -62,8 +62,8 @@ def from_pretrained(
             names.
         scale_rule: for ``formats.quantize``, if the checkpoint has dense experts.
         kwargs: further arguments of transformers' ``from_pretrained``: dtype, device_map, ...
-            A model that is loaded with ``key_mapping`` is saved under the names that it has, not
-            those of the files.
+            A model that is loaded with ``key_mapping`` is saved under its own names, not those of
+            the files.
 
     Returns:
         The model, on the CPU unless ``device_map`` says otherwise. It can be run, compiled
@@ -72,7 +72,7 @@ def from_pretrained(
     Raises:
         CheckpointError: the checkpoint does not exist, is damaged, or is not a GPT-OSS in MXFP4 or
             dense; or transformers is not installed.
-        OptionError: an argument of transformers makes no sense here, a pattern of ``skip`` names no
+        OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
             experts, or ``scale_rule`` is unknown.
     Warns:
         CheckpointWarning: the files hold tensors that the model does not have, or the index

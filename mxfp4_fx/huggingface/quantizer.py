@@ -318,7 +318,7 @@ def _correct_offload_index(model: nn.Module) -> None:
 
 
 def packed_like(experts: Any, name: str) -> PackedExperts:
-    """Return packed experts, without values, of the sizes and constants of transformers' experts.
+    """Return packed experts with the sizes and constants of `experts`, but without values.
 
     Args:
         experts: transformers' experts.
