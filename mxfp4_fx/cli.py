@@ -1,4 +1,4 @@
-"""``python -m mxfp4_fx``: what this machine will use, what a model would become, checkpoints."""
+"""``python -m mxfp4_fx``: show what a machine uses and what a model becomes; write checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mxfp4_fx.ops import target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a failure that has a name, or is the system's, is told without a traceback.
+    """Run one command; print an `Mxfp4Error` or `OSError` without a traceback.
 
     Returns:
         The exit status: 0, 1 after a failure, 130 after an interrupt; argparse exits with 2.
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = int(args.run(args) or 0)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a failure is told
+            sys.stdout.flush()  # inside this try, so that a failure is handled below
         return status
-    except BrokenPipeError:  # whoever read the output has closed it, and may be right
-        # Python would try once more to write what is left, and complain.
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+        # Otherwise Python would flush stdout again when it exits, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Mxfp4Error, OSError) as error:
@@ -99,7 +99,7 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """The directory, a flag for each size, and the seed."""
+    """Add the arguments: the directory, a flag for each size, the seed and the size of shards."""
     parser.add_argument("out", type=Path, help="directory to write: a new or an empty one")
     for size in dataclasses.fields(CheckpointShape):
         flag, text = f"--{size.name.replace('_', '-')}", f"{size.metadata['help']} (%(default)s)"

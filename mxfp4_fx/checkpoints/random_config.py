@@ -1,4 +1,4 @@
-"""The sizes of a random GPT-OSS, and the texts beside its weights: configs and a byte tokenizer."""
+"""The sizes of a random GPT-OSS checkpoint, its configs and its byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK
 
-# Special tokens, named as gpt-oss names them. Ids 0 to 255 are the bytes of a text, these follow.
+# Special tokens, by the names of gpt-oss. Their ids follow 0 to 255, the bytes of a text.
 BOS, PAD, EOS, CALL = "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"
 CHAT = ("<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>")
 TOKEN_IDS = {token: 256 + i for i, token in enumerate((BOS, PAD, EOS, CALL, *CHAT))}
@@ -25,10 +25,10 @@ def _size(default: int, meaning: str) -> int:
 
 @dataclass(frozen=True)
 class CheckpointShape:
-    """The sizes of a GPT-OSS model; the defaults are gpt-oss-20b's, but for layers and vocab.
+    """The sizes of a GPT-OSS model; the defaults are gpt-oss-20b's, except `layers` and `vocab`.
 
     Raises:
-        CheckpointError: no GPT-OSS checkpoint has such sizes; the message names what would do.
+        CheckpointError: GPT-OSS cannot have such a size; the message names the sizes it can have.
     """
 
     layers: int = _size(2, "decoder layers: sliding attention, full attention, and so on in turn")
@@ -60,12 +60,12 @@ class CheckpointShape:
 
 
 def as_json(content: dict[str, Any]) -> str:
-    """A file's text."""
+    """Return the text of a JSON file."""
     return json.dumps(content, indent=2) + "\n"
 
 
 def texts_of(shape: CheckpointShape) -> dict[str, str]:
-    """File name -> content of the configs and the tokenizer."""
+    """Return file name -> text of the configs and the tokenizer."""
     attention, router = "model.layers.*.self_attn", "model.layers.*.mlp.router"
     config = {
         "architectures": ["GptOssForCausalLM"],
@@ -134,14 +134,14 @@ def texts_of(shape: CheckpointShape) -> dict[str, str]:
 
 
 def _byte_tokenizer() -> str:
-    """The tokenizer.json of a tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text."""
+    """Return the tokenizer.json of a tokenizer whose ids 0 to 255 are the bytes of UTF-8 text."""
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
         raise CheckpointError(
             "a checkpoint's tokenizer is made with tokenizers: pip install tokenizers"
         ) from error
-    # ByteLevel shows a byte that prints as itself and the n-th other byte as character 256 + n.
+    # ByteLevel maps a printable byte to itself, and the n-th other byte to character 256 + n.
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     vocab = {chr(byte): byte for byte in printable}

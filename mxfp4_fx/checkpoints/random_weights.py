@@ -1,14 +1,14 @@
 """Write a GPT-OSS checkpoint of random weights: the files, names and layouts of openai/gpt-oss-20b.
 
-A small one tests loading, compiling and saving without a download; 24 layers and a vocabulary of
-201088 give exactly the tensors of gpt-oss-20b (459 of them, 13761264768 bytes) to measure with.
-Weights are scaled so that every sublayer turns inputs of order one into outputs of order one, which
-keeps a bf16 model of any width and depth in range.
+A small checkpoint serves to test loading, compiling and saving without a download. With 24 layers
+and a vocabulary of 201088 it has exactly the tensors of gpt-oss-20b (459 tensors, 13761264768
+bytes), for measurements. Weights are scaled so that every sublayer turns inputs of order one into
+outputs of order one. This keeps a bf16 model of any width and depth in range.
 
-Every tensor is a stream of uniform random bits, seeded by the seed and the tensor's name, that
-indexes a table of equally likely values. Its bytes depend on nothing but the seed, its name and its
-shape (numpy keeps the raw streams of its bit generators stable between versions), and no tensor is
-ever whole in memory.
+A stream of uniform random bits indexes a table of equally likely values and so gives a tensor's
+elements, a chunk at a time. The stream is seeded with the seed and the tensor's name, and numpy
+keeps the raw streams of its bit generators stable between versions. So a tensor's bytes depend only
+on the seed, its name and its shape.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DEFAULT_SHAPE = CheckpointShape()
 
 
 def checkpoint_bytes(shape: CheckpointShape) -> int:
-    """Return the bytes of all tensors, which is `total_size` in the checkpoint's index."""
+    """Return the bytes of all tensors: `total_size` in the checkpoint's index."""
     return sum(tensor.spec.nbytes for tensor in _tensors(shape))
 
 
@@ -60,24 +60,25 @@ def write_random_checkpoint(
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Path:
-    """Write the checkpoint directory `path`, which appears only once it is complete.
+    """Write the checkpoint directory `path`, which appears only when it is complete.
 
-    Expert blocks and scales are uint8 [E, N, K/32, 16] and [E, N, K/32], everything else is bf16,
-    named as in openai/gpt-oss-20b; next to them lie the configs and a byte-level tokenizer.
+    Expert blocks and scales are uint8 [E, N, K/32, 16] and [E, N, K/32]; all other tensors are
+    bf16. Names are those of openai/gpt-oss-20b. The directory also gets the configs and a
+    byte-level tokenizer.
 
     Args:
-        path: a directory that does not exist or is empty; parents are made.
+        path: a directory that does not exist or is empty; its parents are created.
         shape: the sizes of the model.
-        seed: the same seed and shape give the same bytes, however they are cut into shards.
-        max_shard_bytes: tensor bytes in a shard; a tensor larger than that has a shard of its own.
-        progress: show a progress bar, if stderr is a terminal.
+        seed: the same seed and shape give the same bytes, whatever the shards.
+        max_shard_bytes: tensor bytes in a shard; a larger tensor has a shard of its own.
+        progress: show a progress bar if stderr is a terminal.
 
     Returns:
-        `path`, absolute.
+        `path` as an absolute path.
 
     Raises:
-        CheckpointError: `path` is taken or cannot be written, its disk is too full, or `tokenizers`
-            is not installed. Nothing was written.
+        CheckpointError: `path` exists and is not empty, or cannot be written; the disk has too
+            little room; `tokenizers` is not installed. Nothing was written.
     """
     path = Path(os.path.realpath(os.path.expanduser(path)))
     require_new(path)
@@ -99,7 +100,7 @@ def write_random_checkpoint(
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         partial.replace(path)
-    except BaseException as error:  # an interrupt, too, leaves nothing behind
+    except BaseException as error:  # after an interrupt, too, nothing is left
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise CheckpointError(f"{path} cannot be written: {error}") from error
@@ -114,7 +115,7 @@ _ANY_BYTE: Table = np.arange(256, dtype=np.uint8)
 
 
 class _Tensor(NamedTuple):
-    """A tensor to write: every element is drawn from `table`, whose entries are equally likely."""
+    """A tensor to write; its elements are drawn from `table`, whose entries are equally likely."""
 
     name: str
     shape: tuple[int, ...]
@@ -137,7 +138,7 @@ class _Tensor(NamedTuple):
 
 
 def _tensors(shape: CheckpointShape) -> Iterator[_Tensor]:
-    """All tensors, layer by layer. A projection is named with its N and K."""
+    """Yield all tensors, layer by layer. A projection is written as (name, N, K)."""
     hidden, experts = shape.hidden, shape.experts
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q))
@@ -149,8 +150,8 @@ def _tensors(shape: CheckpointShape) -> Iterator[_Tensor]:
             yield _Tensor(f"{layer}.self_attn.{name}_proj.bias", (n,), _normal(0.1))
             yield _Tensor(f"{layer}.self_attn.{name}_proj.weight", (n, k), _normal(k**-0.5))
         yield _Tensor(f"{layer}.self_attn.sinks", (shape.heads,), _normal(1.0))
-        # The weight outweighs the bias, so that tokens differ in the experts they choose, and by
-        # enough to give the chosen ones unequal weights.
+        # The weight outweighs the bias, so that tokens choose different experts, and so that the
+        # chosen experts get unequal weights.
         yield _Tensor(f"{layer}.mlp.router.bias", (experts,), _normal(0.1))
         yield _Tensor(f"{layer}.mlp.router.weight", (experts, hidden), _normal(2 * hidden**-0.5))
         for name, n, k in mlp:
@@ -173,15 +174,15 @@ def _quantiles(count: int) -> npt.NDArray[np.float64]:
 
 @cache
 def _normal(std: float, mean: float = 0.0) -> Table:
-    """Bit patterns of normally distributed bf16 values, rounded to nearest even."""
+    """Return bit patterns of normally distributed bf16 values, rounded to nearest even."""
     bits = (mean + std * _quantiles(1 << 16)).astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 @cache
 def _scale_bytes(k: int) -> Table:
-    """E8M0 bytes with which uniformly random E2M1 codes get the standard deviation k**-0.5."""
+    """Return E8M0 bytes that give uniformly random E2M1 codes the standard deviation k**-0.5."""
     code_rms = math.sqrt(sum(value**2 for value in E2M1_VALUES) / len(E2M1_VALUES))
-    # Exponents are normal, one power of two wide: for those, log2(rms(2**e)) = mean(e) + ln(2).
+    # Exponents e are normal with standard deviation 1, so log2(rms(2**e)) = mean(e) + ln(2).
     exponents = math.log2(k**-0.5 / code_rms) - math.log(2) + _quantiles(256)
     return (E8M0_BIAS + np.rint(exponents)).astype(np.uint8)
