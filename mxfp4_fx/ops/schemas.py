@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.ops import autograd, backward, reference
-from mxfp4_fx.ops.target import DTYPES
 
 _REFERENCE = {
     "matmul_ogs": "mxfp4_fx.ops.reference:matmul_ogs",
