@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.core.formats import BLOCK
-from mxfp4_fx.ops import target
+from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect
 from mxfp4_fx.passes.graph import tensor_of
@@ -71,8 +71,8 @@ def _check_users(root: fx.Node, match: Match) -> None:
 
 def _check_types(match: Match) -> None:
     hidden = _leaf(match, "hidden")
-    if hidden.dtype not in target.DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in target.DTYPES)
+    if hidden.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         _fail(match, f"activations are {hidden.dtype}; supported are {names}", None)
     for name, node in match.leaves.items():
         value = _leaf(match, name)
@@ -109,7 +109,7 @@ def _check_sizes(match: Match) -> None:
 
 def _check_device(match: Match, ctx: Context) -> None:
     try:
-        target.choose(_leaf(match, "hidden").device, ctx.options.kernels)
+        ctx.target_for(_leaf(match, "hidden").device)
     except KernelsUnavailableError as error:
         _fail(match, str(error), None)
 

@@ -18,7 +18,7 @@ from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops import target
+from mxfp4_fx.ops.target import Target
 from mxfp4_fx.passes.context import REWRITE, Binding, Context
 from mxfp4_fx.passes.graph import tensor_of
 
@@ -35,7 +35,7 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
     for node in [node for node in gm.graph.nodes if REWRITE in node.meta]:
         rewrite = node.meta.pop(REWRITE)
         values = _arguments(node)
-        chosen = target.choose(_fake(node).device, ctx.options.kernels)
+        chosen = ctx.target_for(_fake(node).device)
         found = []
         for name in ("gate_up", "down"):
             # A weight of floats, or blocks and scales.
@@ -102,7 +102,7 @@ def _expand(
     values: dict[str, Any],
     gate_up: tuple[fx.Node, fx.Node],
     down: tuple[fx.Node, fx.Node],
-    chosen: target.Target,
+    chosen: Target,
 ) -> None:
     graph = node.graph
     kernels = {"kernels": chosen.kernels}
