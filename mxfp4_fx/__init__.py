@@ -7,6 +7,7 @@ torch itself is still being imported.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mxfp4_fx import errors as errors
 from mxfp4_fx.core.version import __version__
 
 if TYPE_CHECKING:

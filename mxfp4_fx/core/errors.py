@@ -37,6 +37,10 @@ class MissedRewriteError(Mxfp4Error, RuntimeError):
     """``strict=True``: something looked like experts and was not rewritten, or nothing did."""
 
 
+class TorchVersionError(Mxfp4Error, ImportError):
+    """This torch lacks something that mxfp4_fx takes of it beyond its public API."""
+
+
 class GradientError(Mxfp4Error, RuntimeError):
     """A derivative is asked for that MXFP4 experts do not have."""
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from mxfp4_fx.core import forks
+from mxfp4_fx.core import forks, torch_private
 from mxfp4_fx.core.console import announced, say
 from mxfp4_fx.core.errors import NativeBuildError
 from mxfp4_fx.core.hardware import CPU_PATH_VARIABLE, CPU_PATHS
@@ -44,7 +44,7 @@ _COMPILE = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall
 _SHARED = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
 _SOURCES = Path(__file__).parent / "cpu_kernels"
 _UNIT, _LIBRARY = "kernels.cpp", "kernels.so"  # the second while it is being built
-_TORCH = str(torch._C.__file__)
+_TORCH = torch_private.LIBRARY
 _SEAL_BYTES = hashlib.sha256().digest_size
 
 _log = logging.getLogger(__name__)
