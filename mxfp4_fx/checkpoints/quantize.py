@@ -7,12 +7,10 @@ everything was read again and found to be right.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -335,41 +333,3 @@ def _bar(what: str, total: int, progress: bool) -> tqdm[Any]:
     return tqdm(
         desc=what, total=total, unit="B", unit_scale=True, disable=None if progress else True
     )
-
-
-# ---- command line -------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("source", type=Path, help="a checkpoint's directory, its experts dense")
-    parser.add_argument("out", type=Path, help="directory to write: a new or an empty one")
-    text = "modules whose experts stay dense: parts of their names (layers.0), * for any others"
-    parser.add_argument(
-        "--skip", action="extend", nargs="+", default=[], metavar="PATTERN", help=text
-    )
-    text = "scale of a block: the largest value decides, or the least squared error (%(default)s)"
-    parser.add_argument("--scale-rule", choices=SCALE_RULES, default="max", help=text)
-    text = "tensor bytes in a shard (%(default)s)"
-    parser.add_argument("--max-shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help=text)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the checkpoint that the parsed arguments describe.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    try:
-        path = quantize_checkpoint(
-            args.source,
-            args.out,
-            skip=args.skip,
-            scale_rule=args.scale_rule,
-            max_shard_bytes=args.max_shard_bytes,
-        )
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on after the last whole shard", file=sys.stderr)
-        return 130
-    print(f"wrote {path}")
-    return 0
