@@ -30,7 +30,7 @@ from mxfp4_fx.checkpoints.gpt_oss import ITS_CONFIG, Axes, Form
 from mxfp4_fx.checkpoints.safetensors_file import StoredTensor, read_header
 from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
 from mxfp4_fx.core.formats import BLOCK, E8M0_NAN
-from mxfp4_fx.core.skip import Skip, not_converted
+from mxfp4_fx.core.skip import Skip, not_converted, whole_name
 
 _FROM_ONE = "copy or download all files from one and the same checkpoint"
 _SHOWN = 4  # faults that a message lists
@@ -122,7 +122,7 @@ class Checkpoint:
         return {
             layer
             for layer in self.forms
-            for name in (self.experts(layer), f"model.layers.{layer}.mlp.experts")
+            for name in {self.experts(layer), whole_name(self.experts(layer))}
             if not_converted(entry, name)
         }
 
