@@ -77,7 +77,8 @@ def load(path: str) -> ctypes.CDLL:
             without OpenMP; refused by the system; wrong results. The same again, without another
             try, until one of the environment variables that matter changes.
     """
-    return libraries(path)
+    library = libraries.loaded.get(path)  # as every call of an op asks
+    return libraries(path) if library is None else library
 
 
 def _load(path: str) -> ctypes.CDLL:
