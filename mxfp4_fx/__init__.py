@@ -7,6 +7,7 @@ this package before torch's own import is complete.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mxfp4_fx import errors as errors
 from mxfp4_fx.core.version import __version__
 
 if TYPE_CHECKING:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
 from tqdm import tqdm
 
 from mxfp4_fx import calls
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.huggingface.capture import prepare_capture
@@ -29,7 +27,7 @@ log = logging.getLogger("mxfp4_fx.backend")
 CompiledGraph = Callable[..., Any]
 
 
-@torch_private.ours
+@compilation.ours
 def mxfp4(
     gm: fx.GraphModule,
     example_inputs: list[Any],
@@ -182,7 +180,7 @@ class InputPlan:
     def inputs(self, args: tuple[Any, ...]) -> list[Any]:
         """The lowered graph's inputs for a call of the captured one with ``args``."""
         # Freed parameters go by the road of all others, past their own class's veto.
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_private.as_plain_tensors():
             before = STORE.swizzled
             parts = self._look_up(args)
             if STORE.swizzled != before:
@@ -219,7 +217,7 @@ def _swizzle_ahead(plan: InputPlan, ctx: Context) -> None:
     """Swizzle while compiling, with a progress bar, rather than in the first call."""
     for sources, layout, name in tqdm(plan.swizzled, _TITLE, leave=False, disable=None):
         weight, scales = _pair(ctx.inputs, sources)
-        if isinstance(weight, Tensor) and not isinstance(weight, FakeTensor):
+        if isinstance(weight, Tensor) and not isinstance(weight, torch_private.FakeTensor):
             STORE.get(weight, layout, scales, name)
 
 
@@ -239,15 +237,13 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
     """Hand a graph to the inner compiler."""
     if options.inner != "inductor":
         inner = options.inner
-        backend = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner
+        backend = torch_private.backend_named(inner) if isinstance(inner, str) else inner
         compiled: CompiledGraph = backend(gm, inputs)
         return compiled
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = {**(list_mode_options(options.mode) if options.mode else {}), **options.inductor}
-    from_inductor: Any = compile_fx(gm, inputs, config_patches=patches or None)
-    return cast(CompiledGraph, from_inductor)
+    by_inductor: CompiledGraph = torch_private.compile_with_inductor(
+        gm, inputs, options.mode, options.inductor
+    )
+    return by_inductor
 
 
 def announce(ctx: Context) -> None:

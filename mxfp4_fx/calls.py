@@ -13,7 +13,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import os
 import sys
 import threading
 import warnings
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation, forks, torch_private
 from mxfp4_fx.core.errors import (
     MissedRewriteError,
     MissedRewriteWarning,
@@ -88,7 +87,7 @@ class Call:
 
     def __enter__(self) -> None:
         prepare_capture()  # transformers may have been imported since the last call
-        called = torch_private.compiled_function()
+        called = compilation.compiled_function()
         skipped = []
         if called is not None:
             self._function = called[0]
@@ -165,12 +164,12 @@ class Call:
         if why is not None:
             miss = Miss(name, why, skipped=True)
         else:
-            miss = Miss(name, f"it ran uncompiled: {torch_private.why_uncompiled()}")
+            miss = Miss(name, f"it ran uncompiled: {compilation.why_uncompiled()}")
         if self.observer is not None:
             self.observer.outside.append(miss)
         elif why is None:
             # With a stance, the user chose to run this call uncompiled: warn, but raise no error.
-            strict = self.options.strict and not torch_private.is_eager_by_stance()
+            strict = self.options.strict and not compilation.is_eager_by_stance()
             tell([(miss, [module])], dataclasses.replace(self.options, strict=strict))
 
     def name_of(self, module: nn.Module) -> str:
@@ -334,7 +333,5 @@ def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
         call.leave(module)
 
 
-if hasattr(os, "register_at_fork"):
-    # A thread that held the lock is not there to release it.
-    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock()))
-torch_private.on_calls(_call_with)
+forks.renew_lock(sys.modules[__name__], "_lock", threading.RLock)
+compilation.on_calls(_call_with)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mxfp4_fx.core.skip import Skip, bare
+from mxfp4_fx.core.torch_private import unwrapped
 
 # Classes of experts whose weights `is_stack` may not recognize.
 _EXPERTS = {"GptOssExperts", "PackedExperts", "Mxfp4GptOssMLP", "Mxfp4GptOssExperts"}
@@ -114,13 +115,13 @@ def modules_of(function: Callable[..., Any], args: Sequence[Any]) -> list[nn.Mod
     """
     top = getattr(function, "__self__", None)
     if isinstance(top, nn.Module):
-        return [getattr(top, "_orig_mod", top)]
+        return [unwrapped(top)]
     found: dict[int, nn.Module] = {}
     todo: list[tuple[Any, int]] = [(function, 0), *((value, 1) for value in args)]
     while todo:
         value, depth = todo.pop()
         if isinstance(value, nn.Module):
-            value = getattr(value, "_orig_mod", value)  # what torch.compile has wrapped
+            value = unwrapped(value)
             found[id(value)] = value
         elif depth < 3:
             todo += [(part, depth + 1) for part in _parts(value)]

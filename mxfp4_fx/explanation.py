@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import fx
 
 from mxfp4_fx import calls
 from mxfp4_fx.backend import analyze, bind, refuse_freed
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.report import Miss, Rewrite
 from mxfp4_fx.weights.freed import is_freed
@@ -88,12 +87,13 @@ def explain(
         options: as for ``torch.compile(backend="mxfp4", options=...)``.
         dynamic: as for ``torch.compile``.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = torch_private.unwrapped(model)
     chosen = dict(options) if options else None
     # Recompilations are counted apart: Dynamo's limit applies as in a fresh process, and the user's
     # own compilations lose none of theirs.
     isolated: dict[str, Any] = {"isolate_recompiles": True} if torch_private.can_isolate() else {}
-    with calls.observed() as found, _uncompiled(model):
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    with calls.observed() as found, torch_private.without_compiled_calls(modules):
         run = torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen, **isolated)
         run(*args, **kwargs)
     rewrites = tuple(r for report in found.graphs for r in report.rewrites)
@@ -101,7 +101,7 @@ def explain(
     return Explanation(len(found.graphs), rewrites, tuple(dict.fromkeys(misses)))
 
 
-@torch_private.ours
+@compilation.ours
 def _collect(
     gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
@@ -124,20 +124,6 @@ def _collect(
         return graph(*args)
 
     return run
-
-
-@contextlib.contextmanager
-def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
-    """Run a module and its parts uncompiled, even if ``module.compile()`` compiled them."""
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    compiled = {m: m._compiled_call_impl for m in modules if m._compiled_call_impl is not None}
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
 
 
 def _data(item: Rewrite | Miss) -> dict[str, Any]:

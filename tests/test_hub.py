@@ -8,7 +8,6 @@ need not be there, and on a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -23,7 +22,6 @@ from typing import Any
 
 import hub_package
 import hub_repository
-import processes
 import pytest
 import torch
 from implementations import Kernels, check_matmul, int32, randn
@@ -138,29 +136,16 @@ def test_a_failure_is_remembered_until_the_environment_changes(
 ) -> None:
     tried: list[str] = []
 
-    def fail() -> None:
+    def fail(repository: str) -> None:
         tried.append(os.environ["LOCAL_KERNELS"])
         raise KernelsUnavailableError("no such package")
 
     monkeypatch.setattr(hub_loader, "_get_kernel", fail)
-    monkeypatch.setattr(hub_loader, "_loaded", [])
-    monkeypatch.setattr(hub_loader, "_failed", {})
+    monkeypatch.setattr(hub_loader, "packages", hub_loader.packages.anew())
     for local in ("a", "a", "b"):
         monkeypatch.setenv("LOCAL_KERNELS", local)
         assert message() == "no such package"
     assert tried == ["a", "b"]
-
-
-def test_a_fork_does_not_inherit_a_lock_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_loader, "_loaded", [])
-    monkeypatch.setattr(hub_loader, "_failed", {os.environ.get("LOCAL_KERNELS"): "no such package"})
-    with hub_loader._lock:
-        child = os.fork()
-        if not child:
-            with contextlib.suppress(KernelsUnavailableError):
-                hub_loader.load()
-            os._exit(0)
-        assert processes.exit_status(child) == 0
 
 
 CHOOSE = """
@@ -249,7 +234,7 @@ def stub(record: dict[str, Any]) -> Any:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The arguments of the latest call of the package, which computes nothing."""
     record: dict[str, Any] = {}
-    monkeypatch.setattr(hub_loader, "_loaded", [stub(record)])
+    monkeypatch.setitem(hub_loader.packages.loaded, hub_loader.REPOSITORY, stub(record))
     return record
 
 
@@ -520,7 +505,8 @@ def real_package() -> Any:
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> OnGpu:
-    monkeypatch.setattr(hub_loader, "_loaded", [hub_loader._checked(real_package())])
+    package = hub_loader._checked(real_package())
+    monkeypatch.setitem(hub_loader.packages.loaded, hub_loader.REPOSITORY, package)
     return OnGpu("hub")
 
 

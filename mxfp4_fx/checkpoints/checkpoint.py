@@ -29,7 +29,7 @@ from mxfp4_fx.checkpoints.gpt_oss import Form
 from mxfp4_fx.checkpoints.safetensors_file import StoredTensor, read_header
 from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
 from mxfp4_fx.core.formats import E8M0_NAN
-from mxfp4_fx.core.skip import Skip, not_converted
+from mxfp4_fx.core.skip import Skip, not_converted, whole_name
 
 
 class Checkpoint:
@@ -138,7 +138,7 @@ class Checkpoint:
         return {
             layer
             for layer in self.forms
-            for name in (self.experts(layer), f"model.layers.{layer}.mlp.experts")
+            for name in {self.experts(layer), whole_name(self.experts(layer))}
             if not_converted(entry, name)
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -116,6 +116,21 @@ def quantization(config: Mapping[str, Any], named: str) -> tuple[str | None, lis
             f"modules_to_not_convert is {modules!r} in {named}, not a list of names"
         )
     return getattr(method, "value", method), list(modules)
+
+
+def quantized_config(modules: Sequence[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint in MXFP4 whose ``modules`` are not."""
+    return {"modules_to_not_convert": list(modules), "quant_method": METHOD}
+
+
+def not_converted_by_default(prefix: str = "model.") -> list[str]:
+    """``modules_to_not_convert`` of OpenAI's checkpoints, for those that have none.
+
+    Args:
+        prefix: of the base model's modules.
+    """
+    inside = ("layers.*.self_attn", "layers.*.mlp.router", "embed_tokens")
+    return [*(f"{prefix}{module}" for module in inside), "lm_head"]
 
 
 def require_method(method: str | None, named: str) -> None:

@@ -16,21 +16,30 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mxfp4_fx.core.errors import CheckpointError
 
 
 @contextlib.contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    import fcntl  # does not exist on every system
+    """Keep other processes from working in a directory.
 
-    with (partial / "lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"another process works on {partial}: wait for it, or name another directory"
-            ) from error
+
+    Raises:
+        CheckpointError: another one does.
+    """
+    lock = FileLock(partial / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CheckpointError(
+            f"another process works on {partial}: wait for it, or name another directory"
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 class Journal:

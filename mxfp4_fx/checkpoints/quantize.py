@@ -21,7 +21,13 @@ from tqdm import tqdm
 from mxfp4_fx.checkpoints import consistency
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.files import CONFIG, INDEX, PICKLES
-from mxfp4_fx.checkpoints.gpt_oss import MULTIPLES_OF_BLOCK, PROJECTIONS
+from mxfp4_fx.checkpoints.gpt_oss import (
+    METHOD,
+    MULTIPLES_OF_BLOCK,
+    PROJECTIONS,
+    not_converted_by_default,
+    quantized_config,
+)
 from mxfp4_fx.checkpoints.journal import Journal, locked, sync
 from mxfp4_fx.checkpoints.safetensors_file import (
     SHARD_BYTES,
@@ -166,9 +172,8 @@ def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) ->
     config = dict(checkpoint.config)
     _require_dense(checkpoint)
     _, modules = checkpoint.quantization()
-    if not modules:  # the entries of openai/gpt-oss-20b
-        names = ("layers.*.self_attn", "layers.*.mlp.router", "embed_tokens")
-        modules = [*(f"{checkpoint.prefix}{name}" for name in names), "lm_head"]
+    if not modules:
+        modules = not_converted_by_default(checkpoint.prefix)
     kept = {layer for pattern in modules for layer in checkpoint.matching(pattern)}
     more = checkpoint.skipped(skip) - kept
     modules += [checkpoint.experts(layer) for layer in sorted(more)]
@@ -178,7 +183,7 @@ def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) ->
             f"nothing of {directory} is left to quantize: skip fewer layers, or remove some of "
             f"modules_to_not_convert from its {CONFIG}"
         )
-    config["quantization_config"] = {"modules_to_not_convert": modules, "quant_method": "mxfp4"}
+    config["quantization_config"] = quantized_config(modules)
     dense = {
         f"{checkpoint.experts(layer)}.{projection}"
         for layer in checkpoint.forms.keys() - kept
@@ -197,7 +202,7 @@ def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) ->
 
 def _require_dense(checkpoint: Checkpoint) -> None:
     method, _ = checkpoint.quantization()
-    if "packed" in checkpoint.forms.values() or method not in (None, "mxfp4"):
+    if "packed" in checkpoint.forms.values() or method not in (None, METHOD):
         consistency.check(checkpoint)  # raises a more specific error if it finds another fault
         layers = [layer for layer, form in checkpoint.forms.items() if form == "packed"]
         raise CheckpointError(

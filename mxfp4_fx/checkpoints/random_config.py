@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE, not_converted_by_default, quantized_config
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK
 
@@ -66,7 +67,6 @@ def as_json(content: dict[str, Any]) -> str:
 
 def texts_of(shape: CheckpointShape) -> dict[str, str]:
     """Return file name -> text of the configs and the tokenizer."""
-    attention, router = "model.layers.*.self_attn", "model.layers.*.mlp.router"
     config = {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
@@ -81,7 +81,7 @@ def texts_of(shape: CheckpointShape) -> dict[str, str]:
         "intermediate_size": shape.intermediate,
         "layer_types": [f"{('sliding', 'full')[i % 2]}_attention" for i in range(shape.layers)],
         "max_position_embeddings": CONTEXT_LENGTH,
-        "model_type": "gpt_oss",
+        "model_type": MODEL_TYPE,
         "num_attention_heads": shape.heads,
         "num_experts_per_tok": shape.experts_per_token,
         "num_hidden_layers": shape.layers,
@@ -89,10 +89,7 @@ def texts_of(shape: CheckpointShape) -> dict[str, str]:
         "num_local_experts": shape.experts,
         "output_router_logits": False,
         "pad_token_id": TOKEN_IDS[PAD],
-        "quantization_config": {
-            "modules_to_not_convert": [attention, router, "model.embed_tokens", "lm_head"],
-            "quant_method": "mxfp4",
-        },
+        "quantization_config": quantized_config(not_converted_by_default()),
         "rms_norm_eps": 1e-05,
         "rope_scaling": {
             "beta_fast": 32.0,

@@ -37,6 +37,10 @@ class MissedRewriteError(Mxfp4Error, RuntimeError):
     """``strict=True``: experts are not rewritten, or the model has none."""
 
 
+class TorchVersionError(Mxfp4Error, ImportError):
+    """This torch lacks something that mxfp4_fx takes of it beyond its public API."""
+
+
 class GradientError(Mxfp4Error, RuntimeError):
     """A forward-mode derivative, which MXFP4 experts do not have."""
 

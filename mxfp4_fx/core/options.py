@@ -55,11 +55,10 @@ class Options:
         for key in given:
             if key not in known:
                 raise OptionError(_unknown(key, known))
-        if isinstance(given.get("skip"), str):
-            given["skip"] = (given["skip"],)
         parsed = cls(**given, mode=mode)
         parsed._check()
-        return dataclasses.replace(parsed, skip=tuple(parsed.skip), inductor=dict(parsed.inductor))
+        skip = Skip.of(parsed.skip).patterns
+        return dataclasses.replace(parsed, skip=skip, inductor=dict(parsed.inductor))
 
     def _check(self) -> None:
         if self.kernels not in KERNELS:
@@ -77,13 +76,10 @@ class Options:
             )
         if not isinstance(self.inductor, Mapping):
             raise OptionError("options['inductor'] must be a dict of Inductor's own options.")
-        if not isinstance(self.skip, list | tuple) or not all(
-            isinstance(s, str) for s in self.skip
-        ):
+        if not isinstance(self.skip, str | list | tuple):  # what can be read more than once
             raise OptionError(
                 "options['skip'] must be a list of module-name patterns, such as ['*.layers.0.*']."
             )
-        Skip(tuple(self.skip))  # refuses what is no regular expression
         if self.verify and self.free_weights:
             raise OptionError(
                 "options['verify'] compares with the original weights, which "

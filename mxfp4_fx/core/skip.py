@@ -17,7 +17,7 @@ import difflib
 import fnmatch
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mxfp4_fx.core.errors import CheckpointError, Mxfp4Error, OptionError
@@ -105,17 +105,17 @@ def bare(module: str) -> str:
     return ".".join(part for part in module.split(".") if part not in WRAPPERS)
 
 
+def whole_name(module: str) -> str:
+    """The name that a base model's module ("layers.0") has in the whole model."""
+    return f"model.{module}" if module.startswith("layers.") else module
+
+
 def _names(pattern: str, module: str) -> bool:
     return any(map(_matcher(pattern), _names_of(module)))
 
 
-def _names_of(module: str) -> Iterator[str]:
-    yield module
-    unwrapped = bare(module)
-    if unwrapped != module:
-        yield unwrapped
-    if unwrapped.startswith("layers."):
-        yield f"model.{unwrapped}"
+def _names_of(module: str) -> set[str]:
+    return {module, bare(module), whole_name(bare(module))}
 
 
 @functools.cache

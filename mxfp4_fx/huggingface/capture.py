@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation, forks
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 
 _lock = threading.Lock()
 _prepared = False
+forks.renew_lock(sys.modules[__name__], "_lock", threading.Lock)
 
 
 def prepare_capture() -> bool:
@@ -59,7 +60,7 @@ def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) ->
         router_indices: Any = None,
         routing_weights: Any = None,
     ) -> Tensor:
-        if torch_private.compiling_for():
+        if compilation.compiling_for():
             return grouped(self, hidden_states, router_indices, routing_weights)
         result: Tensor = loop(self, hidden_states, router_indices, routing_weights)
         return result

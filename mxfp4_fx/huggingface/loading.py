@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 
 from mxfp4_fx.checkpoints import gpt_oss
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.formats import SCALE_RULES
 from mxfp4_fx.core.skip import not_converted
+from mxfp4_fx.core.torch_private import FakeTensorMode
 
 _NEEDED = "transformers 5.8 or newer (pip install transformers)"
 _HUB_OPTIONS = (

@@ -24,7 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxfp4_fx.checkpoints import consistency
+from mxfp4_fx.checkpoints import consistency, gpt_oss
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.core.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
@@ -32,13 +32,7 @@ from mxfp4_fx.core.skip import KEEP_DENSE, Skip
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.huggingface.unpacking import dense_weight, unpack_experts
 
-METHOD = "mxfp4_fx"
-SAVED_METHOD = "mxfp4"
-# modules_to_not_convert of OpenAI's checkpoints: the default for dense ones, which have none.
-NOT_CONVERTED = (
-    *("model.layers.*.self_attn", "model.layers.*.mlp.router"),
-    *("model.embed_tokens", "lm_head"),
-)
+OUR_METHOD = "mxfp4_fx"
 
 
 def check(checkpoint: Checkpoint, *, ignore_sizes: bool = False) -> None:
@@ -50,7 +44,7 @@ def check(checkpoint: Checkpoint, *, ignore_sizes: bool = False) -> None:
     method, patterns = checkpoint.quantization()
     if method:
         dense = [checkpoint.experts(n) for n, form in checkpoint.forms.items() if form == "dense"]
-        settings = {"quant_method": method, "modules_to_not_convert": [*patterns, *dense]}
+        settings = {**gpt_oss.quantized_config([*patterns, *dense]), "quant_method": method}
         checkpoint.config = {**checkpoint.config, "quantization_config": settings}
     consistency.check(checkpoint, ignore_sizes=ignore_sizes)
 
@@ -77,7 +71,7 @@ def renaming(key_mapping: Mapping[str, str]) -> Callable[[str], str]:
     return rename
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(OUR_METHOD)
 class PackedMxfp4Config(QuantizationConfigMixin):
     """The config that selects packed experts.
 
@@ -99,10 +93,10 @@ class PackedMxfp4Config(QuantizationConfigMixin):
         scale_rule: str = "max",
         **_: Any,
     ) -> None:
-        self.quant_method = METHOD
-        self.modules_to_not_convert = list(
-            NOT_CONVERTED if modules_to_not_convert is None else modules_to_not_convert
-        )
+        self.quant_method = OUR_METHOD
+        if modules_to_not_convert is None:
+            modules_to_not_convert = gpt_oss.not_converted_by_default()
+        self.modules_to_not_convert = list(modules_to_not_convert)
         self.scale_rule = scale_rule
         self.skip = Skip()
         self.key_mapping: Mapping[str, str] = {}
@@ -119,13 +113,10 @@ class PackedMxfp4Config(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``quantization_config`` of a saved model, with the method that others know."""
-        return {
-            "quant_method": SAVED_METHOD,
-            "modules_to_not_convert": list(self.modules_to_not_convert),
-        }
+        return gpt_oss.quantized_config(self.modules_to_not_convert)
 
 
-@register_quantizer(METHOD)
+@register_quantizer(OUR_METHOD)
 class PackedMxfp4Quantizer(HfQuantizer):
     """The quantizer that puts :class:`PackedExperts` into a model before its weights are loaded."""
 

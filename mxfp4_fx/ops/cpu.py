@@ -1,7 +1,8 @@
 """The CPU's native kernels: operands are checked and handed to the C++ under ``ops/cpu/``.
 
 The library is compiled when it is first needed (``native.py``), for the instruction set that
-``target.cpu_path`` names. It works on torch's own threads, as many as ``torch.get_num_threads()``.
+``hardware.cpu_path`` names. It works on torch's own threads, as many as
+``torch.get_num_threads()``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.layouts import LAYOUTS, Layout
-from mxfp4_fx.ops import native, target
+from mxfp4_fx.ops import native
 from mxfp4_fx.ops.reference import Routes
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # api.h: mxfp4_dtype
@@ -217,7 +219,7 @@ def empty(layout: Layout, e: int, n: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _library() -> ctypes.CDLL:
-    return native.load(target.cpu_path())
+    return native.load(hardware.cpu_path())
 
 
 def _require_panels(layout: str) -> None:

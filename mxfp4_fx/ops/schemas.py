@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.ops import autograd, backward, reference
-from mxfp4_fx.ops.target import DTYPES
 
 _REFERENCE = {
     "matmul_ogs": "mxfp4_fx.ops.reference:matmul_ogs",
@@ -293,17 +293,13 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "matmul_ogs": (backward.matmul_ogs_gradients, backward.save_matmul_ogs),
 }
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
 
 def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
     """The ops' arithmetic is float32; an autocast around them must not reach into it."""
 
     @functools.wraps(impl)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with torch_private.without_keys(torch_private.AUTOCAST):
             return impl(*args, **kwargs)
 
     torch_private.untraced(run)

@@ -14,8 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops import target, tiles
+from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.reference import Routes
 from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
 from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
@@ -68,8 +69,8 @@ def matmul_ogs(
         return y
     if e == 0:
         return y.zero_()
-    gpu = target.gpu_name(x.device)
-    terms = target.BF16_TERMS[x.dtype]
+    gpu = hardware.gpu_name(x.device)
+    terms = hardware.BF16_TERMS[x.dtype]
     can_split = scatter_index is not None and not swiglu  # parts of a sum, summed afterwards
     tile = tiles.choose(gpu, layout, rows, e, k, terms, can_split)
     out = y

@@ -6,11 +6,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.core.formats import BLOCK
-from mxfp4_fx.ops import target
+from mxfp4_fx.core.hardware import DTYPES
+from mxfp4_fx.core.torch_private import is_wrapper
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect
 from mxfp4_fx.passes.graph import tensor_of
@@ -55,8 +56,7 @@ def check_region(
 
 def is_parameter(node: fx.Node, value: object) -> bool:
     """A parameter, a buffer or another tensor that Dynamo knows to stay the same object."""
-    static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
-    return isinstance(value, torch.nn.Parameter) or static is not None
+    return isinstance(value, torch.nn.Parameter) or torch_private.is_noted_as_weight(node)
 
 
 def _check_users(root: fx.Node, match: Match) -> None:
@@ -72,14 +72,14 @@ def _check_users(root: fx.Node, match: Match) -> None:
 
 def _check_types(match: Match) -> None:
     hidden = _leaf(match, "hidden")
-    if hidden.dtype not in target.DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in target.DTYPES)
+    if hidden.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         _fail(match, f"activations are {hidden.dtype}; supported are {names}", None)
     for name, node in match.leaves.items():
         value = _leaf(match, name)
         if is_transformed(value):
             _fail(match, "it is inside a function transform, such as vmap", node)
-        if is_traceable_wrapper_subclass(value):
+        if is_wrapper(value):
             _fail(match, f"{name} is a {type(value).__name__}, not a plain tensor", node)
         is_packed = SCALES[0] in match.leaves and name in _SWIZZLED
         wanted = torch.uint8 if is_packed else hidden.dtype
@@ -110,7 +110,7 @@ def _check_sizes(match: Match) -> None:
 
 def _check_device(match: Match, ctx: Context) -> None:
     try:
-        target.choose(_leaf(match, "hidden").device, ctx.options.kernels)
+        ctx.target_for(_leaf(match, "hidden").device)
     except KernelsUnavailableError as error:
         _fail(match, str(error), None)
 

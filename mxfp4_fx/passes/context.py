@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from mxfp4_fx.core.options import Options
+from mxfp4_fx.ops import target
 from mxfp4_fx.passes.report import GraphReport
 
 
@@ -43,6 +45,7 @@ class Context:
         verifying: keep each original region beside its rewrite and compare the two; the graph is
             then for one eager call.
         bindings: filled by ``lower_moe``: new placeholder's name -> what it is bound to.
+        targets: what :meth:`target_for` has chosen so far.
     """
 
     options: Options
@@ -51,6 +54,17 @@ class Context:
     verifying: bool = False
     report: GraphReport = dataclasses.field(default_factory=GraphReport)
     bindings: dict[str, Binding] = dataclasses.field(default_factory=dict)
+    targets: dict[torch.device, target.Target] = dataclasses.field(default_factory=dict)
+
+    def target_for(self, device: torch.device) -> target.Target:
+        """Kernels and layout for a device: chosen once, so that all layers of a graph agree.
+
+        Raises:
+            KernelsUnavailableError: nothing serves this device under ``options.kernels``.
+        """
+        if device not in self.targets:
+            self.targets[device] = target.choose(device, self.options.kernels)
+        return self.targets[device]
 
 
 # Where a logical op that ``fuse_moe`` made has its ``Rewrite``, in the node's ``meta``.

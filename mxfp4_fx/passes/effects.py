@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.torch_private import OpOverload, schema_of
 from mxfp4_fx.passes.graph import is_op, overloads, read_call
 
 
@@ -63,27 +63,22 @@ _OPERATORS: dict[Any, Effect] = {
         *("irshift", "isub", "itruediv", "ixor", "setitem"),
     )
 }
-# Modules whose builtins are ATen's ops of the same names.
-_BUILTINS: tuple[Any, ...] = (
-    torch,
-    *(getattr(torch._C, name) for name in ("_nn", "_special", "_linalg", "_fft")),
-)
 
 
-def _aten(node: fx.Node) -> list[torch._ops.OpOverload]:
+def _aten(node: fx.Node) -> list[OpOverload]:
     """The ATen ops that a method, or a builtin function of torch's, may be without ``out``."""
     if node.op == "call_method":
         name = str(node.target)
     elif isinstance(node.target, types.BuiltinFunctionType):
         name = node.target.__name__
-        if node.target not in [getattr(module, name, None) for module in _BUILTINS]:
+        if node.target not in [getattr(module, name, None) for module in torch_private.BUILTINS]:
             return []
     else:
         return []
     packet = getattr(torch.ops.aten, name, None)
     found = [op for op in overloads(packet) if not _is_out(op)] if packet else []
     # Python's lists have methods of the same names (``sort``) in TorchScript.
-    of_tensors = [op for op in found if str(op._schema.arguments[0].type) == "Tensor"]
+    of_tensors = [op for op in found if str(schema_of(op).arguments[0].type) == "Tensor"]
     return of_tensors or found
 
 
@@ -94,16 +89,16 @@ _REPOINT = {"set_", "set_data"}
 _STATISTICS = ("batch_norm", "instance_norm")
 
 
-def _of_overloads(ops: list[torch._ops.OpOverload]) -> Effect:
+def _of_overloads(ops: list[OpOverload]) -> Effect:
     return functools.reduce(operator.or_, map(_of_overload, ops))
 
 
 @functools.cache
-def _of_overload(op: torch._ops.OpOverload) -> Effect:
-    name = op._schema.name.partition("::")[2]
+def _of_overload(op: OpOverload) -> Effect:
+    name = schema_of(op).name.partition("::")[2]
     if any(part in name for part in _STATISTICS):
         return Effect.UNKNOWN
-    if not any(_is_written(argument) for argument in op._schema.arguments):
+    if not any(_is_written(argument) for argument in schema_of(op).arguments):
         return Effect.READS
     if op.namespace != "aten":
         return Effect.UNKNOWN
@@ -116,8 +111,8 @@ def _of_overload(op: torch._ops.OpOverload) -> Effect:
     return Effect.WRITES
 
 
-def _is_out(op: torch._ops.OpOverload) -> bool:
-    return any(argument.is_out for argument in op._schema.arguments)
+def _is_out(op: OpOverload) -> bool:
+    return any(argument.is_out for argument in schema_of(op).arguments)
 
 
 def _is_written(argument: Any) -> bool:
@@ -154,17 +149,17 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
     found: dict[fx.Node, Modes] = {}
     for node in graph.nodes:
         found[node] = now
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is torch_private.set_grad_enabled:
             now = dataclasses.replace(now, gradients=node.args[0])
-        elif node.target is _enter_inference_mode:
+        elif node.target is torch_private.enter_inference_mode:
             before[node], on = now, node.args[0]
             now = dataclasses.replace(now, gradients=not on, inference=on)
-        elif node.target is _enter_autocast:
+        elif node.target is torch_private.enter_autocast:
             before[node], (_, dtype, on, *_) = now, node.args
             now = dataclasses.replace(now, autocast=dtype if on else None)
-        elif node.target is _exit_inference_mode:
+        elif node.target is torch_private.exit_inference_mode:
             now = dataclasses.replace(before[node.args[0]], autocast=now.autocast)
-        elif node.target is _exit_autocast:
+        elif node.target is torch_private.exit_autocast:
             now = dataclasses.replace(now, autocast=before[node.args[0]].autocast)
     return found
 

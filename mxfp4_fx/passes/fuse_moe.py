@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
+from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.skip import Skip
 from mxfp4_fx.ops import reference
-from mxfp4_fx.ops.target import DTYPES
 from mxfp4_fx.passes import verification
 from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region
 from mxfp4_fx.passes.context import REWRITE, Context

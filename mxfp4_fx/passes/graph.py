@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.torch_private import OpOverload, OpOverloadPacket, schema_of
+
 Number = (int, float, torch.SymInt, torch.SymFloat)
 
 
@@ -99,7 +102,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.nn.functional.softmax: "softmax",
     torch.nn.functional.silu: "silu",
     torch.nn.functional.linear: "linear",
-    torch._C._nn.linear: "linear",
+    torch_private.linear: "linear",
 }
 # Ops that have a torch function or a Tensor method of the same name.
 _SAME_NAME = set(_SIGNATURES) - {"getitem", "cast", "grouped_mm", "linear", "floordiv"}
@@ -107,7 +110,7 @@ _FUNCTIONS |= {getattr(torch, n): n for n in _SAME_NAME | _VIEWS if hasattr(torc
 _METHODS = {n: n for n in _SAME_NAME | _VIEWS} | {"floor_divide": "floordiv", "clip": "clamp"}
 # Which grouped matmuls there are depends on the versions installed.
 _GROUPED_MM = {
-    getattr(torch, "_grouped_mm", None),
+    torch_private.grouped_mm,
     getattr(torch.nn.functional, "grouped_mm", None),
 } - {None}
 _GROUPED_MM_OPS = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
@@ -199,7 +202,7 @@ def _read_cast(node: fx.Node) -> Call | None:
 def _read_own(node: fx.Node) -> Call | None:
     """An op of this package, by its schema."""
     assert is_op(node.target)
-    args = {a.name: a.default_value for a in overloads(node.target)[0]._schema.arguments}
+    args = {a.name: a.default_value for a in schema_of(overloads(node.target)[0]).arguments}
     args |= dict(zip(args, node.args, strict=False)) | node.kwargs
     args = {k: fx.node.map_arg(v, scalar_or_node) for k, v in args.items()}
     return Call(op_name(node) or "", args)
@@ -250,15 +253,15 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def is_op(target: object) -> TypeGuard[torch._ops.OpOverload | torch._ops.OpOverloadPacket]:
+def is_op(target: object) -> TypeGuard[OpOverload | OpOverloadPacket]:
     """Whether a call's target is an op of torch's dispatcher, so that it has schemas."""
-    return isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    return isinstance(target, OpOverload | OpOverloadPacket)
 
 
 def overloads(
-    target: torch._ops.OpOverload | torch._ops.OpOverloadPacket,
-) -> list[torch._ops.OpOverload]:
+    target: OpOverload | OpOverloadPacket,
+) -> list[OpOverload]:
     """The op itself, or all that a call of the packet may mean."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return [target]
     return [getattr(target, name) for name in target.overloads()]

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 
+from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops import target
+from mxfp4_fx.ops.target import Target
 from mxfp4_fx.passes.context import REWRITE, Binding, Context
 from mxfp4_fx.passes.graph import tensor_of
 
@@ -35,7 +35,7 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
     for node in [node for node in gm.graph.nodes if REWRITE in node.meta]:
         rewrite = node.meta.pop(REWRITE)
         values = _arguments(node)
-        chosen = target.choose(_fake(node).device, ctx.options.kernels)
+        chosen = ctx.target_for(_fake(node).device)
         found = []
         for name in ("gate_up", "down"):
             # A weight of floats, or blocks and scales.
@@ -64,8 +64,8 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = (argument.name for argument in node.target._schema.arguments)
+    assert isinstance(node.target, torch_private.OpOverload)
+    names = (argument.name for argument in torch_private.schema_of(node.target).arguments)
     return dict(zip(names, node.args, strict=False))
 
 
@@ -89,9 +89,7 @@ def _swizzled_inputs(
             node = source.graph.placeholder(f"{stem}_{end}")
         node.target = node.name  # the argument's name, which two pairs with common blocks share
         node.meta["example_value"] = value
-        # Its address is fixed as the parameter's was, and no guard of Dynamo's speaks of it.
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        node._dynamo_source = None
+        torch_private.note_as_weight(node)
         ctx.bindings[node.name] = Binding(indices, layout, part, name)
         nodes.append(after := node)
     return nodes[0], nodes[1]
@@ -102,7 +100,7 @@ def _expand(
     values: dict[str, Any],
     gate_up: tuple[fx.Node, fx.Node],
     down: tuple[fx.Node, fx.Node],
-    chosen: target.Target,
+    chosen: Target,
 ) -> None:
     graph = node.graph
     kernels = {"kernels": chosen.kernels}
@@ -115,7 +113,7 @@ def _expand(
         # The graph may switch gradients off around the experts. Hooks on saved tensors are for the
         # run (activation checkpointing counts them).
         recorded = torch.set_grad_enabled(_fake(node).requires_grad)
-        unhooked = _disable_saved_tensors_hooks_during_tracing()
+        unhooked = torch_private.without_saved_tensor_hooks()
         with recorded, unhooked, _fake(node).fake_mode:  # type: ignore[attr-defined]
             made.meta["example_value"] = function(*fakes[0], **fakes[1])
         return made

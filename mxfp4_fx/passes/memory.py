@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.torch_private import FakeTensor, is_wrapper
 from mxfp4_fx.passes.effects import Effect, effect
 
 
@@ -37,12 +37,12 @@ UNKNOWN, ANY = "unknown", "any"
 def _storage(value: Tensor) -> object:
     if is_transformed(value):
         return UNKNOWN
-    return value.untyped_storage()._cdata
+    return torch_private.storage_key(value)
 
 
 def is_transformed(value: Tensor) -> bool:
     """Whether a value is inside a function transform (``torch.func``: vmap, grad)."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+    return bool(torch_private.is_transformed(value))
 
 
 class Memory:
@@ -112,7 +112,7 @@ def may_share(a: set[object], b: set[object]) -> bool:
 def _has_memory(value: object) -> bool:
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
         return False
-    return value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
+    return value.layout is torch.strided and not is_wrapper(value)
 
 
 def _areas(values: list[Tensor]) -> dict[int, int]:

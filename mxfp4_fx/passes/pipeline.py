@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
-from torch._logging import trace_structured
 
+from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.errors import PipelineError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
@@ -83,20 +83,14 @@ def run_pass(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with a graph of its own and the same submodules; keeps what Dynamo noted on it."""
-    graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
+    graph = torch_private.empty_graph_like(gm.graph)
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
     old_output, output = (g.output_node() for g in (gm.graph, graph))
     output.meta = dict(old_output.meta)
-    for old, new in copies.items():
-        new.meta.pop("grapharg", None)  # refers weakly to a tensor, which may not be swapped then
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
-        if hasattr(gm, name):
-            setattr(copy, name, getattr(gm, name))
+    torch_private.copy_notes(gm, copy, copies)
     return copy
 
 
@@ -117,7 +111,7 @@ def _difference(before: collections.Counter[str], after: collections.Counter[str
 
 
 def _trace(name: str, gm: fx.GraphModule) -> None:
-    trace_structured(
+    torch_private.trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"mxfp4_fx_{name}", "encoding": "string"},
         payload_fn=lambda: gm.print_readable(print_output=False),

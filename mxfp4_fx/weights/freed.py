@@ -17,9 +17,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core.errors import FreedWeightError
 
 _REMEDY = (
@@ -65,11 +64,9 @@ class FreedParameter(nn.Parameter):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name, kwargs = _name_of(func), kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_private.as_plain_tensors():
             # What another compiler makes of a tensor reads its memory without asking.
-            if name in _ALLOWED or (
-                torch.compiler.is_compiling() and torch_private.compiling_for()
-            ):
+            if name in _ALLOWED or (torch.compiler.is_compiling() and compilation.compiling_for()):
                 return func(*args, **kwargs)
         freed = next(a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
         if args and args[0] is freed and not torch.compiler.is_compiling():
@@ -84,7 +81,7 @@ class FreedParameter(nn.Parameter):
         return _refuse(freed, name)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # as it is called, so it is
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_private.as_plain_tensors():
             shape, dtype, device = tuple(self.shape), self.dtype, self.device
         return f"FreedParameter({shape}, dtype={dtype}, device='{device}')"
 
@@ -108,9 +105,9 @@ class DeferredTensor(torch.Tensor):
     @classmethod
     def of(cls, like: Tensor, make: Callable[[], Tensor]) -> DeferredTensor:
         """``make()`` gives the values, of the shape and dtype of ``like``, on any device."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_private.as_plain_tensors():
             room = torch.empty(like.shape, dtype=like.dtype, device="cpu")
-        deferred = torch.Tensor._make_subclass(cls, room)
+        deferred = torch_private.make_subclass(cls, room)
         deferred._make = make
         return deferred
 
@@ -118,10 +115,10 @@ class DeferredTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_private.as_plain_tensors():
             if _name_of(func) in _KNOWN:
                 return func(*args, **(kwargs or {}))
-            args, kwargs = tree_map_only(cls, cls.values, (args, kwargs or {}))
+            args, kwargs = torch_private.tree_map_only(cls, cls.values, (args, kwargs or {}))
             return func(*args, **kwargs)
 
     def values(self) -> Tensor:
@@ -129,7 +126,7 @@ class DeferredTensor(torch.Tensor):
 
         (``nn.Parameter`` wants tensors that detach to their own class.)
         """
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        with torch_private.as_plain_tensors(), torch.no_grad():
             plain = self.as_subclass(torch.Tensor)
             plain.copy_(self._make())
             del self._make
@@ -150,7 +147,7 @@ def can_free(value: Tensor) -> bool:
         return True
     # What nn.Parameter makes of a tensor that was deferred is a plain one with a mark.
     is_plain = type(value) is nn.Parameter or (
-        type(value) is Tensor and hasattr(value, "_is_param")
+        type(value) is Tensor and torch_private.has_parameter_mark(value)
     )
     return is_plain and not value.is_inference()
 
@@ -172,14 +169,14 @@ def free(parameter: nn.Parameter) -> bool:
         _page_out(old)
         # The class goes first: an interrupt in between leaves nothing that could be read.
         parameter.__class__ = FreedParameter
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_private.as_plain_tensors():
             parameter.data = room
     return True
 
 
 def restore(parameter: nn.Parameter, values: Tensor) -> None:
     """Make a freed parameter what it was, with these values of its shape, dtype and device."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch_private.as_plain_tensors():
         parameter.data = values
     parameter.__class__ = nn.Parameter
 
@@ -228,7 +225,7 @@ def _values(parameter: Tensor) -> Tensor:
 
 def _converted(freed: FreedParameter, func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
     """What a conversion makes of it: itself, if it is of that device and dtype already."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch_private.as_plain_tensors():
         like = torch.empty(0, dtype=freed.dtype, device=freed.device)
     if func(like, *args, **kwargs) is like:
         return freed
@@ -239,8 +236,10 @@ def _converted(freed: FreedParameter, func: Callable[..., Any], args: Any, kwarg
 def _overwritten(freed: FreedParameter, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Give it memory and have that written to."""
     # What is deferred may be its own values.
-    args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.values, (args, kwargs))
-    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+    args, kwargs = torch_private.tree_map_only(
+        DeferredTensor, DeferredTensor.values, (args, kwargs)
+    )
+    with torch_private.as_plain_tensors(), torch.no_grad():
         room = torch.empty_strided(
             freed.shape, freed.stride(), dtype=freed.dtype, device=freed.device
         )

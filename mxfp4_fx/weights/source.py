@@ -7,15 +7,14 @@ geometry. What neither of them shows, such as writes through numpy, nobody can s
 from __future__ import annotations
 
 import dataclasses
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mxfp4_fx.core.torch_private import TensorGuards, is_wrapper
 
 MARK = "_mxfp4_fx_mark"
 Parts = tuple[Tensor, Tensor]
@@ -171,7 +170,7 @@ class Entry:
 
 def states_of(tensor: Tensor) -> Iterator[State]:
     """The state of a tensor, or of those that it wraps, such as a DTensor's part of it."""
-    if is_traceable_wrapper_subclass(tensor):
+    if is_wrapper(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from states_of(getattr(tensor, name))
     elif tensor.layout is torch.strided:
@@ -190,21 +189,6 @@ def guards_of(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
         *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
     ).check
     return check
-
-
-def is_gathered(tensor: Tensor) -> bool:
-    """Whether FSDP2 fills it anew for each forward: the same object, version and maybe address."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return False
-    from torch.distributed._composable_state import _module_state_mapping
-
-    states = [reference() for reference in list(_module_state_mapping.values())]
-    return any(
-        getattr(parameter, "_unsharded_param", None) is tensor
-        for state in states
-        for group in getattr(state, "_fsdp_param_groups", ())
-        for parameter in group.fsdp_params
-    )
 
 
 def _state(tensor: Tensor) -> tuple[weakref.ref[torch.UntypedStorage], int, int, int | None]:

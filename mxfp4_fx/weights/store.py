@@ -7,7 +7,6 @@ here is baked into a graph or enters a cache key. ``swizzle.py`` says what a sou
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 import weakref
@@ -21,7 +20,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from mxfp4_fx.core import forks, torch_private
 from mxfp4_fx.core.errors import FreedWeightError, NanWeightsWarning, RepeatedSwizzleWarning
+from mxfp4_fx.core.torch_private import is_filled_by_fsdp
 from mxfp4_fx.weights import freed
 from mxfp4_fx.weights.source import (
     MARK,
@@ -32,7 +33,6 @@ from mxfp4_fx.weights.source import (
     State,
     geometry_of,
     guards_of,
-    is_gathered,
     mark_of,
     states_of,
 )
@@ -104,7 +104,7 @@ class WeightStore:
             ):
                 return entry.parts
             tensors = (weight, scales)
-        with self._lock, torch._C.DisableTorchFunctionSubclass():
+        with self._lock, torch_private.as_plain_tensors():
             return self._swizzle(tensors, layout, name)
 
     def refresh(self, sources: Iterable[Tensor]) -> int:
@@ -145,7 +145,7 @@ class WeightStore:
             return False
         marks = (getattr(tensor, MARK, None) for tensor in tensors)
         is_kept = any(getattr(mark, "keep", False) for mark in marks)
-        return not is_kept and not any(map(is_gathered, tensors))
+        return not is_kept and not any(map(is_filled_by_fsdp, tensors))
 
     def free(
         self, weight: Tensor, layout: str, scales: Tensor | None = None, name: str = ""
@@ -179,7 +179,7 @@ class WeightStore:
         """
         if not freed.is_freed(parameter):
             return parameter
-        as_plain = torch._C.DisableTorchFunctionSubclass()
+        as_plain = torch_private.as_plain_tensors()
         with self._lock, torch.inference_mode(False), torch.no_grad(), as_plain:
             entry = self._holder(parameter)
             on = entry.parts[0].to(device), entry.parts[1].to(device)
@@ -200,7 +200,7 @@ class WeightStore:
 
     def held(self, weight: Tensor, scales: Tensor) -> tuple[Parts, str]:
         """A packed weight of which something is freed, as it is held: parts and their layout."""
-        with self._lock, torch._C.DisableTorchFunctionSubclass():
+        with self._lock, torch_private.as_plain_tensors():
             layout = self._holder(weight if freed.is_freed(weight) else scales).layout
             return self.get(weight, layout, scales), layout
 
@@ -227,7 +227,7 @@ class WeightStore:
             layout,
             sizes_of(tensors[0], len(tensors) == 2),
         )
-        new.stale = any(map(is_gathered, tensors)) or (old is not None and old.was_moved(new))
+        new.stale = any(map(is_filled_by_fsdp, tensors)) or (old is not None and old.was_moved(new))
         if not new.stale:
             self.swizzled += 1
             if old is None or not old.has_state_of(new):
@@ -355,9 +355,7 @@ class WeightStore:
 
 STORE = WeightStore()
 freed.read_from(lambda parameter: STORE.values(parameter))
-if hasattr(os, "register_at_fork"):
-    # A thread that held the lock is not there to release it.
-    os.register_at_fork(after_in_child=lambda: setattr(STORE, "_lock", threading.RLock()))
+forks.renew_lock(STORE, "_lock", threading.RLock)
 
 
 def _is_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
