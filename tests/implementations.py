@@ -45,17 +45,22 @@ class Kernels:
         has_bf16_units = self.path in BF16_UNITS or self.device == "cuda"
         self.underflow = 2.0**-126 if has_bf16_units else UNDERFLOW
 
-    def operands(self, matrices: Matrices) -> tuple[Tensor, Tensor, Tensor]:
-        """blocks, scales and bias of the matrices, swizzled expert by expert."""
-        if self.layout == "row_major":
-            return matrices.operands
-        swizzle = LAYOUTS[self.layout].swizzle
-        each = [swizzle(*e) for e in zip(matrices.blocks, matrices.scales, strict=True)]
-        blocks, scales = (torch.stack(parts) for parts in zip(*each, strict=True))
-        return blocks, scales, matrices.bias
+    def operands(
+        self, matrices: Matrices, bias: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """blocks, scales, bias and N of the matrices, swizzled expert by expert."""
+        blocks, scales, given = matrices.operands
+        if self.layout != "row_major":
+            swizzle = LAYOUTS[self.layout].swizzle
+            each = [swizzle(*e) for e in zip(blocks, scales, strict=True)]
+            blocks, scales = (torch.stack(parts) for parts in zip(*each, strict=True))
+        return blocks, scales, given if bias else None, given.shape[1]
 
-    def matmul_ogs(self, x: Tensor, matrices: Matrices, *args: Any, **kwargs: Any) -> Tensor:
-        args, kwargs = self.there((x, *self.operands(matrices), *args), kwargs)
+    def matmul_ogs(
+        self, x: Tensor, matrices: Matrices, *args: Any, bias: bool = True, **kwargs: Any
+    ) -> Tensor:
+        """Without ``bias`` the op is given none, whatever the matrices have."""
+        args, kwargs = self.there((x, *self.operands(matrices, bias), *args), kwargs)
         y: Tensor = ops.matmul_ogs(*args, **kwargs, layout=self.layout, kernels=self.name)
         return y.cpu()
 
@@ -131,6 +136,7 @@ def check_matmul(
     scatter: bool = True,
     gammas: bool = True,
     activation: str = "swiglu",
+    bias: bool = True,
 ) -> Tensor:
     """Run matmul_ogs with routes [T, A] and hold it against the oracle."""
     (t, a), e = indices.shape, matrices.blocks.shape[0]
@@ -147,7 +153,10 @@ def check_matmul(
         activation=activation,
         alpha=ALPHA,
         limit=LIMIT,
+        bias=bias,
     )
+    if not bias:
+        matrices = matrices.without_bias
     rows = Bounded.exact(x[gather_index] if gather else x)
     expert = indices.flatten()[scatter_index]
     expected = oracle.grouped_linear(rows, expert, *matrices.exact, kernels.underflow)

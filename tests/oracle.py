@@ -244,6 +244,10 @@ class Matrices:
         return (table[codes.long()] * scale[..., None]).flatten(-2)
 
     @property
+    def without_bias(self) -> Matrices:
+        return Matrices(self.blocks, self.scales, torch.zeros_like(self.bias))
+
+    @property
     def exact(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias.double()
 

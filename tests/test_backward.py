@@ -171,6 +171,34 @@ def test_matmul_with_and_without_each_of_its_parts(
     check_gradients(f, plain, [x, weights.flatten()] if gammas else [x])
 
 
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+def test_matmul_without_a_bias(activation: str) -> None:
+    matrices = Matrices.random(E, 12, 32)
+    indices, weights = random_routes(T, E, A)
+    gather_index, scatter_index, offsets = (torch.tensor(part) for part in sort_routes(indices, E))
+    routes = offsets.int(), gather_index.int(), None
+
+    def f(x: Tensor, gammas: Tensor) -> Tensor:
+        return REFERENCE.matmul_ogs(
+            x,
+            matrices,
+            *routes,
+            gammas,
+            activation=activation,
+            alpha=ALPHA,
+            limit=LIMIT,
+            bias=False,
+        )
+
+    def plain(x: Tensor, gammas: Tensor) -> Tensor:
+        y = linear(x[gather_index], indices.flatten()[scatter_index], matrices.without_bias)
+        y = swiglu(y) if activation == "swiglu" else y
+        return y * gammas[:, None].to(y.dtype)
+
+    x = torch.randn((T, 32), generator=torch.Generator().manual_seed(2))
+    check_gradients(f, plain, [x, weights.flatten()])
+
+
 def test_values_at_the_limit_itself_have_a_gradient(kernels: Kernels) -> None:
     """As ``torch.clamp``'s. x is zero, so that the biases are what is clamped."""
     matrices = Matrices.random(1, 12, 32)
@@ -261,6 +289,6 @@ def test_a_bias_that_wants_a_gradient_is_an_error() -> None:
     with pytest.raises(
         RuntimeError, match=r"no gradient for an expert bias.*requires_grad_\(False"
     ):
-        ops.matmul_ogs(hidden, *gate_up.operands, offsets)
+        ops.matmul_ogs(hidden, *REFERENCE.operands(gate_up), offsets)
     with torch.no_grad():
-        ops.matmul_ogs(hidden, *gate_up.operands, offsets)
+        ops.matmul_ogs(hidden, *REFERENCE.operands(gate_up), offsets)

@@ -166,13 +166,13 @@ def test_no_bit_of_an_activation_is_lost(cpu: Kernels, rows: int, dtype: torch.d
 @pytest.mark.parametrize("offset", [1, 3])
 def test_operands_at_any_address(cpu: Kernels, offset: int, dtype: torch.dtype) -> None:
     x, matrices = randn(9, 64, dtype=dtype), Matrices.random(2, 66, 64, dtype)
-    operands = cpu.operands(matrices)
+    parts = cpu.operands(matrices)[:3]
     gammas, gather, scatter, offsets = cpu.routing(randn(9, 2), 2)
 
     def run(move: bool) -> Tensor:
         moved = functools.partial(elsewhere, offset=offset) if move else (lambda tensor: tensor)
         y: Tensor = ops.matmul_ogs(
-            moved(x), *map(moved, operands), *map(moved, (offsets, gather, scatter, gammas)),
+            moved(x), *map(moved, parts), 66, *map(moved, (offsets, gather, scatter, gammas)),
             experts_per_token=2, layout=cpu.layout, kernels="cpu",
         )  # fmt: skip
         return y
@@ -188,11 +188,11 @@ def elsewhere(tensor: Tensor, offset: int) -> Tensor:
 
 def test_rows_with_gaps_and_experts_from_a_slice(cpu: Kernels) -> None:
     matrices = Matrices.random(6, 66, 64)
-    blocks, scales, bias = cpu.operands(matrices)
+    blocks, scales, bias, n = cpu.operands(matrices)
     x = randn(9, 200)[:, 5:69]
     assert x.stride() == (200, 1)
     y = ops.matmul_ogs(
-        x, blocks[1::2], scales[1::2], bias[1::2], int32([0, 2, 4, 9]),
+        x, blocks[1::2], scales[1::2], bias[1::2], n, int32([0, 2, 4, 9]),
         layout=cpu.layout, kernels="cpu",
     )  # fmt: skip
     part = Matrices(*(operand[1::2] for operand in matrices.operands))
@@ -311,7 +311,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_an_index_outside_its_tensor_is_an_error(cpu: Kernels, wrong: dict[str, Tensor]) -> None:
-    blocks, scales, bias = cpu.operands(Matrices.random(2, 6, 64))
+    weight = cpu.operands(Matrices.random(2, 6, 64))
     arguments = {
         "expert_offsets": int32([0, 1, 4]),
         "gather_index": int32([0, 0, 1, 1]),
@@ -320,7 +320,7 @@ def test_an_index_outside_its_tensor_is_an_error(cpu: Kernels, wrong: dict[str, 
     }
     with pytest.raises(ValueError, match="points outside its tensor: there are 2 rows of x and 4"):
         ops.matmul_ogs(
-            randn(2, 64), blocks, scales, bias, **arguments, experts_per_token=2,
+            randn(2, 64), *weight, **arguments, experts_per_token=2,
             layout="cpu_panels", kernels="cpu",
         )  # fmt: skip
 
@@ -328,7 +328,7 @@ def test_an_index_outside_its_tensor_is_an_error(cpu: Kernels, wrong: dict[str, 
 def test_another_layout_is_an_error() -> None:
     with pytest.raises(ValueError, match="kernels='cpu' reads layout 'cpu_panels', not 'row_major"):
         ops.matmul_ogs(
-            randn(2, 64), *Matrices.random(1, 6, 64).operands, int32([0, 2]), kernels="cpu"
+            randn(2, 64), *Matrices.random(1, 6, 64).operands, 6, int32([0, 2]), kernels="cpu"
         )
 
 

@@ -35,6 +35,7 @@ from torch._subclasses import FakeTensorMode
 from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.ops import hub as hub_ops
 from mxfp4_fx.ops import hub_loader, target
+from mxfp4_fx.ops.schemas import operands_of
 from mxfp4_fx.weights.store import STORE
 
 HUB = Kernels("hub")
@@ -248,14 +249,13 @@ def test_nothing_is_read_back_from_the_device(
     """A CUDA graph could not capture that. Fake tensors have no values to be read."""
     matrices, rows = Matrices.random(5, 48, k), 3 * a
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        operands = [mode.from_tensor(t) for t in matrices.operands]
+        weight = [mode.from_tensor(t) for t in matrices.operands]
         routes = [mode.from_tensor(t) for t in (int32([0, 0, 1, 1, 2, 3]), int32([0] * rows))]
         x = mode.from_tensor(randn(3, k, dtype=dtype))
         for scatter in (None, routes[1]):
-            hub_ops.matmul_ogs(
-                x, *operands, *routes, scatter, x.new_empty(rows, dtype=torch.float32),
-                a, activation, 1.702, 7.0, "row_major",
-            )  # fmt: skip
+            gammas = x.new_empty(rows, dtype=torch.float32)
+            flat = operands_of(x, *weight, 48, *routes, scatter, gammas, a, activation)
+            hub_ops.matmul_ogs(*flat[:4])
     assert seen
 
 
@@ -325,10 +325,9 @@ def test_the_package_is_not_called_for_nothing(
 
 
 def test_another_layout_is_refused() -> None:
-    operands = Matrices.random(1, 32, 64).operands
-    rest = (int32([0, 1]), None, None, None, 1, "none", 1.702, 7.0, "cpu_panels")
+    weight = Kernels("cpu").operands(Matrices.random(1, 32, 64))
     with pytest.raises(ValueError, match="'hub' reads layout 'row_major', not 'cpu_panels'"):
-        hub_ops.matmul_ogs(randn(1, 64), *operands, *rest)
+        ops.matmul_ogs(randn(1, 64), *weight, int32([0, 1]), layout="cpu_panels", kernels="hub")
 
 
 @pytest.mark.parametrize(
@@ -489,7 +488,7 @@ class OnGpu(Kernels):
     """The real package; operands and results are on the CPU outside."""
 
     def matmul_ogs(self, x: Tensor, matrices: Matrices, *args: Any, **kwargs: Any) -> Tensor:
-        on_gpu = Matrices(*(operand.cuda() for operand in self.operands(matrices)))
+        on_gpu = Matrices(*(operand.cuda() for operand in matrices.operands))
         args = tuple(a.cuda() if isinstance(a, Tensor) else a for a in args)
         return super().matmul_ogs(x.cuda(), on_gpu, *args, **kwargs).cpu()
 
@@ -547,8 +546,9 @@ def test_a_cuda_graph_captures_a_layer(on_gpu: OnGpu) -> None:
 
     def layer() -> Tensor:
         gammas, gather, scatter, offsets = ops.routing(logits, 2, kernels="hub")
-        y = ops.matmul_ogs(x, *first.operands, offsets, gather, activation="swiglu", kernels="hub")
-        return ops.matmul_ogs(y, *second.operands, offsets, None, scatter, gammas, 2, kernels="hub")
+        inner, outer = on_gpu.operands(first), on_gpu.operands(second)
+        y = ops.matmul_ogs(x, *inner, offsets, gather, activation="swiglu", kernels="hub")
+        return ops.matmul_ogs(y, *outer, offsets, None, scatter, gammas, 2, kernels="hub")
 
     layer()  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -15,9 +15,12 @@ from implementations import ALPHA, LIMIT, Kernels, check_matmul, int32, randn
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.ops import schemas
 
+CPU = torch.device("cpu")
 REFERENCE = Kernels("reference")
 ops = torch.ops.mxfp4
 
@@ -53,6 +56,13 @@ def test_matmul_of_any_size(
     assert y.shape == (t, n // 2 if activation == "swiglu" else n)
 
 
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+def test_matmul_without_a_bias(kernels: Kernels, activation: str) -> None:
+    """N fills no panel and no tile, and without a bias nothing but ``n`` says it."""
+    matrices, indices = Matrices.random(3, 34, 32), random_routes(5, 3, 2)[0]
+    check_matmul(kernels, randn(5, 32), matrices, indices, activation=activation, bias=False)
+
+
 def test_matmul_of_no_columns_is_the_bias(kernels: Kernels) -> None:
     matrices = Matrices.random(2, 40, 0)
     y = kernels.matmul_ogs(randn(3, 0), matrices, int32([0, 1, 3]))
@@ -82,8 +92,8 @@ def test_a_default_device_of_the_user_changes_nothing(kernels: Kernels) -> None:
     for default in ("cpu", "meta"):
         with torch.device(default):
             _, gather, _, offsets = routing(logits.to(kernels.device), 2)
-            constants = None, None, 1, "none", ALPHA, LIMIT, kernels.layout
-            results.append(matmul(x, *operands, offsets, gather, *constants))
+            flat = schemas.operands_of(x, *operands, offsets, gather, layout=kernels.layout)
+            results.append(matmul(*flat[:4]))
     assert torch.equal(*results)
 
 
@@ -264,7 +274,7 @@ def test_a_nan_scale_reaches_what_depends_on_it(kernels: Kernels) -> None:
 # ---- bad input
 
 
-def bad_matmul(**changes: Any) -> None:
+def bad_matmul(device: str = "cpu", **changes: Any) -> None:
     """Four rows of two experts, N = 6 and K = 64, and what is wrong with them."""
     matrices = Matrices.random(2, 6, 64)
     arguments = {
@@ -272,6 +282,7 @@ def bad_matmul(**changes: Any) -> None:
         "blocks": matrices.blocks,
         "scales": matrices.scales,
         "bias": matrices.bias,
+        "n": 6,
         "expert_offsets": int32([0, 1, 4]),
         "gather_index": int32([0, 0, 1, 1]),
         "scatter_index": int32([0, 1, 2, 3]),
@@ -279,20 +290,24 @@ def bad_matmul(**changes: Any) -> None:
         "experts_per_token": 2,
         **changes,
     }
-    ops.matmul_ogs(**arguments)
+    ops.matmul_ogs(**tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments))
 
 
-ODD = dict(zip(("blocks", "scales", "bias"), Matrices.random(2, 5, 64).operands, strict=True))
+NAMES = ("blocks", "scales", "bias", "n")
+ODD = dict(zip(NAMES, REFERENCE.operands(Matrices.random(2, 5, 64)), strict=True))
+BELOW_0 = dict(zip(NAMES, (*LAYOUTS["cpu_panels"].empty(2, 0, 64, CPU), None, -1), strict=True))
 BAD_OPERANDS = {
     "layout": ({"layout": "cubic"}, r"layout='cubic' is not one of \['row_major'"),
     "activation": ({"activation": "relu"}, "activation='relu' is not 'none' or 'swiglu'"),
-    "kernels": ({"kernels": "abacus"}, "kernels='abacus' is not one of reference, pytorch, cpu"),
     "x_3d": ({"x": randn(2, 2, 64)}, r"x must be \[rows, K\].*\(2, 2, 64\)"),
     "x_dtype": ({"x": randn(2, 64).int()}, "x must be float32, bfloat16 or float16.*int32"),
     "k_40": ({"x": randn(2, 40)}, r"K a multiple of 32.*\(2, 40\)"),
-    "k": ({"x": randn(2, 32)}, r"K=32 .*wants blocks \(2, 6, 1, 16\).*they are \(2, 6, 2, 16\)"),
-    "bias_1d": ({"bias": randn(6)}, r"bias \[E, N\].*\(6,\)"),
-    "experts": ({"bias": randn(3, 6)}, r"bias \(3, 6\).*wants blocks \(3, 6, 2, 16\)"),
+    "k": ({"x": randn(2, 32)}, r"K=32, .*wants blocks \(2, 6, 1, 16\).*they are \(2, 6, 2, 16\)"),
+    "n": ({"n": 64, "bias": None}, r"n=64 .*wants blocks \(2, 64, 2, 16\).*they are \(2, 6, 2, 16"),
+    "n_below_0": ({"layout": "cpu_panels", **BELOW_0}, "n=-1 and K=64, layout 'cpu_panels' wants"),
+    "bias_1d": ({"bias": randn(6)}, r"bias must be None or \[E, N\] = \(2, 6\); it is \(6,\)"),
+    "experts": ({"bias": randn(3, 6)}, r"bias .* \[E, N\] = \(2, 6\); it is \(3, 6\)"),
+    "no_experts": ({"blocks": torch.tensor(0).byte()}, r"E=0, .*they are \(\) and \(2, 6, 2\)"),
     "scales": ({"scales": torch.zeros(2, 6, 1).byte()}, r"scales .*and \(2, 6, 1\)"),
     "odd_swiglu": ({"activation": "swiglu", **ODD}, "swiglu.*even.*5"),
     "offsets": ({"expert_offsets": int32([0, 4])}, r"expert_offsets must be \[E\+1\].*\(2,\)"),
@@ -304,8 +319,10 @@ BAD_OPERANDS = {
 
 @pytest.mark.parametrize(("changes", "message"), BAD_OPERANDS.values(), ids=BAD_OPERANDS)
 def test_bad_operands_are_named(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        bad_matmul(**changes)
+    """Also when a graph is captured, by the fake impl."""
+    for device in ("cpu", "meta"):
+        with pytest.raises((TypeError, ValueError), match=message):
+            bad_matmul(device, **changes)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +332,7 @@ def test_bad_operands_are_named(changes: dict[str, Any], message: str) -> None:
         (lambda: ops.routing(randn(4, 3), 0), "1 <= top_k <= E.*top_k=0"),
         (lambda: ops.routing(randn(4, 3), 4), r"\(4, 3\) with top_k=4"),
         (lambda: ops.routing(randn(4, 3), 2, kernels="abacus"), "kernels='abacus' is not one of"),
+        (lambda: bad_matmul(kernels="abacus"), "'abacus' is not one of reference, pytorch, cpu"),
         (
             lambda: ops.routing.routes(torch.zeros(4, 2).long(), randn(4, 3), 5),
             r"must both be \[T, A\].*\(4, 2\) and \(4, 3\)",
@@ -350,7 +368,7 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
     order = {"layout": kernels.layout, **chosen}
     swiglu = {"activation": "swiglu", "alpha": ALPHA, "limit": LIMIT, **order}
     first = (hidden, *kernels.operands(gate_up), offsets, gather_index)
-    second = (inner, *kernels.operands(down), offsets, None, scatter_index, gammas, a)
+    second = (inner, *kernels.operands(down, bias=False), offsets, None, scatter_index, gammas, a)
     cases: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
         "routing": (ops.routing.default, (logits, a), chosen),
         "routing.routes": (ops.routing.routes, (indices, weights, e), chosen),

@@ -153,7 +153,7 @@ class TestNearMisses(NearMisses):
             self.edit(changes),
             """\
 experts: not the packed form: expected mxfp4.matmul_ogs(blocks=gate_up,
-scales=gate_up_scales, bias=gate_up_bias, expert_offsets=getitem(..),
+scales=gate_up_scales, bias=gate_up_bias, n=I*2, expert_offsets=getitem(..),
 gather_index=getitem(..), scatter_index=None, gammas=None, experts_per_token=1,
 activation=swiglu, layout=row_major, kernels=reference, alpha=alpha, limit=limit, x=hidden),
 found getitem(inner, index=(::, ::2))
@@ -174,13 +174,13 @@ experts: not the packed form: expected getitem(..), found None
             self.edit(changes),
             """\
 experts: not the packed form: expected mxfp4.matmul_ogs(blocks=gate_up,
-scales=gate_up_scales, bias=gate_up_bias, expert_offsets=getitem(..),
+scales=gate_up_scales, bias=gate_up_bias, n=I*2, expert_offsets=getitem(..),
 gather_index=getitem(..), scatter_index=None, gammas=None, experts_per_token=1,
 activation=swiglu, layout=row_major, kernels=reference, alpha=alpha, limit=limit, x=hidden),
 found mxfp4.matmul_ogs(x=hidden_states,
 blocks=l_self_modules_experts_parameters_gate_up_proj_blocks_,
 scales=l_self_modules_experts_parameters_gate_up_proj_scales_,
-bias=l_self_modules_experts_parameters_gate_up_proj_bias_, expert_offsets=offsets,
+bias=l_self_modules_experts_parameters_gate_up_proj_bias_, n=192, expert_offsets=offsets,
 gather_index=gather_index, scatter_index=None, gammas=gammas, experts_per_token=1,
 activation=swiglu, alpha=1.702, limit=7.0, layout=row_major, kernels=reference)
 """,
@@ -191,7 +191,7 @@ activation=swiglu, alpha=1.702, limit=7.0, layout=row_major, kernels=reference)
             self.edit({"inner,\n": "inner * 2,\n"}),
             """\
 experts: not the packed form: expected mxfp4.matmul_ogs(blocks=gate_up,
-scales=gate_up_scales, bias=gate_up_bias, expert_offsets=getitem(..),
+scales=gate_up_scales, bias=gate_up_bias, n=I*2, expert_offsets=getitem(..),
 gather_index=getitem(..), scatter_index=None, gammas=None, experts_per_token=1,
 activation=swiglu, layout=row_major, kernels=reference, alpha=alpha, limit=limit, x=hidden),
 found mul(inner, other=2)

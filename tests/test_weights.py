@@ -186,7 +186,7 @@ def test_a_weight_that_is_made_again_of_the_same_values_serves_meanwhile() -> No
     try:
         for _ in range(10):
             y = torch.ops.mxfp4.matmul_ogs(
-                x, *parts, bias, offsets, layout=kernels.layout, kernels=kernels.name
+                x, *parts, bias, 512, offsets, layout=kernels.layout, kernels=kernels.name
             )
             assert y.isnan().all()
     finally:

@@ -17,6 +17,7 @@ from mxfp4_fx.checkpoints.gpt_oss import PROJECTIONS
 from mxfp4_fx.core.errors import SlowKernelsWarning
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.ops import target
+from mxfp4_fx.ops.operands import ALPHA, LIMIT
 from mxfp4_fx.weights.freed import is_freed
 from mxfp4_fx.weights.source import Parts
 from mxfp4_fx.weights.store import STORE
@@ -45,8 +46,8 @@ class PackedExperts(nn.Module):
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        alpha: float = 1.702,
-        limit: float = 7.0,
+        alpha: float = ALPHA,
+        limit: float = LIMIT,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -81,6 +82,7 @@ class PackedExperts(nn.Module):
             hidden_states,
             *gate_up,
             self.gate_up_proj_bias,
+            2 * self.intermediate_size,
             offsets,
             gather_index=gather_index,
             activation="swiglu",
@@ -95,6 +97,7 @@ class PackedExperts(nn.Module):
             inner,
             *down,
             self.down_proj_bias,
+            self.hidden_size,
             offsets,
             scatter_index=scatter_index,
             gammas=gammas,

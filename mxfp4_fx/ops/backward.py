@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core.formats import dequantize
-from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops.reference import swiglu
+from mxfp4_fx.ops.operands import Activation, Rows, Weight
+from mxfp4_fx.ops.reference import matrix, swiglu
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -29,72 +28,70 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, alpha: float, limit: float) -
 
 
 def matmul_ogs_backward(
-    grad: Tensor,
-    x: Tensor,
-    blocks: Tensor,
-    scales: Tensor,
-    bias: Tensor,
-    expert_offsets: Tensor,
-    gather_index: Tensor | None,
-    scatter_index: Tensor | None,
-    gammas: Tensor | None,
-    experts_per_token: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
+    grad: Tensor, x: Tensor, weight: Weight, rows: Rows, activation: Activation | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``matmul_ogs`` with respect to x and gammas; what it needs is computed again.
 
     Args:
-        grad: the gradient of the op's result, of its shape. The others: the op's arguments.
+        grad: the gradient of the op's result, of its shape.
+        x, weight, rows, activation: the op's operands; ``weight`` may have any layout.
 
     Returns:
         grad_x, of x's shape and dtype; grad_gammas [R] float32 (zeros without ``gammas``).
     """
-    rows = (x if gather_index is None else x[gather_index]).float()
+    inputs = (x if rows.gather is None else x[rows.gather]).float()
     grad = grad.float()
-    if scatter_index is not None:
-        grad = grad[scatter_index // experts_per_token]
-    grad_rows = rows.new_zeros(rows.shape)
-    grad_gammas = rows.new_zeros(rows.shape[0])
-    for expert, (start, stop) in enumerate(pairwise(expert_offsets.tolist())):
+    if rows.scatter is not None:
+        grad = grad[rows.scatter // rows.per_token]
+    grad_rows = inputs.new_zeros(inputs.shape)
+    grad_gammas = inputs.new_zeros(inputs.shape[0])
+    for expert, (start, stop) in enumerate(pairwise(rows.offsets.tolist())):
         if start == stop:
             continue
-        order = LAYOUTS[layout].unswizzle(blocks[expert], scales[expert], bias.shape[1], x.shape[1])
-        weight = dequantize(*order, torch.float32)
-        y = rows[start:stop] @ weight.T + bias[expert].float()
+        w = matrix(weight, expert)
+        y = inputs[start:stop] @ w.T
+        if weight.bias is not None:
+            y = y + weight.bias[expert].float()
         g = grad[start:stop]
-        if gammas is not None:
-            out = swiglu(y, alpha, limit) if activation == "swiglu" else y
+        if rows.gammas is not None:
+            out = y if activation is None else swiglu(y, activation.alpha, activation.limit)
             grad_gammas[start:stop] = (g * out).sum(dim=-1)
-            g = g * gammas[start:stop, None]
-        if activation == "swiglu":
-            g = swiglu_backward(g, y, alpha, limit)
-        grad_rows[start:stop] = g @ weight
-    if gather_index is None:
+            g = g * rows.gammas[start:stop, None]
+        if activation is not None:
+            g = swiglu_backward(g, y, activation.alpha, activation.limit)
+        grad_rows[start:stop] = g @ w
+    if rows.gather is None:
         return grad_rows.to(x.dtype), grad_gammas
     grad_x = x.new_zeros(x.shape, dtype=torch.float32)
-    return grad_x.index_add_(0, gather_index, grad_rows).to(x.dtype), grad_gammas
+    return grad_x.index_add_(0, rows.gather, grad_rows).to(x.dtype), grad_gammas
+
+
+# Places among the op's arguments.
+_BIAS, _GAMMAS = 3, 8
 
 
 def save_matmul_ogs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """``setup_context`` of matmul_ogs."""
-    x, blocks, scales, bias, offsets, gather_index, scatter_index, gammas, *constants = inputs
-    if bias.requires_grad:
+    bias = inputs[_BIAS]
+    if bias is not None and bias.requires_grad:
         raise RuntimeError(
             "mxfp4::matmul_ogs has no gradient for an expert bias; call bias.requires_grad_(False)"
         )
-    ctx.save_for_backward(x, blocks, scales, bias, offsets, gather_index, scatter_index, gammas)
-    ctx.constants = constants[:-1]  # all but the kernels' name: there is one backward
+    flat = inputs[:-1]  # all but the kernels' name: there is one backward
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in flat))
+    ctx.constants = [None if isinstance(value, Tensor) else value for value in flat]
 
 
 def matmul_ogs_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """``backward`` of matmul_ogs: one gradient (or None) for each argument."""
     saved = ctx.saved_tensors  # activation checkpointing hands them out once
-    grad_x, grad_gammas = torch.ops.mxfp4.matmul_ogs_backward(grad, *saved, *ctx.constants)
-    has_gammas = saved[7] is not None
-    return grad_x, *[None] * 6, grad_gammas if has_gammas else None, *[None] * 6
+    flat = [b if a is None else a for a, b in zip(saved, ctx.constants, strict=True)]
+    grad_x, grad_gammas = torch.ops.mxfp4.matmul_ogs_backward(grad, *flat)
+    gradients: list[Tensor | None] = [None] * (len(flat) + 1)
+    gradients[0] = grad_x
+    if flat[_GAMMAS] is not None:
+        gradients[_GAMMAS] = grad_gammas
+    return tuple(gradients)
 
 
 def save_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

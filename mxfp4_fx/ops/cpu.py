@@ -20,6 +20,7 @@ from mxfp4_fx.core import hardware
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.layouts import LAYOUTS, Layout
 from mxfp4_fx.ops import native
+from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import Routes
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # api.h: mxfp4_dtype
@@ -28,21 +29,7 @@ _INDEX_DTYPES = {torch.int32: 0, torch.int64: 1}  # api.h: mxfp4_index_dtype
 _MATMUL = struct.Struct("9P7q4i2f")
 
 
-def matmul_ogs(
-    x: Tensor,
-    blocks: Tensor,
-    scales: Tensor,
-    bias: Tensor,
-    expert_offsets: Tensor,
-    gather_index: Tensor | None,
-    scatter_index: Tensor | None,
-    gammas: Tensor | None,
-    experts_per_token: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-) -> Tensor:
+def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
     """See ``ops.reference.matmul_ogs``; only ``layout="cpu_panels"``.
 
     A token's rows are summed in the order of their experts, whatever the number of threads.
@@ -51,53 +38,45 @@ def matmul_ogs(
         ValueError: another layout; an index or an offset that points outside its tensor.
         MemoryError: no memory for the packed activations.
     """
+    blocks, scales, bias, n, k, experts, layout = weight
+    offsets, gather, scatter, gammas, per_token, total = rows
     _require_panels(layout)
-    e, n = bias.shape
     if x.stride(1) != 1:
         x = x.contiguous()
-    rows = x.shape[0] if gather_index is None else gather_index.shape[0]
-    swiglu = activation == "swiglu"
-    columns = n // 2 if swiglu else n
-    y = x.new_empty((rows if scatter_index is None else rows // experts_per_token, columns))
+    y = x.new_empty(result_shape(weight, rows, activation))
     if y.numel() == 0:
         return y
     # Whatever is converted must stay alive until the call is over.
-    bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
-    blocks, scales = blocks.contiguous(), scales.contiguous()
-    expert_offsets = _int32(expert_offsets)
-    gather_index = None if gather_index is None else _int32(gather_index)
-    scatter_index = None if scatter_index is None else _int32(scatter_index)
+    blocks, scales, offsets = blocks.contiguous(), scales.contiguous(), _int32(offsets)
+    if bias is not None:
+        bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
+    if gather is not None:
+        gather = _int32(gather)
+    if scatter is not None:
+        scatter = _int32(scatter)
     if gammas is not None:
         gammas = (gammas if gammas.dtype == torch.float32 else gammas.float()).contiguous()
+    x_rows = x.shape[0]
     arguments = _MATMUL.pack(
-        x.data_ptr(),
-        blocks.data_ptr(),
-        scales.data_ptr(),
-        bias.data_ptr(),
-        expert_offsets.data_ptr(),
-        0 if gather_index is None else gather_index.data_ptr(),
-        0 if scatter_index is None else scatter_index.data_ptr(),
+        x.data_ptr(), blocks.data_ptr(), scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        offsets.data_ptr(),
+        0 if gather is None else gather.data_ptr(),
+        0 if scatter is None else scatter.data_ptr(),
         0 if gammas is None else gammas.data_ptr(),
         y.data_ptr(),
-        x.shape[0],
-        x.stride(0),
-        rows,
-        e,
-        n,
-        x.shape[1],
-        experts_per_token,
-        _DTYPES[x.dtype],
-        _DTYPES[bias.dtype],
-        swiglu,
-        torch.get_num_threads(),
-        alpha,
-        limit,
-    )
-    _check(
-        _library().mxfp4_matmul_ogs(arguments),
-        "matmul_ogs: an entry of gather_index, scatter_index or expert_offsets points outside its "
-        f"tensor: there are {x.shape[0]} rows of x and {rows} routed rows",
-    )
+        x_rows, x.stride(0), total, experts, n, k, per_token,
+        _DTYPES[x.dtype], 0 if bias is None else _DTYPES[bias.dtype],
+        activation is not None, torch.get_num_threads(),
+        0.0 if activation is None else activation.alpha,
+        0.0 if activation is None else activation.limit,
+    )  # fmt: skip
+    if status := _library().mxfp4_matmul_ogs(arguments):
+        _check(
+            status,
+            "matmul_ogs: an entry of gather_index, scatter_index or expert_offsets points outside "
+            f"its tensor: there are {x_rows} rows of x and {total} routed rows",
+        )
     return y
 
 

@@ -35,146 +35,130 @@ from torch.nn.functional import pad
 from mxfp4_fx.core.formats import BLOCK, E8M0_BIAS
 from mxfp4_fx.core.hardware import BF16_TERMS
 from mxfp4_fx.ops import hub_loader
+from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import combine, swiglu
 
 # Rows of the tiles that the package may choose, 2^4 to 2^8: 256 on AMD only.
 _LOG2_HEIGHTS = range(4, 9)
 
 
-def matmul_ogs(
-    x: Tensor,
-    blocks: Tensor,
-    scales: Tensor,
-    bias: Tensor,
-    expert_offsets: Tensor,
-    gather_index: Tensor | None,
-    scatter_index: Tensor | None,
-    gammas: Tensor | None,
-    experts_per_token: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-) -> Tensor:
+def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
     """See ``ops.reference.matmul_ogs``; only ``layout="row_major"``, on a GPU.
 
     Raises:
         ValueError: another layout.
         KernelsUnavailableError: the package cannot be loaded.
     """
-    if layout != "row_major":
+    if weight.layout != "row_major":
         raise ValueError(
-            f"mxfp4::matmul_ogs: kernels='hub' reads layout 'row_major', not {layout!r}"
+            f"mxfp4::matmul_ogs: kernels='hub' reads layout 'row_major', not {weight.layout!r}"
         )
-    (e, n), k = bias.shape, x.shape[1]
-    r = x.shape[0] if gather_index is None else gather_index.shape[0]
-    has_swiglu = activation == "swiglu"
-    if not r * n * e:
-        rows = r if scatter_index is None else r // experts_per_token
-        return x.new_zeros((rows, n // 2 if has_swiglu else n))
-    if not k:  # a block of zeros, as the package wants K > 0
-        x, blocks = pad(x, (0, BLOCK)), pad(blocks, (0, 0, 0, 1))
-        scales = pad(scales, (0, 1), value=E8M0_BIAS)
-    expert_offsets = expert_offsets.int().contiguous()
-    if gammas is not None:
-        gammas = gammas.float().contiguous()
-    a = experts_per_token
-    scatters = scatter_index is not None and not has_swiglu and a > 1 and not a & (a - 1)
+    if not rows.total * weight.n * weight.experts:
+        return x.new_zeros(result_shape(weight, rows, activation))
+    if not weight.k:
+        x, weight = _with_a_block_of_zeros(x, weight)
+    rows = rows._replace(offsets=rows.offsets.int().contiguous())
+    if rows.gammas is not None:
+        rows = rows._replace(gammas=rows.gammas.float().contiguous())
     terms = _bf16_terms(x)
-    fuses_swiglu = has_swiglu and len(terms) == 1 and limit >= 0  # else its clamp is undefined
+    # What the package does itself. A limit below zero makes its clamp undefined.
+    activates = activation is not None and len(terms) == 1 and activation.limit >= 0
+    weighs = rows.gammas is not None and activation is None
+    scatters = _can_scatter(rows) and activation is None
     # The only rounding to the activations' dtype is the last one.
-    alone = len(terms) == 1 and scatter_index is None and not (has_swiglu and gammas is not None)
-    call = _Call(
-        hub_loader.load(),
-        blocks,
-        scales,
-        expert_offsets,
-        r,
-        torch.bfloat16 if alone else torch.float32,
-    )
-    if gather_index is not None:
-        call.gather(gather_index, a if scatters else 1)
-    if scatter_index is not None and scatters:
-        call.scatter(scatter_index, a)
-    if fuses_swiglu:
-        call.swiglu(alpha, limit)
-    if gammas is not None and not has_swiglu:
-        call.arguments["gammas"] = gammas
+    alone = len(terms) == 1 and rows.scatter is None and (rows.gammas is None or weighs)
+    call = _Call(weight, rows, torch.bfloat16 if alone else torch.float32, weighs, scatters)
+    if activation is not None and activates:
+        call.activate(activation)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        y = call(terms[0], bias.float().contiguous())
+        y = call(terms[0], None if weight.bias is None else weight.bias.float().contiguous())
         for term in terms[1:]:
             y = y + call(term, None)
-    if has_swiglu and not fuses_swiglu:
-        y = swiglu(y, alpha, limit)
-    if gammas is not None and has_swiglu:
-        y = y * gammas[:, None]
+    if activation is not None and not activates:
+        y = swiglu(y, activation.alpha, activation.limit)
+    if rows.gammas is not None and not weighs:
+        y = y * rows.gammas[:, None]
     if not scatters:
         y = y.masked_fill(call.is_foreign[:, None], 0)
-        if scatter_index is not None:
-            y = combine(y, scatter_index, a)
+        if rows.scatter is not None:
+            y = combine(y, rows.scatter, rows.per_token)
     return y.to(x.dtype)
 
 
+def _can_scatter(rows: Rows) -> bool:
+    a = rows.per_token
+    return rows.scatter is not None and a > 1 and not a & (a - 1)
+
+
+def _with_a_block_of_zeros(x: Tensor, weight: Weight) -> tuple[Tensor, Weight]:
+    """The package wants K > 0."""
+    blocks, scales = pad(weight.blocks, (0, 0, 0, 1)), pad(weight.scales, (0, 1), value=E8M0_BIAS)
+    return pad(x, (0, BLOCK)), weight._replace(blocks=blocks, scales=scales, k=BLOCK)
+
+
 class _Call:
-    """The arguments of the package's ``matmul_ogs``, which has its own words for routes."""
+    """A call of the package's ``matmul_ogs``, which has its own words for weights and routes.
+
+    Args:
+        dtype: of the result.
+        weighs: whether the package multiplies rows with gammas.
+        scatters: whether it sums a token's rows.
+
+    Attributes:
+        is_foreign: [R] bool, rows of nobody.
+    """
 
     def __init__(
-        self,
-        package: Any,
-        blocks: Tensor,
-        scales: Tensor,
-        expert_offsets: Tensor,
-        rows: int,
-        dtype: torch.dtype,
+        self, weight: Weight, rows: Rows, dtype: torch.dtype, weighs: bool, scatters: bool
     ) -> None:
-        self._package = package
-        self._offsets = expert_offsets
-        row = torch.arange(rows, dtype=torch.int32, device=expert_offsets.device)
-        self.is_foreign = row >= expert_offsets[-1]
-        self._row = row.masked_fill(self.is_foreign, -1)  # "nobody's" in the package's words
-        e, n, groups, _ = blocks.shape
+        self._package = package = hub_loader.load()
+        row = torch.arange(rows.total, dtype=torch.int32, device=rows.offsets.device)
+        self.is_foreign = row >= rows.offsets[-1]
+        self._gammas = rows.gammas if weighs else None
         # [E, K, N] with K contiguous, two values a byte along it.
-        self._weight = package.tensor.wrap_torch_tensor(
-            blocks.contiguous().view(e, n, -1).transpose(1, 2), dtype=package.tensor.FP4
-        )
-        self._weight.shape = [e, groups * BLOCK, n]
-        self._scales, self._dtype = scales.contiguous().transpose(1, 2), dtype
-        self._experts_per_token = 1
-        self._expert_data = _expert_data(package, expert_offsets, rows)
-        self.arguments: dict[str, Any] = {}
+        e, n, k = weight.experts, weight.n, weight.k
+        codes = weight.blocks.contiguous().view(e, n, k // 2).transpose(1, 2)
+        self._weight = package.tensor.wrap_torch_tensor(codes, dtype=package.tensor.FP4)
+        self._weight.shape = [e, k, n]
+        self._scales, self._dtype = weight.scales.contiguous().transpose(1, 2), dtype
+        self._experts = e
+        self._expert_data = _expert_data(package, rows.offsets, rows.total)
+        self._experts_per_token = rows.per_token if scatters else 1
+        self._arguments: dict[str, Any] = {}
+        if rows.gather is not None:  # by slot, which it divides by the number of experts a token
+            source = rows.gather.int() * self._experts_per_token
+            self._arguments["gather_indx"] = package.routing.GatherIndx(source, source)
+        if rows.scatter is not None and scatters:
+            # The row of each slot beside the slot of each row; -1 for nobody's.
+            row = row.masked_fill(self.is_foreign, -1)
+            row_of = torch.empty_like(row).scatter_(0, rows.scatter.long(), row)
+            slot_of = rows.scatter.int().masked_fill(self.is_foreign, -1)
+            self._arguments["scatter_indx"] = package.routing.ScatterIndx(row_of, slot_of)
 
-    def gather(self, gather_index: Tensor, experts_per_token: int) -> None:
-        """The package gathers by slot, which it divides by the number of experts a token."""
-        src = gather_index.int() * experts_per_token
-        self.arguments["gather_indx"] = self._package.routing.GatherIndx(src, src)
-
-    def scatter(self, scatter_index: Tensor, experts_per_token: int) -> None:
-        """The package wants the row of each slot beside the slot of each row; -1 for nobody's."""
-        row_of = torch.empty_like(self._row).scatter_(0, scatter_index.long(), self._row)
-        slot_of = scatter_index.int().masked_fill(self.is_foreign, -1)
-        self.arguments["scatter_indx"] = self._package.routing.ScatterIndx(row_of, slot_of)
-        self._experts_per_token = experts_per_token
-
-    def swiglu(self, alpha: float, limit: float) -> None:
+    def activate(self, activation: Activation) -> None:
+        """Let the package apply the activation."""
         ogs = self._package.matmul_ogs
         specs = ogs.FnSpecs("swiglu", self._package.swiglu.swiglu_fn, ("alpha", "limit"))
-        self.arguments["fused_activation"] = ogs.FusedActivation(specs, (alpha, limit), 2)
+        constants = activation.alpha, activation.limit
+        self._arguments["fused_activation"] = ogs.FusedActivation(specs, constants, 2)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        package, tensor = self._package, self._package.tensor
+        package, data = self._package, self._expert_data
         routing = package.routing.RoutingData(
-            self.arguments.get("gammas"),
-            self._expert_data.hist,
-            self._offsets.shape[0] - 1,
-            self._experts_per_token,
-            self._expert_data,
+            self._gammas, data.hist, self._experts, self._experts_per_token, data
         )
         # A new one each time: the package writes into it.
         precision = package.matmul_ogs.PrecisionConfig(
-            weight_scale=tensor.wrap_torch_tensor(self._scales), out_dtype=self._dtype
+            weight_scale=package.tensor.wrap_torch_tensor(self._scales), out_dtype=self._dtype
         )
         y: Tensor = package.matmul_ogs.matmul_ogs(
-            x, self._weight, bias, routing, precision_config=precision, **self.arguments
+            x,
+            self._weight,
+            bias,
+            routing,
+            precision_config=precision,
+            gammas=self._gammas,
+            **self._arguments,
         )
         return y
 

@@ -8,6 +8,7 @@ Every sum is accumulated in float32 and rounded to the activations' dtype once, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,6 +19,7 @@ from torch import Tensor
 from mxfp4_fx.core.formats import dequantize
 from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.core.torch_private import assert_async
+from mxfp4_fx.ops.operands import Activation, Rows, Weight
 
 Routes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -104,63 +106,49 @@ def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
-def matmul_ogs(
-    x: Tensor,
-    blocks: Tensor,
-    scales: Tensor,
-    bias: Tensor,
-    expert_offsets: Tensor,
-    gather_index: Tensor | None,
-    scatter_index: Tensor | None,
-    gammas: Tensor | None,
-    experts_per_token: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-) -> Tensor:
+def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
     """Grouped matmul with outer gather and scatter.
 
-    ``y = act(x[gather_index] @ dequantize(W_e)^T + b_e) * gammas``, row by row with the expert e
-    that ``expert_offsets`` gives; then, with ``scatter_index``, put into slots and summed over each
-    token's slots in order.
+    ``y = act(x[gather] @ W_e^T + b_e) * gammas``, row by row with the expert e that the offsets
+    give; then, with a scatter, put into slots and summed over each token's slots in order.
 
     Args:
-        x: [T, K] with ``gather_index``, else [R, K]; float32, bfloat16 or float16.
-        blocks, scales: MXFP4 weights of E experts, [N, K] each, uint8, in ``layout``.
-        bias: [E, N] float.
-        expert_offsets: [E+1] int32; rows from ``expert_offsets[E]`` on give zeros.
-        gather_index: [R] int32 or None.
-        scatter_index: [R] int32 or None.
-        gammas: [R] float32 or None.
-        experts_per_token: A; only read with ``scatter_index``.
-        activation: ``"none"`` or ``"swiglu"`` (which halves N).
-        alpha, limit: SwiGLU's constants.
-        layout: a key of ``layouts.LAYOUTS``.
+        x: [T, K] with a gather, else [R, K]; float32, bfloat16 or float16.
+        weight, rows, activation: see ``operands.py``. Here, ``weight`` may have any layout.
 
     Returns:
-        [T, N'] with ``scatter_index``, else [R, N']; N' = N or N/2; in x's dtype.
+        [T, N'] with a scatter, else [R, N']; N' = N, or N/2 with SwiGLU; in x's dtype.
     """
-
-    def weight(expert: int) -> Tensor:
-        n, k = bias.shape[1], x.shape[1]
-        order = LAYOUTS[layout].unswizzle(blocks[expert], scales[expert], n, k)
-        return dequantize(*order, torch.float32)
-
-    act = (lambda y: swiglu(y, alpha, limit)) if activation == "swiglu" else None
-    rows = x if gather_index is None else x[gather_index]
-    y = grouped_linear(rows, weight, bias, expert_offsets, act)
-    if gammas is not None:
-        y = y * gammas[:, None]
-    if scatter_index is not None:
-        y = combine(y, scatter_index, experts_per_token)
+    act = None
+    if activation is not None:
+        act = functools.partial(swiglu, alpha=activation.alpha, limit=activation.limit)
+    y = grouped_linear(
+        x if rows.gather is None else x[rows.gather],
+        functools.partial(matrix, weight),
+        weight.bias,
+        weight.n,
+        rows.offsets,
+        act,
+    )
+    if rows.gammas is not None:
+        y = y * rows.gammas[:, None]
+    if rows.scatter is not None:
+        y = combine(y, rows.scatter, rows.per_token)
     return y.to(x.dtype)
+
+
+def matrix(weight: Weight, expert: int) -> Tensor:
+    """The matrix [N, K] float32 of one expert, of a weight in any layout."""
+    part = weight.blocks[expert], weight.scales[expert]
+    order = LAYOUTS[weight.layout].unswizzle(*part, weight.n, weight.k)
+    return dequantize(*order, torch.float32)
 
 
 def grouped_linear(
     rows: Tensor,
     weight: Callable[[int], Tensor],
-    bias: Tensor,
+    bias: Tensor | None,
+    n: int,
     expert_offsets: Tensor,
     act: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -168,11 +156,12 @@ def grouped_linear(
 
     Only the experts that have rows are asked for their ``weight(e)`` [N, K] float32.
     """
-    n = bias.shape[1] // 2 if act is not None else bias.shape[1]
-    y = rows.new_zeros((rows.shape[0], n), dtype=torch.float32)
+    y = rows.new_zeros((rows.shape[0], n if act is None else n // 2), dtype=torch.float32)
     for expert, (start, stop) in enumerate(pairwise(expert_offsets.tolist())):
         if start < stop:
-            part = rows[start:stop].float() @ weight(expert).T + bias[expert].float()
+            part = rows[start:stop].float() @ weight(expert).T
+            if bias is not None:
+                part = part + bias[expert].float()
             y[start:stop] = part if act is None else act(part)
     return y
 
@@ -262,8 +251,9 @@ def _experts(
         hidden[gather_index],
         gate_up,
         gate_up_bias,
+        gate_up_bias.shape[1],
         offsets,
         lambda y: swiglu(y, alpha, limit),
     )
-    y = grouped_linear(inner, down, down_bias, offsets)
+    y = grouped_linear(inner, down, down_bias, down_bias.shape[1], offsets)
     return combine(y * gammas[:, None], scatter_index, top_k).to(hidden.dtype)

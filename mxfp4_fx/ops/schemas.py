@@ -3,6 +3,9 @@
 Schemas are strings (``define`` and ``impl``): a call costs a quarter of a ``custom_op``'s. All ops
 are functional. Shape letters as in ``reference.py``.
 
+Behind its flat schema ``matmul_ogs`` has operands (``operands.py``): :func:`operands_of` makes and
+checks them, once a call.
+
 To add kernels: write ``matmul_ogs`` (and ``routing``) with the reference's signature in a module of
 their own, enter them in :data:`KERNELS`, and let ``target.choose`` name them.
 """
@@ -18,10 +21,8 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core import torch_private
-from mxfp4_fx.core.formats import BLOCK
-from mxfp4_fx.core.hardware import DTYPES
-from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops import autograd, backward, reference
+from mxfp4_fx.ops import autograd, backward, operands, reference
+from mxfp4_fx.ops.operands import ALPHA, LIMIT, Activation, Rows, Weight
 
 _REFERENCE = {
     "matmul_ogs": "mxfp4_fx.ops.reference:matmul_ogs",
@@ -49,7 +50,12 @@ _WEIGHTS = "Tensor gate_up, Tensor gate_up_bias, Tensor down, Tensor down_bias"
 # Packed weights are blocks, with these scales.
 _SCALES = "Tensor? gate_up_scales=None, Tensor? down_scales=None"
 _ROUTES = "(Tensor gammas, Tensor gather_index, Tensor scatter_index, Tensor expert_offsets)"
-_OPERANDS = "Tensor x, Tensor blocks, Tensor scales, Tensor bias, Tensor expert_offsets"
+_OPERANDS = (
+    "Tensor x, Tensor blocks, Tensor scales, Tensor? bias, int n, Tensor expert_offsets, "
+    "Tensor? gather_index=None, Tensor? scatter_index=None, Tensor? gammas=None, "
+    f"int experts_per_token=1, str activation='none', float alpha={ALPHA}, float limit={LIMIT}, "
+    "str layout='row_major'"
+)
 
 SCHEMAS = {
     "moe": f"(Tensor hidden, Tensor router_logits, {_WEIGHTS}, int top_k, float alpha, "
@@ -60,12 +66,8 @@ SCHEMAS = {
     "routing": f"(Tensor logits, int top_k, str kernels='reference') -> {_ROUTES}",
     "routing.routes": "(Tensor indices, Tensor weights, int num_experts, int first_expert=0, "
     f"str kernels='reference') -> {_ROUTES}",
-    "matmul_ogs": f"({_OPERANDS}, Tensor? gather_index=None, Tensor? scatter_index=None, "
-    "Tensor? gammas=None, int experts_per_token=1, str activation='none', float alpha=1.702, "
-    "float limit=7.0, str layout='row_major', str kernels='reference') -> Tensor",
-    "matmul_ogs_backward": f"(Tensor grad, {_OPERANDS}, Tensor? gather_index, "
-    "Tensor? scatter_index, Tensor? gammas, int experts_per_token, str activation, float alpha, "
-    "float limit, str layout) -> (Tensor, Tensor)",
+    "matmul_ogs": f"({_OPERANDS}, str kernels='reference') -> Tensor",
+    "matmul_ogs_backward": f"(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor)",
 }
 
 
@@ -95,40 +97,61 @@ def _routing_routes(
     return kernel(kernels, "routing.routes")(indices, weights, num_experts, first_expert)
 
 
-def _matmul_ogs(
+def operands_of(
     x: Tensor,
     blocks: Tensor,
     scales: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
+    n: int,
     expert_offsets: Tensor,
     gather_index: Tensor | None = None,
     scatter_index: Tensor | None = None,
     gammas: Tensor | None = None,
     experts_per_token: int = 1,
     activation: str = "none",
-    alpha: float = 1.702,
-    limit: float = 7.0,
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
     layout: str = "row_major",
     kernels: str = "reference",
-) -> Tensor:
-    _check_matmul_ogs(x, blocks, scales, bias, expert_offsets, activation, layout)
-    _check_rows(x, gather_index, scatter_index, gammas, experts_per_token)
-    y: Tensor = kernel(kernels, "matmul_ogs")(
-        x,
-        blocks,
-        scales,
-        bias,
+) -> tuple[Tensor, Weight, Rows, Activation | None, str]:
+    """What an implementation of ``matmul_ogs`` takes, of the op's arguments, and the kernels' name.
+
+    Args:
+        x: [T, K] with ``gather_index``, else [R, K]; float32, bfloat16 or float16.
+        blocks, scales, bias, n, layout: see ``operands.Weight``. ``n`` is the weight's N, before
+            SwiGLU halves it: layouts may pad it, and a bias, which would tell it, may be absent.
+        expert_offsets, gather_index, scatter_index, gammas, experts_per_token: see
+            ``operands.Rows``.
+        activation, alpha, limit: see ``operands.Activation``; ``"none"`` or ``"swiglu"``.
+        kernels: a key of :data:`KERNELS`.
+
+    Raises:
+        TypeError, ValueError: an operand that the others do not fit, by name.
+    """
+    operands.check_x(x)
+    x_rows, k = x.shape
+    weight = operands.make_weight(blocks, scales, bias, n, k, layout)
+    rows = operands.make_rows(
         expert_offsets,
         gather_index,
         scatter_index,
         gammas,
         experts_per_token,
-        activation,
-        alpha,
-        limit,
-        layout,
+        x_rows,
+        weight.experts,
     )
+    return x, weight, rows, operands.make_activation(activation, alpha, limit, n), kernels
+
+
+def _matmul_ogs(*flat: Any) -> Tensor:
+    x, weight, rows, activation, kernels = operands_of(*flat)
+    y: Tensor = kernel(kernels, "matmul_ogs")(x, weight, rows, activation)
     return y
+
+
+def _matmul_ogs_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    x, weight, rows, activation, _ = operands_of(*flat)
+    return backward.matmul_ogs_backward(grad, x, weight, rows, activation)
 
 
 def _fake_routes(like: Tensor, rows: Any, num_experts: int) -> tuple[Tensor, ...]:
@@ -156,29 +179,15 @@ def _fake_routing_routes(
     return _fake_routes(weights, indices.shape[0] * indices.shape[1], num_experts)
 
 
-def _fake_matmul_ogs(
-    x: Tensor,
-    blocks: Tensor,
-    scales: Tensor,
-    bias: Tensor,
-    expert_offsets: Tensor,
-    gather_index: Tensor | None = None,
-    scatter_index: Tensor | None = None,
-    gammas: Tensor | None = None,
-    experts_per_token: int = 1,
-    activation: str = "none",
-    alpha: float = 1.702,
-    limit: float = 7.0,
-    layout: str = "row_major",
-    kernels: str = "reference",
-) -> Tensor:
-    _check_matmul_ogs(x, blocks, scales, bias, expert_offsets, activation, layout)
-    _check_rows(x, gather_index, scatter_index, gammas, experts_per_token)
-    rows = x.shape[0] if gather_index is None else gather_index.shape[0]
-    if scatter_index is not None:
-        rows = rows // experts_per_token
-    n = bias.shape[1]
-    return x.new_empty((rows, n // 2 if activation == "swiglu" else n))
+def _fake_matmul_ogs(*flat: Any) -> Tensor:
+    x, weight, rows, activation, _ = operands_of(*flat)
+    return x.new_empty(operands.result_shape(weight, rows, activation))
+
+
+def _fake_matmul_ogs_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    x, _, rows, _, _ = operands_of(*flat)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, x.new_empty((rows.total,), dtype=torch.float32)
 
 
 def _fake_moe(hidden: Tensor, *_: Any) -> Tensor:
@@ -187,13 +196,6 @@ def _fake_moe(hidden: Tensor, *_: Any) -> Tensor:
 
 def _fake_expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Tensor:
     return torch.empty_like(indices)
-
-
-def _fake_matmul_ogs_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    gather_index = rest[4]
-    rows = x.shape[0] if gather_index is None else gather_index.shape[0]
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad_x, x.new_empty((rows,), dtype=torch.float32)
 
 
 def _check_routing(logits: Tensor, top_k: int) -> None:
@@ -214,65 +216,6 @@ def _check_routes(indices: Tensor, weights: Tensor, num_experts: int) -> None:
         )
 
 
-def _check_matmul_ogs(
-    x: Tensor,
-    blocks: Tensor,
-    scales: Tensor,
-    bias: Tensor,
-    expert_offsets: Tensor,
-    activation: str,
-    layout: str,
-) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"mxfp4::matmul_ogs: layout={layout!r} is not one of {list(LAYOUTS)}")
-    if activation not in ("none", "swiglu"):
-        raise ValueError(f"mxfp4::matmul_ogs: activation={activation!r} is not 'none' or 'swiglu'")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"mxfp4::matmul_ogs: x must be float32, bfloat16 or float16, not {x.dtype}")
-    if x.ndim != 2 or bias.ndim != 2 or x.shape[1] % BLOCK:
-        raise ValueError(
-            f"mxfp4::matmul_ogs: x must be [rows, K] with K a multiple of {BLOCK} and bias [E, N]; "
-            f"they are {tuple(x.shape)} and {tuple(bias.shape)}"
-        )
-    if activation == "swiglu" and bias.shape[1] % 2:
-        raise ValueError(
-            f"mxfp4::matmul_ogs: activation='swiglu' wants an even N, for gate and up alternate; "
-            f"N is {bias.shape[1]}"
-        )
-    (e, n), k = bias.shape, x.shape[1]
-    expected = tuple((e, *shape) for shape in LAYOUTS[layout].shapes(n, k))
-    if (blocks.shape, scales.shape) != expected:
-        raise ValueError(
-            f"mxfp4::matmul_ogs: for K={k} and bias {tuple(bias.shape)}, layout {layout!r} wants "
-            f"blocks {expected[0]} and scales {expected[1]}; they are {tuple(blocks.shape)} and "
-            f"{tuple(scales.shape)}"
-        )
-    if expert_offsets.shape != (e + 1,):
-        raise ValueError(
-            f"mxfp4::matmul_ogs: expert_offsets must be [E+1] = ({e + 1},); it is "
-            f"{tuple(expert_offsets.shape)}"
-        )
-
-
-def _check_rows(
-    x: Tensor,
-    gather_index: Tensor | None,
-    scatter_index: Tensor | None,
-    gammas: Tensor | None,
-    experts_per_token: int,
-) -> None:
-    r = x.shape[0] if gather_index is None else gather_index.shape[0]
-    for name, rows in (("scatter_index", scatter_index), ("gammas", gammas)):
-        if rows is not None and rows.shape != (r,):
-            raise ValueError(
-                f"mxfp4::matmul_ogs: {name} must be [R] = ({r},); it is {tuple(rows.shape)}"
-            )
-    if scatter_index is not None and (experts_per_token < 1 or r % experts_per_token):
-        raise ValueError(
-            f"mxfp4::matmul_ogs: experts_per_token={experts_per_token} does not divide R={r}"
-        )
-
-
 _LIBRARY = torch.library.Library("mxfp4", "DEF")
 
 _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -282,7 +225,7 @@ _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "routing": (_routing, _fake_routing),
     "routing.routes": (_routing_routes, _fake_routing_routes),
     "matmul_ogs": (_matmul_ogs, _fake_matmul_ogs),
-    "matmul_ogs_backward": (backward.matmul_ogs_backward, _fake_matmul_ogs_backward),
+    "matmul_ogs_backward": (_matmul_ogs_backward, _fake_matmul_ogs_backward),
 }
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "routing": (backward.routing_gradients, backward.save_routing),
@@ -298,9 +241,9 @@ def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
     """The ops' arithmetic is float32; an autocast around them must not reach into it."""
 
     @functools.wraps(impl)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any) -> Any:
         with torch_private.without_keys(torch_private.AUTOCAST):
-            return impl(*args, **kwargs)
+            return impl(*args)
 
     torch_private.untraced(run)
     return run

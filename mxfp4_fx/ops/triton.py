@@ -17,6 +17,7 @@ from torch import Tensor
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.ops import tiles
+from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import Routes
 from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
 from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
@@ -31,94 +32,60 @@ _COMBINE_TILE = (4, 512)  # tokens, columns
 _SCAN_TILE = (256, 8)  # blocks, groups
 
 
-def matmul_ogs(
-    x: Tensor,
-    blocks: Tensor,
-    scales: Tensor,
-    bias: Tensor,
-    expert_offsets: Tensor,
-    gather_index: Tensor | None,
-    scatter_index: Tensor | None,
-    gammas: Tensor | None,
-    experts_per_token: int,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-) -> Tensor:
+def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
     """See ``ops.reference.matmul_ogs``; any of ``tiles.LAYOUTS``.
 
-    One launch, and with ``scatter_index`` a second, which sums a token's rows in slot order. A
-    float32 activation is taken as a multiple of 2^-133, the smallest bfloat16 number.
+    One launch, and with a scatter a second, which sums a token's rows in slot order. A float32
+    activation is taken as a multiple of 2^-133, the smallest bfloat16 number.
 
     Raises:
         ValueError: another layout.
     """
-    if layout not in tiles.LAYOUTS:
-        raise ValueError(
-            f"mxfp4::matmul_ogs: kernels='triton' reads layouts {', '.join(tiles.LAYOUTS)}, not "
-            f"{layout!r}; kernels='reference' reads all of {list(LAYOUTS)}"
-        )
-    (e, n), k = bias.shape, x.shape[1]
-    rows = x.shape[0] if gather_index is None else gather_index.shape[0]
-    swiglu = activation == "swiglu"
-    columns = n // 2 if swiglu else n
-    y_rows = rows if scatter_index is None else rows // experts_per_token
-    y = x.new_empty((y_rows, columns))
+    blocks, scales, bias, n, k, e, layout = weight
+    _require_layout(layout)
+    y = x.new_empty(result_shape(weight, rows, activation))
     if y.numel() == 0:
         return y
     if e == 0:
         return y.zero_()
-    gpu = hardware.gpu_name(x.device)
-    terms = hardware.BF16_TERMS[x.dtype]
-    can_split = scatter_index is not None and not swiglu  # parts of a sum, summed afterwards
-    tile = tiles.choose(gpu, layout, rows, e, k, terms, can_split)
+    gpu, terms = hardware.gpu_name(x.device), hardware.BF16_TERMS[x.dtype]
+    can_split = rows.scatter is not None and activation is None  # parts of a sum, summed afterwards
+    tile = tiles.choose(gpu, layout, rows.total, e, k, terms, can_split)
     out = y
-    if scatter_index is not None:
-        out = x.new_empty((tile.splits, rows, columns), dtype=torch.float32)
+    if rows.scatter is not None:
+        out = x.new_empty((tile.splits, rows.total, y.shape[1]), dtype=torch.float32)
     if x.stride(1) != 1:
         x = x.contiguous()
     blocks, scales = blocks.contiguous(), scales.contiguous()
     if layout != "row_major":
         blocks, scales = blocks.view(torch.uint32), scales.view(torch.uint32)
-    n_tiles = -(-n // tile.block_n)
-    row_tiles = min(rows, e + 1 + rows // tile.block_m)  # the most there can be
+    row_tiles = min(rows.total, e + 1 + rows.total // tile.block_m)  # the most there can be
+    grid = (-(-n // tile.block_n) * row_tiles, tile.splits)
+    alpha, limit = (0.0, 0.0) if activation is None else (activation.alpha, activation.limit)
     with _on(x.device):
-        matmul_kernels.matmul_ogs_kernel[(n_tiles * row_tiles, tile.splits)](
-            x,
-            blocks,
-            scales,
-            bias.contiguous(),
-            _int32(expert_offsets),
-            None if gather_index is None else _int32(gather_index),
-            None if scatter_index is None else _int32(scatter_index),
-            None if gammas is None else gammas.float().contiguous(),
-            out,
-            x.stride(0),
-            rows,
-            e,
-            alpha,
-            limit,
-            N=n,
-            K=k,
-            LAYOUT=layout,
-            SWIGLU=swiglu,
-            TERMS=terms,
-            GROUPS=triton.next_power_of_2(e + 1),
-            BM=tile.block_m,
-            BN=tile.block_n,
-            BK=tile.block_k,
-            SPLITS=tile.splits,
-            SCALED=(gpu, terms) not in _WITHOUT_DOT_SCALED,
+        matmul_kernels.matmul_ogs_kernel[grid](
+            x, blocks, scales, None if bias is None else bias.contiguous(), _int32(rows.offsets),
+            None if rows.gather is None else _int32(rows.gather),
+            None if rows.scatter is None else _int32(rows.scatter),
+            None if rows.gammas is None else rows.gammas.float().contiguous(),
+            out, x.stride(0), rows.total, e, alpha, limit,
+            N=n, K=k, LAYOUT=layout, SWIGLU=activation is not None, TERMS=terms,
+            GROUPS=triton.next_power_of_2(e + 1), BM=tile.block_m, BN=tile.block_n,
+            BK=tile.block_k, SPLITS=tile.splits, SCALED=(gpu, terms) not in _WITHOUT_DOT_SCALED,
             **tiles.compiler_options(tile, gpu, terms),
-        )
-        if scatter_index is not None:
-            bt, bn = _COMBINE_TILE
-            matmul_kernels.combine_kernel[(-(-y_rows // bt), -(-columns // bn))](
-                out, y, y_rows, N=columns, A=experts_per_token, SPLITS=tile.splits, BT=bt, BN=bn,
-                **tiles.OPTIONS,
-            )  # fmt: skip
+        )  # fmt: skip
+        if rows.scatter is not None:
+            _combine(out, y, rows.per_token, tile.splits)
     return y
+
+
+def _combine(parts: Tensor, y: Tensor, per_token: int, splits: int) -> None:
+    """Sum parts [splits, R, N] of a token's rows into y [T, N]."""
+    tokens, columns = y.shape
+    bt, bn = _COMBINE_TILE
+    matmul_kernels.combine_kernel[(-(-tokens // bt), -(-columns // bn))](
+        parts, y, tokens, N=columns, A=per_token, SPLITS=splits, BT=bt, BN=bn, **tiles.OPTIONS
+    )
 
 
 def routing(logits: Tensor, top_k: int) -> Routes:
@@ -140,6 +107,14 @@ def routing_from_routes(
     indices, weights = indices.contiguous(), weights.contiguous()
     t, a = indices.shape
     return _route(indices, weights, t, a, num_experts, first_expert)
+
+
+def _require_layout(layout: str) -> None:
+    if layout not in tiles.LAYOUTS:
+        raise ValueError(
+            f"mxfp4::matmul_ogs: kernels='triton' reads layouts {', '.join(tiles.LAYOUTS)}, not "
+            f"{layout!r}; kernels='reference' reads all of {list(LAYOUTS)}"
+        )
 
 
 def _route(

@@ -141,8 +141,8 @@ def packed() -> Op:
     gammas, gather_index, scatter_index, offsets = (routes[i] for i in range(4))
     inner = {"gather_index": gather_index, "activation": "swiglu", "alpha": ALPHA, "limit": LIMIT}
     outer = {"scatter_index": scatter_index, "gammas": gammas, "experts_per_token": A}
-    x = matmul_ogs(HIDDEN, GATE_UP, GATE_UP_SCALES, GATE_UP_BIAS, offsets, **inner)
-    return matmul_ogs(x, DOWN, DOWN_SCALES, DOWN_BIAS, offsets, **outer)
+    x = matmul_ogs(HIDDEN, GATE_UP, GATE_UP_SCALES, GATE_UP_BIAS, I * 2, offsets, **inner)
+    return matmul_ogs(x, DOWN, DOWN_SCALES, DOWN_BIAS, H, offsets, **outer)
 
 
 def swiglu(gate_up: Expr) -> Expr:
@@ -177,10 +177,10 @@ FOREIGN_EXPERTS = "transformers/integrations/mxfp4.py"
 
 
 def matmul_ogs(
-    x: Expr, blocks: Expr, scales: Expr, bias: Expr, offsets: Expr, **changes: Any
+    x: Expr, blocks: Expr, scales: Expr, bias: Expr, n: Scalar, offsets: Expr, **changes: Any
 ) -> Op:
     """With the op's defaults where nothing else is said, but for constants that are not used."""
-    args = {"blocks": blocks, "scales": scales, "bias": bias, "expert_offsets": offsets}
+    args = {"blocks": blocks, "scales": scales, "bias": bias, "n": n, "expert_offsets": offsets}
     defaults: dict[str, Any] = {"gather_index": None, "scatter_index": None, "gammas": None}
     defaults |= {"experts_per_token": 1, "activation": "none"}
     defaults |= {"layout": "row_major", "kernels": "reference"}

@@ -16,7 +16,7 @@ struct mxfp4_matmul {
   const void* x;                  // [x_rows, K] of x_dtype, x_stride elements apart
   const uint8_t* panels;          // [E, P, Q, 1088]
   const uint8_t* flags;           // [E, P]
-  const void* bias;               // [E, N] of bias_dtype, contiguous
+  const void* bias;               // [E, N] of bias_dtype, contiguous, or null
   const int32_t* expert_offsets;  // [E + 1]
   const int32_t* gather_index;    // [R] or null: row r reads x[r]
   const int32_t* scatter_index;   // [R] or null: row r of the result is row r

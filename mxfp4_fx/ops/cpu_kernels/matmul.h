@@ -198,7 +198,8 @@ class Matmul {
   void set_biases(const Expert& expert, int64_t panel, int64_t rows, float* sums) const {
     alignas(LINE) float bias[PANEL_ROWS] = {};
     const int64_t first = panel * PANEL_ROWS, count = std::min(PANEL_ROWS, m.n - first);
-    to_f32(element(m.bias, m.bias_dtype, expert.id * m.n + first), m.bias_dtype, count, bias);
+    if (m.bias)
+      to_f32(element(m.bias, m.bias_dtype, expert.id * m.n + first), m.bias_dtype, count, bias);
     for (int i = 0; i < PANEL_ROWS; i++) sums[i] = bias[2 * (i % LANES) + i / LANES];
     for (int64_t row = 1; row < rows; row++)
       std::memcpy(sums + row * PANEL_ROWS, sums, PANEL_ROWS * sizeof(float));

@@ -200,15 +200,17 @@ def _finish_part(
         else:  # a tile's rows: eight gates, then their eight ups
             gate, up = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1).split()
             gate, up = gate.reshape(COLUMNS, BM), up.reshape(COLUMNS, BM)
-        has_bias = 2 * n < biased
-        gate += tl.load(bias + 2 * n, mask=has_bias, other=0.0).to(tl.float32)[:, None]
-        up += tl.load(bias + 2 * n + 1, mask=has_bias, other=0.0).to(tl.float32)[:, None]
+        if bias is not None:
+            has_bias = 2 * n < biased
+            gate += tl.load(bias + 2 * n, mask=has_bias, other=0.0).to(tl.float32)[:, None]
+            up += tl.load(bias + 2 * n + 1, mask=has_bias, other=0.0).to(tl.float32)[:, None]
         value = swiglu(gate, up, alpha, limit)
     else:
         value = acc
         if LAYOUT != "row_major":
             value = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 1, 3).reshape(BN, BM)
-        value += tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)[:, None]
+        if bias is not None:
+            value += tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)[:, None]
     if gammas is not None:
         row, _in_rows = _rows(first_row, stop, BM)
         value *= tl.load(gammas + row)[None, :]
@@ -290,7 +292,8 @@ def matmul_ogs_kernel(
     Args:
         x: [*, K] with rows ``x_stride`` apart; bfloat16, float16 or float32.
         blocks, scales: uint32 words of E experts in fragments, or bytes in checkpoint order.
-        bias: [E, N]; expert_offsets: [E + 1]; gather_index, scatter_index, gammas: [R] or None.
+        bias: [E, N] or None; expert_offsets: [E + 1].
+        gather_index, scatter_index, gammas: [R] or None.
         TERMS: bfloat16 numbers that make up an activation: 1, 2 (float16) or 3 (float32).
         GROUPS: a power of 2 above E.
         BK: columns of a step, 64 U for fragments; SPLITS: divides the steps.
@@ -314,7 +317,8 @@ def matmul_ogs_kernel(
         )  # fmt: skip
         return
     expert = expert.to(tl.int64)
-    bias += expert * N
+    if bias is not None:
+        bias += expert * N
     row, in_rows = _rows(first_row, stop, BM)
     token = row if gather_index is None else tl.load(gather_index + row)
     x_rows = x + token.to(tl.int64)[:, None] * x_stride

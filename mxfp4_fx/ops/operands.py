@@ -1,0 +1,176 @@
+"""What kernels take: the operands of ``matmul_ogs``, made of a call's flat arguments and checked.
+
+Torch wants flat schemas; ``schemas.py`` turns one into these once a call, for every implementation,
+the backward and the fake impl. They are tuples: nothing else that is frozen is as cheap to build.
+Shape letters as in ``reference.py``; N' is N, or N/2 with an activation, which halves it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.hardware import DTYPES
+from mxfp4_fx.core.layouts import LAYOUTS
+
+# The constants of GPT-OSS's SwiGLU.
+ALPHA, LIMIT = 1.702, 7.0
+
+
+class Weight(NamedTuple):
+    """The MXFP4 matrices [N, K] of E experts, and their biases.
+
+    Attributes:
+        blocks, scales: uint8, of ``LAYOUTS[layout].shapes(n, k)`` behind an axis of E.
+        bias: [E, N] float, or None: nothing is added.
+        n, k, experts: N, K and E. Layouts may pad N, so the blocks alone do not say it.
+        layout: a key of ``layouts.LAYOUTS``.
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    n: int
+    k: int
+    experts: int
+    layout: str
+
+
+class Rows(NamedTuple):
+    """The R routed rows: their experts, where they come from and where their results go.
+
+    Attributes:
+        offsets: [E+1] int32; expert e has the rows ``offsets[e]:offsets[e+1]``, and those from
+            ``offsets[E]`` on are nobody's: their results are zero.
+        gather: [R] int32, the row of x that each reads, or None: row r reads ``x[r]``.
+        scatter: [R] int32, the slot of each result, or None: results stay in the rows' order. The
+            A slots of a token are summed.
+        gammas: [R] float32, the factor of each result, or None.
+        per_token: A; only read with ``scatter``.
+        total: R.
+    """
+
+    offsets: Tensor
+    gather: Tensor | None
+    scatter: Tensor | None
+    gammas: Tensor | None
+    per_token: int
+    total: int
+
+
+class Activation(NamedTuple):
+    """What follows the bias.
+
+    Attributes:
+        kind: ``"swiglu"``, the only one: gate in the even columns, up in the odd.
+        alpha, limit: its constants.
+    """
+
+    kind: str
+    alpha: float
+    limit: float
+
+
+def result_shape(weight: Weight, rows: Rows, activation: Activation | None) -> tuple[int, int]:
+    """The shape of the op's result: [T, N'] with a scatter, otherwise [R, N']."""
+    height = rows.total if rows.scatter is None else rows.total // rows.per_token
+    return height, weight.n if activation is None else weight.n // 2
+
+
+def check_x(x: Tensor) -> None:
+    """Raise TypeError for x's dtype, ValueError for its shape, unless it is [*, K]."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"mxfp4::matmul_ogs: x must be float32, bfloat16 or float16, not {x.dtype}")
+    if x.ndim != 2 or x.shape[1] % BLOCK:
+        raise ValueError(
+            f"mxfp4::matmul_ogs: x must be [rows, K] with K a multiple of {BLOCK}; it is "
+            f"{tuple(x.shape)}"
+        )
+
+
+def make_weight(
+    blocks: Tensor, scales: Tensor, bias: Tensor | None, n: int, k: int, layout: str
+) -> Weight:
+    """A weight for rows of K values.
+
+    Raises:
+        ValueError: there is no such layout; blocks, scales or bias of another shape than E, N and K
+            want. E is the length of ``blocks``.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"mxfp4::matmul_ogs: layout={layout!r} is not one of {list(LAYOUTS)}")
+    shape, scales_shape = blocks.shape, scales.shape
+    experts = shape[0] if shape else 0
+    one_blocks, one_scales = LAYOUTS[layout].shapes(n, k)
+    wanted, scales_wanted = (experts, *one_blocks), (experts, *one_scales)
+    if n < 0 or shape != wanted or scales_shape != scales_wanted:
+        raise ValueError(
+            f"mxfp4::matmul_ogs: for E={experts}, n={n} and K={k}, layout {layout!r} wants blocks "
+            f"{wanted} and scales {scales_wanted}; they are {tuple(shape)} and "
+            f"{tuple(scales_shape)}"
+        )
+    if bias is not None and bias.shape != (experts, n):
+        raise ValueError(
+            f"mxfp4::matmul_ogs: bias must be None or [E, N] = {(experts, n)}; it is "
+            f"{tuple(bias.shape)}"
+        )
+    return Weight(blocks, scales, bias, n, k, experts, layout)
+
+
+def make_rows(
+    offsets: Tensor,
+    gather: Tensor | None,
+    scatter: Tensor | None,
+    gammas: Tensor | None,
+    per_token: int,
+    x_rows: int,
+    experts: int,
+) -> Rows:
+    """Rows of an x with ``x_rows`` rows. Values of indices are not looked at here.
+
+    Raises:
+        ValueError: offsets, scatter or gammas of another length than E or R wants; A does not
+            divide R.
+    """
+    if offsets.shape != (experts + 1,):
+        raise ValueError(
+            f"mxfp4::matmul_ogs: expert_offsets must be [E+1] = ({experts + 1},); it is "
+            f"{tuple(offsets.shape)}"
+        )
+    total = x_rows if gather is None else gather.shape[0]
+    if scatter is not None:
+        _check_length("scatter_index", scatter, total)
+        if per_token < 1 or total % per_token:
+            raise ValueError(
+                f"mxfp4::matmul_ogs: experts_per_token={per_token} does not divide R={total}"
+            )
+    if gammas is not None:
+        _check_length("gammas", gammas, total)
+    return Rows(offsets, gather, scatter, gammas, per_token, total)
+
+
+def make_activation(kind: str, alpha: float, limit: float, n: int) -> Activation | None:
+    """The activation of that name; None for ``"none"``.
+
+    Raises:
+        ValueError: there is no such activation, or it cannot take N columns.
+    """
+    if kind == "none":
+        return None
+    if kind != "swiglu":
+        raise ValueError(f"mxfp4::matmul_ogs: activation={kind!r} is not 'none' or 'swiglu'")
+    if n % 2:
+        raise ValueError(
+            f"mxfp4::matmul_ogs: activation='swiglu' wants an even N, for gate and up alternate; "
+            f"N is {n}"
+        )
+    return Activation(kind, alpha, limit)
+
+
+def _check_length(name: str, rows: Tensor, total: int) -> None:
+    if rows.shape != (total,):
+        raise ValueError(
+            f"mxfp4::matmul_ogs: {name} must be [R] = ({total},); it is {tuple(rows.shape)}"
+        )
