@@ -1,4 +1,4 @@
-"""Which tensor a swizzled weight was made from, and the state that it was in.
+"""Which tensor is which, and the state that it is in.
 
 A tensor is the same while its `Mark` is; its state is its storage, address and version, and its
 geometry. What neither of them shows, such as writes through numpy, nobody can see.
@@ -18,7 +18,6 @@ from torch._C._dynamo.guards import TensorGuards
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 MARK = "_mxfp4_fx_mark"
-Parts = tuple[Tensor, Tensor]
 Geometry = tuple[Any, ...]
 
 
@@ -84,7 +83,7 @@ class State:
 
 
 @dataclasses.dataclass(slots=True)
-class Source(State):
+class TensorState(State):
     """A tensor and the state that it was in.
 
     Attributes:
@@ -98,15 +97,14 @@ class Source(State):
     @classmethod
     def of(
         cls, tensor: Tensor, is_freed: bool, forget: Callable[[weakref.ref[Mark]], None]
-    ) -> Source:
+    ) -> TensorState:
         """The present state; ``forget`` is called when the tensor is gone."""
         mark = mark_of(tensor)
         return cls(*_state(tensor), weakref.ref(mark, forget), mark.impl, is_freed)
 
-    def renew(self, tensor: Tensor, is_freed: bool) -> None:
+    def renew(self, tensor: Tensor) -> None:
         """The tensor's memory was given back, or given again, and nothing else was changed."""
         self.storage, self.address, self.end, self.version = _state(tensor)
-        self.is_freed = is_freed
 
     def is_current(self, tensor: Tensor, owner: Tensor | None = None) -> bool:
         """Whether this is the state of a tensor; of a view, if ``owner`` is what it views."""
@@ -117,56 +115,6 @@ class Source(State):
             and self.address == tensor.data_ptr()
             and (self.version is None or self.version == tensor._version)
         )
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Entry:
-    """A swizzled weight and what it was made from: a weight, or blocks and scales.
-
-    Attributes:
-        geometry: of each source, and ``guards`` that ask for it at a fraction of the price.
-        sizes: (E, N, K).
-        stale: it must be made again, whatever the sources look like.
-    """
-
-    sources: tuple[Source, ...]
-    geometry: tuple[Any, ...]
-    guards: Callable[..., bool]
-    layout: str
-    sizes: tuple[int, int, int]
-    parts: Parts = ()  # type: ignore[assignment]  # made a little later
-    stale: bool = False
-
-    def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether nothing has changed."""
-        pairs = zip(self.sources, tensors, strict=True)
-        if (
-            self.stale
-            or self.geometry != tuple(map(geometry_of, tensors))
-            or not all(s.is_current(t, owner_of(t)) for s, t in pairs)
-        ):
-            return False
-        # They ask for modes and requires_grad, too, which may have changed.
-        self.guards = guards_of(tensors)
-        return True
-
-    def has_state_of(self, new: Entry) -> bool:
-        """Whether nothing has happened to the sources, which are the same, in between."""
-        return self.geometry == new.geometry and all(
-            a.storage() is b.storage() and (a.address, a.version) == (b.address, b.version)
-            for a, b in zip(self.sources, new.sources, strict=True)
-        )
-
-    def was_moved(self, new: Entry) -> bool:
-        """Whether a storage has new memory: whoever gives and takes it may also fill it."""
-        return self.geometry == new.geometry and any(
-            a.storage() is b.storage() and a.address != b.address
-            for a, b in zip(self.sources, new.sources, strict=True)
-        )
-
-    def holds(self, mark: Mark) -> bool:
-        """Whether a freed tensor's values are here."""
-        return any(source.is_freed and source.mark() is mark for source in self.sources)
 
 
 def states_of(tensor: Tensor) -> Iterator[State]:
