@@ -117,7 +117,7 @@ def bind(
 
         return run_and_free
 
-    plan.swizzle_ahead(ctx.inputs)
+    plan.swizzle_ahead(tuple(ctx.inputs))
 
     def run(*args: Any) -> Any:
         return compiled(*plan.inputs(args))

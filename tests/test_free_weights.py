@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
+from mxfp4_fx.weights import freed
+from mxfp4_fx.weights.entries import Entries
 from mxfp4_fx.weights.freed import FreedParameter
-from mxfp4_fx.weights.source import FLOATS, Source
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import WeightStore
-from mxfp4_fx.weights.swizzle import swizzle_weight
+from mxfp4_fx.weights.swizzle import swizzle_weight, unswizzle_weight
 
 FREE = {"free_weights": True}
 
@@ -392,6 +394,68 @@ def test_what_was_restored_is_not_swizzled_again() -> None:
     assert store.free(floats(source), "cpu_panels")
     assert store.restore([source]) == 1
     assert store.get(floats(source), "cpu_panels") is parts
+
+
+def pair() -> Source:
+    """Blocks and scales of all kinds of bytes."""
+    generator = torch.Generator().manual_seed(0)
+    parts = (
+        torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        for shape in ((2, 32, 2, 16), (2, 32, 2))
+    )
+    return Source(tuple(nn.Parameter(part, requires_grad=False) for part in parts), MXFP4)
+
+
+def test_a_device_that_has_no_room_for_one_half_keeps_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, source = WeightStore(), pair()
+    blocks, real = source.tensors[0].clone(), freed._no_bytes
+
+    def full(like: Tensor) -> Tensor:
+        if like.ndim == 3:
+            raise torch.OutOfMemoryError
+        return real(like)
+
+    monkeypatch.setattr(freed, "_no_bytes", full)
+    parts = store.get(source, "cpu_panels")
+    assert not store.free(source, "cpu_panels")
+    assert not any(map(freed.is_freed, source.tensors))
+    assert torch.equal(source.tensors[0], blocks)
+    assert store.get(source, "cpu_panels") is parts
+    assert store.forget(source.tensors) == 1
+
+
+def test_freeing_that_is_interrupted_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, source = WeightStore(), pair()
+    before = [tensor.clone() for tensor in source.tensors]
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Entries, "renew", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.free(source, "cpu_panels")
+    monkeypatch.undo()
+    assert all(map(freed.is_freed, source.tensors))
+    parts = store.get(source, "cpu_panels")
+    assert store.restore(source.tensors) == 2
+    assert all(map(torch.equal, source.tensors, before))
+    assert all(map(torch.equal, parts, swizzle_weight(source, "cpu_panels")))
+
+
+def test_both_halves_are_made_of_one_unswizzled_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, source, made = WeightStore(), pair(), []
+    before = [tensor.clone() for tensor in source.tensors]
+    store.free(source, "cpu_panels")
+
+    def counting(*args: Any) -> Any:
+        made.append(args)
+        return unswizzle_weight(*args)
+
+    monkeypatch.setattr("mxfp4_fx.weights.store.unswizzle_weight", counting)
+    assert all(map(torch.equal, store.values(source), before))
+    assert store.restore(source.tensors) == 2
+    assert all(map(torch.equal, source.tensors, before))
+    assert len(made) == 2
 
 
 def test_a_change_after_restoring_is_noticed() -> None:

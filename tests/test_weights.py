@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import WeightError
-from mxfp4_fx.core.formats import dequantize
+from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.weights import source as source_module
 from mxfp4_fx.weights import store as store_module
-from mxfp4_fx.weights.source import FLOATS, Source
+from mxfp4_fx.weights import swizzle
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE, WeightStore
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
@@ -236,7 +237,7 @@ def test_a_dead_model_frees_its_swizzled_weights() -> None:
 LOCKED_AT_THE_FORK = """
 import os, signal, sys, threading
 import torch
-from mxfp4_fx.weights.source import FLOATS, Source
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE
 
 locked, done = threading.Event(), threading.Event()
@@ -312,6 +313,18 @@ def test_one_expert_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "quantize", recording)
     swizzle_weight(floats(new_weight(torch.empty(5, 64, 8), 0)), "row_major")
     assert shapes == [(8, 64)] * 5
+
+
+@pytest.mark.parametrize("layout", [layout for layout, _ in swizzle.NATIVE])
+def test_what_is_filled_natively_is_what_the_layout_says(layout: str) -> None:
+    weight = new_weight(torch.empty(2, 96, 40), 0)
+    for source in (floats(weight), Source(quantize(weight.transpose(1, 2)), MXFP4)):
+        parts = swizzle_weight(source, layout)
+        for expert in range(2):
+            expected = LAYOUTS[layout].swizzle(*source.encoding.to_mxfp4(source.tensors, expert))
+            assert all(map(torch.equal, (part[expert] for part in parts), expected))
+        back = swizzle.unswizzle_weight(parts, layout, 2, 40, 96)
+        assert all(map(torch.equal, back, quantize(weight.transpose(1, 2))))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

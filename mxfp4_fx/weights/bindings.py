@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from tqdm import tqdm
 
+from mxfp4_fx.weights.freed import is_freed
 from mxfp4_fx.weights.source import Encoding, Parts, Source
 from mxfp4_fx.weights.state import Mark, mark_of
 from mxfp4_fx.weights.store import STORE, warn_of_repeats
@@ -39,16 +40,15 @@ class Binding:
     inputs: tuple[str, str]
     name: str
 
-    def source(self, inputs: Sequence[Any]) -> Source:
+    def source(self, inputs: tuple[Any, ...]) -> Source:
         """What the captured graph's ``inputs`` hold of the weight."""
         return Source(self.take(inputs), self.encoding)
 
     @functools.cached_property
-    def take(self) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    def take(self) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
         """The source's tensors of the captured graph's inputs, in a fraction of a microsecond."""
-        if len(self.slots) == 1:  # an itemgetter of one index would give no tuple
-            (at,) = self.slots
-            return lambda inputs: (inputs[at],)
+        if len(self.slots) == 1:  # by its index alone it would not come as a tuple
+            return operator.itemgetter(slice(self.slots[0], self.slots[0] + 1))
         return operator.itemgetter(*self.slots)
 
 
@@ -105,7 +105,7 @@ class InputPlan:
                 parts = self._look_up(args)  # what shares memory may have turned out to be stale
         return [args[at] if part is None else parts[at][part] for at, part in self._inputs]
 
-    def swizzle_ahead(self, inputs: Sequence[Any]) -> None:
+    def swizzle_ahead(self, inputs: tuple[Any, ...]) -> None:
         """Swizzle while compiling, with a progress bar, rather than in the first call."""
         for binding in tqdm(self.bindings, _TITLE, leave=False, disable=None):
             source = binding.source(inputs)
@@ -117,15 +117,18 @@ class InputPlan:
         found = [
             binding
             for binding in self._only_swizzled
-            if STORE.can_free(binding.source(args), binding.layout)
+            # As it is in every call but the first: no source needs to be made.
+            if not all(map(is_freed, binding.take(args)))
+            and STORE.can_free(binding.source(args), binding.layout)
         ]
         if found:
             for binding in tqdm(found, _TITLE, leave=False, disable=None):
                 STORE.free(binding.source(args), binding.layout, binding.name)
 
     def _look_up(self, args: tuple[Any, ...]) -> list[Parts]:
+        find = STORE.find
         return [
-            STORE.find(take(args), encoding, layout)
+            find(take(args), encoding, layout)
             or STORE.get(binding.source(args), layout, binding.name)
             for take, encoding, layout, binding in self._lookups
         ]

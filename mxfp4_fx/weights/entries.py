@@ -54,7 +54,7 @@ class Entry:
         if (
             self.stale
             or self.geometry != tuple(map(geometry_of, tensors))
-            or not all(s.is_current(t, owner_of(t)) for s, t in pairs)
+            or not all(s.is_current(t, owner_of(t)._cdata) for s, t in pairs)
         ):
             return False
         # They ask for modes and requires_grad, too, which may have changed.
@@ -160,7 +160,9 @@ class Entries:
         mark = mark_of(tensor)
         for key, entry in list(self.by_key.items()):
             mine = [state for state in entry.states if state.mark() is mark]
-            is_old = entry.stale or not all(state.is_current(tensor) for state in mine)
+            is_old = entry.stale or not all(
+                state.is_current(tensor, tensor._cdata) for state in mine
+            )
             if mine and (entry.is_its_source() or is_old):
                 del self.by_key[key]
                 self.let_go(entry)

@@ -106,10 +106,10 @@ class TensorState(State):
         """The tensor's memory was given back, or given again, and nothing else was changed."""
         self.storage, self.address, self.end, self.version = _state(tensor)
 
-    def is_current(self, tensor: Tensor, owner: Tensor | None = None) -> bool:
-        """Whether this is the state of a tensor; of a view, if ``owner`` is what it views."""
+    def is_current(self, tensor: Tensor, impl: int) -> bool:
+        """Whether this is the state of a tensor; ``impl``: of it, or of what it is a view of."""
         return (
-            self.impl == (tensor if owner is None else owner)._cdata
+            self.impl == impl
             # Not by its address, which may be that of an earlier one.
             and self.storage() is tensor.untyped_storage()
             and self.address == tensor.data_ptr()

@@ -54,26 +54,26 @@ class WeightStore:
     def __init__(self) -> None:
         self.swizzled = 0
         self._entries = Entries()
+        self._by_key = self._entries.by_key
         self._lock = threading.RLock()
 
     def find(self, tensors: tuple[Tensor, ...], encoding: Encoding, layout: str) -> Parts | None:
         """What :meth:`get` gives of ``Source(tensors, encoding)``, if there is nothing to do."""
         # Every weight passes here in every call. Making a source, or a loop over its one or two
         # tensors, would take half as long again.
-        entries = self._entries.by_key
         if len(tensors) == 1:
             (weight,) = tensors
-            entry = entries.get((id(getattr(weight, MARK, None)), encoding, layout))
-            if entry is None or not entry.states[0].is_current(weight):
+            entry = self._by_key.get((id(getattr(weight, MARK, None)), encoding, layout))
+            if entry is None or not entry.states[0].is_current(weight, weight._cdata):
                 return None
         else:
             blocks, scales = tensors
             mark, other = id(getattr(blocks, MARK, None)), id(getattr(scales, MARK, None))
-            entry = entries.get((mark, other, encoding, layout))
+            entry = self._by_key.get((mark, other, encoding, layout))
             if (
                 entry is None
-                or not entry.states[0].is_current(blocks)
-                or not entry.states[1].is_current(scales)
+                or not entry.states[0].is_current(blocks, blocks._cdata)
+                or not entry.states[1].is_current(scales, scales._cdata)
             ):
                 return None
         return None if entry.stale or not entry.guards(*tensors) else entry.parts
@@ -191,7 +191,7 @@ class WeightStore:
             return self.get(source, layout), layout
 
     def __len__(self) -> int:
-        return len(self._entries.by_key)
+        return len(self._by_key)
 
     def _swizzle(self, source: Source, layout: str, name: str) -> Parts:
         tensors = source.tensors
@@ -199,7 +199,7 @@ class WeightStore:
         key: Key = (*map(id, marks), source.encoding, layout)
         if any(tensor._base is not None for tensor in tensors):
             key = (*key, *(geometry_of(tensor)[:3] for tensor in tensors))
-        old = self._entries.by_key.get(key)
+        old = self._by_key.get(key)
         if old is not None and old.is_current(tensors):
             return old.parts  # a view, or another mode, or another thread was faster
         # Read before the values: a write in between is then noticed at the next call.
@@ -224,7 +224,7 @@ class WeightStore:
             old.stale = True  # an interrupt leaves half of the new values in there
         readable = self._readable(source)
         new.parts = swizzle_weight(readable, layout, room)
-        self._entries.by_key[key] = new
+        self._by_key[key] = new
         for tensor, state in zip(tensors, new.states, strict=True):
             if not state.is_freed:  # its values may have been given another way
                 self._entries.note_freed(tensor, False)
