@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
 
     for miss in context.report.misses:
         print(f"not rewritten: {miss}")
-    for name, binding in context.bindings.items():
-        inputs = captured.graph.find_nodes(op="placeholder")
-        sources = " and ".join(brief(inputs[at]) for at in binding.sources)
-        part = ("blocks", "scales")[binding.part]
-        print(f"at run time, {short(name)} is {part} of {sources}, {binding.layout}")
+    inputs = captured.graph.find_nodes(op="placeholder")
+    for binding in context.bindings:
+        sources = " and ".join(brief(inputs[at]) for at in binding.slots)
+        for name, part in zip(binding.inputs, ("blocks", "scales"), strict=True):
+            print(f"at run time, {short(name)} is {part} of {sources}, {binding.layout}")
     return 0
 
 

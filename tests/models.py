@@ -13,6 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssML
 from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.ops import target
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE
 
 FORMS = ("grouped_mm", "batched_mm", "eager")
@@ -90,9 +91,10 @@ def swizzled(experts: Any) -> list[Tensor]:
     for name in PROJECTIONS:
         if isinstance(experts, PackedExperts):
             held = getattr(experts, f"{name}_blocks"), getattr(experts, f"{name}_scales")
+            source = Source(held, MXFP4)
         else:
-            held = getattr(experts, name), None
-        parts += STORE.get(held[0], layout, held[1])
+            source = Source((getattr(experts, name),), FLOATS)
+        parts += STORE.get(source, layout)
     return parts
 
 

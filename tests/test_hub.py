@@ -36,6 +36,7 @@ from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.ops import hub as hub_ops
 from mxfp4_fx.ops import hub_loader, target
 from mxfp4_fx.ops.schemas import operands_of
+from mxfp4_fx.weights.source import FLOATS, Source
 from mxfp4_fx.weights.store import STORE
 
 HUB = Kernels("hub")
@@ -401,7 +402,8 @@ def test_through_inductor(served: None) -> None:
     with torch.no_grad():
         out = torch.compile(module, backend="mxfp4", options={"kernels": "hub"})(x)[0]
         assert_as_accurate(out, module(x)[0], mlp(form="eager").double()(x.double())[0])
-    assert STORE.get(module.experts.down_proj, "row_major")[0].shape == (6, 64, 3, 16)
+    source = Source((module.experts.down_proj,), FLOATS)
+    assert STORE.get(source, "row_major")[0].shape == (6, 64, 3, 16)
 
 
 @needs_library

@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS, pack, unpack
 
+CHECKPOINT_ORDER = "row_major"
+
 
 class Layout(ABC):
     """An invertible order of one expert's bytes. Shape letters: N output rows, K contraction."""
@@ -35,6 +37,13 @@ class Layout(ABC):
     def unswizzle(self, blocks: Tensor, scales: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
         """Invert :meth:`swizzle`."""
 
+    def extremes(self, scales: Tensor) -> Tensor | None:
+        """The flags in swizzled ``scales`` (of one expert, or of many): nonzero for extreme ones.
+
+        A layout says what is extreme; NaN, 255, always is. None: this one has no flags.
+        """
+        return None
+
     def empty(self, e: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Allocate ``e`` swizzled experts: ``shapes(n, k)`` behind a leading expert axis."""
         blocks, scales = self.shapes(n, k)
@@ -47,7 +56,7 @@ class Layout(ABC):
 class RowMajor(Layout):
     """Checkpoint order, which plain PyTorch reads."""
 
-    name = "row_major"
+    name = CHECKPOINT_ORDER
 
     def shapes(self, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (n, k // BLOCK, BYTES_PER_BLOCK), (n, k // BLOCK)
@@ -103,6 +112,9 @@ class CpuPanels(Layout):
         dwords = _reorder_nibbles(dwords[:n, :groups].contiguous())
         return dwords.view(torch.uint8), rows[:n, :groups].contiguous()
 
+    def extremes(self, scales: Tensor) -> Tensor:
+        return scales
+
 
 class Fragments(Layout):
     """Tiles of 16 rows and 64 columns (K), in the register order of NVIDIA's matrix instructions.
@@ -157,6 +169,9 @@ class Fragments(Layout):
         groups = k // BLOCK
         blocks = pack(codes[:n, :k]).view(n, groups, BYTES_PER_BLOCK)
         return blocks, rows[:n, :groups].contiguous()
+
+    def extremes(self, scales: Tensor) -> Tensor:
+        return scales[..., -1, :]
 
 
 class WgmmaFragments(Fragments):

@@ -19,7 +19,7 @@ from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.ops import target
 from mxfp4_fx.ops.operands import ALPHA, LIMIT
 from mxfp4_fx.weights.freed import is_freed
-from mxfp4_fx.weights.source import Parts
+from mxfp4_fx.weights.source import MXFP4, Parts, Source
 from mxfp4_fx.weights.store import STORE
 
 
@@ -127,7 +127,7 @@ def _readable(blocks: Tensor, scales: Tensor) -> tuple[Parts, dict[str, str]]:
     """
     if torch.compiler.is_compiling() or not (is_freed(blocks) or is_freed(scales)):
         return (blocks, scales), {}
-    parts, layout = STORE.held(blocks, scales)
+    parts, layout = STORE.held(Source((blocks, scales), MXFP4))
     return parts, {"layout": layout, "kernels": target.kernels_for(layout, parts[0].device)}
 
 

@@ -15,6 +15,7 @@ from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.formats import dequantize as dequantize_values
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.source import MXFP4, Source
 from mxfp4_fx.weights.store import STORE
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -71,8 +72,7 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 f"{name} is offloaded, where dense weights have no place: load the checkpoint with "
                 f"transformers and Mxfp4Config(dequantize=True) instead"
             )
-    for parameter in others:  # dense weights, whose values the store has in MXFP4
-        STORE.restore(parameter)
+    STORE.restore(others)  # dense weights, whose values the store has in MXFP4
     for names in places.values():
         parents = [model.get_submodule(name.rpartition(".")[0]) for name in names]
         # Packed experts are never trainable. Dense ones become so if the router beside them is.
@@ -119,11 +119,12 @@ def _dense(packed: PackedExperts, config: Any, dtype: torch.dtype | None) -> Any
     for name in PROJECTIONS:
         bias = packed.get_parameter(f"{name}_bias")
         # After free_weights, only the store has the weight, in a kernel's layout.
-        held = [packed.get_parameter(f"{name}_{part}") for part in ("blocks", "scales")]
+        held = tuple(packed.get_parameter(f"{name}_{part}") for part in ("blocks", "scales"))
+        source = Source(held, MXFP4)
         try:
-            blocks, scales = (STORE.values(parameter) for parameter in held)
+            blocks, scales = STORE.values(source)
         except torch.OutOfMemoryError:
-            blocks, scales = (STORE.values(parameter, torch.device("cpu")) for parameter in held)
+            blocks, scales = STORE.values(source, torch.device("cpu"))
         with torch.no_grad():
             weight = dense_weight(blocks, scales, dtype or bias.dtype)
         experts.register_parameter(name, nn.Parameter(weight))

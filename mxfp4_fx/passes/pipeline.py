@@ -26,7 +26,7 @@ def check(gm: fx.GraphModule, ctx: Context) -> None:
         if REWRITE in node.meta:
             raise PipelineError(f"{node} was not lowered")
     placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
-    for name in ctx.bindings:
+    for name in (name for binding in ctx.bindings for name in binding.inputs):
         if name not in placeholders or not placeholders[name].users:
             raise PipelineError(f"the swizzled weight {name} is not read")
     for rewrite in ctx.report.rewrites:
