@@ -38,7 +38,7 @@ ATTRIBUTES = {
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
 }
 # ... and those of accelerate's and transformers'.
-OTHERS = {"_hf_hook", "_weight_conversions"}
+OTHERS = {"_hf_hook", "_weight_conversions", "_replace"}
 
 
 def private_names(file: Path, own: set[str]) -> Iterator[str]:
