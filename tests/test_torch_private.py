@@ -37,7 +37,7 @@ ATTRIBUTES = {
     *("_base", "_cdata", "_version"),
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
 }
-# ... and those of accelerate's and transformers'.
+# ... those of accelerate and transformers, and a named tuple's method.
 OTHERS = {"_hf_hook", "_weight_conversions", "_replace"}
 
 
