@@ -58,7 +58,8 @@ def register(
                 with _as_python_calls():
                     return gradients.apply(*inputs)
             return gradients.apply(*inputs)
-        return forward(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
     for function in (autograd, forward, save, backward):
         torch_private.untraced(function)
