@@ -166,7 +166,7 @@ def test_autograd_notices_that_a_weight_is_made_again(layout: str) -> None:
     assert all(p._version > v for p, v in zip(store.get(source, layout), before, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore::mxfp4_fx.errors.NanWeightsWarning")
+@pytest.mark.filterwarnings("ignore::mxfp4_fx.core.errors.NanWeightsWarning")
 def test_a_weight_that_is_made_again_of_the_same_values_serves_meanwhile() -> None:
     """Its panels' flags must not be down for a moment: here they hold NaN scales."""
     source = nn.Parameter(torch.zeros(1, 4096, 512))
