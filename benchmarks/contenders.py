@@ -18,8 +18,8 @@ import torch
 from moe import ALPHA, LIMIT, Inputs, Projection, Sizes, Weights
 from torch import Tensor
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.formats import dequantize
-from mxfp4_fx.ops import target
 from mxfp4_fx.ops.schemas import KERNELS
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
@@ -235,11 +235,11 @@ def native_paths() -> tuple[tuple[str, ...], dict[str, str]]:
     """
     from mxfp4_fx.core.layouts import LAYOUTS
 
-    if "cpu_panels" not in LAYOUTS or not hasattr(target, "runnable_paths"):
+    if "cpu_panels" not in LAYOUTS or not hasattr(hardware, "runnable_paths"):
         return (), {"native": "this version of mxfp4_fx has no native CPU kernels"}
-    best = target.cpu_path()
+    best = hardware.cpu_path()
     works, reasons = [], {}
-    for path in (best, *(path for path in target.runnable_paths() if path != best)):
+    for path in (best, *(path for path in hardware.runnable_paths() if path != best)):
         try:
             with restored_path():
                 force_path(path)
@@ -256,9 +256,10 @@ def force_path(path: str) -> None:
     """Let the native kernels use this path from now on; see :func:`restored_path`."""
     if os.environ.get(PATH_VARIABLE) != path:
         os.environ[PATH_VARIABLE] = path
-        target.cpu_path.cache_clear()
-    if target.cpu_path() != path:
-        raise RuntimeError(f"{PATH_VARIABLE}={path} was not followed: {target.cpu_path()} is used")
+        hardware.cpu_path.cache_clear()
+    if hardware.cpu_path() != path:
+        used = hardware.cpu_path()
+        raise RuntimeError(f"{PATH_VARIABLE}={path} was not followed: {used} is used")
 
 
 @contextmanager
@@ -272,5 +273,5 @@ def restored_path() -> Iterator[None]:
             os.environ.pop(PATH_VARIABLE, None)
         else:
             os.environ[PATH_VARIABLE] = before
-        if hasattr(target, "cpu_path"):
-            target.cpu_path.cache_clear()
+        if hasattr(hardware, "cpu_path"):
+            hardware.cpu_path.cache_clear()

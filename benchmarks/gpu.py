@@ -38,6 +38,7 @@ from plot import PlotUnavailable, require
 from rounds import WrongResult
 from samples import Clock
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.ops import target, tiles
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -134,7 +135,7 @@ class Run:
         self.results.floors = floors.data()
 
     def _compile(self) -> None:
-        table = tiles.table(tiles.table_name(target.gpu_name(self.device.torch), self.layout))
+        table = tiles.table(tiles.table_name(hardware.gpu_name(self.device.torch), self.layout))
         self.log("compiling")
         sizes = [problem.sizes for problem in self.problems.values()]
         jobs = [Job(tile, each, self.layout) for tile in table for each in sizes]
@@ -273,7 +274,7 @@ class Run:
         rows, problem = self.results.rows, self.problems[experts]
         if (experts, tokens) not in rows:
             hit, sizes = problem.hit(tokens), problem.sizes
-            name = tiles.table_name(target.gpu_name(self.device.torch), self.layout)
+            name = tiles.table_name(hardware.gpu_name(self.device.torch), self.layout)
             routed = tokens * sizes.top_k
             entry = tiles.serving(tiles.table(name), routed, experts)
             rows[experts, tokens] = Row(

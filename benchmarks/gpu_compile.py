@@ -21,8 +21,9 @@ import torch
 from gpu_device import Device
 from moe import ALPHA, LIMIT, Sizes
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops import target, tiles
+from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.tiles import Tile
 
 MOST_WORKERS = 12
@@ -50,7 +51,7 @@ class Compiler:
         from triton.runtime import driver
 
         found = driver.active.get_current_target()
-        name = target.gpu_name(device.torch)
+        name = hardware.gpu_name(device.torch)
         self._pool = start_pool(processes, name, (found.backend, found.arch, found.warp_size))
 
     def __enter__(self) -> Compiler:
@@ -76,7 +77,7 @@ class Compiler:
 
 
 def start_pool(processes: int, name: str, arch: tuple[str, Any, int]) -> ProcessPoolExecutor:
-    """Processes that compile for a GPU: its name as in ``target.gpu_name``, and Triton's target."""
+    """Processes that compile for a GPU: its name as in ``gpu_name``, and Triton's target."""
     return ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
@@ -98,7 +99,7 @@ def _compile_only(name: str, arch: tuple[str, Any, int]) -> None:
         return run
 
     JITFunction.__getitem__ = launch
-    target.gpu_name = functools.cache(lambda _: name)
+    hardware.gpu_name = functools.cache(lambda _: name)
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget(*arch),

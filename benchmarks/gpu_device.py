@@ -17,7 +17,7 @@ from machine import machine
 from samples import Clock
 from torch import Tensor
 
-from mxfp4_fx.ops import target
+from mxfp4_fx.core import hardware
 
 SAMPLE_SECONDS = 0.003  # a sample lasts so long, or one call
 LEAST_SAMPLES = 5
@@ -135,7 +135,7 @@ class Device:
         return {
             **facts,
             "device": properties.name,
-            "architecture": target.gpu_name(self.torch),
+            "architecture": hardware.gpu_name(self.torch),
             "driver": _driver(),
             "cuda": torch.version.cuda,
             "multiprocessors": properties.multi_processor_count,

@@ -25,7 +25,8 @@ from gpu_layer import ERROR_BOUND, Problem
 from gpu_measure import poisoned
 from torch import Tensor
 
-from mxfp4_fx.ops import target, tiles
+from mxfp4_fx.core import hardware
+from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.tiles import Tile
 
 PROBLEMS = 3  # sizes of an entry that a candidate is timed at
@@ -137,7 +138,7 @@ def tune(
     log: Callable[[str], None],
 ) -> str:
     """Tune each entry, write the table after each; returns what to print."""
-    name = target.gpu_name(device.torch)
+    name = hardware.gpu_name(device.torch)
     ours = {experts: ours_of(experts) for experts in problems}
     layout = next(iter(ours.values())).layout
     path = (args.table_folder or tiles.FOLDER) / f"{name}.json"

@@ -1,8 +1,8 @@
-"""A GPT-OSS checkpoint, compiled with backend="mxfp4": what changes, and what it costs.
+"""Compile a GPT-OSS checkpoint with backend="mxfp4", and compare it with transformers' own model.
 
-Runs a checkpoint (writing one of random weights first if there is none) as transformers loads it,
-dequantized, and as mxfp4_fx does, packed and compiled. Prints what was rewritten, how far the
-logits moved, and tokens a second.
+Runs the checkpoint twice: as transformers loads it, dequantized, and as mxfp4_fx loads it, packed
+and compiled. Prints the rewritten layers, the difference of the logits, and tokens a second. If
+there is no checkpoint, one of random weights is written first.
 
     python examples/compile_model.py --checkpoint build/gpt-oss-2-layers
 """
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--inner", default="inductor", help="what compiles the rewritten graph")
     parser.add_argument("--tiny", action="store_true", help="write a checkpoint of tiny sizes")
     args = parser.parse_args(argv)
-    # Dynamo tells users that transformers caches a version check; it is nothing to act upon.
+    # Dynamo warns that transformers caches a version check, which no user can change.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
 
     if not args.checkpoint.exists():
@@ -81,7 +81,7 @@ TINY = CheckpointShape(
 
 
 def load(checkpoint: Path, dtype: torch.dtype) -> Any:
-    """The model as transformers loads it on every machine: experts dequantized to ``dtype``."""
+    """Load the model as transformers does on any machine: experts dequantized to ``dtype``."""
     return AutoModelForCausalLM.from_pretrained(
         checkpoint,
         dtype=dtype,
@@ -92,12 +92,12 @@ def load(checkpoint: Path, dtype: torch.dtype) -> Any:
 
 @torch.inference_mode()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Float64 logits [tokens, vocabulary] of a prompt."""
+    """Return the logits [tokens, vocabulary] of a prompt, as float64."""
     return model(ids).logits[0].double()
 
 
 def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, torch.Tensor]:
-    """(tokens a second, tokens) of greedy generation of exactly ``new_tokens``."""
+    """Generate exactly ``new_tokens`` greedily; return tokens a second and the tokens."""
     started = time.perf_counter()
     out = model.generate(
         ids,
@@ -110,12 +110,12 @@ def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, tor
 
 
 def report_error(exact: torch.Tensor, plain: torch.Tensor, fused: torch.Tensor) -> None:
-    """The largest difference of the logits, and the bound that it must obey.
+    """Print the largest difference of the logits and its bound; exit if the bound is exceeded.
 
-    The expert weights are MXFP4 values already, so that nothing but rounding differs. Both bfloat16
-    runs miss the float32 logits: the uncompiled one by e, measured here. The compiled one rounds
-    less often, but elsewhere; as another sample of the same error it may miss them by 2e and, at
-    the end, by the rounding of a logit, u|logit| with u = 2^-8. The two are apart by the sum.
+    The expert weights are MXFP4 values already, so the runs differ by rounding only. The uncompiled
+    bfloat16 run misses the float32 logits by e, measured here. The compiled run rounds less often
+    and in other places: its error is another sample of the same kind. It may be 2e and the rounding
+    of a logit at the end, u|logit| with u = 2^-8. The runs may differ by the sum of both errors.
     """
     e = (plain - exact).abs().max().item()
     mine = (fused - exact).abs().max().item()

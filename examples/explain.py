@@ -1,7 +1,7 @@
-"""What ``mxfp4_fx.explain`` tells of a model: what becomes MXFP4, what stays as it is, and why.
+"""Show what ``mxfp4_fx.explain`` returns: which layers become MXFP4, which do not, and why.
 
-Explains a GPT-OSS of tiny sizes and random weights; then the same model, one of whose layers has
-experts with another activation. Needs no files.
+Explains a tiny GPT-OSS of random weights, then the same model after the experts of one layer get
+another activation. Needs no files.
 
     python examples/explain.py
 """
@@ -22,7 +22,7 @@ FORMS = ("grouped_mm", "batched_mm", "eager")
 
 
 class SiluExperts(GptOssExperts):
-    """Experts as other models have them: GPT-OSS's clamps, alpha and ``+ 1`` are missing."""
+    """Experts with another model's activation, without GPT-OSS's clamps, alpha and ``+ 1``."""
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--form", choices=FORMS, default=FORMS[0], help="experts_implementation")
     args = parser.parse_args(argv)
-    # Dynamo's remark on transformers' own code; it is no concern of this page.
+    # Dynamo warns of an lru_cache in transformers' code, which no user can change.
     warnings.filterwarnings("ignore", message=".*lru_cache", category=UserWarning)
 
     model = tiny_model(args.form)

@@ -1,6 +1,6 @@
-"""The graph of one GPT-OSS MLP, as Dynamo captures it and after each pass of the pipeline.
+"""Print the graph of one GPT-OSS MLP as Dynamo captures it, and after each pass of the pipeline.
 
-A ``+`` marks the lines that a pass made. Needs no files.
+A ``+`` marks the lines that a pass added. Needs no files.
 
     python examples/graph_passes.py [--form batched_mm] [--dynamic]
 """
@@ -27,10 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--form", choices=("grouped_mm", "batched_mm"), default="grouped_mm")
     parser.add_argument("--dynamic", action="store_true", help="any number of tokens")
     args = parser.parse_args(argv)
-    # Dynamo's remark on transformers' own code; it is no concern of this page.
+    # Dynamo warns of an lru_cache in transformers' code, which no user can change.
     warnings.filterwarnings("ignore", message=".*lru_cache", category=UserWarning)
 
-    with torch.no_grad():  # weights that want a gradient would not be rewritten
+    with torch.no_grad():  # otherwise experts whose weights require a gradient are not rewritten
         captured, inputs = capture(args.form, args.dynamic)
         print("== captured\n")
         print(*lines(captured), sep="\n")
@@ -47,16 +47,16 @@ def main(argv: list[str] | None = None) -> int:
 
     for miss in context.report.misses:
         print(f"not rewritten: {miss}")
-    for name, binding in context.bindings.items():
-        inputs = captured.graph.find_nodes(op="placeholder")
-        sources = " and ".join(brief(inputs[at]) for at in binding.sources)
-        part = ("blocks", "scales")[binding.part]
-        print(f"at run time, {short(name)} is {part} of {sources}, {binding.layout}")
+    inputs = captured.graph.find_nodes(op="placeholder")
+    for binding in context.bindings:
+        sources = " and ".join(brief(inputs[at]) for at in binding.slots)
+        for name, part in zip(binding.inputs, ("blocks", "scales"), strict=True):
+            print(f"at run time, {short(name)} is {part} of {sources}, {binding.layout}")
     return 0
 
 
 def capture(form: str, dynamic: bool) -> tuple[fx.GraphModule, list[Any]]:
-    """What a Dynamo backend is called with: the graph, and the inputs, parameters among them."""
+    """Return what Dynamo passes to a backend: the graph, and its inputs with the parameters."""
     sizes = {"num_local_experts": 8, "num_experts_per_tok": 4}
     config = GptOssConfig(hidden_size=64, intermediate_size=96, **sizes)
     config._experts_implementation = form
@@ -77,7 +77,7 @@ def lines(gm: fx.GraphModule) -> list[str]:
 
 
 def describe(node: fx.Node) -> str:
-    """``name = call(arguments)``; inputs with dtype and shape."""
+    """Return a node as ``name = call(arguments)``, and an input with its dtype and shape."""
     if node.op == "output":
         return f"return {brief(node.args[0])}"
     if node.op == "placeholder":
@@ -103,12 +103,12 @@ def brief(value: object) -> str:
 
 
 def short(name: str) -> str:
-    """An input's name without the way to its module, which Dynamo spells out."""
+    """Return an input's name without the words that Dynamo adds for modules and parameters."""
     return name.replace("l_self_modules_", "").replace("_parameters_", "_").rstrip("_")
 
 
 def label(node: fx.Node) -> str:
-    """What a node calls; methods with a dot in front."""
+    """Return the name of what a node calls, with a dot before methods."""
     if isinstance(node.target, str):
         return f".{node.target}"
     return str(getattr(node.target, "__name__", node.target))

@@ -1,12 +1,13 @@
 """GPT-OSS experts in MXFP4: ``torch.compile(model, backend="mxfp4")``.
 
-Names are imported when first used: ``TORCH_LOGS="+mxfp4_fx"`` makes torch import this package while
-torch itself is still being imported.
+Names are imported when they are first used, because ``TORCH_LOGS="+mxfp4_fx"`` makes torch import
+this package before torch's own import is complete.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mxfp4_fx import errors as errors
 from mxfp4_fx.core.version import __version__
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
-"""Calls of what was compiled for this backend, and what became of the experts in each of them.
+"""`Call`: one call of a model that this backend compiled, and which of its experts ran in MXFP4.
 
-A backend sees graphs only. Whether a *model's* experts run in MXFP4 shows when it is called: a
+A backend sees graphs only. Whether a *model's* experts run in MXFP4 is known only after a call: a
 graph break, a hook or one of Dynamo's limits may keep experts out of every graph, and one graph may
-serve many layers. So a :class:`Call` is entered around each call of a compiled model. While it
-lasts, the experts have forward hooks, which are traced to nothing; they run only where experts are
-called uncompiled, and see whether a graph of ours with experts has run in between.
+serve many layers. So Dynamo enters a :class:`Call` around each call of a compiled model. During the
+call, the experts have forward hooks, which Dynamo traces to nothing. The hooks run only where
+experts are called uncompiled, and check whether a graph of ours with experts ran in between.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import os
 import sys
 import threading
 import warnings
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation, forks, torch_private
 from mxfp4_fx.core.errors import (
     MissedRewriteError,
     MissedRewriteWarning,
@@ -37,23 +36,23 @@ from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
 
-# A mark on experts while a call lasts: its options["skip"] names them. Dynamo guards it, as it does
+# A mark on experts during a call whose options["skip"] names them. Dynamo guards it, as it guards
 # KEEP_DENSE, because the hook reads it.
 _SKIPPED = "_mxfp4_fx_skipped"
 _HOOK = -4  # our key among a module's hooks; torch's are not negative
 
 
-# What was told already of a module, or of a function; and where experts were seen.
+# A module or function -> the warnings that were given about it.
 _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
-_seen: weakref.WeakSet[Any] = weakref.WeakSet()
-_watched: dict[nn.Module, int] = {}  # what has our hook now -> the calls that need it
+_seen: weakref.WeakSet[Any] = weakref.WeakSet()  # modules and functions that have called experts
+_watched: dict[nn.Module, int] = {}  # modules with our hooks -> calls that need them
 _lock = threading.RLock()
 _calls = threading.local()
 
 
 @dataclasses.dataclass
 class Found:
-    """What a call found: a report for each graph that ran, and experts that ran in none."""
+    """What a call found: the report of each graph that ran, and experts that ran in no graph."""
 
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
     outside: list[Miss] = dataclasses.field(default_factory=list)
@@ -63,15 +62,15 @@ _observer: contextvars.ContextVar[Found | None] = contextvars.ContextVar("observ
 
 
 class Call:
-    """One call of something compiled for this backend, in one thread.
+    """One call of a compiled model or function, in one thread.
 
     Attributes:
-        options: that it was compiled with.
-        models: the modules that it calls, or that it can be seen to use.
-        experts: the experts in them, with their names.
+        options: the options of ``torch.compile``.
+        models: the modules that are called or used, as far as :func:`modules_of` finds them.
+        experts: the experts in these modules -> their names.
         graphs: how many graphs with experts have run.
-        found: whether experts were seen, in a graph or out of one.
-        observer: ``explain``'s; what is found goes there instead of being told.
+        found: whether experts were seen, in a graph or outside.
+        observer: collects the findings for ``explain``; with it, nothing is warned of or raised.
     """
 
     def __init__(self, options: Options) -> None:
@@ -88,7 +87,7 @@ class Call:
 
     def __enter__(self) -> None:
         prepare_capture()  # transformers may have been imported since the last call
-        called = torch_private.compiled_function()
+        called = compilation.compiled_function()
         skipped = []
         if called is not None:
             self._function = called[0]
@@ -111,7 +110,7 @@ class Call:
 
     def __exit__(self, *_: object) -> None:
         _calls.current = self._outer
-        if self._outer is not None:  # a part that is compiled by itself, within a compiled whole
+        if self._outer is not None:  # a compiled part was called in a call of a compiled whole
             self._outer.graphs += self.graphs
             self._outer.found = self._outer.found or self.found
         with _lock:
@@ -124,15 +123,15 @@ class Call:
                 module._forward_hooks.pop(_HOOK, None)
                 if self.options.skip:
                     vars(module).pop(_SKIPPED, None)
-        # Dynamo passes no exception on; one that was not there before is on its way to the user.
+        # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
         if sys.exc_info()[1] is self._raised:
             self._judge()
 
     def _judge(self) -> None:
-        """The last word on the model, where nobody has said anything."""
+        """Warn, or raise with ``strict``, if the call has met no experts at all."""
         called = getattr(self._function, "__self__", None)
         if isinstance(called, nn.Module) and called in self.experts:
-            self.leave(called)  # its forward may have been called past its hooks
+            self.leave(called)  # its forward may have been called without its hooks
         subjects = self._subjects()
         if self.found:
             _seen.update(subjects)
@@ -151,12 +150,12 @@ class Call:
 
     @torch.compiler.disable  # here and below: Dynamo would compile the bookkeeping
     def enter(self, module: nn.Module) -> None:
-        """Experts are called uncompiled; what they call may still be compiled."""
+        """Note that experts are called uncompiled; functions that they call may be compiled."""
         self._entered[module] = self.graphs
 
     @torch.compiler.disable
     def leave(self, module: nn.Module) -> None:
-        """Experts return that were called uncompiled: they are told of if no graph had them."""
+        """Report experts that return from an uncompiled call, unless a graph with experts ran."""
         if self._entered.pop(module, 0) != self.graphs:
             return
         self.found = True
@@ -165,19 +164,19 @@ class Call:
         if why is not None:
             miss = Miss(name, why, skipped=True)
         else:
-            miss = Miss(name, f"it ran uncompiled: {torch_private.why_uncompiled()}")
+            miss = Miss(name, f"it ran uncompiled: {compilation.why_uncompiled()}")
         if self.observer is not None:
             self.observer.outside.append(miss)
         elif why is None:
-            # A stance is the user's own wish for this very call: told, but no error.
-            strict = self.options.strict and not torch_private.is_eager_by_stance()
+            # With a stance, the user chose to run this call uncompiled: warn, but raise no error.
+            strict = self.options.strict and not compilation.is_eager_by_stance()
             tell([(miss, [module])], dataclasses.replace(self.options, strict=strict))
 
     def name_of(self, module: nn.Module) -> str:
         return self.experts.get(module, type(module).__name__) or "(top level)"
 
     def left(self, module: nn.Module) -> str | None:
-        """Why experts stay as they are by the user's wish; None if they need not."""
+        """Return why the user wants these experts left as they are; None if the user does not."""
         if getattr(module, KEEP_DENSE, False):
             return "kept dense: skip= or modules_to_not_convert named it when it was loaded"
         if vars(module).get(_SKIPPED, False):
@@ -185,14 +184,15 @@ class Call:
         return None
 
     def left_inputs(self, inputs: Sequence[Any]) -> dict[int, str | None]:
-        """For each of a graph's inputs that is a weight of known experts: :meth:`left`."""
+        """Return index -> :meth:`left`, for each of a graph's inputs that is an expert weight."""
         owners = self._owners()
         return {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
 
     def check_skip(self) -> None:
-        """
+        """Check ``options["skip"]``.
+
         Raises:
-            OptionError: a pattern of ``options["skip"]`` names no module of what is called.
+            OptionError: a pattern names no module of what is called.
         """
         names = [name for model in self.models for name in model.names]
         if not self.options.skip or not names:
@@ -207,7 +207,7 @@ class Call:
             )
 
     def ran(self, report: GraphReport, args: Sequence[Any]) -> None:
-        """A graph of this report is about to run on these inputs."""
+        """Record that a graph with this report will run on these inputs; announce its misses."""
         if report.rewrites or report.misses:
             self.found = True
             self.graphs += 1
@@ -217,7 +217,7 @@ class Call:
             self.announce(report, args)
 
     def announce(self, report: GraphReport, args: Sequence[Any]) -> None:
-        """Tell, or raise with ``strict``, the misses of a graph that runs on these inputs."""
+        """Warn of the misses of a graph that runs on these inputs, or raise with ``strict``."""
         owners = self._owners()
         found = []
         for miss in self.renamed(report, args).misses:
@@ -227,15 +227,15 @@ class Call:
         tell(found, self.options)
 
     def renamed(self, report: GraphReport, args: Sequence[Any]) -> GraphReport:
-        """A report with the names that the experts of these inputs have in the model."""
+        """Return the report with the names that these inputs' experts have in the model."""
         owners = self._owners()
 
         def rename(item: Any) -> Any:
             found = {owners[id(args[at])] for at in item.inputs if id(args[at]) in owners}
-            if not item.inputs:  # its weights are no inputs: it is what was called last
+            if not item.inputs:  # no weight is an input: these are the experts called last
                 found |= {*list(self._entered)[-1:]}
             name = ", ".join(sorted(self.name_of(module) for module in found))
-            # The graph's name begins with the variable by which a function knows the module.
+            # A longer name in the graph stays: it begins with the variable that holds the module.
             is_told = not name or f".{item.layer}".endswith(f".{name}")
             return item if is_told else dataclasses.replace(item, layer=name)
 
@@ -244,7 +244,7 @@ class Call:
         return dataclasses.replace(report, rewrites=rewrites, misses=misses)
 
     def _subjects(self) -> list[Any]:
-        """What the verdict is on: the modules that are called, or a function that uses none."""
+        """Return what a warning is about: the modules in the call, or a function without any."""
         tops = [top for model in self.models if (top := model.top()) is not None]
         function = getattr(self._function, "__func__", self._function)
         return tops or [function or self]
@@ -254,13 +254,13 @@ class Call:
 
 
 def current() -> Call | None:
-    """The innermost call of this thread."""
+    """Return the innermost call of this thread, or None."""
     return getattr(_calls, "current", None)
 
 
 @contextlib.contextmanager
 def observed() -> Iterator[Found]:
-    """Have what calls find written down instead of told."""
+    """Collect what calls find, instead of warning or raising."""
     found = Found()
     token = _observer.set(found)
     try:
@@ -273,7 +273,7 @@ def tell(misses: Sequence[tuple[Miss, list[Any]]], options: Options) -> None:
     """Warn of misses, once for each module and reason, or raise with ``strict``.
 
     Raises:
-        MissedRewriteError: there are any, and ``options.strict``.
+        MissedRewriteError: there are misses, and ``options.strict`` is set.
     """
     if misses and options.strict:
         lines = "\n".join(f"  {miss}" for miss, _ in misses)
@@ -290,32 +290,33 @@ def tell(misses: Sequence[tuple[Miss, list[Any]]], options: Options) -> None:
     more = f"\n  and {len(fresh) - 3} more; mxfp4_fx.explain lists all" if fresh[3:] else ""
     shown = "".join(f"\n  {miss}" for miss, _ in fresh[:3])
     _warn(f"these MoE layers run as they were, not in MXFP4:{shown}{more}", MissedRewriteWarning)
-    for miss, modules in fresh:  # not where the warning became an error: that is told again
+    # If the warning is raised as an error, this is not reached: the next call raises it again.
+    for miss, modules in fresh:
         for module in modules:
             _told.setdefault(module, set()).add(str(miss))
 
 
 def _warn(message: str, category: type[Warning]) -> None:
-    # A registry of its own: Python would show the same words once, whichever model they are about.
+    # With a shared registry, Python would show a message once, though it is about several models.
     warnings.warn_explicit(
         f"backend 'mxfp4': {message}", category, __file__, 0, module=__name__, registry={}
     )
 
 
 def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
-    """What enters a call of something that was compiled with these arguments."""
+    """Return what makes a :class:`Call` for something that was compiled with these arguments."""
     try:
         options = Options.parse(keywords.get("options"), keywords.get("mode"))
-    except OptionError:  # the backend says so, when it is asked to compile
+    except OptionError:  # the backend raises it when it compiles
         options = Options()
     return functools.partial(Call, options)
 
 
-# Compiled by themselves, the hooks would say that they are being compiled, and tell nothing.
+# If Dynamo compiled a hook by itself, is_compiling() would be true and the hook would do nothing.
 @torch_private.never_compiled
 def _before_experts(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
-        # Asked for, so that Dynamo guards them: what is left alone has a graph of its own.
+        # Dynamo guards the marks because they are read: skipped experts get a graph of their own.
         _ = bool(getattr(module, KEEP_DENSE, False)), bool(getattr(module, _SKIPPED, False))
         return
     call = current()
@@ -332,7 +333,5 @@ def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
         call.leave(module)
 
 
-if hasattr(os, "register_at_fork"):
-    # A thread that held the lock is not there to release it.
-    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock()))
-torch_private.on_calls(_call_with)
+forks.renew_lock(sys.modules[__name__], "_lock", threading.RLock)
+compilation.on_calls(_call_with)

@@ -1,26 +1,32 @@
-"""``python -m mxfp4_fx``: what this machine will use, what a model would become, checkpoints."""
+"""``python -m mxfp4_fx``: show what a machine uses and what a model becomes; write checkpoints."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from mxfp4_fx.checkpoints import quantize, random_weights
+from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
+from mxfp4_fx.checkpoints.random_config import CheckpointShape
+from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
+from mxfp4_fx.checkpoints.safetensors_file import SHARD_BYTES
 from mxfp4_fx.core.errors import KernelsUnavailableError, Mxfp4Error
+from mxfp4_fx.core.formats import SCALE_RULES
 from mxfp4_fx.core.version import __version__
 from mxfp4_fx.explanation import explain
 from mxfp4_fx.ops import target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a failure that has a name, or is the system's, is told without a traceback.
+    """Run one command; print an `Mxfp4Error` or `OSError` without a traceback.
 
     Returns:
         The exit status: 0, 1 after a failure, 130 after an interrupt; argparse exits with 2.
@@ -43,22 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained.add_argument("--json", action="store_true", help="the same as data")
     explained.set_defaults(run=_explain)
 
-    written = commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint")
-    random_weights.add_arguments(written)
-    written.set_defaults(run=random_weights.run)
-
-    quantized = commands.add_parser("quantize", help="quantize a GPT-OSS checkpoint to MXFP4")
-    quantize.add_arguments(quantized)
-    quantized.set_defaults(run=quantize.run)
+    _add_checkpoint(commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint"))
+    _add_quantize(commands.add_parser("quantize", help="quantize a GPT-OSS checkpoint to MXFP4"))
 
     args = parser.parse_args(argv)
     try:
         status = int(args.run(args) or 0)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a failure is told
+            sys.stdout.flush()  # inside this try, so that a failure is handled below
         return status
-    except BrokenPipeError:  # whoever read the output has closed it, and may be right
-        # Python would try once more to write what is left, and complain.
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+        # Otherwise Python would flush stdout again when it exits, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Mxfp4Error, OSError) as error:
@@ -95,3 +96,60 @@ def _explain(args: argparse.Namespace) -> None:
         with torch.no_grad():
             explanation = explain(model, ids)
     print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments: the directory, a flag for each size, the seed and the size of shards."""
+    parser.add_argument("out", type=Path, help="directory to write: a new or an empty one")
+    for size in dataclasses.fields(CheckpointShape):
+        flag, text = f"--{size.name.replace('_', '-')}", f"{size.metadata['help']} (%(default)s)"
+        parser.add_argument(flag, type=int, default=size.default, metavar="N", help=text)
+    text = "same seed and sizes, same bytes (%(default)s)"
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    _add_max_shard_bytes(parser)
+    parser.set_defaults(run=_checkpoint)
+
+
+def _checkpoint(args: argparse.Namespace) -> None:
+    sizes = {size.name: getattr(args, size.name) for size in dataclasses.fields(CheckpointShape)}
+    path = write_random_checkpoint(
+        args.out,
+        CheckpointShape(**sizes),
+        seed=args.seed,
+        max_shard_bytes=args.max_shard_bytes,
+    )
+    print(f"wrote {path}")
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a checkpoint's directory, its experts dense")
+    parser.add_argument("out", type=Path, help="directory to write: a new or an empty one")
+    text = "modules whose experts stay dense: parts of their names (layers.0), * for any others"
+    parser.add_argument(
+        "--skip", action="extend", nargs="+", default=[], metavar="PATTERN", help=text
+    )
+    text = "scale of a block: the largest value decides, or the least squared error (%(default)s)"
+    parser.add_argument("--scale-rule", choices=SCALE_RULES, default="max", help=text)
+    _add_max_shard_bytes(parser)
+    parser.set_defaults(run=_quantize)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    try:
+        path = quantize_checkpoint(
+            args.source,
+            args.out,
+            skip=args.skip,
+            scale_rule=args.scale_rule,
+            max_shard_bytes=args.max_shard_bytes,
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on after the last whole shard", file=sys.stderr)
+        return 130
+    print(f"wrote {path}")
+    return 0
+
+
+def _add_max_shard_bytes(parser: argparse.ArgumentParser) -> None:
+    text = "tensor bytes in a shard (%(default)s)"
+    parser.add_argument("--max-shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help=text)

@@ -1,4 +1,4 @@
-"""Where the experts of a model are: which modules a call uses, and which of them hold experts."""
+"""The experts of a model: which modules a call uses, and which of these are experts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mxfp4_fx.core.skip import Skip, bare
+from mxfp4_fx.core.torch_private import unwrapped
 
-# Experts whose weights are not stacks of matrices that could be seen.
+# Classes of experts whose weights `is_stack` may not recognize.
 _EXPERTS = {"GptOssExperts", "PackedExperts", "Mxfp4GptOssMLP", "Mxfp4GptOssExperts"}
-_SMALLEST = 32  # sides of a matrix that MXFP4 could hold
-_LARGEST = 64  # of containers that are looked into, at every call
+_SMALLEST = 32  # side of a matrix that MXFP4 can hold
+_LARGEST = 64  # entries of a container that `modules_of` searches, which it does at every call
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
-    """Where a model holds experts. References are weak, for what is known outlives no model."""
+    """The place of experts in a model. References are weak, so that they keep no model alive."""
 
     name: str
     module: weakref.ref[nn.Module]
@@ -30,7 +31,7 @@ class Place:
     child: str
 
     def found(self) -> nn.Module | None:
-        """The experts; None if they are no longer there."""
+        """Return the experts, or None if they are no longer there."""
         module, parent = self.module(), self.parent()
         if parent is None or (self.child and parent._modules.get(self.child) is not module):
             return None
@@ -38,9 +39,9 @@ class Place:
 
 
 class Model:
-    """A module that is called, and where its experts are, by names as in ``named_modules``.
+    """A module that is called, and the places of its experts.
 
-    But for what wrappers of torch add to these.
+    Names are those of ``named_modules``, without the parts that torch's wrappers add.
     """
 
     def __init__(self, top: nn.Module) -> None:
@@ -57,12 +58,12 @@ class Model:
                 self.places.append(Place(bare(name), weakref.ref(module), parent, child))
 
     def experts(self) -> list[tuple[str, nn.Module]] | None:
-        """Names and experts; None if some are no longer where they were."""
+        """Return (name, experts) pairs, or None if some experts are no longer in their place."""
         found = [(place.name, place.found()) for place in self.places]
         return None if any(module is None for _, module in found) else found  # type: ignore[return-value]
 
     def skipped(self, patterns: tuple[str, ...]) -> set[str]:
-        """The names of the experts that ``options["skip"]`` names."""
+        """Return the names of the experts that the patterns of ``options["skip"]`` name."""
         if patterns not in self._skipped:
             skip = Skip(patterns)
             self._skipped[patterns] = {p.name for p in self.places if skip.names(p.name)}
@@ -73,7 +74,7 @@ _models: weakref.WeakKeyDictionary[nn.Module, Model] = weakref.WeakKeyDictionary
 
 
 def look_at(top: nn.Module) -> tuple[Model, list[tuple[str, nn.Module]]]:
-    """What is known of a module, and its experts; looked for anew where some have gone."""
+    """Return the :class:`Model` of a module, and its experts; search again if some have gone."""
     model = _models.get(top)
     experts = model.experts() if model is not None else None
     if model is None or experts is None:
@@ -83,7 +84,7 @@ def look_at(top: nn.Module) -> tuple[Model, list[tuple[str, nn.Module]]]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds several stacks of matrices, as many in each: one for each expert."""
+    """Return whether a module is of a known class, or has several stacks of equal length."""
     if not _EXPERTS.isdisjoint(kind.__name__ for kind in type(module).__mro__):
         return True
     stacks = [len(t) for t in tensors_of(module) if is_stack(t)]
@@ -91,7 +92,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def is_stack(value: object) -> bool:
-    """A weight [E, K, N] of floats, or blocks [E, N, K/32, 16] of bytes."""
+    """Return whether `value` is a weight [E, K, N] of floats, or blocks [E, N, K/32, 16]."""
     if not isinstance(value, Tensor) or is_lazy(value):
         return False
     if value.dtype is torch.uint8:
@@ -100,23 +101,27 @@ def is_stack(value: object) -> bool:
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a module, those that a parametrization holds for it too."""
+    """Return a module's parameters and buffers, and those that parametrizations hold for it."""
     found = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     inner = module._modules.get("parametrizations")
     return found + ([] if inner is None else list(inner.parameters()))
 
 
 def modules_of(function: Callable[..., Any], args: Sequence[Any]) -> list[nn.Module]:
-    """The modules that a call of ``function`` can be seen to use."""
+    """Return the modules that a call of ``function`` uses, as far as Python objects show it.
+
+    That is the module whose method it is, or else the modules in its closure, its globals and
+    `args`.
+    """
     top = getattr(function, "__self__", None)
     if isinstance(top, nn.Module):
-        return [getattr(top, "_orig_mod", top)]
+        return [unwrapped(top)]
     found: dict[int, nn.Module] = {}
     todo: list[tuple[Any, int]] = [(function, 0), *((value, 1) for value in args)]
     while todo:
         value, depth = todo.pop()
         if isinstance(value, nn.Module):
-            value = getattr(value, "_orig_mod", value)  # what torch.compile has wrapped
+            value = unwrapped(value)
             found[id(value)] = value
         elif depth < 3:
             todo += [(part, depth + 1) for part in _parts(value)]
@@ -124,7 +129,7 @@ def modules_of(function: Callable[..., Any], args: Sequence[Any]) -> list[nn.Mod
 
 
 def _parts(value: Any) -> list[Any]:
-    """What a function, a method, an object or a small container holds."""
+    """Return the values in a function, a method, an object or a small container."""
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         names = value.__code__.co_names

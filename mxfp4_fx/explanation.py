@@ -1,10 +1,9 @@
-"""``explain``: what would be rewritten in a model, with what, and what would not, and why."""
+"""``explain``: which layers of a model are rewritten, with which kernels, which not, and why."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import fx
 
 from mxfp4_fx import calls
 from mxfp4_fx.backend import analyze, bind, refuse_freed
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.report import Miss, Rewrite
 from mxfp4_fx.weights.freed import is_freed
@@ -25,7 +24,7 @@ class Explanation:
     Attributes:
         graphs: how many graphs Dynamo captured; more than one means graph breaks.
         rewrites: the layers that become MXFP4.
-        misses: what looked like experts and stays as it is.
+        misses: the layers that look like experts and stay as they are.
     """
 
     graphs: int
@@ -34,7 +33,7 @@ class Explanation:
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the rewritten layers' expert weights as the model holds them."""
+        """Bytes of the rewritten layers' expert weights, as the model holds them."""
         return sum(rewrite.bytes_before for rewrite in self.rewrites)
 
     @property
@@ -43,7 +42,7 @@ class Explanation:
         return sum(rewrite.bytes_after for rewrite in self.rewrites)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as data: dicts, lists, strings and numbers."""
+        """Return the explanation as dicts, lists, strings and numbers."""
         return {
             "graphs": self.graphs,
             "rewrites": [_data(rewrite) for rewrite in self.rewrites],
@@ -76,24 +75,25 @@ def explain(
     dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """Capture ``model(*args, **kwargs)`` and tell what the backend would do with it.
+    """Capture ``model(*args, **kwargs)`` and return what the backend would do with it.
 
-    The model runs once, as it is: nothing is quantized or compiled further (weights that
-    ``free_weights`` freed are read where they are now). Gradient mode counts:
-    outside ``torch.no_grad()`` experts whose weights require a gradient are not rewritten.
+    The model runs once, without being quantized or compiled further. Freed weights are read where
+    the store has them. Gradient mode matters: outside ``torch.no_grad()``, experts whose weights
+    require a gradient are not rewritten.
 
     Args:
-        model: a module or function; what ``torch.compile`` returned is unwrapped.
+        model: a module or function; the result of ``torch.compile`` is unwrapped.
         args, kwargs: its inputs.
         options: as for ``torch.compile(backend="mxfp4", options=...)``.
         dynamic: as for ``torch.compile``.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = torch_private.unwrapped(model)
     chosen = dict(options) if options else None
-    # Its recompilations are its own: they use up nobody's limit, and what was compiled before does
-    # not use up theirs. So the limit binds here as it would in a fresh process.
+    # Recompilations are counted apart: Dynamo's limit applies as in a fresh process, and the user's
+    # own compilations lose none of theirs.
     isolated: dict[str, Any] = {"isolate_recompiles": True} if torch_private.can_isolate() else {}
-    with calls.observed() as found, _uncompiled(model):
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    with calls.observed() as found, torch_private.without_compiled_calls(modules):
         run = torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen, **isolated)
         run(*args, **kwargs)
     rewrites = tuple(r for report in found.graphs for r in report.rewrites)
@@ -101,14 +101,14 @@ def explain(
     return Explanation(len(found.graphs), rewrites, tuple(dict.fromkeys(misses)))
 
 
-@torch_private.ours
+@compilation.ours
 def _collect(
     gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """A backend that runs the pipeline for its report and the graph as it was.
+    """Run the pipeline for its report; return a function that runs the captured graph.
 
-    Where weights were freed, only the rewritten graph can run. The report is handed over when the
-    graph *runs*, for one graph may serve many layers.
+    If weights are freed, it runs the rewritten graph, because only that can. It reports to the
+    current call each time it *runs*, because one graph may serve many layers.
     """
     rewritten, ctx = analyze(gm, example_inputs, Options.parse(options))
     report = ctx.report  # the context holds the model's parameters and must not live on
@@ -124,20 +124,6 @@ def _collect(
         return graph(*args)
 
     return run
-
-
-@contextlib.contextmanager
-def _uncompiled(model: Callable[..., Any]) -> Iterator[None]:
-    """Call a module that ``module.compile()`` has compiled, or parts of it, as it was before."""
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    compiled = {m: m._compiled_call_impl for m in modules if m._compiled_call_impl is not None}
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
 
 
 def _data(item: Rewrite | Miss) -> dict[str, Any]:
@@ -172,7 +158,7 @@ def _graphs(n: int) -> str:
 
 
 def _size(n: int) -> str:
-    """Bytes in binary units."""
+    """Format bytes in binary units."""
     value, units = float(n), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]

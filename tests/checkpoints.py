@@ -1,4 +1,4 @@
-"""Small GPT-OSS checkpoints, and damage to them, written by safetensors' own library."""
+"""Small GPT-OSS checkpoints, and edits that damage them, written with the safetensors library."""
 
 import json
 import math
@@ -31,7 +31,7 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def write_packed(path: Path, shape: CheckpointShape = TINY) -> Path:
-    """A whole checkpoint in MXFP4, in several shards."""
+    """Write a whole checkpoint in MXFP4, in several shards."""
     return write_random_checkpoint(path, shape, max_shard_bytes=200_000, progress=False)
 
 
@@ -55,7 +55,7 @@ def edit_config(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
-    """Change the tensors; they then lie in one file without an index."""
+    """Edit the tensors, and save them in one file without an index."""
     tensors = read_tensors(path)
     edit(tensors)
     for file in [*path.glob("*.safetensors"), *path.glob("*.index.json")]:
@@ -65,14 +65,14 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> Pat
 
 
 def without_prefix(tensors: dict[str, Tensor]) -> None:
-    """As the base model saves itself: no head, and names without "model."."""
+    """Make the tensors those of a base model that was saved alone: no head, no "model." prefix."""
     del tensors["lm_head.weight"]
     for name in list(tensors):
         tensors[name.removeprefix("model.")] = tensors.pop(name)
 
 
 def unpack_layers(tensors: dict[str, Tensor], *layers: int, dtype: torch.dtype) -> None:
-    """Make the experts of some layers dense: [E, K, N]."""
+    """Make the experts of `layers` dense: [E, K, N] in `dtype`."""
     for layer in layers:
         for projection in PROJECTIONS:
             name = f"{EXPERTS.format(layer)}.{projection}"
@@ -84,14 +84,20 @@ def unpack_layers(tensors: dict[str, Tensor], *layers: int, dtype: torch.dtype) 
 def write_dense(
     path: Path, shape: CheckpointShape = TINY, dtype: torch.dtype = torch.bfloat16
 ) -> Path:
-    """A whole checkpoint whose experts are dense, in a file."""
+    """Write a whole checkpoint with dense experts, in one file."""
     write_packed(path, shape)
     edit_tensors(path, lambda tensors: unpack_layers(tensors, *range(shape.layers), dtype=dtype))
     return edit_config(path, lambda config: config.pop("quantization_config"))
 
 
 def write_sparse(path: Path, sizes: dict[str, int], **config: Any) -> Path:
-    """A dense checkpoint of any size: zeros, which exist in the file system's books only."""
+    """Write a dense checkpoint of any size: all zeros, in a sparse file, which needs no disk space.
+
+    Args:
+        path: a directory that does not exist.
+        sizes: a number for each of `gpt_oss.KEYS`.
+        config: further entries of ``config.json``.
+    """
     config |= {"model_type": "gpt_oss", **sizes}
     forms: dict[int, gpt_oss.Form] = dict.fromkeys(range(sizes[gpt_oss.LAYERS]), "dense")
     header: dict[str, Any] = {}
@@ -115,7 +121,7 @@ def copied(source: Path, target: Path) -> Path:
 
 
 def randomize(tensors: dict[str, Tensor]) -> None:
-    """Give dense experts values that are no MXFP4."""
+    """Give dense experts random values, which MXFP4 cannot represent."""
     torch.manual_seed(0)
     for name in tensors:
         if name.endswith(PROJECTIONS):

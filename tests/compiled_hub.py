@@ -69,7 +69,7 @@ def main(arch: str) -> None:
     import triton_kernels.routing
     import triton_kernels.swiglu
 
-    hub_loader._loaded.append(hub_loader._checked(triton_kernels))
+    hub_loader.packages.loaded[hub_loader.REPOSITORY] = hub_loader._checked(triton_kernels)
     layer(4, 2880)
     layer(512, 1024)
     print("\n".join(names))

@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.nn.functional import linear, softmax
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.passes.pipeline import copy_graph
 
@@ -205,7 +205,7 @@ def base_of(name: str) -> Base:
     spec = _SPECS[name]
     captured: list[tuple[fx.GraphModule, list[Any]]] = []
 
-    @torch_private.ours  # so that the eager loop is captured as this backend captures it
+    @compilation.ours  # so that the eager loop is captured as this backend captures it
     def keep(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         captured.append((copy_graph(gm), inputs))
         return gm.forward

@@ -203,8 +203,8 @@ def _check_whole(
     left = len(list(suspects(gm, inputs))) - len(list(suspects(rewritten, inputs)))
     if left < 2 * len(ctx.report.rewrites):
         raise Wrong("a rewritten layer is still computed as it was")
-    for binding in ctx.bindings.values():
-        for at in binding.sources:
+    for binding in ctx.bindings:
+        for at in binding.slots:
             name, value = list(inputs.items())[at]
             if not isinstance(value, nn.Parameter):
                 raise Wrong(f"{name} is swizzled and is no parameter")

@@ -27,9 +27,9 @@ from mxfp4_fx.passes import checks, matcher
 
 # Deletions that no graph of the fuzzer can show: part of the text -> why.
 UNSEEN = {
-    "target.choose": "wants a device without kernels",
+    "target_for": "wants a device without kernels",
     "is_transformed": "wants a function transform (vmap); these graphs have none",
-    "is_traceable_wrapper_subclass": "wants a tensor subclass such as DTensor",
+    "is_wrapper": "wants a tensor subclass such as DTensor",
     "value.device": "wants a second device",
     "value.dtype != wanted": "a weight of another dtype is no program, or shows in the arithmetic; "
     "the kernels take a bias of any",

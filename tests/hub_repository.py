@@ -39,8 +39,7 @@ def served(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_KERNELS", f"{hub_loader.REPOSITORY}={folder}")
         patch.setattr(hub_loader, "DEVICES", ("cpu", "cuda"))
-        patch.setattr(hub_loader, "_loaded", [])
-        patch.setattr(hub_loader, "_failed", {})
+        patch.setattr(hub_loader, "packages", hub_loader.packages.anew())
         yield
 
 

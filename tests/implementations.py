@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import mxfp4_fx.ops.schemas  # noqa: F401
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops import target
 from mxfp4_fx.ops.reference import Routes
 
 ALPHA, LIMIT = 1.702, 7.0
@@ -92,7 +92,7 @@ class Kernels:
 
 
 BF16_UNITS = ("amx", "amx_emulated", "avx512_bf16")
-_PATHS = target.runnable_paths()
+_PATHS = hardware.runnable_paths()
 CPU_PATHS = (*_PATHS, *(("amx_emulated",) if "avx512_bf16" in _PATHS else ()))
 # Triton's interpreter without a GPU; all three layouts are right on any device.
 TRITON = tuple(f"triton:{layout}" for layout in ("wgmma_fragments", "mma_fragments", "row_major"))
@@ -111,12 +111,12 @@ def chosen(spec: str) -> Iterator[Kernels]:
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         if spec == "hub":
             stack.enter_context(hub_repository.served(hub_repository.standard()))
-        patch.setenv(target.CPU_PATH_VARIABLE, kernels.path if kernels.name == "cpu" else "")
-        target.cpu_path.cache_clear()
+        patch.setenv(hardware.CPU_PATH_VARIABLE, kernels.path if kernels.name == "cpu" else "")
+        hardware.cpu_path.cache_clear()
         try:
             yield kernels
         finally:
-            target.cpu_path.cache_clear()
+            hardware.cpu_path.cache_clear()
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

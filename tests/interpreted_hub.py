@@ -177,7 +177,7 @@ def main(case: str) -> None:
     import triton_kernels.routing
     import triton_kernels.swiglu
 
-    hub_loader._loaded.append(hub_loader._checked(triton_kernels))
+    hub_loader.packages.loaded[hub_loader.REPOSITORY] = hub_loader._checked(triton_kernels)
     with tempfile.TemporaryDirectory() as folder:
         interpret(triton_kernels, folder)
         CASES[case]()

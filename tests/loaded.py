@@ -1,4 +1,4 @@
-"""Models that transformers makes of tiny checkpoints, and checkpoints with dense experts."""
+"""Models that transformers loads from tiny checkpoints, and checkpoints with dense experts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 IDS = torch.arange(14).view(2, 7) * 5
 
-# A device map of a model of two layers.
+# A device map for a model of two layers.
 SECOND_LAYER_ON_DISK = {
     **dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), "cpu"),
     **dict.fromkeys(("model.norm", "lm_head"), "cpu"),
@@ -36,9 +36,9 @@ SECOND_LAYER_ON_DISK = {
 def write_dense(
     path: Path, packed: Path, dtype: torch.dtype, layers: Iterable[int] = (0, 1)
 ) -> Path:
-    """A copy of ``packed`` in which the experts of some layers are dense, of random values.
+    """Write a copy of ``packed`` in which the experts of ``layers`` are dense, with random values.
 
-    If all are, its config does not speak of quantization.
+    If no packed experts are left, the config has no ``quantization_config``.
     """
 
     def make_dense(tensors: dict[str, Tensor]) -> None:
@@ -56,20 +56,20 @@ def write_dense(
 
 
 def dequantized(path: Path, dtype: Any = "auto") -> GptOssForCausalLM:
-    """The model with dense experts, by transformers alone."""
+    """Load the model with dense experts, by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype
     )
     for module in model.modules():
-        if isinstance(module, GptOssExperts):  # which are bfloat16 in older versions
+        if isinstance(module, GptOssExperts):  # older versions make them bfloat16
             module.to(module.gate_up_proj_bias.dtype)
     return model
 
 
 def exact_logits(model: GptOssForCausalLM, ids: Tensor = IDS) -> Tensor:
-    """[batch, tokens, vocabulary] in float64 by a model with dense experts."""
+    """Return logits [batch, tokens, vocabulary] of a model with dense experts, run in float64."""
     exact = copy.deepcopy(model).double()
-    exact.set_experts_implementation("batched_mm")  # grouped_mm does not have float64
+    exact.set_experts_implementation("batched_mm")  # grouped_mm does not support float64
     with torch.no_grad():
         return exact(ids).logits
 
@@ -86,7 +86,7 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
         assert torch.equal(actual[name], tensor), name
 
 
-# Samples the memory that belongs to the process alone: pages of mapped files do not count.
+# `Peak` samples the anonymous memory of the process; pages of mapped files do not count.
 MEMORY = """
 import sys, threading, time
 from pathlib import Path
@@ -108,8 +108,8 @@ class Peak(threading.Thread):
 
 
 def measured(code: str) -> list[int]:
-    """The numbers that ``code`` prints in a fresh interpreter; `Peak` is there for it."""
-    # With a fixed threshold what is freed goes back to the system at once.
+    """Run ``code``, which may use `Peak`, in a fresh interpreter; return the numbers it prints."""
+    # A fixed threshold makes malloc return freed memory to the system at once.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     ended = subprocess.run(
         [sys.executable, "-c", MEMORY + code], capture_output=True, text=True, env=env

@@ -1,4 +1,4 @@
-"""Small real GPT-OSS models, and what a backend sees of them."""
+"""Small GPT-OSS models of transformers, and an inner compiler that keeps their graphs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssML
 from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.ops import target
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE
 
 FORMS = ("grouped_mm", "batched_mm", "eager")
@@ -20,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def config(form: str = "grouped_mm", **changes: Any) -> GptOssConfig:
-    """Every size differs from every other, so that none can stand for another."""
+    """Return a config in which all sizes differ, so that a mix-up of two sizes shows."""
     sizes: dict[str, Any] = {
         "num_hidden_layers": 2,
         "num_local_experts": 6,
@@ -41,14 +42,14 @@ def config(form: str = "grouped_mm", **changes: Any) -> GptOssConfig:
 def model(
     dtype: torch.dtype = torch.float32, form: str = "grouped_mm", seed: int = 0, **changes: Any
 ) -> GptOssForCausalLM:
-    """A whole model whose expert weights are MXFP4 values already: rewriting only rounds."""
+    """Make a whole model whose expert weights are MXFP4 values: rewriting changes only rounding."""
     return _fill(GptOssForCausalLM(config(form, **changes)), dtype, seed)
 
 
 def mlp(
     dtype: torch.dtype = torch.float32, form: str = "grouped_mm", seed: int = 0, **changes: Any
 ) -> GptOssMLP:
-    """One MoE MLP, filled like :func:`model`; called with [batch, tokens, hidden]."""
+    """Make one MoE MLP with weights like those of :func:`model`; inputs [batch, tokens, hidden]."""
     return _fill(GptOssMLP(config(form, **changes)), dtype, seed)
 
 
@@ -66,7 +67,7 @@ def _fill(module: Any, dtype: torch.dtype, seed: int) -> Any:
 
 
 def pack(module: Any) -> Any:
-    """The model or MLP itself, with its experts packed, as a checkpoint's bytes."""
+    """Replace the experts of a model or MLP, in place, with packed ones; return it."""
     for parent in list(module.modules()):
         experts = getattr(parent, "experts", None)
         if isinstance(experts, GptOssExperts):
@@ -85,19 +86,20 @@ def _packed(experts: GptOssExperts) -> PackedExperts:
 
 
 def swizzled(experts: Any) -> list[Tensor]:
-    """Blocks and scales of both weights of experts, as compiled graphs get them."""
+    """Return blocks and scales of both expert weights, in the layout that compiled graphs read."""
     layout, parts = target.choose(torch.device("cpu")).layout, []
     for name in PROJECTIONS:
         if isinstance(experts, PackedExperts):
             held = getattr(experts, f"{name}_blocks"), getattr(experts, f"{name}_scales")
+            source = Source(held, MXFP4)
         else:
-            held = getattr(experts, name), None
-        parts += STORE.get(held[0], layout, held[1])
+            source = Source((getattr(experts, name),), FLOATS)
+        parts += STORE.get(source, layout)
     return parts
 
 
 def on_mxfp4_grid(weight: Tensor) -> Tensor:
-    """The nearest weights [E, K, N] that MXFP4 holds exactly."""
+    """Quantize weights [E, K, N] to MXFP4 and back."""
     blocks, scales = quantize(weight.transpose(1, 2))
     return dequantize(blocks, scales, weight.dtype).transpose(1, 2)
 
@@ -110,13 +112,13 @@ def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> Tensor:
 def hidden(
     tokens: int = 7, size: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Tensor:
-    """[1, tokens, size]"""
+    """Return random hidden states [1, tokens, size]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((1, tokens, size), generator=generator).to(dtype)
 
 
 class Graphs:
-    """An inner compiler that keeps the graphs it is given and runs them as they are."""
+    """An inner compiler that keeps its graphs and runs them as they are."""
 
     def __init__(self) -> None:
         self.seen: list[fx.GraphModule] = []
@@ -126,12 +128,12 @@ class Graphs:
         return gm.forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
-        return self  # transformers copies the options that ``generate`` is given
+        return self  # transformers deep-copies the compile options of ``generate``
 
 
 def compile_with(
     module: nn.Module | Callable[..., Any], inner: Any = "eager", **kwargs: Any
 ) -> Callable[..., Any]:
-    """``torch.compile(module, backend="mxfp4")`` with the graph run as it is."""
+    """Compile with backend="mxfp4" and an inner compiler that runs graphs as they are."""
     options = {"inner": inner, **kwargs.pop("options", {})}
     return torch.compile(module, backend="mxfp4", options=options, **kwargs)

@@ -1,4 +1,4 @@
-"""Near misses: the real code with one thing changed, and the proof that it stays as it was."""
+"""Near misses: transformers' code with one change, and the assertion that it is not rewritten."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from mxfp4_fx.core.errors import MissedRewriteWarning
 def edited(
     function: Callable[..., Any], changes: dict[str, str], **names: Any
 ) -> Callable[..., Any]:
-    """A copy of ``function`` with pieces of its source replaced; each occurs there exactly once.
+    """Return a copy of ``function`` with parts of its source replaced.
 
     Args:
-        changes: old text -> new text.
-        names: what these global names mean in the copy.
+        function: the original.
+        changes: old text -> new text; the old text occurs exactly once in the source.
+        names: further global names of the copy, and their values.
     """
     source = textwrap.dedent(inspect.getsource(function))
     for old, new in changes.items():
@@ -44,35 +45,35 @@ def edited(
 
 
 def swap_methods(module: nn.Module, **methods: Any) -> None:
-    """Make ``module`` an instance of a subclass with these methods; its weights stay."""
+    """Change the class of ``module`` to a subclass with these methods; its weights stay."""
     module.__class__ = type("Edited", (type(module),), methods)
 
 
 def with_gate(changes: dict[str, str], form: str = "grouped_mm") -> GptOssMLP:
-    """An MLP with an edited ``_apply_gate``."""
+    """Make an MLP with an edited ``_apply_gate``."""
     module = mlp(form=form)
     swap_methods(module.experts, _apply_gate=edited(GptOssExperts._apply_gate, changes))
     return module
 
 
 def with_router(changes: dict[str, str]) -> GptOssMLP:
-    """An MLP with an edited router."""
+    """Make an MLP with an edited router."""
     module = mlp()
     swap_methods(module.router, forward=edited(GptOssTopKRouter.forward, changes))
     return module
 
 
 def with_experts(changes: dict[str, str], form: str = "grouped_mm") -> GptOssMLP:
-    """An MLP with an edited form of the experts."""
+    """Make an MLP with an edited form of the experts."""
     module = mlp(form=form)
     swap_methods(module.experts, forward=edited(ALL_EXPERTS_FUNCTIONS[form], changes))
     return module
 
 
 def mxfp4_ops(graphs: Graphs) -> list[str]:
-    """The names of the ops that the backend made, in the order of the graphs.
+    """Return the names of the ops that the backend made, in the order of the graphs.
 
-    Packed experts call the same ops, but leave it open who computes them.
+    Packed experts call the same ops, but without the argument ``kernels``.
     """
     made = [node for gm in graphs.seen for node in gm.graph.nodes if "kernels" in node.kwargs]
     return [str(node.target) for node in made]
@@ -88,9 +89,10 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 
 
 def missed(module: nn.Module, *inputs: Any, dynamic: bool = False, **options: Any) -> str:
-    """The reasons for not rewriting ``module``, after proof that it is compiled as it was.
+    """Assert that ``module`` is compiled without being rewritten; return the reasons.
 
-    Twice in a row, results and what is written to weights and inputs are the same bit for bit.
+    Two calls must give the same bits as the uncompiled module: in the results, the weights and the
+    inputs, which the calls may write to.
     """
     (eager, eager_inputs), (compiled, compiled_inputs), (explained, explained_inputs) = (
         copy.deepcopy((module, inputs)) for _ in range(3)
@@ -112,15 +114,18 @@ def missed(module: nn.Module, *inputs: Any, dynamic: bool = False, **options: An
 
 
 def reasons(told: mxfp4_fx.Explanation) -> str:
-    """The misses in lines that fit into a source file."""
+    """Return the misses in lines that fit into a source file."""
     return "".join(textwrap.fill(f"{m.layer}: {m.reason}", 92) + "\n" for m in told.misses)
 
 
 @pytest.mark.usefixtures("no_gradients")
 class NearMisses(expecttest.TestCase):
-    """Tests outside gradient mode; the reasons are snapshots."""
+    """Tests without gradients, with the reasons as snapshots."""
 
     def assert_missed(self, module: nn.Module, expect: str, *inputs: Any, **options: Any) -> None:
-        """Not rewritten, for this reason. Inputs: enough to reach SwiGLU's limits, unless given."""
+        """Assert that ``module`` is not rewritten, for the reason ``expect``.
+
+        The default input is large enough to reach SwiGLU's limits.
+        """
         actual = missed(module, *(inputs or (hidden() * 8,)), **options)
         self.assertExpectedInline(actual, expect, skip=1)

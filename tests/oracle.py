@@ -1,10 +1,10 @@
-"""GPT-OSS experts in float64, and how far a float32 evaluation of them can be off.
+"""GPT-OSS experts in float64, with a bound on the error of any float32 evaluation.
 
-Written from the formula; nothing of the package is used. A step returns a :class:`Bounded`: the
-exact value and, element by element, a bound on ``|computed - exact|`` for every evaluation that
-rounds to nearest, sums in float32 in whatever order, and has an exp within :data:`EXP_ULP`. The
-bounds are a running error analysis (Higham, Accuracy and Stability of Numerical Algorithms,
-chapter 3); float64's own rounding is 2**-29 of them and left out.
+This file is written from the formula and imports nothing of the package. A step returns a
+:class:`Bounded`: the exact value and, for each element, a bound on ``|computed - exact|``. It holds
+for every evaluation that rounds to nearest, sums in float32 in any order, and has an exp within
+:data:`EXP_ULP`. The bounds are a running error analysis (Higham, Accuracy and Stability of
+Numerical Algorithms, chapter 3). They leave out float64's own rounding, which is 2**-29 of them.
 
 Shape letters: T tokens, E experts, A experts per token, R rows, K contraction, N output, H hidden,
 I intermediate.
@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-U = 2.0**-24  # float32's unit roundoff: rounding to nearest is off by at most this, relatively
-UNDERFLOW = 2.0**-150  # half of float32's smallest subnormal: where rounding is not relative
-SMALLEST_NORMAL = 2.0**-126  # below it an exponential may be off by all of itself
-EXP_ULP = 2  # exp's error; vectorized and C libraries promise 1, one more is for good measure
+U = 2.0**-24  # float32's unit roundoff: the largest relative error of rounding to nearest
+UNDERFLOW = 2.0**-150  # half of float32's smallest subnormal: the largest error of rounding there
+SMALLEST_NORMAL = 2.0**-126  # below it, an exponential may have an error of its own size
+EXP_ULP = 2  # exp's error; vectorized and C libraries promise 1, the other is a reserve
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # OCP Microscaling v1.0, table 5
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """An exact float64 value and a bound on the error of what is computed in its place."""
+    """An exact float64 value, and a bound on the error of the value that is computed for it."""
 
     value: Tensor
     error: Tensor
@@ -52,32 +52,32 @@ class Bounded:
         return Bounded(self.value, self.error + error)
 
     def rounded(self, dtype: torch.dtype) -> Bounded:
-        """Rounded to nearest: relative to the computed value, absolute among subnormals."""
+        """Add the error of rounding to nearest: relative, and absolute for subnormal numbers."""
         u = torch.finfo(dtype).eps / 2
         return self.plus_error(u * self.largest + u * torch.finfo(dtype).smallest_normal)
 
     def through(self, increasing: Callable[[Tensor], Tensor]) -> Bounded:
-        """An increasing function, evaluated exactly: the ends of the interval move with it."""
+        """Apply an increasing function, evaluated exactly, to the value and its interval's ends."""
         y = increasing(self.value)
         low, high = (increasing(self.value + e) for e in (-self.error, self.error))
         return Bounded(y, torch.maximum(y - low, high - y))
 
 
 def roundings(n: Any) -> Any:
-    """Higham's gamma_n: n factors of at most 1 + U, or their inverses, differ from 1 by this."""
+    """Return Higham's gamma_n: how far n factors 1 + d, |d| <= U, or their inverses are from 1."""
     return n * U / (1 - n * U)
 
 
 def times(a: Bounded, b: Bounded) -> Bounded:
-    """A float32 product: both errors, each beside the other factor, then one rounding."""
+    """Return a float32 product: each error times the other factor, then one rounding."""
     error = a.value.abs() * b.error + b.value.abs() * a.error + a.error * b.error
     return Bounded(a.value * b.value, error).rounded(torch.float32)
 
 
 def linear(x: Bounded, weight: Tensor, bias: Tensor, underflow: float = UNDERFLOW) -> Bounded:
-    """``x @ weight^T + bias`` for x [R, K], float64 weight [N, K] and bias [N].
+    """Return ``x @ weight^T + bias`` for x [R, K], float64 weight [N, K] and bias [N].
 
-    ``underflow`` is how far a product may be off beside relative rounding.
+    ``underflow`` is the absolute error of a product, in addition to the relative one of rounding.
     """
     k = weight.shape[1]
     size = weight.abs().T
@@ -93,7 +93,7 @@ def linear(x: Bounded, weight: Tensor, bias: Tensor, underflow: float = UNDERFLO
 def grouped_linear(
     x: Bounded, expert: Tensor, weight: Tensor, bias: Tensor, underflow: float = UNDERFLOW
 ) -> Bounded:
-    """Row r of x with weight[expert[r]] [N, K] and bias[expert[r]]; zero if there is no such."""
+    """Apply weight[expert[r]] [N, K] and bias[expert[r]] to each row r; zero if there are none."""
     shape = (x.value.shape[0], weight.shape[1])
     y = Bounded.exact(torch.zeros(shape))
     for e in range(weight.shape[0]):
@@ -104,7 +104,7 @@ def grouped_linear(
 
 
 def swiglu(y: Bounded, alpha: float, limit: float) -> Bounded:
-    """[.., 2I] -> [.., I]: gate in the even columns, up in the odd; limit is a float32 number."""
+    """Map [.., 2I], gate in even and up in odd columns, to [.., I]; limit is a float32 number."""
     gate = y[..., 0::2].through(lambda v: v.clamp(max=limit))  # clamping rounds nothing
     up = y[..., 1::2].through(lambda v: v.clamp(min=-limit, max=limit))
     _, s = sigmoid_of(gate, alpha)
@@ -113,19 +113,20 @@ def swiglu(y: Bounded, alpha: float, limit: float) -> Bounded:
 
 
 def sigmoid_of(gate: Bounded, alpha: float) -> tuple[Bounded, Bounded]:
-    """alpha * gate and its sigmoid."""
+    """Return alpha * gate, and its sigmoid."""
     steps = roundings(2) * abs(alpha) * gate.largest  # alpha to float32, the product
     z = Bounded(alpha * gate.value, abs(alpha) * gate.error + steps + UNDERFLOW)
     s = z.through(torch.sigmoid)
-    # 1 / (1 + exp(-z)): an ulp is up to 2U of exp, which is at most all of the sum; sum; division
+    # 1 / (1 + exp(-z)): an ulp is at most 2U of exp, and exp at most the sum; then the roundings of
+    # the sum and of the division
     return z, s.plus_error(roundings(2 * EXP_ULP + 2) * s.largest + SMALLEST_NORMAL)
 
 
 def softmax(logits: Tensor) -> Bounded:
-    """Over the last dimension of exact logits [T, A]."""
+    """Return the softmax of exact logits [T, A] over the last dimension."""
     logits = logits.double()
     distance = logits.amax(dim=-1, keepdim=True) - logits
-    # Below exp(-104) float32 has no number but zero, however far below.
+    # Below exp(-104), float32 has only zero: larger distances add no error.
     distance = torch.where(distance > 200, 0.0, distance)
     n = (
         4 * EXP_ULP  # the exponential above and those below the line: 2U an ulp
@@ -140,7 +141,7 @@ def softmax(logits: Tensor) -> Bounded:
 
 
 def combine(slots: Bounded) -> Bounded:
-    """The sum [T, N] over each token's rows [T, A, N]."""
+    """Return the sum [T, N] over each token's rows [T, A, N]."""
     additions = slots.value.shape[1] - 1
     error = slots.error.sum(dim=1) + roundings(additions) * slots.largest.sum(dim=1)
     return Bounded(slots.value.sum(dim=1), error)
@@ -149,7 +150,7 @@ def combine(slots: Bounded) -> Bounded:
 def sort_routes(
     indices: Tensor, num_experts: int, first_expert: int = 0
 ) -> tuple[list[int], list[int], list[int]]:
-    """gather_index [R], scatter_index [R] and expert_offsets [E+1] of indices [T, A], by a loop."""
+    """Sort indices [T, A] by expert: gather_index [R], scatter_index [R], expert_offsets [E+1]."""
     a = indices.shape[1]
     offsets, slots = [0], []
     everyone = list(enumerate(indices.flatten().tolist()))
@@ -162,7 +163,7 @@ def sort_routes(
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Bounded]:
-    """The ``top_k`` largest of logits [T, E], no two alike: their indices [T, A] and weights."""
+    """Return indices and weights [T, A] of the ``top_k`` largest of logits [T, E] that differ."""
     order = torch.sort(logits.double(), dim=-1, descending=True).indices[:, :top_k]
     return order, softmax(logits.gather(1, order))
 
@@ -177,12 +178,14 @@ def experts(
     limit: float,
     inner_dtype: torch.dtype,
 ) -> Bounded:
-    """The MoE MLP [T, H] of hidden [T, H] with routes [T, A] chosen already.
+    """Return the MoE MLP's output [T, H] for given routes.
 
     Args:
-        hidden: its dtype is the result's.
+        hidden: [T, H]; the result is rounded to its dtype.
+        indices, weights: the routes, [T, A].
         gate_up, down: float64 weights and biases, [E, 2I, H] with [E, 2I], [E, H, I] with [E, H].
-        inner_dtype: what the intermediate [R, I] is rounded to.
+        alpha, limit: SwiGLU's constants.
+        inner_dtype: the dtype to which the intermediate [R, I] is rounded.
     """
     t, a = indices.shape
     expert = indices.reshape(-1)
@@ -195,14 +198,14 @@ def experts(
 
 
 def random_logits(t: int, e: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """[T, E]; those of a token differ, in float16 and bfloat16 too."""
+    """Return logits [T, E]; those of a token differ, in float16 and bfloat16, too."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand((t, e), generator=generator).argsort(dim=1)
     return (order * 0.75 + torch.rand((t, e), generator=generator) * 0.5).to(dtype)
 
 
 def random_routes(t: int, e: int, a: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices and weights [T, A]; the indices of a token differ."""
+    """Return indices and weights [T, A]; the indices of a token differ."""
     generator = torch.Generator().manual_seed(seed)
     indices = torch.rand((t, e), generator=generator).argsort(dim=1)[:, :a]
     return indices, torch.rand((t, a), generator=generator)
@@ -210,7 +213,7 @@ def random_routes(t: int, e: int, a: int, seed: int = 0) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Matrices:
-    """E random MXFP4 matrices [N, K]: their bytes, and what these mean."""
+    """E random MXFP4 matrices [N, K]: their bytes, and their values."""
 
     blocks: Tensor  # [E, N, K/32, 16] uint8
     scales: Tensor  # [E, N, K/32] uint8
@@ -220,7 +223,7 @@ class Matrices:
     def random(
         e: int, n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0
     ) -> Matrices:
-        """Every code and sign occurs; scales are 2**-8 .. 2**-4; biases reach SwiGLU's limits."""
+        """Draw every code and sign, scales 2**-8 .. 2**-4, biases that reach SwiGLU's limits."""
         generator = torch.Generator().manual_seed(seed)
         blocks = torch.randint(0, 256, (e, n, k // 32, 16), generator=generator)
         scales = torch.randint(119, 124, (e, n, k // 32), generator=generator)
@@ -233,7 +236,7 @@ class Matrices:
 
     @property
     def weight(self) -> Tensor:
-        """[E, N, K] float64; the low nibble comes first, and scale byte 255 means NaN."""
+        """The values, float64 [E, N, K]. The low nibble is first; scale byte 255 means NaN."""
         table = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=torch.float64)
         codes = torch.stack((self.blocks & 15, self.blocks >> 4), dim=-1).flatten(-2)
         scale = torch.exp2(self.scales.double() - 127)
@@ -250,7 +253,7 @@ class Matrices:
 
 
 def assert_within(actual: Tensor, expected: Bounded) -> None:
-    """Every element is as near to the exact value as rounding lets it be; NaN where that is NaN."""
+    """Assert that every element is within its bound, and NaN only where the exact value is NaN."""
     value, error = expected.value, expected.error
     assert actual.shape == value.shape
     assert torch.equal(actual.isnan(), value.isnan()), "NaN in other places than expected"
@@ -269,16 +272,16 @@ def assert_within(actual: Tensor, expected: Bounded) -> None:
 
 
 def assert_as_accurate(actual: Tensor, reference: Tensor, exact: Tensor) -> None:
-    """At most twice the error that the reference has itself in the same precision.
+    """Assert that the error is at most twice that of a reference in the same dtype.
 
-    For what is too long for a bound, such as whole models and gradients. Errors are the largest of
-    a tensor; the rounding of the result to its dtype is allowed on top, as the reference may be
-    exact by chance.
+    This is for computations that are too long for a bound, such as whole models and gradients. The
+    error is the largest of the tensor. One rounding of the result to its dtype is added to the
+    reference's error, because the reference may be exact by chance.
 
     Args:
-        actual: what is judged.
-        reference: the same by trusted code in actual's dtype.
-        exact: the same by trusted code in float64.
+        actual: the tensor to test.
+        reference: the result of trusted code in the same dtype.
+        exact: the result of trusted code in float64.
     """
     assert actual.dtype == reference.dtype
     assert actual.shape == reference.shape == exact.shape

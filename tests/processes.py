@@ -1,6 +1,6 @@
-"""Other processes in tests. No test waits for a time: what it waits for is told, or happens.
+"""Other processes in tests.
 
-LAST_RESORT only ends a test that hangs.
+Tests wait for events, not for times: LAST_RESORT only ends a test that hangs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
 
 
 def until_there(file: Path) -> str:
-    """Shell that waits for a file."""
+    """Return a shell command that waits until a file exists."""
     return f"while [ ! -e {shlex.quote(str(file))} ]; do sleep 0.1; done"
 
 
@@ -36,12 +36,12 @@ def is_alive(process: int) -> bool:
 
 
 def is_written(file: Path) -> bool:
-    """Whether a file is there with a whole line, and not only begun."""
+    """Return whether a file exists and ends with a whole line."""
     return file.exists() and file.read_text().endswith("\n")
 
 
 def exit_status(child: int) -> int:
-    """What a forked process returned; it is killed if it does not end."""
+    """Wait for a forked process and return its exit status; kill it if it does not end."""
     status: list[int] = []
 
     def ended() -> bool:
@@ -60,14 +60,14 @@ def exit_status(child: int) -> int:
 
 
 def stopping(event: str, ending: str, times: int) -> str:
-    """Python that stops its process before it does something to such a file for the n-th time.
+    """Return Python code that stops its process before an event happens for the n-th time.
 
     Args:
-        event: one of Python's audit events whose first argument is a path: "open", "os.rename".
-        ending: of the path.
+        event: an audit event of Python whose first argument is a path, such as "open".
+        ending: how the path must end for the event to count.
         times: n.
     """
-    # Who runs the tests may ignore SIGINT, as a shell has background jobs do, and they inherit it.
+    # The process may inherit that SIGINT is ignored: a shell starts background jobs like that.
     return f"""
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -91,7 +91,7 @@ def wait_until_stopped(process: subprocess.Popen[str]) -> None:
 
 
 def end(process: subprocess.Popen[str], sent: signal.Signals) -> str:
-    """Send a stopped process a signal that ends it; its stderr."""
+    """End a stopped process with the signal ``sent``; return its stderr."""
     process.send_signal(sent)
     process.send_signal(signal.SIGCONT)
     return process.communicate(timeout=LAST_RESORT)[1]

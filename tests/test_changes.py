@@ -22,6 +22,8 @@ from torch.optim import SGD, Adagrad, AdamW
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import NanWeightsWarning, RepeatedSwizzleWarning
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE, WeightStore
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
@@ -44,10 +46,15 @@ def parameter(seed: int = 0) -> nn.Parameter:
     return nn.Parameter(values(seed))
 
 
-def is_right(weight: Tensor, scales: Tensor | None = None, store: WeightStore = STORE) -> bool:
-    """Whether what the store has of a weight is what swizzling it now gives, bit for bit."""
-    held = store.get(weight, LAYOUT, scales)
-    fresh = swizzle_weight(weight.clone(), LAYOUT, None, scales)
+def source(*tensors: Tensor) -> Source:
+    """Of floats, or of blocks and scales."""
+    return Source(tensors, FLOATS if len(tensors) == 1 else MXFP4)
+
+
+def is_right(*tensors: Tensor) -> bool:
+    """Whether what the store has of a source is what swizzling it now gives, bit for bit."""
+    held = STORE.get(source(*tensors), LAYOUT)
+    fresh = swizzle_weight(source(*(tensor.clone() for tensor in tensors)), LAYOUT)
     return all(torch.equal(a, b) for a, b in zip(held, fresh, strict=True))
 
 
@@ -178,10 +185,10 @@ def test_an_optimizer_that_is_interrupted() -> None:
 
 def test_frozen_weights_of_an_optimizer_are_not_swizzled_again() -> None:
     frozen, trained = parameter().requires_grad_(False), nn.Parameter(torch.ones(2))
-    parts, before = STORE.get(frozen, LAYOUT), STORE.swizzled
+    parts, before = STORE.get(source(frozen), LAYOUT), STORE.swizzled
     trained.grad = torch.ones(2)
     AdamW([frozen, trained], fused=True).step()
-    assert STORE.get(frozen, LAYOUT) is parts
+    assert STORE.get(source(frozen), LAYOUT) is parts
     assert STORE.swizzled == before
 
 
@@ -215,12 +222,12 @@ def test_a_write_through_a_weight_that_shares_the_memory() -> None:
 def test_weights_in_one_memory_that_do_not_overlap_are_separate() -> None:
     flat = values(0, 4, 64, 64)
     first, second = nn.Parameter(flat[:2].detach()), nn.Parameter(flat[2:].detach())
-    parts = STORE.get(second, LAYOUT)
-    STORE.get(first, LAYOUT)
+    parts = STORE.get(source(second), LAYOUT)
+    STORE.get(source(first), LAYOUT)
     first.data.copy_(values(1))
     STORE.refresh([first])
     assert is_right(first)
-    assert STORE.get(second, LAYOUT) is parts
+    assert STORE.get(source(second), LAYOUT) is parts
 
 
 def test_views_that_are_made_anew_are_swizzled_once() -> None:
@@ -301,12 +308,12 @@ def test_swapping_freed_tensors() -> None:
 def test_an_interrupted_swizzle_leaves_nothing_that_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mxfp4_fx.weights import swizzle
+    from mxfp4_fx.weights import source as source_module
 
     weight, store = parameter(), WeightStore()
     old = weight.data
-    store.get(weight, "row_major")
-    real, calls = swizzle.quantize, []
+    store.get(source(weight), "row_major")
+    real, calls = source_module.quantize, []
 
     def interrupted(expert: Tensor) -> Any:
         calls.append(expert)
@@ -314,23 +321,23 @@ def test_an_interrupted_swizzle_leaves_nothing_that_counts(
             raise KeyboardInterrupt
         return real(expert)
 
-    monkeypatch.setattr(swizzle, "quantize", interrupted)
+    monkeypatch.setattr(source_module, "quantize", interrupted)
     weight.data = values(1)
     with pytest.raises(KeyboardInterrupt):
-        store.get(weight, "row_major")
+        store.get(source(weight), "row_major")
     weight.data = old
-    expected = swizzle_weight(old, "row_major")
-    for part, wanted in zip(store.get(weight, "row_major"), expected, strict=True):
+    expected = swizzle_weight(source(old), "row_major")
+    for part, wanted in zip(store.get(source(weight), "row_major"), expected, strict=True):
         assert torch.equal(part, wanted)
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, "row_major"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_infinite_weights_are_told(layout: str, value: float) -> None:
     weight = parameter()
     weight[1, 3, 5] = value
     with pytest.warns(NanWeightsWarning, match=r"down_proj of it has .* \(experts 1\)"):
-        WeightStore().get(weight, layout, None, "down_proj of it")
+        WeightStore().get(source(weight), layout, "down_proj of it")
 
 
 def test_layers_that_share_blocks_and_not_scales() -> None:
@@ -365,7 +372,7 @@ def test_forgetting_gives_memory_back_and_nothing_is_lost() -> None:
     expected = compiled(x)[0]
     freeing = compile_with(freed, options={"free_weights": True})
     expected_of_freed = freeing(x)[0]
-    part = weakref.ref(STORE.get(module.experts.down_proj, LAYOUT)[0])
+    part = weakref.ref(STORE.get(source(module.experts.down_proj), LAYOUT)[0])
     gc.collect()  # what an earlier test left behind must not count
     before = len(STORE)
     assert mxfp4_fx.forget(nn.ModuleList([module, freed])) == 2
@@ -396,7 +403,7 @@ def test_copies_of_a_weight_are_other_weights() -> None:
 
 def test_a_saved_weight_takes_nothing_along() -> None:
     for weight in (parameter(), values()):
-        STORE.get(weight, LAYOUT)
+        STORE.get(source(weight), LAYOUT)
         file = io.BytesIO()
         torch.save(weight, file)
         file.seek(0)

@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks, warn_of_strays
+from mxfp4_fx.checkpoints import consistency
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape
 from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
 
@@ -66,7 +67,7 @@ def skip(*patterns: str) -> Edit:
 
 def test_a_packed_checkpoint_is_right(packed: Path) -> None:
     checkpoint = Checkpoint.open(packed)
-    checkpoint.check()
+    consistency.check(checkpoint)
     assert checkpoint.forms == {0: "packed", 1: "packed"}
     assert checkpoint.config == read_config(packed)
     assert len(checkpoint.files) > 1
@@ -75,7 +76,7 @@ def test_a_packed_checkpoint_is_right(packed: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_dense_checkpoint_is_right(tmp_path: Path, dtype: torch.dtype) -> None:
     checkpoint = Checkpoint.open(write_dense(tmp_path, dtype=dtype))
-    checkpoint.check()
+    consistency.check(checkpoint)
     assert checkpoint.forms == {0: "dense", 1: "dense"}
 
 
@@ -83,13 +84,13 @@ def test_layers_may_differ_if_the_config_says_so(copy: Path) -> None:
     edit_tensors(copy, lambda tensors: unpack_layers(tensors, 1, dtype=torch.bfloat16))
     edit_config(copy, skip(EXPERTS.format(1)))
     checkpoint = Checkpoint.open(copy)
-    checkpoint.check()
+    consistency.check(checkpoint)
     assert checkpoint.forms == {0: "packed", 1: "dense"}
 
 
 def test_a_base_models_checkpoint_is_right(copy: Path) -> None:
     checkpoint = Checkpoint.open(edit_tensors(copy, without_prefix))
-    checkpoint.check()
+    consistency.check(checkpoint)
     assert (checkpoint.prefix, checkpoint.experts(1)) == ("", "layers.1.mlp.experts")
     assert checkpoint.forms == {0: "packed", 1: "packed"}
 
@@ -97,7 +98,7 @@ def test_a_base_models_checkpoint_is_right(copy: Path) -> None:
 def test_tied_embeddings_need_no_head(copy: Path) -> None:
     edit_config(copy, setter(tie_word_embeddings=True))
     edit_tensors(copy, lambda tensors: tensors.pop("lm_head.weight"))
-    Checkpoint.open(copy).check()
+    consistency.check(Checkpoint.open(copy))
 
 
 def test_another_head_is_right(copy: Path) -> None:
@@ -106,7 +107,7 @@ def test_another_head_is_right(copy: Path) -> None:
         tensors["score.weight"] = torch.zeros(3, TINY.hidden)
 
     edit_config(copy, setter(architectures=["GptOssForSequenceClassification"]))
-    Checkpoint.open(edit_tensors(copy, replace_head)).check()
+    consistency.check(Checkpoint.open(edit_tensors(copy, replace_head)))
 
 
 def test_attention_without_biases_is_right(copy: Path) -> None:
@@ -115,7 +116,7 @@ def test_attention_without_biases_is_right(copy: Path) -> None:
             del tensors[name]
 
     edit_config(copy, setter(attention_bias=False))
-    Checkpoint.open(edit_tensors(copy, drop)).check()
+    consistency.check(Checkpoint.open(edit_tensors(copy, drop)))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def model(packed: Path) -> Any:
 def test_what_transformers_saved_is_right(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="200KB", save_original_format=False)
     checkpoint = Checkpoint.open(tmp_path)
-    checkpoint.check()
+    consistency.check(checkpoint)
     assert len(checkpoint.files) > 1
     assert checkpoint.forms == {0: "dense", 1: "dense"}
 
@@ -138,14 +139,14 @@ def test_transformers_files_and_config_make_a_checkpoint(packed: Path) -> None:
     config.quantization_config = Mxfp4Config(**config.quantization_config)
     files = [str(file) for file in packed.glob("*.safetensors")]
     checkpoint = Checkpoint(files, config.to_dict())
-    checkpoint.check()
+    consistency.check(checkpoint)
     assert checkpoint.tensors == Checkpoint.open(packed).tensors
 
 
 def test_files_that_transformers_leaves_alone_are_left_alone(copy: Path) -> None:
     (copy / "training_args.bin").write_bytes(b"a pickle")
     (copy / "adapter_model.safetensors").write_bytes(b"something else")
-    Checkpoint.open(copy).check()
+    consistency.check(Checkpoint.open(copy))
 
 
 def test_a_tensor_is_read_expert_by_expert(packed: Path) -> None:
@@ -172,7 +173,7 @@ def test_gpt_oss_20b_is_checked_by_its_headers(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("wb") as sparse:
         sparse.write(len(encoded).to_bytes(8, "little") + encoded)
         sparse.truncate(8 + len(encoded) + end)
-    Checkpoint.open(tmp_path).check()
+    consistency.check(Checkpoint.open(tmp_path))
 
 
 _REAL_SIZES = {
@@ -215,7 +216,7 @@ _REAL = {
 
 def refuse(path: Path, message: str) -> str:
     with pytest.raises(CheckpointError, match=message) as caught:
-        Checkpoint.open(path).check()
+        consistency.check(Checkpoint.open(path))
     return str(caught.value)
 
 
@@ -319,8 +320,8 @@ STALE: dict[str, tuple[str, Edit]] = {
 def test_an_index_that_is_not_the_shards_own_is_named(copy: Path, name: str, edit: Edit) -> None:
     """Of an index, transformers reads which files there are, and takes all that lies in them."""
     edit_index(copy, edit)
-    with pytest.warns(CheckpointWarning, match=rf"index\.json is not that of .*: {name} is not "):
-        Checkpoint.open(copy).check()
+    with pytest.warns(CheckpointWarning, match=rf"index\.json does not match .*: {name} is in "):
+        consistency.check(Checkpoint.open(copy))
 
 
 def test_an_index_that_promises_a_tensor_that_is_missing(copy: Path) -> None:
@@ -369,16 +370,16 @@ STRAYS = {
 def test_a_tensor_that_no_model_has_is_named_and_left_out(copy: Path, name: str) -> None:
     edit_tensors(copy, setter(**{name: torch.zeros(4)}))
     checkpoint = Checkpoint.open(copy)
-    checkpoint.check()
-    assert checkpoint.strays() == [name]
-    with pytest.warns(CheckpointWarning, match=rf"1 tensors are .*{name} in .*; .*{STRAYS[name]}"):
-        warn_of_strays(checkpoint)
+    consistency.check(checkpoint)
+    assert consistency.strays(checkpoint) == [name]
+    with pytest.warns(CheckpointWarning, match=rf"1 tensors do .*{name} in .*; .*{STRAYS[name]}"):
+        consistency.warn_of_strays(checkpoint)
 
 
 def test_without_strays_nothing_is_said(packed: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_strays(Checkpoint.open(packed))
+        consistency.warn_of_strays(Checkpoint.open(packed))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +401,7 @@ def test_a_tensor_that_the_config_says_is_not_there(copy: Path, name: str) -> No
 
     edit_tensors(copy, edit)
     remedy = "use the config" if name.endswith("bias") else "copy or download all files from one"
-    refuse(copy, rf"1 tensors are none of the model .*: {name} in .*; {remedy}")
+    refuse(copy, rf"1 tensors do not belong to the model .*: {name} in .*; {remedy}")
 
 
 def test_a_wrong_shape(copy: Path) -> None:
@@ -434,7 +435,9 @@ def test_blocks_and_scales_need_each_other(copy: Path, name: str, other: str) ->
 def test_dense_experts_that_are_called_blocks(model: Any, tmp_path: Path) -> None:
     """transformers saves a model so that it has dequantized, and then cannot load it itself."""
     model.save_pretrained(tmp_path)
-    refuse(tmp_path, r"_blocks in .* dense experts under its name: .*save_original_format=False\)$")
+    refuse(
+        tmp_path, r"_blocks in .* dense experts under an MXFP4 name: .*_original_format=False\)$"
+    )
 
 
 # ---- the config against the tensors -------------------------------------------------------------
@@ -556,7 +559,7 @@ def test_nan_blocks_are_counted(copy: Path) -> None:
 
     edit_tensors(copy, damage)
     checkpoint = Checkpoint.open(copy)
-    checkpoint.check()
+    consistency.check(checkpoint)
     assert checkpoint.nan_blocks() == {SCALES: 3}
 
 
@@ -585,4 +588,4 @@ def test_a_quantization_config_of_other_types(
     path = copied(packed, tmp_path / "copy")
     edit_config(path, lambda config: config.update(quantization_config=settings))
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint.open(path).check()
+        consistency.check(Checkpoint.open(path))

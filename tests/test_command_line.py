@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers  # noqa: F401  (its log keeps the stderr that it finds when it is imported)
 from checkpoints import TINY, read_config, write_dense, write_packed
 
 import mxfp4_fx

@@ -22,6 +22,7 @@ from processes import LAST_RESORT
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
 from mxfp4_fx.ops import native, target
 
@@ -337,7 +338,8 @@ def test_another_layout_is_an_error() -> None:
 @pytest.fixture
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """What is asked once a process is asked again."""
-    cached = (target.cpu_path, target.runnable_paths, target._cpu_facts, target._warn_slow)
+    facts = (hardware.cpu_path, hardware.runnable_paths, hardware._cpu_facts)
+    cached = (*facts, target._warn_slow)
     for function in cached:
         function.cache_clear()
     yield monkeypatch
@@ -347,38 +349,55 @@ def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch
 
 
 CPU = torch.device("cpu")
-FLAGS = {
-    "EPYC Genoa": ("AuthenticAMD", target._AVX512_BF16, "avx512_bf16"),
-    "EPYC Milan": ("AuthenticAMD", target._AVX2, "avx2"),
-    "Xeon Sapphire Rapids": ("GenuineIntel", target._NEEDS["amx"], "amx"),
+# Flags as Linux writes them in /proc/cpuinfo, of those that matter.
+HASWELL = frozenset({"avx2", "bmi2", "f16c", "fma"})
+SKYLAKE = HASWELL | {"avx512bw", "avx512dq", "avx512f", "avx512vl"}
+CASCADE_LAKE = SKYLAKE | {"avx512_vnni"}
+COOPER_LAKE = CASCADE_LAKE | {"avx512_bf16"}
+GENOA = COOPER_LAKE | {"avx512vbmi"}
+SAPPHIRE_RAPIDS = GENOA | {"amx_bf16", "amx_tile"}
+INTEL, AMD = "GenuineIntel", "AuthenticAMD"
+CPUS = {
+    "EPYC Genoa": (AMD, GENOA, "avx512_bf16"),
+    "EPYC Milan": (AMD, HASWELL, "avx2"),
+    "Xeon Sapphire Rapids": (INTEL, SAPPHIRE_RAPIDS, "amx"),
     # It has vdpbf16ps at half the rate of its float32.
-    "Xeon Cooper Lake": ("GenuineIntel", target._AVX512_BF16, "avx512"),
-    "Xeon Skylake": ("GenuineIntel", target._AVX512 - {"avx512_vnni"}, "avx2"),
-    "Xeon Cascade Lake": ("GenuineIntel", target._AVX512, "avx512"),
-    "an old one": ("GenuineIntel", frozenset({"sse4_2", "avx"}), "portable"),
+    "Xeon Cooper Lake": (INTEL, COOPER_LAKE, "avx512"),
+    "Xeon Skylake": (INTEL, SKYLAKE, "avx2"),
+    "Xeon Cascade Lake": (INTEL, CASCADE_LAKE, "avx512"),
+    "an old one": (INTEL, frozenset({"sse4_2", "avx"}), "portable"),
     "no x86": ("", frozenset(), "portable"),
 }
 
 
-@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("name", CPUS)
 def test_the_path_of_a_cpu(fresh_choice: pytest.MonkeyPatch, name: str) -> None:
-    vendor, flags, path = FLAGS[name]
-    fresh_choice.delenv(target.CPU_PATH_VARIABLE, raising=False)
-    fresh_choice.setattr(target, "_cpu_facts", lambda: (vendor, flags))
-    fresh_choice.setattr(target, "_amx_is_permitted", lambda: True)
-    assert target.cpu_path() == path
+    vendor, flags, path = CPUS[name]
+    fresh_choice.delenv(hardware.CPU_PATH_VARIABLE, raising=False)
+    fresh_choice.setattr(hardware, "_cpu_facts", lambda: (vendor, flags))
+    fresh_choice.setattr(hardware, "_amx_is_permitted", lambda: True)
+    assert hardware.cpu_path() == path
+
+
+@pytest.mark.parametrize("flag", sorted(SAPPHIRE_RAPIDS))
+def test_a_path_needs_each_of_its_flags(fresh_choice: pytest.MonkeyPatch, flag: str) -> None:
+    needed = {"amx": SAPPHIRE_RAPIDS, "avx512_bf16": GENOA, "avx512": CASCADE_LAKE, "avx2": HASWELL}
+    fresh_choice.setattr(hardware, "_cpu_facts", lambda: (INTEL, SAPPHIRE_RAPIDS - {flag}))
+    fresh_choice.setattr(hardware, "_amx_is_permitted", lambda: True)
+    left = [path for path, flags in needed.items() if flag not in flags]
+    assert hardware.runnable_paths() == (*left, "portable")
 
 
 def test_amx_that_the_system_forbids_is_not_used(fresh_choice: pytest.MonkeyPatch) -> None:
-    fresh_choice.delenv(target.CPU_PATH_VARIABLE, raising=False)
-    fresh_choice.setattr(target, "_cpu_facts", lambda: ("GenuineIntel", target._NEEDS["amx"]))
-    fresh_choice.setattr(target, "_amx_is_permitted", lambda: False)
-    assert target.cpu_path() == "avx512"
+    fresh_choice.delenv(hardware.CPU_PATH_VARIABLE, raising=False)
+    fresh_choice.setattr(hardware, "_cpu_facts", lambda: (INTEL, SAPPHIRE_RAPIDS))
+    fresh_choice.setattr(hardware, "_amx_is_permitted", lambda: False)
+    assert hardware.cpu_path() == "avx512"
 
 
 @pytest.mark.parametrize("path", CPU_PATHS)
 def test_the_reason_names_path_and_variable(fresh_choice: pytest.MonkeyPatch, path: str) -> None:
-    fresh_choice.setenv(target.CPU_PATH_VARIABLE, path)
+    fresh_choice.setenv(hardware.CPU_PATH_VARIABLE, path)
     found = target.choose(CPU)
     assert (found.kernels, found.layout) == ("cpu", "cpu_panels")
     assert f"{path}: MXFP4_FX_CPU says so" in found.reason
@@ -386,14 +405,14 @@ def test_the_reason_names_path_and_variable(fresh_choice: pytest.MonkeyPatch, pa
 
 
 def test_a_path_that_is_none(fresh_choice: pytest.MonkeyPatch) -> None:
-    fresh_choice.setenv(target.CPU_PATH_VARIABLE, "avx3")
+    fresh_choice.setenv(hardware.CPU_PATH_VARIABLE, "avx3")
     with pytest.raises(KernelsUnavailableError, match="MXFP4_FX_CPU='avx3' is not one of amx, "):
         target.choose(CPU)
 
 
 def test_a_path_that_this_cpu_cannot_run(fresh_choice: pytest.MonkeyPatch) -> None:
-    fresh_choice.setattr(target, "_cpu_facts", lambda: ("GenuineIntel", target._AVX2))
-    fresh_choice.setenv(target.CPU_PATH_VARIABLE, "avx512")
+    fresh_choice.setattr(hardware, "_cpu_facts", lambda: (INTEL, HASWELL))
+    fresh_choice.setenv(hardware.CPU_PATH_VARIABLE, "avx512")
     with pytest.raises(KernelsUnavailableError, match=r"lacks avx512_vnni, .*runs avx2, portable"):
         target.choose(CPU)
 
@@ -422,8 +441,8 @@ def test_kernels_that_compute_wrong_results_are_refused(
     assert "3.f,  4.f" in numbers
     (sources / "numbers.h").write_text(numbers.replace("3.f,  4.f", "3.f,  5.f"))
     monkeypatch.setenv(native.CACHE_DIR_VARIABLE, str(tmp_path / "libraries"))
-    for name, value in {"_SOURCES": sources, "_loaded": {}, "_failed": {}}.items():
-        monkeypatch.setattr(native, name, value)
+    monkeypatch.setattr(native, "_SOURCES", sources)
+    monkeypatch.setattr(native, "libraries", native.libraries.anew())
     with pytest.raises(NativeBuildError, match="portable CPU kernels compute wrong results"):
         native.load("portable")
 
@@ -444,6 +463,6 @@ def test_pytorch_on_request_compiles_nothing(fresh_choice: pytest.MonkeyPatch) -
 def test_importing_and_choosing_pytorch_loads_no_library() -> None:
     code = (
         "import torch, mxfp4_fx; from mxfp4_fx.ops import native, target; "
-        "target.choose(torch.device('cpu'), 'pytorch'); assert not native._loaded"
+        "target.choose(torch.device('cpu'), 'pytorch'); assert not native.libraries.loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

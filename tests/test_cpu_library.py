@@ -21,8 +21,9 @@ from oracle import assert_within, random_logits, random_routes
 from torch import Tensor
 
 from mxfp4_fx.core import formats
+from mxfp4_fx.core.hardware import runnable_paths
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops import native, reference, target
+from mxfp4_fx.ops import native, reference
 
 PANELS = LAYOUTS["cpu_panels"]
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 0, torch.int64: 1}
@@ -93,7 +94,7 @@ class Library:
         return out
 
 
-@pytest.fixture(scope="module", params=target.runnable_paths())
+@pytest.fixture(scope="module", params=runnable_paths())
 def library(request: pytest.FixtureRequest) -> Library:
     return Library(request.param)
 

@@ -25,6 +25,7 @@ from mxfp4_fx.core.errors import DequantizeError, DeviceFullWarning
 from mxfp4_fx.core.formats import SLAB_VALUES
 from mxfp4_fx.huggingface.packed import PackedExperts
 from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.source import FLOATS, Source
 from mxfp4_fx.weights.store import STORE, WeightStore
 
 WAYS: dict[str, Callable[[Any], Any]] = {
@@ -137,11 +138,11 @@ def test_freed_weights_that_the_device_has_no_room_for(
     devices: list[Any] = []
     real = WeightStore.values
 
-    def full(store: WeightStore, parameter: Any, device: Any = None) -> torch.Tensor:
+    def full(store: WeightStore, source: Source, device: Any = None) -> tuple[torch.Tensor, ...]:
         devices.append(device)
         if device is None:
             raise torch.OutOfMemoryError
-        return real(store, parameter, device)
+        return real(store, source, device)
 
     monkeypatch.setattr(WeightStore, "values", full)
     mxfp4_fx.dequantize(model)
@@ -155,7 +156,7 @@ def test_skipped_layers_that_were_freed_get_their_memory_again(checkpoint: Path)
     experts = model.model.layers[0].mlp.experts
     before = {name: experts.get_parameter(name).clone() for name in ("gate_up_proj", "down_proj")}
     for name in before:
-        STORE.free(experts.get_parameter(name), "cpu_panels")
+        STORE.free(Source((experts.get_parameter(name),), FLOATS), "cpu_panels")
     mxfp4_fx.dequantize(model, torch.float32)
     for name, value in before.items():  # MXFP4 values already
         assert torch.equal(experts.get_parameter(name), value.float())

@@ -104,7 +104,7 @@ def test_wrapped_names_are_told_and_the_key_mapping_that_is_offered_serves(
     rename, parts, mapping = WRAPPED[what]
     edit_tensors(copy, renamed(rename))
     message = refuse(copy, r"\d+ of 4\d tensors are not in model\.safetensors: ")
-    assert f"in the files, names have {parts} too much: save the model that was wr" in message
+    assert f"the names in the files have the extra part {parts}: save the model" in message
     assert f"key_mapping={mapping} to mxfp4_fx.from_pretrained" in message
     key_mapping = eval(mapping)  # what a user copies from the message
     model = mxfp4_fx.from_pretrained(copy, key_mapping=key_mapping)
@@ -162,17 +162,17 @@ def without(*ends: str) -> Edit:
 LAYOUTS: dict[str, tuple[Edit, str]] = {
     "experts one by one": (
         one_by_one,
-        r"; experts lie there one by one \(model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight"
-        r"\): save them in the layout of transformers, .* gate in the even columns",
+        r"; the files hold experts one by one \(model\.layers\.0\.mlp\.experts\.0\.down_proj\."
+        r"weight\): save them in the layout of transformers, .* gate in the even columns",
     ),
     "experts in a list": (
         renamed(lambda n: re.sub(r"experts\.(\w+)$", r"experts.\1s.0.weight", n)),
-        r"experts lie there one by one",
+        r"the files hold experts one by one",
     ),
     "an adapter beside its base": (unmerged, r"adapter is not merged: .* merge_and_unload\(\)"),
     "OpenAI's own": (
         renamed(lambda n: n.replace("model.layers.", "block.").replace("self_attn", "attn")),
-        r"OpenAI's own layout, .* the other one lies in the folder above",
+        r"OpenAI's own layout, .* in the folder above",
     ),
     "flat parameters": (
         lambda t: (t.clear(), t.update({"model._flat_param": torch.zeros(9)})),

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
+from mxfp4_fx.weights import freed
+from mxfp4_fx.weights.entries import Entries
 from mxfp4_fx.weights.freed import FreedParameter
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import WeightStore
-from mxfp4_fx.weights.swizzle import swizzle_weight
+from mxfp4_fx.weights.swizzle import swizzle_weight, unswizzle_weight
 
 FREE = {"free_weights": True}
 
@@ -38,6 +41,10 @@ def dense(dtype: torch.dtype = torch.float32) -> Any:
 
 def packed(dtype: torch.dtype = torch.float32) -> Any:
     return pack(mlp(dtype))
+
+
+def floats(weight: Tensor) -> Source:
+    return Source((weight,), FLOATS)
 
 
 BOTH = pytest.mark.parametrize("make", [dense, packed])
@@ -302,23 +309,23 @@ def test_what_was_restored_and_changed_stays() -> None:
 def test_values_that_were_swizzled_before_a_change_are_not_the_weights() -> None:
     store, new = WeightStore(), torch.randn(2, 64, 32)
     source = nn.Parameter(torch.randn(2, 64, 32), requires_grad=False)
-    store.get(source, "row_major")
+    store.get(floats(source), "row_major")
     source.copy_(new)
-    expected = [part.clone() for part in swizzle_weight(new, "row_major")]
-    assert store.free(source, "cpu_panels")
-    for part, wanted in zip(store.get(source, "row_major"), expected, strict=True):
+    expected = [part.clone() for part in swizzle_weight(floats(new), "row_major")]
+    assert store.free(floats(source), "cpu_panels")
+    for part, wanted in zip(store.get(floats(source), "row_major"), expected, strict=True):
         assert torch.equal(part, wanted)
 
 
 def test_values_that_were_refreshed_are_not_the_weights() -> None:
     store, new = WeightStore(), torch.randn(2, 64, 32)
     source = nn.Parameter(torch.randn(2, 64, 32), requires_grad=False)
-    store.get(source, "row_major")
+    store.get(floats(source), "row_major")
     source.data.copy_(new)
     store.refresh([source])
-    assert store.free(source, "cpu_panels")
-    expected = swizzle_weight(new, "row_major")
-    for part, wanted in zip(store.get(source, "row_major"), expected, strict=True):
+    assert store.free(floats(source), "cpu_panels")
+    expected = swizzle_weight(floats(new), "row_major")
+    for part, wanted in zip(store.get(floats(source), "row_major"), expected, strict=True):
         assert torch.equal(part, wanted)
 
 
@@ -383,10 +390,72 @@ def test_reference_kernels_before_do_not_keep_the_memory() -> None:
 def test_what_was_restored_is_not_swizzled_again() -> None:
     store = WeightStore()
     source = nn.Parameter(torch.randn(2, 64, 32), requires_grad=False)
+    parts = store.get(floats(source), "cpu_panels")
+    assert store.free(floats(source), "cpu_panels")
+    assert store.restore([source]) == 1
+    assert store.get(floats(source), "cpu_panels") is parts
+
+
+def pair() -> Source:
+    """Blocks and scales of all kinds of bytes."""
+    generator = torch.Generator().manual_seed(0)
+    parts = (
+        torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        for shape in ((2, 32, 2, 16), (2, 32, 2))
+    )
+    return Source(tuple(nn.Parameter(part, requires_grad=False) for part in parts), MXFP4)
+
+
+def test_a_device_that_has_no_room_for_one_half_keeps_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, source = WeightStore(), pair()
+    blocks, real = source.tensors[0].clone(), freed._no_bytes
+
+    def full(like: Tensor) -> Tensor:
+        if like.ndim == 3:
+            raise torch.OutOfMemoryError
+        return real(like)
+
+    monkeypatch.setattr(freed, "_no_bytes", full)
     parts = store.get(source, "cpu_panels")
-    assert store.free(source, "cpu_panels")
-    assert store.restore(source)
+    assert not store.free(source, "cpu_panels")
+    assert not any(map(freed.is_freed, source.tensors))
+    assert torch.equal(source.tensors[0], blocks)
     assert store.get(source, "cpu_panels") is parts
+    assert store.forget(source.tensors) == 1
+
+
+def test_freeing_that_is_interrupted_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, source = WeightStore(), pair()
+    before = [tensor.clone() for tensor in source.tensors]
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Entries, "renew", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.free(source, "cpu_panels")
+    monkeypatch.undo()
+    assert all(map(freed.is_freed, source.tensors))
+    parts = store.get(source, "cpu_panels")
+    assert store.restore(source.tensors) == 2
+    assert all(map(torch.equal, source.tensors, before))
+    assert all(map(torch.equal, parts, swizzle_weight(source, "cpu_panels")))
+
+
+def test_both_halves_are_made_of_one_unswizzled_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, source, made = WeightStore(), pair(), []
+    before = [tensor.clone() for tensor in source.tensors]
+    store.free(source, "cpu_panels")
+
+    def counting(*args: Any) -> Any:
+        made.append(args)
+        return unswizzle_weight(*args)
+
+    monkeypatch.setattr("mxfp4_fx.weights.store.unswizzle_weight", counting)
+    assert all(map(torch.equal, store.values(source), before))
+    assert store.restore(source.tensors) == 2
+    assert all(map(torch.equal, source.tensors, before))
+    assert len(made) == 2
 
 
 def test_a_change_after_restoring_is_noticed() -> None:
@@ -400,8 +469,8 @@ def test_a_change_after_restoring_is_noticed() -> None:
 
 def test_a_plain_tensor_is_not_freed() -> None:
     weight, store = torch.randn(2, 64, 32), WeightStore()
-    store.get(weight, "cpu_panels")
-    assert not store.free(weight, "cpu_panels")
+    store.get(floats(weight), "cpu_panels")
+    assert not store.free(floats(weight), "cpu_panels")
     assert weight.untyped_storage().nbytes()
 
 
@@ -440,6 +509,7 @@ MAPPED = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
+from mxfp4_fx.weights.source import MXFP4, Source
 from mxfp4_fx.weights.store import STORE
 
 def file_pages():
@@ -452,12 +522,13 @@ save_file({"blocks": torch.ones(size, dtype=torch.uint8),
 held = {k: torch.nn.Parameter(v, requires_grad=False) for k, v in load_file(sys.argv[1]).items()}
 keep = held["scales"].data[:1]  # somebody else uses the file
 bytes(held["blocks"].detach().numpy())
+source = Source((held["blocks"], held["scales"]), MXFP4)
+STORE.get(source, "cpu_panels")  # loads the native library, whose pages are a file's, too
 before = file_pages()
-STORE.get(held["blocks"], "cpu_panels", held["scales"])
-STORE.free(held["blocks"], "cpu_panels", held["scales"])
+STORE.free(source, "cpu_panels")
 freed = before - file_pages()
 assert freed > 1.5 * 2**20, freed
-assert (STORE.values(held["blocks"]) == 1).all()
+assert (STORE.values(source)[0] == 1).all()
 assert (keep == 127).all()
 """
 

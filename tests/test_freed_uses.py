@@ -18,6 +18,7 @@ from transformers import GptOssForCausalLM
 import mxfp4_fx
 from mxfp4_fx.core.errors import MissedRewriteWarning
 from mxfp4_fx.weights.freed import FreedParameter, is_freed
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE
 
 FREE = {"free_weights": True}
@@ -226,9 +227,10 @@ def test_uncompiled_packed_experts_of_which_half_was_replaced() -> None:
     scales = nn.Parameter(other.experts.down_proj_scales.flip(0).clone(), requires_grad=False)
     module.experts.down_proj_scales = other.experts.down_proj_scales = scales
     assert close(module(x)[0], other(x)[0])
-    assert torch.equal(
-        STORE.values(module.experts.down_proj_blocks), other.experts.down_proj_blocks
-    )
+    pair = module.experts.down_proj_blocks, module.experts.down_proj_scales
+    held = STORE.values(Source(pair, MXFP4))
+    assert torch.equal(held[0], other.experts.down_proj_blocks)
+    assert held[1] is scales
 
 
 def test_uncompiled_packed_experts_have_gradients() -> None:
@@ -244,7 +246,7 @@ def test_uncompiled_packed_experts_have_gradients() -> None:
 def test_another_layout_made_in_inference_mode_can_be_saved_for_a_backward() -> None:
     module, _ = freed(dense())
     with torch.inference_mode():
-        parts = STORE.get(module.experts.down_proj, "row_major")
+        parts = STORE.get(Source((module.experts.down_proj,), FLOATS), "row_major")
     assert not any(part.is_inference() for part in parts)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.ops import target
 
@@ -21,9 +22,9 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
-    target.gpu_name.cache_clear()
+    hardware.gpu_name.cache_clear()
     yield
-    target.gpu_name.cache_clear()
+    hardware.gpu_name.cache_clear()
 
 
 def pretend(
@@ -60,7 +61,9 @@ def test_an_nvidia_gpu(
 
 @pytest.mark.parametrize("name", ["gfx942", "gfx950", "gfx1201"])
 def test_an_amd_gpu(name: str) -> None:
-    assert target.gpu_layout(name) == "row_major"
+    layout = hardware.gpu_layout(name)
+    assert layout is not None
+    assert layout.name == "row_major"
 
 
 def test_the_reason_names_the_gpu_and_why_this_layout(monkeypatch: pytest.MonkeyPatch) -> None:

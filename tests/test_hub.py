@@ -8,7 +8,6 @@ need not be there, and on a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -23,7 +22,6 @@ from typing import Any
 
 import hub_package
 import hub_repository
-import processes
 import pytest
 import torch
 from implementations import Kernels, check_matmul, int32, randn
@@ -38,6 +36,7 @@ from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.ops import hub as hub_ops
 from mxfp4_fx.ops import hub_loader, target
 from mxfp4_fx.ops.schemas import operands_of
+from mxfp4_fx.weights.source import FLOATS, Source
 from mxfp4_fx.weights.store import STORE
 
 HUB = Kernels("hub")
@@ -139,29 +138,16 @@ def test_a_failure_is_remembered_until_the_environment_changes(
 ) -> None:
     tried: list[str] = []
 
-    def fail() -> None:
+    def fail(repository: str) -> None:
         tried.append(os.environ["LOCAL_KERNELS"])
         raise KernelsUnavailableError("no such package")
 
     monkeypatch.setattr(hub_loader, "_get_kernel", fail)
-    monkeypatch.setattr(hub_loader, "_loaded", [])
-    monkeypatch.setattr(hub_loader, "_failed", {})
+    monkeypatch.setattr(hub_loader, "packages", hub_loader.packages.anew())
     for local in ("a", "a", "b"):
         monkeypatch.setenv("LOCAL_KERNELS", local)
         assert message() == "no such package"
     assert tried == ["a", "b"]
-
-
-def test_a_fork_does_not_inherit_a_lock_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_loader, "_loaded", [])
-    monkeypatch.setattr(hub_loader, "_failed", {os.environ.get("LOCAL_KERNELS"): "no such package"})
-    with hub_loader._lock:
-        child = os.fork()
-        if not child:
-            with contextlib.suppress(KernelsUnavailableError):
-                hub_loader.load()
-            os._exit(0)
-        assert processes.exit_status(child) == 0
 
 
 CHOOSE = """
@@ -250,7 +236,7 @@ def stub(record: dict[str, Any]) -> Any:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The arguments of the latest call of the package, which computes nothing."""
     record: dict[str, Any] = {}
-    monkeypatch.setattr(hub_loader, "_loaded", [stub(record)])
+    monkeypatch.setitem(hub_loader.packages.loaded, hub_loader.REPOSITORY, stub(record))
     return record
 
 
@@ -416,7 +402,8 @@ def test_through_inductor(served: None) -> None:
     with torch.no_grad():
         out = torch.compile(module, backend="mxfp4", options={"kernels": "hub"})(x)[0]
         assert_as_accurate(out, module(x)[0], mlp(form="eager").double()(x.double())[0])
-    assert STORE.get(module.experts.down_proj, "row_major")[0].shape == (6, 64, 3, 16)
+    source = Source((module.experts.down_proj,), FLOATS)
+    assert STORE.get(source, "row_major")[0].shape == (6, 64, 3, 16)
 
 
 @needs_library
@@ -519,7 +506,8 @@ def real_package() -> Any:
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> OnGpu:
-    monkeypatch.setattr(hub_loader, "_loaded", [hub_loader._checked(real_package())])
+    package = hub_loader._checked(real_package())
+    monkeypatch.setitem(hub_loader.packages.loaded, hub_loader.REPOSITORY, package)
     return OnGpu("hub")
 
 

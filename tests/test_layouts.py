@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.weights.source import FLOATS, Source
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
 # Panels and pairs of blocks that are full, partly filled, and none.
@@ -37,7 +38,7 @@ def test_shapes_are_those_that_come_out(name: str, n: int, k: int) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_whole_weight_has_the_experts_in_front(name: str) -> None:
-    parts = swizzle_weight(torch.randn(3, 64, 10), name)
+    parts = swizzle_weight(Source((torch.randn(3, 64, 10),), FLOATS), name)
     assert tuple(part.shape[1:] for part in parts) == LAYOUTS[name].shapes(10, 64)
     assert {part.shape[0] for part in parts} == {3}
     assert all(LAYOUTS[name].name == name for name in LAYOUTS)

@@ -25,7 +25,8 @@ import torch
 from processes import LAST_RESORT, is_alive, is_written, until_there, wait_until
 
 from mxfp4_fx.core.errors import NativeBuildError
-from mxfp4_fx.ops import native
+from mxfp4_fx.core.hardware import CPU_PATHS
+from mxfp4_fx.ops import compiler, native
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernels run on Linux only")
 
@@ -120,7 +121,7 @@ class Workshop:
 
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
-    made = Workshop(tmp_path / "work shop", " ".join(map(shlex.quote, native._compiler())))
+    made = Workshop(tmp_path / "work shop", " ".join(map(shlex.quote, compiler.command())))
     made.folder.mkdir()
     made.write_source()
     (made.folder / "temporary").mkdir()
@@ -135,8 +136,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process would know."""
-    monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "_failed", {})
+    monkeypatch.setattr(native, "libraries", native.libraries.anew())
 
 
 def refusal(path: str = "portable") -> str:
@@ -203,7 +203,7 @@ def test_a_library_serves_the_same_sources_in_another_place(
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these flags are for x86")
-@pytest.mark.parametrize("path", native.PATHS)
+@pytest.mark.parametrize("path", CPU_PATHS)
 def test_a_path_has_its_flags_and_its_macro(workshop: Workshop, path: str) -> None:
     macros = {
         "avx2": "__AVX2__ && __FMA__ && __F16C__ && __BMI2__",
@@ -473,7 +473,7 @@ def test_a_compiler_that_hangs_is_stopped_with_its_children(
     # Time passes once it hangs, and not before.
     readings = itertools.count(step=1e6)
     clock = SimpleNamespace(monotonic=lambda: next(readings) if is_written(pid) else 0.0)
-    monkeypatch.setattr(native, "time", clock)
+    monkeypatch.setattr(compiler, "time", clock)
     assert "was stopped after 300 s" in refusal()
     child = int(pid.read_text())
     wait_until(lambda: not is_alive(child), "the compiler's child to end")

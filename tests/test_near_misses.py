@@ -480,7 +480,7 @@ but found 3
         self.assert_missed(
             with_experts({".sum(dim=1)": ".mean(dim=1)"}),
             """\
-experts: no weighted sum over the chosen experts, as GPT-OSS has it, was found behind it
+experts: no weighted sum over the chosen experts, as GPT-OSS has one, follows it
 """,
         )
 
@@ -532,7 +532,7 @@ should be used again
         self.assert_missed(
             with_experts(changes, "batched_mm"),
             """\
-experts: no weighted sum over the chosen experts, as GPT-OSS has it, was found behind it
+experts: no weighted sum over the chosen experts, as GPT-OSS has one, follows it
 """,
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mxfp4_fx.ops import target
 from mxfp4_fx.weights.freed import FreedParameter
+from mxfp4_fx.weights.source import FLOATS, Source
 from mxfp4_fx.weights.swizzle import swizzle_weight
 from mxfp4_fx.weights.upkeep import restore
 
@@ -112,10 +113,9 @@ def test_a_gpu_is_served_by_triton_unasked() -> None:
 
 @pytest.mark.parametrize("layout", ["wgmma_fragments", "mma_fragments", "row_major"])
 def test_swizzling_on_the_device_is_that_of_the_cpu(layout: str) -> None:
-    source = on_mxfp4_grid(torch.randn(3, 96, 80) * 0.1)
-    for there, here in zip(
-        swizzle_weight(source.cuda(), layout), swizzle_weight(source, layout), strict=True
-    ):
+    weight = on_mxfp4_grid(torch.randn(3, 96, 80) * 0.1)
+    swizzled = [swizzle_weight(Source((on,), FLOATS), layout) for on in (weight.cuda(), weight)]
+    for there, here in zip(*swizzled, strict=True):
         assert there.is_cuda
         assert torch.equal(there.cpu(), here)
 
@@ -125,10 +125,10 @@ def test_swizzling_takes_no_more_room_for_more_experts() -> None:
     layout = target.choose(torch.device("cuda"), "triton").layout
 
     def extra(experts: int) -> int:
-        source = torch.randn((experts, 1024, 2048), dtype=torch.bfloat16, device="cuda")
+        weight = torch.randn((experts, 1024, 2048), dtype=torch.bfloat16, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        parts = swizzle_weight(source, layout)
+        parts = swizzle_weight(Source((weight,), FLOATS), layout)
         return torch.cuda.max_memory_allocated() - before - sum(p.numel() for p in parts)
 
     assert extra(16) <= extra(4)

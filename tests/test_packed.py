@@ -20,6 +20,7 @@ from mxfp4_fx.core.errors import WeightError
 from mxfp4_fx.core.formats import quantize
 from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.huggingface.packed import PackedExperts
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE, WeightStore
 from mxfp4_fx.weights.swizzle import swizzle_weight, unswizzle_weight
 
@@ -244,7 +245,7 @@ experts: down is written to in the graph, by zero_
         )
 
 
-def source(seed: int = 0, e: int = 3, n: int = 40, groups: int = 3) -> tuple[nn.Parameter, ...]:
+def pair(seed: int = 0, e: int = 3, n: int = 40, groups: int = 3) -> tuple[nn.Parameter, ...]:
     """Blocks and scales of all kinds of bytes."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (e, n, groups, 16), (e, n, groups)
@@ -259,8 +260,8 @@ def source(seed: int = 0, e: int = 3, n: int = 40, groups: int = 3) -> tuple[nn.
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_swizzling_keeps_every_byte(layout: str) -> None:
-    blocks, scales = source()
-    parts = swizzle_weight(blocks, layout, scales=scales)
+    blocks, scales = pair()
+    parts = swizzle_weight(Source((blocks, scales), MXFP4), layout)
     back = unswizzle_weight(parts, layout, 3, 40, 96)
     assert torch.equal(back[0], blocks)
     assert torch.equal(back[1], scales)
@@ -271,25 +272,27 @@ def test_a_packed_weight_is_swizzled_like_the_one_that_was_quantized(layout: str
     dense = torch.randn(3, 96, 40, generator=torch.Generator().manual_seed(0))
     blocks, scales = quantize(dense.transpose(1, 2))
     pairs = zip(
-        swizzle_weight(blocks, layout, scales=scales), swizzle_weight(dense, layout), strict=True
+        swizzle_weight(Source((blocks, scales), MXFP4), layout),
+        swizzle_weight(Source((dense,), FLOATS), layout),
+        strict=True,
     )
     assert all(torch.equal(packed, quantized) for packed, quantized in pairs)
 
 
 def test_checkpoint_order_is_not_copied() -> None:
-    blocks, scales = source()
-    parts = WeightStore().get(blocks, "row_major", scales)
+    blocks, scales = pair()
+    parts = WeightStore().get(Source((blocks, scales), MXFP4), "row_major")
     assert [part.data_ptr() for part in parts] == [blocks.data_ptr(), scales.data_ptr()]
 
 
 @pytest.mark.parametrize("changed", ["blocks", "scales"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_change_of_either_is_noticed(layout: str, changed: str) -> None:
-    blocks, scales = source()
-    store = WeightStore()
-    before = [part.data_ptr() for part in store.get(blocks, layout, scales)]
-    (blocks if changed == "blocks" else scales).copy_(source(1)[changed == "scales"])
-    parts = store.get(blocks, layout, scales)
+    blocks, scales = pair()
+    store, source = WeightStore(), Source((blocks, scales), MXFP4)
+    before = [part.data_ptr() for part in store.get(source, layout)]
+    (blocks if changed == "blocks" else scales).copy_(pair(1)[changed == "scales"])
+    parts = store.get(source, layout)
     assert [part.data_ptr() for part in parts] == before
     back = unswizzle_weight(parts, layout, 3, 40, 96)
     assert torch.equal(back[0], blocks)
@@ -303,9 +306,9 @@ def test_refresh_counts_a_packed_weight_once() -> None:
 
 
 def test_blocks_of_other_shapes_than_their_scales_are_named() -> None:
-    blocks, scales = source()
+    blocks, scales = pair()
     with pytest.raises(WeightError, match=r"\(3, 40, 3, 16\) and \(3, 40, 2\)"):
-        swizzle_weight(blocks, "row_major", scales=scales[:, :, :2])
+        swizzle_weight(Source((blocks, scales[:, :, :2]), MXFP4), "row_major")
 
 
 def test_a_dead_model_frees_its_swizzled_weights() -> None:

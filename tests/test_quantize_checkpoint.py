@@ -29,6 +29,7 @@ from checkpoints import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
+from mxfp4_fx.checkpoints import consistency
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
 from mxfp4_fx.checkpoints.safetensors_file import read_header
 from mxfp4_fx.cli import main
@@ -89,7 +90,7 @@ def test_the_scale_rule_is_obeyed(tmp_path: Path) -> None:
 
 def test_the_result_is_a_right_checkpoint(quantized: Path) -> None:
     checkpoint = Checkpoint.open(quantized)
-    checkpoint.check()
+    consistency.check(checkpoint)
     assert checkpoint.forms == {0: "packed", 1: "packed"}
 
 
@@ -144,7 +145,7 @@ def test_other_files_are_copied_and_stale_weights_are_not(dense: Path, tmp_path:
 @pytest.mark.parametrize("max_shard_bytes", [1, 30_000, 10**9])
 def test_shards_are_cut_as_asked(dense: Path, tmp_path: Path, max_shard_bytes: int) -> None:
     out = convert(dense, tmp_path / "out", max_shard_bytes=max_shard_bytes)
-    Checkpoint.open(out).check()  # the index, too
+    consistency.check(Checkpoint.open(out))  # the index, too
     shards = []  # of each, the bytes that belong together
     for file in sorted(out.glob("*.safetensors")):
         sizes: dict[str, int] = defaultdict(int)
@@ -161,7 +162,7 @@ def test_shards_are_cut_as_asked(dense: Path, tmp_path: Path, max_shard_bytes: i
 def test_a_base_model_keeps_its_names(dense: Path, tmp_path: Path) -> None:
     source = edit_tensors(copied(dense, tmp_path / "in"), without_prefix)
     out = convert(source, tmp_path / "out", skip=["layers.1"])
-    Checkpoint.open(out).check()
+    consistency.check(Checkpoint.open(out))
     modules = [*(name.removeprefix("model.") for name in OPENAI), "layers.1.mlp.experts"]
     assert read_config(out)["quantization_config"]["modules_to_not_convert"] == modules
 
@@ -186,7 +187,7 @@ def test_nan_and_infinity_are_reported(dense: Path, tmp_path: Path) -> None:
 def test_skipped_experts_stay_dense(dense: Path, tmp_path: Path, skip: list[str]) -> None:
     out = convert(dense, tmp_path / "out", skip=skip)
     checkpoint = Checkpoint.open(out)
-    checkpoint.check()
+    consistency.check(checkpoint)
     assert checkpoint.forms == {0: "packed", 1: "dense"}
     before, after = read_tensors(dense), read_tensors(out)
     for name in (f"{EXPERTS.format(1)}.{projection}" for projection in PROJECTIONS):

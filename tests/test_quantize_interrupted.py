@@ -16,7 +16,7 @@ import processes
 import pytest
 from checkpoints import TINY, convert, copied, edit_tensors, files, randomize, write_dense
 
-from mxfp4_fx.checkpoints import quantize
+from mxfp4_fx.checkpoints import consistency, quantize
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape
 from mxfp4_fx.checkpoints.safetensors_file import read_header
@@ -94,7 +94,7 @@ def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path) -> None:
     stderr = interrupt(dense, tmp_path / "out", signal.SIGINT)
     assert "interrupted: the same command goes on after the last whole shard" in stderr
     assert "Traceback" not in stderr
-    Checkpoint.open(convert(dense, tmp_path / "out", **CUT)).check()
+    consistency.check(Checkpoint.open(convert(dense, tmp_path / "out", **CUT)))
 
 
 def test_one_run_at_a_time(dense: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_shards_that_went_missing_are_written_again(interrupted: tuple[Path, Pat
     first, second, *_ = complete(out)
     first.unlink()
     second.write_bytes(second.read_bytes()[:-1])
-    Checkpoint.open(convert(source, out, **CUT)).check()
+    consistency.check(Checkpoint.open(convert(source, out, **CUT)))
 
 
 def test_damage_is_found_before_the_output_appears(interrupted: tuple[Path, Path]) -> None:
@@ -236,7 +236,7 @@ def test_room_is_asked_for_when_a_run_goes_on(
     with pytest.raises(CheckpointError, match="GB free: make room there"):
         convert(source, out, **CUT)
     free.free = total - sum(shard["size"] for shard in done)
-    Checkpoint.open(convert(source, out, **CUT)).check()
+    consistency.check(Checkpoint.open(convert(source, out, **CUT)))
 
 
 def test_an_output_that_appears_meanwhile(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import mxfp4_fx
-from mxfp4_fx.core import errors
+from mxfp4_fx import errors
 from mxfp4_fx.core.options import Options
 
 ROOT = Path(__file__).parent.parent

@@ -12,6 +12,7 @@ import pytest
 
 import mxfp4_fx
 from mxfp4_fx.ops.schemas import KERNELS
+from mxfp4_fx.weights.swizzle import NATIVE
 
 PACKAGE = Path(mxfp4_fx.__file__).parent
 ROOT = PACKAGE.parent
@@ -66,7 +67,9 @@ def test_ops_know_nothing_of_fx() -> None:
 
 
 def test_modules_that_are_loaded_by_name_are_in_their_room() -> None:
-    for op in (place for ops in KERNELS.values() for place in ops.values()):
+    for op in (
+        place for table in (KERNELS, NATIVE) for ops in table.values() for place in ops.values()
+    ):
         module, name = op.split(":")
         assert module.startswith("mxfp4_fx.ops.")
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file()

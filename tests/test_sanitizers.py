@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from implementations import CPU_PATHS
 
-from mxfp4_fx.ops import native
+from mxfp4_fx.core.hardware import CPU_PATHS as ALL_PATHS
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "mxfp4_fx" / "ops" / "cpu_kernels"
@@ -27,7 +27,7 @@ def build(path: str, folder: Path, *more: str) -> Path:
     program = folder / "driver"
     define = f"-DMXFP4_PATH_{path.upper()}=1"
     source = TESTS / "native" / "driver.cpp"
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *native.PATHS[path], define, *more]
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *ALL_PATHS[path].compiler_flags, define, *more]
     subprocess.run([*command, f"-I{SOURCES}", str(source), "-o", str(program)], check=True)
     return program
 
@@ -44,15 +44,14 @@ def test_no_byte_too_far_and_nothing_undefined(path: str, tmp_path: Path) -> Non
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-@pytest.mark.parametrize("path", native.PATHS if IS_X86 else ["portable"])
+@pytest.mark.parametrize("path", ALL_PATHS if IS_X86 else ["portable"])
 def test_every_path_compiles_without_a_warning(path: str) -> None:
     """Those of other CPUs, too, which cannot run here."""
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-fopenmp", "-fsyntax-only"]
     warnings = ["-Wall", "-Wextra", "-Werror"]
-    define = f"-DMXFP4_PATH_{path.upper()}=1"
-    subprocess.run(
-        [*command, *warnings, *native.PATHS[path], define, str(SOURCES / "kernels.cpp")], check=True
-    )
+    define, flags = f"-DMXFP4_PATH_{path.upper()}=1", ALL_PATHS[path].compiler_flags
+    command += [*warnings, *flags, define, str(SOURCES / "kernels.cpp")]
+    subprocess.run(command, check=True)
 
 
 ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"

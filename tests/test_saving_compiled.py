@@ -14,7 +14,8 @@ from models import compile_with
 from safetensors.torch import load_file, save_file
 
 import mxfp4_fx
-from mxfp4_fx.weights.freed import DeferredTensor, FreedParameter
+from mxfp4_fx.weights.deferred import DeferredTensor
+from mxfp4_fx.weights.freed import FreedParameter
 from mxfp4_fx.weights.store import WeightStore
 
 FREE = {"free_weights": True, "strict": True}
@@ -46,13 +47,13 @@ def test_a_shard_at_a_time(
     freed: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    real = WeightStore.values
+    real = WeightStore.values_of
 
     def recording(store: WeightStore, parameter: Any) -> torch.Tensor:
         made.append(f"{len(list(tmp_path.glob('*.safetensors')))} shards")
         return real(store, parameter)
 
-    monkeypatch.setattr(WeightStore, "values", recording)
+    monkeypatch.setattr(WeightStore, "values_of", recording)
     freed.save_pretrained(tmp_path, max_shard_size="30KB")
     assert_same_tensors(read_tensors(tmp_path), read_tensors(checkpoint))
     assert len(made) == 8

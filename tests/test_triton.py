@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from mxfp4_fx.ops import target, tiles
+from mxfp4_fx.core import hardware
+from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops import triton as launcher
 from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
 from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
@@ -42,7 +43,7 @@ def any_layout() -> Iterator[Kernels]:
 
 
 def entries(layout: str) -> tuple[tiles.Tile, ...]:
-    name = target.gpu_name(torch.device(Kernels(TRITON[0]).device))
+    name = hardware.gpu_name(torch.device(Kernels(TRITON[0]).device))
     return tiles.table(tiles.table_name(name, layout))
 
 
@@ -69,7 +70,7 @@ def test_every_regime(triton: Kernels, tokens: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_those_tokens_take_every_entry_of_a_table(layout: str) -> None:
-    name = target.gpu_name(torch.device(Kernels(TRITON[0]).device))
+    name = hardware.gpu_name(torch.device(Kernels(TRITON[0]).device))
     taken = [tiles.choose(name, layout, 4 * tokens, EXPERTS, 96) for tokens in TOKENS.values()]
     assert {(tile.rows, tile.rows_per_expert) for tile in taken} == {
         (tile.rows, tile.rows_per_expert) for tile in entries(layout)
@@ -181,7 +182,7 @@ def test_splits_of_k_are_summed(triton: Kernels, a: int) -> None:
 @pytest.fixture
 def any_activation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's dot_scaled takes activations through float16, which cannot hold all."""
-    if target.gpu_name(torch.device(Kernels(TRITON[0]).device)) == "interpreter":
+    if hardware.gpu_name(torch.device(Kernels(TRITON[0]).device)) == "interpreter":
         monkeypatch.setattr(
             launcher, "_WITHOUT_DOT_SCALED", {("interpreter", t) for t in (1, 2, 3)}
         )

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import WeightError
-from mxfp4_fx.core.formats import dequantize
+from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.weights import source as source_module
 from mxfp4_fx.weights import store as store_module
 from mxfp4_fx.weights import swizzle
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE, WeightStore
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
@@ -33,6 +35,10 @@ def no_gradients() -> Iterator[None]:
     gc.collect()  # what an earlier test left behind must not count
     with torch.no_grad():
         yield
+
+
+def floats(weight: Tensor) -> Source:
+    return Source((weight,), FLOATS)
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -135,9 +141,9 @@ def test_a_changed_weight_keeps_its_address(layout: str) -> None:
     """CUDA graphs record addresses, so a weight is swizzled again into the same memory."""
     source = nn.Parameter(new_weight(torch.empty(3, 32, 8), 0))
     store = WeightStore()
-    first = [part.data_ptr() for part in store.get(source, layout)]
+    first = [part.data_ptr() for part in store.get(floats(source), layout)]
     source.mul_(2.0)
-    parts = store.get(source, layout)
+    parts = store.get(floats(source), layout)
     assert [part.data_ptr() for part in parts] == first
     for blocks, scales, weight in zip(*parts, source, strict=True):
         order = LAYOUTS[layout].unswizzle(blocks, scales, n=8, k=32)
@@ -151,9 +157,11 @@ def test_a_parameter_of_another_shape_gets_new_memory(
 ) -> None:
     source = nn.Parameter(new_weight(torch.empty(3, 32, 8), 0))
     store = WeightStore()
-    store.get(source, layout)
+    store.get(floats(source), layout)
     source.data = new_weight(torch.empty(shape), 1)
-    for part, fresh in zip(store.get(source, layout), swizzle_weight(source, layout), strict=True):
+    for part, fresh in zip(
+        store.get(floats(source), layout), swizzle_weight(floats(source), layout), strict=True
+    ):
         assert torch.equal(part, fresh)
 
 
@@ -161,9 +169,11 @@ def test_a_parameter_of_another_shape_gets_new_memory(
 def test_autograd_notices_that_a_weight_is_made_again(layout: str) -> None:
     source = nn.Parameter(new_weight(torch.empty(3, 32, 8), 0))
     store = WeightStore()
-    before = [part._version for part in store.get(source, layout)]
+    before = [part._version for part in store.get(floats(source), layout)]
     source.mul_(2.0)
-    assert all(p._version > v for p, v in zip(store.get(source, layout), before, strict=True))
+    assert all(
+        p._version > v for p, v in zip(store.get(floats(source), layout), before, strict=True)
+    )
 
 
 @pytest.mark.filterwarnings("ignore::mxfp4_fx.core.errors.NanWeightsWarning")
@@ -178,10 +188,10 @@ def test_a_weight_that_is_made_again_of_the_same_values_serves_meanwhile() -> No
     def make_again() -> None:
         while not done.is_set():
             STORE.refresh([source])
-            STORE.get(source, kernels.layout)
+            STORE.get(floats(source), kernels.layout)
 
     thread = threading.Thread(target=make_again)
-    parts = STORE.get(source, kernels.layout)
+    parts = STORE.get(floats(source), kernels.layout)
     thread.start()
     try:
         for _ in range(10):
@@ -227,6 +237,7 @@ def test_a_dead_model_frees_its_swizzled_weights() -> None:
 LOCKED_AT_THE_FORK = """
 import os, signal, sys, threading
 import torch
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE
 
 locked, done = threading.Event(), threading.Event()
@@ -242,7 +253,7 @@ locked.wait()
 child = os.fork()
 if not child:
     signal.alarm(int(sys.argv[1]))
-    STORE.get(torch.zeros(1, 32, 8), "row_major")
+    STORE.get(Source((torch.zeros(1, 32, 8),), FLOATS), "row_major")
     os._exit(0)
 status = os.waitpid(child, 0)[1]
 done.set()
@@ -260,17 +271,17 @@ def test_an_id_that_is_used_again_is_another_weight() -> None:
     store = WeightStore()
     for seed in range(20):  # Python hands out the same addresses soon
         source = new_weight(torch.empty(1, 32, 4), seed)
-        parts = store.get(source, "row_major")
+        parts = store.get(floats(source), "row_major")
         assert torch.equal(dequantize(*parts, torch.float32), source.transpose(1, 2))
         del source, parts
     assert len(store) == 0
 
 
 def test_two_threads_swizzle_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Tensor] = []
+    made: list[Source] = []
     real = store_module.swizzle_weight
 
-    def counting(source: Tensor, *args: Any) -> Any:
+    def counting(source: Source, *args: Any) -> Any:
         made.append(source)
         return real(source, *args)
 
@@ -280,7 +291,7 @@ def test_two_threads_swizzle_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> N
 
     def ask() -> None:
         start.wait()
-        found.append(store.get(source, "row_major"))
+        found.append(store.get(floats(source), "row_major"))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -293,23 +304,35 @@ def test_two_threads_swizzle_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_one_expert_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    real = swizzle.quantize
+    real = source_module.quantize
 
     def recording(values: Tensor) -> tuple[Tensor, Tensor]:
         shapes.append(tuple(values.shape))
         return real(values)
 
-    monkeypatch.setattr(swizzle, "quantize", recording)
-    swizzle_weight(new_weight(torch.empty(5, 64, 8), 0), "row_major")
+    monkeypatch.setattr(source_module, "quantize", recording)
+    swizzle_weight(floats(new_weight(torch.empty(5, 64, 8), 0)), "row_major")
     assert shapes == [(8, 64)] * 5
+
+
+@pytest.mark.parametrize("layout", [layout for layout, _ in swizzle.NATIVE])
+def test_what_is_filled_natively_is_what_the_layout_says(layout: str) -> None:
+    weight = new_weight(torch.empty(2, 96, 40), 0)
+    for source in (floats(weight), Source(quantize(weight.transpose(1, 2)), MXFP4)):
+        parts = swizzle_weight(source, layout)
+        for expert in range(2):
+            expected = LAYOUTS[layout].swizzle(*source.encoding.to_mxfp4(source.tensors, expert))
+            assert all(map(torch.equal, (part[expert] for part in parts), expected))
+        back = swizzle.unswizzle_weight(parts, layout, 2, 40, 96)
+        assert all(map(torch.equal, back, quantize(weight.transpose(1, 2))))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_weight_of_another_dtype_is_an_error(layout: str) -> None:
     with pytest.raises(TypeError, match=r"float32, bfloat16 or float16, not torch\.float64"):
-        swizzle_weight(torch.zeros(2, 32, 8, dtype=torch.float64), layout)
+        swizzle_weight(floats(torch.zeros(2, 32, 8, dtype=torch.float64)), layout)
 
 
 def test_a_weight_that_cannot_be_mxfp4_names_its_shape() -> None:
     with pytest.raises(WeightError, match=r"multiple of 32.*\(2, 48, 8\)"):
-        swizzle_weight(torch.zeros(2, 48, 8), "row_major")
+        swizzle_weight(floats(torch.zeros(2, 48, 8)), "row_major")

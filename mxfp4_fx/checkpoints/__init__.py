@@ -1,1 +1,1 @@
-"""Checkpoints on the disk: read strictly, checked as a whole, quantized, written."""
+"""Checkpoint files on disk: read, check, quantize and write them, without a model."""

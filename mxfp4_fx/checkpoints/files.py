@@ -1,4 +1,4 @@
-"""A checkpoint's directory: which of its files are read, and what it is if it has none of those."""
+"""A checkpoint's directory: find its config and its weights, or say what it holds instead."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 AGAIN = "copy or download the checkpoint again"
 
-_SHOWN = 4  # names that a message lists
+_SHOWN = 4  # how many names a message lists
 _ADAPTER = "adapter_config.json"
-# What training writes beside weights, or without them.
+# Prefixes of the pickles that training writes and that hold no weights.
 _OF_TRAINING = ("optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args")
 
 
 def directory_of(path: str | os.PathLike[str]) -> Path:
-    """The directory that a user named.
+    """Return the directory at `path`, with ``~`` expanded.
 
     Raises:
-        CheckpointError: there is none, or it cannot be looked into.
+        CheckpointError: it does not exist, is a file or cannot be read.
     """
     found = Path(os.path.expanduser(path))
     try:
@@ -41,10 +41,10 @@ def directory_of(path: str | os.PathLike[str]) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of ``config.json`` of a checkpoint's directory.
+    """Return the content of ``config.json`` in a checkpoint's directory.
 
     Raises:
-        CheckpointError: there is none that can be read; the directory may be something else.
+        CheckpointError: the file is missing or cannot be read, or the directory is a PEFT adapter.
     """
     if (path / CONFIG).is_file():
         return read_json(path / CONFIG)
@@ -56,14 +56,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files with a checkpoint's weights, and the shard that its index says a tensor is in.
+    """Return the files with a checkpoint's weights, and the index's map of tensors to shards.
 
-    Without an index, nothing is said of any tensor.
+    Without an index, the map is empty.
 
     Raises:
-        CheckpointError: there are none, or not all that the index names.
+        CheckpointError: there are no weights, the index is damaged, or a shard is missing.
     """
-    if (path / WEIGHTS).is_file():  # which transformers prefers, too
+    if (path / WEIGHTS).is_file():  # transformers prefers it to an index, too
         return [path / WEIGHTS], {}
     index = path / INDEX
     if not index.is_file():
@@ -82,10 +82,10 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def require_safetensors(file: Path) -> None:
-    """Raises CheckpointError for a file of another kind."""
+    """Raise CheckpointError unless the file's suffix is ``.safetensors``."""
     if file.suffix in PICKLES:
         raise CheckpointError(
             f"{file} is a pickle, which may run any code when it is read: only safetensors are; "
@@ -108,7 +108,7 @@ def require_safetensors(file: Path) -> None:
 
 
 def few(names: Sequence[str]) -> str:
-    """The first of these names, and how many more there are."""
+    """Return the first names, and how many more there are, as text."""
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
@@ -144,7 +144,7 @@ def _is_adapter(path: Path) -> CheckpointError:
 
 
 def _below(path: Path) -> str:
-    """A hint at checkpoints in folders of `path`, as training leaves them."""
+    """Return a hint at the newest checkpoint in a folder of `path`, where training saves them."""
     found = sorted(
         (file.parent for file in path.glob(f"*/{CONFIG}")), key=lambda f: f.stat().st_mtime
     )

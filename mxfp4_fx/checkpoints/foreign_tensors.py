@@ -1,4 +1,4 @@
-"""Tensors that a GPT-OSS checkpoint should not have: what they come from, and what would help."""
+"""Tensors that a GPT-OSS checkpoint should not have: which tool wrote them, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mxfp4_fx.checkpoints.gpt_oss import Form
 from mxfp4_fx.core.skip import WRAPPERS
 
 _FORMS: tuple[Form, Form] = ("packed", "dense")
-# What puts these parts into names. Those of WRAPPERS may stand anywhere, others in front.
+# Part of a name -> the tool that adds it. Parts in WRAPPERS may be anywhere, others at the start.
 _MAKERS = {
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FSDP",
@@ -25,41 +25,41 @@ _TRANSFORMERS = "save them in the layout of transformers"
 
 
 def diagnosis(names: Collection[str], missing: Sequence[str]) -> str | None:
-    """What the names of a checkpoint that lacks tensors say of where it comes from.
+    """Find out from a checkpoint's names why it lacks tensors.
 
     Args:
-        names: of all its tensors.
-        missing: the tensors that it ought to have and does not.
+        names: the names of all its tensors.
+        missing: the names of the tensors that it lacks.
 
     Returns:
-        What it is, and a remedy, as the end of a sentence that has named the missing tensors; None
-        if nothing but that some are missing is known.
+        The cause and a remedy, as the end of a sentence that has named the missing tensors; None if
+        the cause is unknown.
     """
     if any(".base_layer." in name for name in names):
         return (
-            "it was saved from a PEFT model whose adapter is not merged: save what "
+            "the checkpoint was saved from a PEFT model whose adapter is not merged: save what "
             "merge_and_unload() returns"
         )
     if found := _wrappers(names, missing):
         parts = ", ".join(map(_with_maker, found))
         mapping = ", ".join(f'r"{pattern}": ""' for pattern in found)
         return (
-            f"in the files, names have {parts} too much: save the model that was wrapped, or pass "
-            f"key_mapping={{{mapping}}} to mxfp4_fx.from_pretrained"
+            f"the names in the files have the extra part {parts}: save the model that was wrapped, "
+            f"or pass key_mapping={{{mapping}}} to mxfp4_fx.from_pretrained"
         )
     if single := next((name for name in names if _ONE_EXPERT.search(name)), None):
         return (
-            f"experts lie there one by one ({single}): {_TRANSFORMERS}, which has one tensor "
-            "[experts, in, out] for all of a layer, gate in the even columns of gate_up_proj and "
-            "up in the odd"
+            f"the files hold experts one by one ({single}): {_TRANSFORMERS}, which has one tensor "
+            "[experts, in, out] for all experts of a layer, with gate in the even columns of "
+            "gate_up_proj and up in the odd"
         )
     if any(re.match(r"block\.\d+\.", name) for name in names):
         return (
-            "it is in OpenAI's own layout, not in that of transformers: where it was downloaded, "
-            "the other one lies in the folder above"
+            "the checkpoint is in OpenAI's own layout, not in that of transformers: a download has "
+            "the latter in the folder above"
         )
     if any(name.rpartition(".")[2].startswith(("_flat_param", "flat_param")) for name in names):
-        return "its parameters are FSDP's flat ones: save a full state dict"
+        return "the parameters are FSDP's flat ones: save a full state dict"
     if all(re.search(r"\.self_attn\.\w_proj\.bias$", name) for name in missing):
         return (
             'if attention has no biases, config.json ought to say "attention_bias": false; else '
@@ -74,10 +74,10 @@ def diagnosis(names: Collection[str], missing: Sequence[str]) -> str | None:
 
 
 def contradicts(name: str, prefix: str) -> bool:
-    """Whether GPT-OSS has a tensor of that name if only its config says so.
+    """Return whether a GPT-OSS of another config has a tensor of that name.
 
-    Such a tensor, where it is not expected, shows that the config is that of another model. All
-    others belong to no GPT-OSS.
+    If such a tensor is not expected, the config belongs to another model. A tensor of any other
+    name belongs to no GPT-OSS.
     """
     found = re.match(rf"{re.escape(prefix)}layers\.(\d+)\.", name)
     layer = int(found[1]) if found else 0
@@ -87,12 +87,12 @@ def contradicts(name: str, prefix: str) -> bool:
 
 
 def is_an_adapters(name: str) -> bool:
-    """Whether a tensor belongs to a PEFT adapter, as its name says."""
+    """Return whether a tensor's name is that of a PEFT adapter's tensor."""
     return _ADAPTER.search(name) is not None
 
 
 def described(names: Sequence[str]) -> str:
-    """What tensors are that no GPT-OSS has, and that are left out."""
+    """Return what messages say of tensors that no GPT-OSS has and that the loader leaves out."""
     if any(map(is_an_adapters, names)):
         return (
             "an adapter's among them: the model is loaded without it, which "
@@ -102,7 +102,7 @@ def described(names: Sequence[str]) -> str:
 
 
 def _wrappers(names: Collection[str], missing: Sequence[str]) -> list[str]:
-    """Patterns of what to take from the names, so that tensors that are missing are found."""
+    """Return patterns whose removal from `names` yields more than half of the missing names."""
     patterns = []
     for embedding in (name for name in names if name.endswith(_EMBEDDING)):
         if before := embedding.removesuffix(_EMBEDDING).removesuffix("model."):

@@ -1,8 +1,8 @@
-"""GPT-OSS: what its config.json has to say, and in those words its tensors' names and shapes."""
+"""GPT-OSS: the keys that its config.json must have, and its tensors' names and shapes by them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,10 +10,10 @@ import torch
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 
-# Of a layer's experts: MXFP4 blocks and scales, or a float for each weight.
+# How a layer's experts are stored: as MXFP4 blocks and scales, or as floats.
 Form = Literal["packed", "dense"]
 
-# The sizes of a tensor's dimensions: numbers and keys of config.json, their products and quotients.
+# A tensor's dimensions: each is a number, a key of config.json, or a product or quotient of these.
 Axes = tuple[str, ...]
 
 MODEL_TYPE, METHOD = "gpt_oss", "mxfp4"
@@ -67,14 +67,14 @@ _EXPERTS: dict[Form, dict[str, Axes]] = {
 
 
 def sizes(config: Mapping[str, Any], named: str) -> dict[str, int]:
-    """The numbers of KEYS in a config.
+    """Return the numbers that a config has for KEYS.
 
     Args:
         config: the content of ``config.json``.
-        named: what a message calls it.
+        named: what messages call the config.
 
     Raises:
-        CheckpointError: it is another model's, or no model can have such sizes.
+        CheckpointError: the config is that of another model, or its sizes are impossible.
     """
     if (kind := config.get("model_type")) != MODEL_TYPE:
         raise CheckpointError(
@@ -101,10 +101,10 @@ def sizes(config: Mapping[str, Any], named: str) -> dict[str, int]:
 
 
 def quantization(config: Mapping[str, Any], named: str) -> tuple[str | None, list[str]]:
-    """A config's ``quant_method``, None if it has none, and ``modules_to_not_convert``.
+    """Return a config's ``quant_method`` (or None) and its ``modules_to_not_convert``.
 
     Raises:
-        CheckpointError: they are of other types.
+        CheckpointError: they have wrong types.
     """
     settings = config.get("quantization_config") or {}
     if not isinstance(settings, Mapping):
@@ -118,8 +118,23 @@ def quantization(config: Mapping[str, Any], named: str) -> tuple[str | None, lis
     return getattr(method, "value", method), list(modules)
 
 
+def quantized_config(modules: Sequence[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint in MXFP4 whose ``modules`` are not."""
+    return {"modules_to_not_convert": list(modules), "quant_method": METHOD}
+
+
+def not_converted_by_default(prefix: str = "model.") -> list[str]:
+    """``modules_to_not_convert`` of OpenAI's checkpoints, for those that have none.
+
+    Args:
+        prefix: of the base model's modules.
+    """
+    inside = ("layers.*.self_attn", "layers.*.mlp.router", "embed_tokens")
+    return [*(f"{prefix}{module}" for module in inside), "lm_head"]
+
+
 def require_method(method: str | None, named: str) -> None:
-    """Raises CheckpointError unless experts are MXFP4 or not quantized."""
+    """Raise CheckpointError unless `method` is MXFP4 or None."""
     if method not in (None, METHOD):
         raise CheckpointError(
             f"{named} says that quant_method is {method!r}: name a checkpoint in {METHOD}, or one "
@@ -128,13 +143,13 @@ def require_method(method: str | None, named: str) -> None:
 
 
 def tensors(prefix: str, forms: Mapping[int, Form], biases: bool, head: bool) -> dict[str, Axes]:
-    """Name -> axes of every tensor that a checkpoint has to have.
+    """Return name -> axes of every tensor that a checkpoint must have.
 
     Args:
-        prefix: of the base model's tensors.
-        forms: of the experts of every layer.
-        biases: whether attention has them.
-        head: whether ``lm_head.weight`` is among the tensors.
+        prefix: the prefix of the base model's tensors.
+        forms: layer -> form of its experts.
+        biases: whether attention has biases.
+        head: whether the checkpoint has ``lm_head.weight``.
     """
     found: dict[str, Axes] = {f"{prefix}embed_tokens.weight": (_V, _H)}
     for layer, form in forms.items():
@@ -147,12 +162,12 @@ def tensors(prefix: str, forms: Mapping[int, Form], biases: bool, head: bool) ->
 
 
 def dtypes(name: str) -> tuple[torch.dtype, ...]:
-    """What the tensor of that name may be."""
+    """Return the dtypes that the tensor of that name may have."""
     return (torch.uint8,) if name.endswith(("_blocks", "_scales")) else FLOATS
 
 
 def size(axis: str, numbers: Mapping[str, int]) -> int:
-    """The number that an axis stands for; `numbers` has all of KEYS."""
+    """Return the size of an axis; `numbers` has all of KEYS."""
     value = 1
     for factor in axis.split(" * "):
         key, _, divisor = factor.partition(" / ")

@@ -1,10 +1,10 @@
-"""Work on a checkpoint that can be interrupted at any time and go on: `Journal` and `locked`.
+"""`Journal` and `locked`: a run that writes a checkpoint, and can be interrupted and resumed.
 
-It lies in a directory of its own:
+The run works in a directory of its own:
 
-    journal.json  what was asked for, and the size and checksums of each shard that is complete
-    lock          held by the process that works here; the kernel lets go of it for a killed one
-    checkpoint/   the shards; what is being written ends in ".writing"
+    journal.json  input and options of the run; size and checksums of each complete shard
+    lock          held by the process that works here; the kernel releases it if the process dies
+    checkpoint/   the shards; the name of an incomplete one ends in ".writing"
 """
 
 from __future__ import annotations
@@ -16,31 +16,45 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mxfp4_fx.core.errors import CheckpointError
 
 
 @contextlib.contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    import fcntl  # which is not on every system
+    """Keep other processes from working in a directory.
 
-    with (partial / "lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"another process works on {partial}: wait for it, or name another directory"
-            ) from error
+
+    Raises:
+        CheckpointError: another one does.
+    """
+    lock = FileLock(partial / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CheckpointError(
+            f"another process works on {partial}: wait for it, or name another directory"
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 class Journal:
-    """The shards of a run that are complete, in a file that is never half written."""
+    """The complete shards of a run, in a file that is replaced as a whole."""
 
     def __init__(self, partial: Path, identity: Mapping[str, Any]) -> None:
-        """Begin in `partial`, or go on there if `identity`, JSON, is that of the run that began.
+        """Begin a run in `partial`, or resume the run that was interrupted there.
+
+        Args:
+            partial: the run's directory.
+            identity: the run's input and options, as JSON values.
 
         Raises:
-            CheckpointError: another one began, or it cannot be told which.
+            CheckpointError: the interrupted run had another `identity`, or its journal is missing
+                or damaged.
         """
         self.partial = partial
         self.checkpoint = partial / "checkpoint"
@@ -66,7 +80,7 @@ class Journal:
                 f"{self.partial} is left from a run with another {' and another '.join(other)}: "
                 f"remove it, or repeat that run as it was"
             )
-        # By their sizes; every byte is read again in the end.
+        # Sizes are enough here: the run reads every byte again at its end.
         for name, shard in shards:
             file = self.checkpoint / name
             if file.is_file() and file.stat().st_size == sizes[name]:
@@ -100,7 +114,7 @@ class Journal:
 
 
 def sync(file: Path) -> None:
-    """Put a file on the disk, and out of the cache, so that it is read from there."""
+    """Flush a file to the disk, and drop it from the page cache, so that reads come from disk."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
         if hasattr(os, "posix_fadvise"):

@@ -1,18 +1,16 @@
-"""Quantize a GPT-OSS checkpoint to MXFP4 without ever holding the model: `quantize_checkpoint`.
+"""`quantize_checkpoint`: quantize a GPT-OSS checkpoint to MXFP4 in bounded memory.
 
-Experts are read, quantized and written one at a time; other tensors are passed on a few MiB at a
-time. All that happens beside the output, in ``OUT.partial``, which `journal.py` describes, until
-everything was read again and found to be right.
+Experts are read, quantized and written one at a time; other tensors are copied a few MiB at a time.
+All files are written in ``OUT.partial``, which `journal.py` describes, and then read again and
+compared. Only then does the checkpoint move to ``OUT``.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from mxfp4_fx.checkpoints import consistency
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.files import CONFIG, INDEX, PICKLES
-from mxfp4_fx.checkpoints.gpt_oss import MULTIPLES_OF_BLOCK, PROJECTIONS
+from mxfp4_fx.checkpoints.gpt_oss import (
+    METHOD,
+    MULTIPLES_OF_BLOCK,
+    PROJECTIONS,
+    not_converted_by_default,
+    quantized_config,
+)
 from mxfp4_fx.checkpoints.journal import Journal, locked, sync
 from mxfp4_fx.checkpoints.safetensors_file import (
     SHARD_BYTES,
@@ -39,7 +44,7 @@ from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, SCALE_RULES
 from mxfp4_fx.core.skip import Skip
 
-# Of the input, these stay behind: weights, in whatever form, and what lists them.
+# Files that are not copied: weights of any format, and their indexes.
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
 
@@ -55,32 +60,32 @@ def quantize_checkpoint(
 ) -> Path:
     """Write the checkpoint directory `source` to `out`, with its experts in MXFP4.
 
-    Dense experts [E, K, N] become blocks [E, N, K/32, 16] and scales [E, N, K/32], by
-    `formats.quantize`; all other tensors and files are copied byte for byte, but for weights in
-    other files. The config gets its ``quantization_config``. `out` appears only once its files were
-    read again and compared. A run that is interrupted leaves ``out.partial``, from which the same
-    call goes on after the last shard that is complete.
+    `formats.quantize` turns dense experts [E, K, N] into blocks [E, N, K/32, 16] and scales
+    [E, N, K/32]. All other tensors and files are copied byte for byte, except weights in other
+    files. The config gets a ``quantization_config``. `out` appears only after its files were read
+    again and compared. An interrupted run leaves ``out.partial``; the same call resumes it after
+    the last complete shard.
 
     Args:
         source: a directory with dense experts in bfloat16, float16 or float32.
-        out: a directory that does not exist or is empty; parents are made.
-        skip: names of modules, or patterns (`mxfp4_fx.skip`), whose experts stay dense, beside
-            those that the config names already.
+        out: a directory that does not exist or is empty; its parents are created.
+        skip: names of modules, or patterns (`core/skip.py`), whose experts stay dense, in addition
+            to those that the config names.
         scale_rule: one of SCALE_RULES, for `formats.quantize`.
-        max_shard_bytes: tensor bytes in a shard; what belongs together is not torn apart for it.
-        progress: show progress bars, if stderr is a terminal.
+        max_shard_bytes: tensor bytes in a shard. A weight's blocks and scales stay in one shard,
+            even if they exceed it.
+        progress: show progress bars if stderr is a terminal.
 
     Returns:
-        `out`, absolute.
+        `out` as an absolute path.
 
     Raises:
-        OptionError: `skip` names nothing, or another argument is wrong.
-        CheckpointError: `source` is damaged, inconsistent or packed already, `out` is taken or
-            cannot be written, or its disk is too full (nothing was written then); another run
-            works on `out`, or one with another input or other options was interrupted; the disk
-            fails.
+        OptionError: a pattern of `skip` names no experts, or another argument is wrong.
+        CheckpointError: `source` is damaged, inconsistent or packed already; `out` exists and is
+            not empty, or cannot be written; the disk has too little room or fails; another run
+            works on `out`, or an interrupted run had another input or other options.
     Warns:
-        NanWeightsWarning: values were NaN or infinite; their blocks are NaN now.
+        NanWeightsWarning: a block had a NaN or an infinity, and is NaN in `out`.
     """
     source, out = (Path(os.path.realpath(os.path.expanduser(path))) for path in (source, out))
     if scale_rule not in SCALE_RULES:
@@ -98,7 +103,7 @@ def quantize_checkpoint(
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
-            require_new(out)  # another run may have ended since
+            require_new(out)  # another run may have finished before we got the lock
             journal = Journal(partial, plan.identity)
             require_room(out, plan.nbytes - journal.nbytes)
             _write(plan, journal, progress)
@@ -115,15 +120,15 @@ def quantize_checkpoint(
 
 
 def partial_of(out: Path) -> Path:
-    """Where an interrupted run's work lies."""
+    """Return the directory in which a run works until `out` is complete."""
     return out.with_name(f"{out.name}.partial")
 
 
-# ---- what is to be done -------------------------------------------------------------------------
+# ---- planning -----------------------------------------------------------------------------------
 
 
 class _Item(NamedTuple):
-    """A tensor of the input and what becomes of it: itself, or its blocks and scales."""
+    """A tensor of the input, and the tensors to write: its copy, or its blocks and scales."""
 
     source: StoredTensor
     specs: tuple[TensorSpec, ...]
@@ -137,7 +142,7 @@ class _Item(NamedTuple):
         return len(self.specs) == 1
 
     def parts(self, scale_rule: str) -> Iterator[tuple[str, memoryview]]:
-        """(name, bytes) to write, of an expert's blocks and scales at a time."""
+        """Yield (name, bytes) to write, one expert's blocks and scales at a time."""
         if self.is_copied:
             yield from ((self.source.name, chunk) for chunk in self.source.chunks())
             return
@@ -153,7 +158,7 @@ class _Plan(NamedTuple):
     shards: dict[str, list[_Item]]
     config: dict[str, Any]  # of the output
     files: list[Path]  # to copy, relative to the directory
-    identity: dict[str, Any]  # what a run that goes on must have in common with its beginning
+    identity: dict[str, Any]  # the input and the options, which a resumed run must repeat
     scale_rule: str
 
     @property
@@ -167,9 +172,8 @@ def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) ->
     config = dict(checkpoint.config)
     _require_dense(checkpoint)
     _, modules = checkpoint.quantization()
-    if not modules:  # as in openai/gpt-oss-20b
-        names = ("layers.*.self_attn", "layers.*.mlp.router", "embed_tokens")
-        modules = [*(f"{checkpoint.prefix}{name}" for name in names), "lm_head"]
+    if not modules:
+        modules = not_converted_by_default(checkpoint.prefix)
     kept = {layer for pattern in modules for layer in checkpoint.matching(pattern)}
     more = checkpoint.skipped(skip) - kept
     modules += [checkpoint.experts(layer) for layer in sorted(more)]
@@ -179,7 +183,7 @@ def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) ->
             f"nothing of {directory} is left to quantize: skip fewer layers, or remove some of "
             f"modules_to_not_convert from its {CONFIG}"
         )
-    config["quantization_config"] = {"modules_to_not_convert": modules, "quant_method": "mxfp4"}
+    config["quantization_config"] = quantized_config(modules)
     dense = {
         f"{checkpoint.experts(layer)}.{projection}"
         for layer in checkpoint.forms.keys() - kept
@@ -198,17 +202,17 @@ def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) ->
 
 def _require_dense(checkpoint: Checkpoint) -> None:
     method, _ = checkpoint.quantization()
-    if "packed" in checkpoint.forms.values() or method not in (None, "mxfp4"):
-        checkpoint.check()  # which knows what is wrong, if that is not all
+    if "packed" in checkpoint.forms.values() or method not in (None, METHOD):
+        consistency.check(checkpoint)  # raises a more specific error if it finds another fault
         layers = [layer for layer, form in checkpoint.forms.items() if form == "packed"]
         raise CheckpointError(
             f"{checkpoint.experts(layers[0])} in {checkpoint.files[0].parent} is in MXFP4 already: "
             "name a checkpoint that is not quantized"
         )
     config = checkpoint.config
-    # It may say mxfp4 already; what is checked is the model before it is quantized.
+    # The config may say mxfp4 already, but the experts are still dense.
     checkpoint.config = {key: config[key] for key in config if key != "quantization_config"}
-    checkpoint.check()
+    consistency.check(checkpoint)
     checkpoint.config = config
     for key in MULTIPLES_OF_BLOCK:
         if config[key] % BLOCK:
@@ -227,7 +231,7 @@ def _item(source: StoredTensor, is_dense: bool) -> _Item:
 
 
 def _fingerprint(checkpoint: Checkpoint, config: Path) -> list[list[Any]]:
-    """Of each file its name, size, time of change, and a digest of its header or its content."""
+    """Return name, size, mtime and a digest of the header (config: content) of each file."""
     headers: dict[Path, list[str]] = {file: [] for file in checkpoint.files}
     for tensor in checkpoint.tensors.values():
         headers[tensor.file].append(repr((tensor.spec, tensor.offset)))
@@ -240,7 +244,7 @@ def _fingerprint(checkpoint: Checkpoint, config: Path) -> list[list[Any]]:
 
 
 def _other_files(directory: Path) -> list[Path]:
-    """All files but weights, the config, and what lies in hidden folders, such as .git."""
+    """Return all files except weights, the config and files in hidden folders, such as .git."""
     files = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
     return sorted(
         file
@@ -254,11 +258,11 @@ def _other_files(directory: Path) -> list[Path]:
     )
 
 
-# ---- doing it -----------------------------------------------------------------------------------
+# ---- running ------------------------------------------------------------------------------------
 
 
 def _write(plan: _Plan, journal: Journal, progress: bool) -> None:
-    """Write the shards that are not complete yet."""
+    """Write the shards that the journal does not have."""
     missing = {name: items for name, items in plan.shards.items() if name not in journal}
     total = sum(item.nbytes for items in missing.values() for item in items)
     with _bar("quantizing", total, progress) as bar:
@@ -278,7 +282,7 @@ def _write(plan: _Plan, journal: Journal, progress: bool) -> None:
 def _watched(
     items: Iterable[_Item], scale_rule: str, digests: Mapping[str, Any], nan: dict[str, int]
 ) -> Iterator[tuple[str, memoryview]]:
-    """The parts of items, added to their digests; scales that are NaN are counted in `nan`."""
+    """Yield the parts of `items`; update `digests`, and count NaN scales in `nan`, on the way."""
     for item in items:
         for name, part in item.parts(scale_rule):
             digests[name].update(part)
@@ -289,9 +293,9 @@ def _watched(
 
 
 def _verify(plan: _Plan, journal: Journal, progress: bool) -> None:
-    """Read everything again: is it whole, is it what was written, what was copied the original?"""
+    """Read all shards again; compare them with the checksums, and copied tensors with the input."""
     written = Checkpoint([journal.checkpoint / name for name in plan.shards], plan.config)
-    written.check()
+    consistency.check(written)
     total = sum(item.nbytes for items in plan.shards.values() for item in items)
     with _bar("verifying", total, progress) as bar:
         for shard, items in plan.shards.items():
@@ -335,41 +339,3 @@ def _bar(what: str, total: int, progress: bool) -> tqdm[Any]:
     return tqdm(
         desc=what, total=total, unit="B", unit_scale=True, disable=None if progress else True
     )
-
-
-# ---- command line -------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("source", type=Path, help="a checkpoint's directory, its experts dense")
-    parser.add_argument("out", type=Path, help="directory to write: a new or an empty one")
-    text = "modules whose experts stay dense: parts of their names (layers.0), * for any others"
-    parser.add_argument(
-        "--skip", action="extend", nargs="+", default=[], metavar="PATTERN", help=text
-    )
-    text = "scale of a block: the largest value decides, or the least squared error (%(default)s)"
-    parser.add_argument("--scale-rule", choices=SCALE_RULES, default="max", help=text)
-    text = "tensor bytes in a shard (%(default)s)"
-    parser.add_argument("--max-shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help=text)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the checkpoint that the parsed arguments describe.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    try:
-        path = quantize_checkpoint(
-            args.source,
-            args.out,
-            skip=args.skip,
-            scale_rule=args.scale_rule,
-            max_shard_bytes=args.max_shard_bytes,
-        )
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on after the last whole shard", file=sys.stderr)
-        return 130
-    print(f"wrote {path}")
-    return 0

@@ -1,31 +1,28 @@
 """Write a GPT-OSS checkpoint of random weights: the files, names and layouts of openai/gpt-oss-20b.
 
-A small one tests loading, compiling and saving without a download; 24 layers and a vocabulary of
-201088 give exactly the tensors of gpt-oss-20b (459 of them, 13761264768 bytes) to measure with.
-Weights are scaled so that every sublayer turns inputs of order one into outputs of order one, which
-keeps a bf16 model of any width and depth in range.
+A small checkpoint serves to test loading, compiling and saving without a download. With 24 layers
+and a vocabulary of 201088 it has exactly the tensors of gpt-oss-20b (459 tensors, 13761264768
+bytes), for measurements. Weights are scaled so that every sublayer turns inputs of order one into
+outputs of order one. This keeps a bf16 model of any width and depth in range.
 
-Every tensor is a stream of uniform random bits, seeded by the seed and the tensor's name, that
-indexes a table of equally likely values. Its bytes depend on nothing but the seed, its name and its
-shape (numpy keeps the raw streams of its bit generators stable between versions), and no tensor is
-ever whole in memory.
+A stream of uniform random bits indexes a table of equally likely values and so gives a tensor's
+elements, a chunk at a time. The stream is seeded with the seed and the tensor's name, and numpy
+keeps the raw streams of its bit generators stable between versions. So a tensor's bytes depend only
+on the seed, its name and its shape.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +30,7 @@ import torch
 from numpy.random import PCG64DXSM
 from tqdm import tqdm
 
+from mxfp4_fx.checkpoints.random_config import CheckpointShape, as_json, texts_of
 from mxfp4_fx.checkpoints.safetensors_file import (
     SHARD_BYTES,
     TensorSpec,
@@ -45,62 +43,12 @@ from mxfp4_fx.checkpoints.safetensors_file import (
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS
 
-# Special tokens, named as gpt-oss names them. Ids 0 to 255 are the bytes of a text, these follow.
-BOS, PAD, EOS, CALL = "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"
-CHAT = ("<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>")
-TOKEN_IDS = {token: 256 + i for i, token in enumerate((BOS, PAD, EOS, CALL, *CHAT))}
-TOKENIZER_SIZE = 256 + len(TOKEN_IDS)
-
-CONTEXT_LENGTH = 131072
 CHUNK_WORDS = 1 << 20  # random 64-bit words drawn at a time
-
-
-def _size(default: int, meaning: str) -> int:
-    size: int = field(default=default, metadata={"help": meaning})
-    return size
-
-
-@dataclass(frozen=True)
-class CheckpointShape:
-    """The sizes of a GPT-OSS model; the defaults are gpt-oss-20b's, but for layers and vocab.
-
-    Raises:
-        CheckpointError: no GPT-OSS checkpoint has such sizes; the message names what would do.
-    """
-
-    layers: int = _size(2, "decoder layers: sliding attention, full attention, and so on in turn")
-    hidden: int = _size(2880, "width of the residual stream, a multiple of 32")
-    intermediate: int = _size(2880, "width inside an expert, a multiple of 32")
-    experts: int = _size(32, "experts in a layer")
-    experts_per_token: int = _size(4, "experts that the router chooses for a token")
-    heads: int = _size(64, "query heads, a multiple of the key-value heads")
-    kv_heads: int = _size(8, "key-value heads")
-    head_dim: int = _size(64, "width of a head, even")
-    vocab: int = _size(512, f"rows of the embedding, {TOKENIZER_SIZE} or more")
-    sliding_window: int = _size(128, "tokens that a sliding-attention layer sees")
-
-    def __post_init__(self) -> None:
-        kv_heads = max(self.kv_heads, 1)
-        block_rule = f"a multiple of {BLOCK}, the values in an MXFP4 block"
-        rules = (
-            *((size.name, getattr(self, size.name) < 1, "1 or more") for size in fields(self)),
-            ("hidden", self.hidden % BLOCK, block_rule),
-            ("intermediate", self.intermediate % BLOCK, block_rule),
-            ("experts_per_token", self.experts_per_token > self.experts, f"{self.experts} or less"),
-            ("heads", self.heads % kv_heads, f"a multiple of {kv_heads}, the kv_heads"),
-            ("head_dim", self.head_dim % 2, "even: rotary embeddings turn pairs of values"),
-            ("vocab", self.vocab < TOKENIZER_SIZE, f"{TOKENIZER_SIZE} or more, for the tokenizer"),
-        )
-        for name, broken, rule in rules:
-            if broken:
-                raise CheckpointError(f"{name} is {getattr(self, name)}: it must be {rule}")
-
-
 DEFAULT_SHAPE = CheckpointShape()
 
 
 def checkpoint_bytes(shape: CheckpointShape) -> int:
-    """Return the bytes of all tensors, which is `total_size` in the checkpoint's index."""
+    """Return the bytes of all tensors: `total_size` in the checkpoint's index."""
     return sum(tensor.spec.nbytes for tensor in _tensors(shape))
 
 
@@ -112,24 +60,25 @@ def write_random_checkpoint(
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Path:
-    """Write the checkpoint directory `path`, which appears only once it is complete.
+    """Write the checkpoint directory `path`, which appears only when it is complete.
 
-    Expert blocks and scales are uint8 [E, N, K/32, 16] and [E, N, K/32], everything else is bf16,
-    named as in openai/gpt-oss-20b; next to them lie the configs and a byte-level tokenizer.
+    Expert blocks and scales are uint8 [E, N, K/32, 16] and [E, N, K/32]; all other tensors are
+    bf16. Names are those of openai/gpt-oss-20b. The directory also gets the configs and a
+    byte-level tokenizer.
 
     Args:
-        path: a directory that does not exist or is empty; parents are made.
+        path: a directory that does not exist or is empty; its parents are created.
         shape: the sizes of the model.
-        seed: the same seed and shape give the same bytes, however they are cut into shards.
-        max_shard_bytes: tensor bytes in a shard; a tensor larger than that has a shard of its own.
-        progress: show a progress bar, if stderr is a terminal.
+        seed: the same seed and shape give the same bytes, whatever the shards.
+        max_shard_bytes: tensor bytes in a shard; a larger tensor has a shard of its own.
+        progress: show a progress bar if stderr is a terminal.
 
     Returns:
-        `path`, absolute.
+        `path` as an absolute path.
 
     Raises:
-        CheckpointError: `path` is taken or cannot be written, its disk is too full, or `tokenizers`
-            is not installed. Nothing was written.
+        CheckpointError: `path` exists and is not empty, or cannot be written; the disk has too
+            little room; `tokenizers` is not installed. Nothing was written.
     """
     path = Path(os.path.realpath(os.path.expanduser(path)))
     require_new(path)
@@ -137,7 +86,7 @@ def write_random_checkpoint(
     require_room(path, total)
     shards = cut(_tensors(shape), lambda tensor: tensor.spec.nbytes, max_shard_bytes)
     index = index_of({name: [t.spec for t in shard] for name, shard in shards.items()})
-    texts = _texts(shape) | {"model.safetensors.index.json": _json(index)}
+    texts = texts_of(shape) | {"model.safetensors.index.json": as_json(index)}
 
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
@@ -151,7 +100,7 @@ def write_random_checkpoint(
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         partial.replace(path)
-    except BaseException as error:  # an interrupt, too, leaves nothing behind
+    except BaseException as error:  # after an interrupt, too, nothing is left
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise CheckpointError(f"{path} cannot be written: {error}") from error
@@ -166,7 +115,7 @@ _ANY_BYTE: Table = np.arange(256, dtype=np.uint8)
 
 
 class _Tensor(NamedTuple):
-    """A tensor to write: every element is drawn from `table`, whose entries are equally likely."""
+    """A tensor to write; its elements are drawn from `table`, whose entries are equally likely."""
 
     name: str
     shape: tuple[int, ...]
@@ -189,7 +138,7 @@ class _Tensor(NamedTuple):
 
 
 def _tensors(shape: CheckpointShape) -> Iterator[_Tensor]:
-    """All tensors, layer by layer. A projection is named with its N and K."""
+    """Yield all tensors, layer by layer. A projection is written as (name, N, K)."""
     hidden, experts = shape.hidden, shape.experts
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q))
@@ -201,8 +150,8 @@ def _tensors(shape: CheckpointShape) -> Iterator[_Tensor]:
             yield _Tensor(f"{layer}.self_attn.{name}_proj.bias", (n,), _normal(0.1))
             yield _Tensor(f"{layer}.self_attn.{name}_proj.weight", (n, k), _normal(k**-0.5))
         yield _Tensor(f"{layer}.self_attn.sinks", (shape.heads,), _normal(1.0))
-        # The weight outweighs the bias, so that tokens differ in the experts they choose, and by
-        # enough to give the chosen ones unequal weights.
+        # The weight outweighs the bias, so that tokens choose different experts, and so that the
+        # chosen experts get unequal weights.
         yield _Tensor(f"{layer}.mlp.router.bias", (experts,), _normal(0.1))
         yield _Tensor(f"{layer}.mlp.router.weight", (experts, hidden), _normal(2 * hidden**-0.5))
         for name, n, k in mlp:
@@ -225,137 +174,15 @@ def _quantiles(count: int) -> npt.NDArray[np.float64]:
 
 @cache
 def _normal(std: float, mean: float = 0.0) -> Table:
-    """Bit patterns of normally distributed bf16 values, rounded to nearest even."""
+    """Return bit patterns of normally distributed bf16 values, rounded to nearest even."""
     bits = (mean + std * _quantiles(1 << 16)).astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 @cache
 def _scale_bytes(k: int) -> Table:
-    """E8M0 bytes with which uniformly random E2M1 codes get the standard deviation k**-0.5."""
+    """Return E8M0 bytes that give uniformly random E2M1 codes the standard deviation k**-0.5."""
     code_rms = math.sqrt(sum(value**2 for value in E2M1_VALUES) / len(E2M1_VALUES))
-    # Exponents are normal, one power of two wide: for those, log2(rms(2**e)) = mean(e) + ln(2).
+    # Exponents e are normal with standard deviation 1, so log2(rms(2**e)) = mean(e) + ln(2).
     exponents = math.log2(k**-0.5 / code_rms) - math.log(2) + _quantiles(256)
     return (E8M0_BIAS + np.rint(exponents)).astype(np.uint8)
-
-
-# ---- configs and tokenizer ----------------------------------------------------------------------
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2) + "\n"
-
-
-def _texts(shape: CheckpointShape) -> dict[str, str]:
-    """File name -> content of the configs and the tokenizer."""
-    attention, router = "model.layers.*.self_attn", "model.layers.*.mlp.router"
-    config = {
-        "architectures": ["GptOssForCausalLM"],
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "eos_token_id": TOKEN_IDS[EOS],
-        "experts_per_token": shape.experts_per_token,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden,
-        "initial_context_length": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate,
-        "layer_types": [f"{('sliding', 'full')[i % 2]}_attention" for i in range(shape.layers)],
-        "max_position_embeddings": CONTEXT_LENGTH,
-        "model_type": "gpt_oss",
-        "num_attention_heads": shape.heads,
-        "num_experts_per_tok": shape.experts_per_token,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
-        "num_local_experts": shape.experts,
-        "output_router_logits": False,
-        "pad_token_id": TOKEN_IDS[PAD],
-        "quantization_config": {
-            "modules_to_not_convert": [attention, router, "model.embed_tokens", "lm_head"],
-            "quant_method": "mxfp4",
-        },
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "rope_type": "yarn",
-            "truncate": False,
-        },
-        "rope_theta": 150000,
-        "router_aux_loss_coef": 0.9,
-        "sliding_window": shape.sliding_window,
-        "swiglu_limit": 7.0,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "vocab_size": shape.vocab,
-    }
-    generation = {
-        "bos_token_id": TOKEN_IDS[BOS],
-        "do_sample": True,
-        "eos_token_id": [TOKEN_IDS[EOS], TOKEN_IDS[PAD], TOKEN_IDS[CALL]],
-        "pad_token_id": TOKEN_IDS[PAD],
-    }
-    tokenizer = {
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": CONTEXT_LENGTH,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    return {
-        "config.json": _json(config),
-        "generation_config.json": _json(generation),
-        "tokenizer_config.json": _json(tokenizer),
-        "tokenizer.json": _byte_tokenizer(),
-    }
-
-
-def _byte_tokenizer() -> str:
-    """The tokenizer.json of a tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text."""
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    except ImportError as error:
-        raise CheckpointError(
-            "a checkpoint's tokenizer is made with tokenizers: pip install tokenizers"
-        ) from error
-    # ByteLevel shows a byte that prints as itself and the n-th other byte as character 256 + n.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    vocab = {chr(byte): byte for byte in printable}
-    vocab |= {chr(256 + n): byte for n, byte in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(TOKEN_IDS))
-    text: str = tokenizer.to_str(pretty=True)
-    return text
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments: the directory, a flag for each size, and the seed."""
-    parser.add_argument("out", type=Path, help="directory to write: a new or an empty one")
-    for size in fields(CheckpointShape):
-        flag, text = f"--{size.name.replace('_', '-')}", f"{size.metadata['help']} (%(default)s)"
-        parser.add_argument(flag, type=int, default=size.default, metavar="N", help=text)
-    text = "same seed and sizes, same bytes (%(default)s)"
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
-    text = "tensor bytes in a shard (%(default)s)"
-    parser.add_argument("--max-shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help=text)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write the checkpoint that the parsed arguments describe.
-
-    Raises:
-        CheckpointError: it cannot be written; nothing was.
-    """
-    shape = CheckpointShape(**{s.name: getattr(args, s.name) for s in fields(CheckpointShape)})
-    path = write_random_checkpoint(
-        args.out, shape, seed=args.seed, max_shard_bytes=args.max_shard_bytes
-    )
-    print(f"wrote {path}")

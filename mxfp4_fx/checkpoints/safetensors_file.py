@@ -1,8 +1,9 @@
 """Files in the safetensors format: headers read strictly, tensors mapped in parts, shards written.
 
-safetensors' own library names neither the file nor a remedy, tells no byte ranges and writes only
-what is whole in memory. A file is a length (8 bytes, little-endian), a JSON header of that length,
-and the bytes of all tensors, which leave no gap and do not overlap.
+A file is a length (8 bytes, little-endian), a JSON header of that length, and the bytes of all
+tensors, without gaps or overlaps. The safetensors library does not suffice here: its errors name
+neither the file nor a remedy, it gives no byte ranges, and it writes only tensors that are whole in
+memory.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from mxfp4_fx.core.errors import CheckpointError
 
 T = TypeVar("T")
 
-SHARD_BYTES = 5 * 10**9  # cuts gpt-oss-20b into three shards, as the original is
-CHUNK_BYTES = 8 << 20  # read at a time where a tensor is only passed on
+SHARD_BYTES = 5 * 10**9  # gives gpt-oss-20b three shards, like the original
+CHUNK_BYTES = 8 << 20  # read at a time by `StoredTensor.chunks`
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -48,12 +49,12 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_MAX_HEADER = 100_000_000  # bytes, as in safetensors' own library
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 _AGAIN = "copy or download the file again"
 
 
 class TensorSpec(NamedTuple):
-    """What a file says of a tensor, but for its place."""
+    """Name, dtype and shape of a tensor in a file."""
 
     name: str
     dtype: torch.dtype
@@ -66,7 +67,7 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `nbytes` bytes from `offset` on, little-endian, in C order."""
+    """A tensor in a file: `nbytes` bytes at `offset`, little-endian, in C order."""
 
     name: str
     dtype: torch.dtype
@@ -80,14 +81,14 @@ class StoredTensor:
         return TensorSpec(self.name, self.dtype, self.shape)
 
     def read(self, index: int | None = None) -> Tensor:
-        """The tensor, or entry `index` of its first dimension (an expert, say), memory-mapped.
+        """Memory-map the tensor, or entry `index` of its first dimension (an expert, say).
 
-        Only those bytes are mapped, and only for as long as the result lives; pages are read when
-        they are first touched. Writing to the result leaves the file as it is.
+        The mapping lasts as long as the result. The system reads a page when it is first touched.
+        Writing to the result does not change the file.
 
         Raises:
             CheckpointError: the file has become shorter since its header was read.
-            IndexError: there is no such entry.
+            IndexError: the first dimension has no entry `index`.
         """
         shape, start, nbytes = self.shape, self.offset, self.nbytes
         if index is not None:
@@ -99,7 +100,7 @@ class StoredTensor:
             return torch.empty(shape, dtype=self.dtype, device="cpu")
         before = start % mmap.ALLOCATIONGRANULARITY
         with self.file.open("rb") as file:
-            # mmap refuses to go beyond the end, where touching a page would end the process.
+            # Touching a page beyond the file's end would kill the process: mmap raises instead.
             try:
                 mapped = mmap.mmap(
                     file.fileno(), before + nbytes, access=mmap.ACCESS_COPY, offset=start - before
@@ -107,12 +108,12 @@ class StoredTensor:
             except ValueError as error:
                 raise _became_shorter(self.file) from error
         raw = torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=before)
-        if start % self.dtype.itemsize:  # which the format allows
+        if start % self.dtype.itemsize:  # the format allows unaligned tensors, torch does not
             raw = raw.clone()
         return raw.view(self.dtype).view(shape)
 
     def chunks(self) -> Iterator[memoryview]:
-        """The tensor's bytes in order, a few MiB at a time; each is gone when the next comes.
+        """Yield the tensor's bytes in order, CHUNK_BYTES at a time, in one buffer that is reused.
 
         Raises:
             CheckpointError: the file has become shorter since its header was read.
@@ -137,10 +138,10 @@ def _became_shorter(file: Path) -> CheckpointError:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file in the order of their bytes, of which none is read.
+    """Return name -> tensor of a safetensors file, in the order of their bytes.
 
     Raises:
-        CheckpointError: the file cannot be read, is cut short or is not what its header says.
+        CheckpointError: the file cannot be read, is cut short or contradicts its header.
     """
     try:
         with file.open("rb") as stream:
@@ -214,7 +215,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def require_new(path: Path) -> None:
-    """Raises CheckpointError unless `path` is missing or an empty directory."""
+    """Raise CheckpointError unless `path` is missing or an empty directory."""
     try:
         is_taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     except OSError as error:
@@ -226,7 +227,7 @@ def require_new(path: Path) -> None:
 
 
 def require_room(path: Path, nbytes: int) -> None:
-    """Raises CheckpointError if the disk that `path` will be on has less than `nbytes` free."""
+    """Raise CheckpointError if the disk that `path` will be on has less than `nbytes` free."""
     existing = next(parent for parent in path.parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if nbytes > free:
@@ -237,7 +238,11 @@ def require_room(path: Path, nbytes: int) -> None:
 
 
 def cut(items: Iterable[T], nbytes: Callable[[T], int], max_bytes: int) -> dict[str, list[T]]:
-    """Deal items out to shards in order: file name -> items of at most `max_bytes`, or one item."""
+    """Cut items into shards, in order.
+
+    Returns:
+        file name -> items of at most `max_bytes`, or one larger item.
+    """
     shards: list[list[T]] = [[]]
     room = max_bytes
     for item in items:
@@ -246,13 +251,13 @@ def cut(items: Iterable[T], nbytes: Callable[[T], int], max_bytes: int) -> dict[
             room = max_bytes
         shards[-1].append(item)
         room -= nbytes(item)
-    # Counted as in the original, whose three shards are 00000, 00001 and 00002 "of 00002".
+    # Named as in the original, whose three shards are 00000, 00001 and 00002 "of 00002".
     last = len(shards) - 1
     return {f"model-{i:05d}-of-{last:05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
 def index_of(shards: dict[str, list[TensorSpec]]) -> dict[str, Any]:
-    """The content of ``model.safetensors.index.json``."""
+    """Return the content of ``model.safetensors.index.json``."""
     total = sum(spec.nbytes for specs in shards.values() for spec in specs)
     weight_map = {spec.name: name for name, specs in shards.items() for spec in specs}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -264,16 +269,16 @@ def write_safetensors(
     parts: Iterable[tuple[str, memoryview]],
     wrote: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """Write one file, whose tensors never have to be whole in memory.
+    """Write one file from parts of its tensors.
 
     Args:
-        path: the file; one that exists is overwritten.
-        specs: its tensors, in the order in which they will lie.
-        parts: (name, bytes that follow what that tensor has so far), tensors in any order.
-        wrote: is told after each part how many bytes it had.
+        path: the file; an existing one is overwritten.
+        specs: its tensors, in the order of their bytes in the file.
+        parts: (name, next bytes of that tensor); parts of different tensors may alternate.
+        wrote: called after each part with its number of bytes.
 
     Raises:
-        ValueError: the parts of a tensor are not as many bytes as it has.
+        ValueError: the parts of a tensor have more or fewer bytes than the tensor.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""What long work tells whoever waits for it, on stderr."""
+"""Progress messages of long work, on stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def announced(text: str) -> Iterator[Callable[[], None]]:
-    """Say that long work begins and how it ended. What it yields shows, on a terminal, the time."""
+    """Print that long work begins, and how it ended.
+
+    Yields a function that prints the time so far. It prints to a terminal only.
+    """
     begin, ended = time.monotonic(), "failed after"
 
     def tick() -> None:
@@ -26,7 +29,7 @@ def announced(text: str) -> Iterator[Callable[[], None]]:
 
 
 def say(text: str, end: str = "\n") -> None:
-    # Nobody may be listening, which is no reason to fail.
+    # A closed stderr is no reason to fail.
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(f"mxfp4_fx: {text}", end=end, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""One class for each failure a user can meet."""
+"""One class for each error and each warning that a user can meet."""
 
 
 class Mxfp4Error(Exception):
@@ -6,11 +6,11 @@ class Mxfp4Error(Exception):
 
 
 class OptionError(Mxfp4Error, ValueError):
-    """An entry of ``torch.compile(options=...)``, or an argument, is wrong or not there yet."""
+    """An entry of ``torch.compile(options=...)`` or an argument is wrong."""
 
 
 class KernelsUnavailableError(Mxfp4Error, RuntimeError):
-    """The kernels that were asked for cannot run on this device."""
+    """The requested kernels cannot run on this device."""
 
 
 class NativeBuildError(Mxfp4Error, RuntimeError):
@@ -22,7 +22,7 @@ class WeightError(Mxfp4Error, ValueError):
 
 
 class FreedWeightError(Mxfp4Error, RuntimeError):
-    """A weight is asked for its values after ``free_weights`` gave its memory back."""
+    """A program uses a weight whose memory ``free_weights`` has given back."""
 
 
 class CheckpointError(Mxfp4Error, ValueError):
@@ -34,35 +34,39 @@ class DequantizeError(Mxfp4Error, RuntimeError):
 
 
 class MissedRewriteError(Mxfp4Error, RuntimeError):
-    """``strict=True``: something looked like experts and was not rewritten, or nothing did."""
+    """``strict=True``: experts are not rewritten, or the model has none."""
+
+
+class TorchVersionError(Mxfp4Error, ImportError):
+    """This torch lacks something that mxfp4_fx takes of it beyond its public API."""
 
 
 class GradientError(Mxfp4Error, RuntimeError):
-    """A derivative is asked for that MXFP4 experts do not have."""
+    """A forward-mode derivative, which MXFP4 experts do not have."""
 
 
 class VerificationError(Mxfp4Error, RuntimeError):
-    """``verify=True``: a rewritten region disagrees with the region that it replaced."""
+    """``verify=True``: a rewritten region differs from the original by more than rounding."""
 
 
 class PipelineError(Mxfp4Error, RuntimeError):
-    """The passes broke their own contract. This is a fault of mxfp4_fx: please report it."""
+    """The passes broke their own contract. This is a bug of mxfp4_fx: please report it."""
 
 
 class MissedRewriteWarning(UserWarning):
-    """Something looked like GPT-OSS experts and runs as it was written, not in MXFP4."""
+    """A layer that looks like GPT-OSS experts runs as it was written, not in MXFP4."""
 
 
 class NoExpertsWarning(UserWarning):
-    """Nothing looks like GPT-OSS experts: in a graph that was compiled, or a model loaded."""
+    """A compiled or loaded model has nothing like GPT-OSS experts, or skips all of them."""
 
 
 class SlowKernelsWarning(UserWarning):
-    """Experts run, or are exported, with kernels several times slower than the native ones."""
+    """Experts run or are exported with kernels several times slower than the native ones."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint serves, but something in its files is left out or does not fit the rest."""
+    """A checkpoint is usable, but part of its files is left out or does not fit the rest."""
 
 
 class NanWeightsWarning(UserWarning):
@@ -74,4 +78,4 @@ class DeviceFullWarning(UserWarning):
 
 
 class RepeatedSwizzleWarning(UserWarning):
-    """An expert weight is swizzled at each call, because it is another one, or filled anew."""
+    """An expert weight is swizzled at each call: the call brings another tensor or new values."""

@@ -1,8 +1,9 @@
-"""MXFP4 numbers: what the bytes of a checkpoint mean, and how values become such bytes.
+"""MXFP4 numbers: the bytes of a checkpoint, and conversion between values and these bytes.
 
-32 neighbours along K (a block) share one scale, an E8M0 byte `b` that stands for 2^(b - 127); byte
-255 makes the whole block NaN. An element is an E2M1 code of four bits (sign, two exponent bits, one
-mantissa bit). Two codes share a byte, the even element in the low nibble.
+A block is 32 neighbouring values along K. Its values share one scale, an E8M0 byte `b` that means
+2^(b - 127); byte 255 makes the whole block NaN. Each element is an E2M1 code of four bits: a sign
+bit, two exponent bits and a mantissa bit. Two codes share a byte. The even element is in the low
+nibble.
 
     values  [..., K]            float32, bfloat16 or float16
     blocks  [..., K / 32, 16]   uint8, two E2M1 codes a byte
@@ -36,20 +37,20 @@ E2M1_VALUES: tuple[float, ...] = (
 # How `quantize` chooses the scale of a block.
 SCALE_RULES = ("max", "search")
 
-# Values handled at a time. It bounds the temporaries (10 bytes a value at most: 10 MiB; 20 where
-# scales are searched), so that a CPU's last cache holds them, and gives each operation enough work
-# to be worth its call.
+# Values in a slab. Temporaries take at most 10 bytes a value (20 under "search"): at most 10 MiB
+# (20 MiB), which a CPU's last-level cache holds. Smaller slabs would spend their time on the calls
+# of PyTorch's operations.
 SLAB_VALUES = 1 << 20
 
-# Two neighbouring values as one integer, so that one lookup decodes a byte of codes.
+# The integer that holds two neighbouring values, so that one lookup decodes a byte of codes.
 _PAIR_DTYPE = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
 
-# Bits of a float32: all but the sign, infinity, and the length of the fraction.
+# Of a float32: the mask of all bits but the sign, the bits of infinity, the fraction's length.
 _MAGNITUDE, _INFINITY, _FRACTION_BITS = 0x7FFFFFFF, 0x7F800000, 23
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Puts two E2M1 codes into a byte: uint8 [..., K] -> uint8 [..., K / 2], even element low.
+    """Pack two E2M1 codes into a byte: uint8 [..., K] -> uint8 [..., K / 2], even element low.
 
     Codes are 0 to 15. Raises TypeError for another dtype and ValueError for an odd K.
     """
@@ -62,7 +63,7 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Takes E2M1 codes out of their bytes: uint8 [..., B] -> uint8 [..., 2 B]; inverts `pack`.
+    """Unpack the E2M1 codes of each byte: uint8 [..., B] -> uint8 [..., 2 B]. Inverts `pack`.
 
     Raises TypeError for another dtype and ValueError for a tensor without dimensions.
     """
@@ -74,30 +75,31 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def quantize(values: Tensor, *, scale_rule: str = "max") -> tuple[Tensor, Tensor]:
-    """Rounds values to MXFP4: [..., K] -> blocks uint8 [..., K/32, 16], scales uint8 [..., K/32].
+    """Round values to MXFP4: [..., K] -> blocks uint8 [..., K/32, 16], scales uint8 [..., K/32].
 
-    The scale of a block under `scale_rule`:
+    `scale_rule` chooses the scale of each block:
 
-    - "max" takes the smallest power of two, 2^-127 at least, that brings all its elements to 6 or
-      below. MX 6.3 rounds the scale down instead and saturates what is above 6 then; rounding it up
-      is the choice of "Recipes for Pre-training LLMs with MXFP8" (arXiv:2506.08027).
-    - "search" takes, of all scale bytes, the one with the least sum of squared errors of the 32
-      elements, so it is never worse than either of those. The sums are compared exactly; if several
-      bytes have the least, it takes that of "max". `_half_scale_is_nearer` has the proof.
+    - "max" takes the smallest power of two, at least 2^-127, under which no element exceeds 6.
+      MX 6.3 rounds the scale down instead and saturates the elements that then exceed 6. Rounding
+      up follows "Recipes for Pre-training LLMs with MXFP8" (arXiv:2506.08027).
+    - "search" takes the scale byte with the least sum of squared errors over the 32 elements, so it
+      is never worse than "max" or MX 6.3. The sums are compared exactly. On a tie it takes the byte
+      of "max". `_half_scale_is_nearer` has the proof.
 
     Elements round to nearest, ties to even, and saturate at 6 (MX 5.3.3). Zeros keep their sign.
 
-    A block that holds a NaN or an infinity becomes NaN as a whole (scale 255, codes 0). A block of
-    zeros has scale 127.
+    A block with a NaN or an infinity becomes NaN as a whole (scale 255, codes 0). A block of zeros
+    has scale 127.
 
-    Values that are MXFP4 already come back equal, if under a smaller scale where a block has no
-    large element. The exceptions are those that `dequantize` could not give in the first place:
-    2^128 and more in float32 and bfloat16 (4 and 6 under scale byte 253, 2 to 6 under byte 254); in
-    float16 2^16 and more (from byte 141 on) and what is no multiple of 2^-24 (below byte 104).
+    Values that MXFP4 represents exactly come back equal, although a block without large elements
+    may get a smaller scale. The exceptions are those that `dequantize` cannot return in the dtype:
+    in float32 and bfloat16 from 2^128 on (4 and 6 under scale byte 253, 2 to 6 under byte 254); in
+    float16 from 2^16 on (byte 141 and above) and those that are no multiple of 2^-24 (below byte
+    104).
 
-    The values are read slab by slab in the order of memory, so a view like `w.transpose(1, 2)` is
-    never copied as a whole and takes hardly longer than `w`. Under `torch.set_flush_denormal(True)`
-    subnormal values count as zero; no others are affected.
+    The function reads the values slab by slab in memory order. A view like `w.transpose(1, 2)` is
+    therefore never copied as a whole and takes hardly longer than `w`. Under
+    `torch.set_flush_denormal(True)` subnormal values count as zero; no other values change.
 
     Raises TypeError unless the values are float32, bfloat16 or float16, ValueError unless K is a
     multiple of 32 and `scale_rule` one of SCALE_RULES.
@@ -117,8 +119,8 @@ def quantize(values: Tensor, *, scale_rule: str = "max") -> tuple[Tensor, Tensor
     blocks = values.new_empty((*groups.shape[:-1], BYTES_PER_BLOCK), dtype=torch.uint8)
     scales = values.new_empty(groups.shape[:-1], dtype=torch.uint8)
 
-    # The last dimension should be the one of neighbours in memory. If that is not K (a [K, N]
-    # parameter seen as [N, K]), it goes last and a block lies along the dimension before it.
+    # A slab's last dimension must be the one of the smallest stride. If that is not K (a [K, N]
+    # parameter seen as [N, K]), it moves to the end, and a block lies along the one before it.
     inner = min(reversed(range(groups.dim())), key=groups.stride)
     block_dim = -1 if inner == groups.dim() - 1 else -2
     for slab in _slabs(groups):
@@ -136,21 +138,22 @@ def dequantize(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Turns MXFP4 into values: blocks uint8 [..., G, 16], scales uint8 [..., G] -> [..., 32 G].
+    """Convert MXFP4 to values: blocks uint8 [..., G, 16], scales uint8 [..., G] -> [..., 32 G].
 
-    Exact in float32 for all codes and scale bytes: subnormals are kept, 2^128 and more is infinite,
-    byte 255 is NaN. bfloat16 and float16 are that value rounded to nearest, ties to even.
+    float32 values are exact for all codes and scale bytes: subnormals are kept, values from 2^128
+    on are infinite, byte 255 is NaN. bfloat16 and float16 values are the float32 values rounded to
+    nearest, ties to even.
 
-    `out` may have any strides and be on any device; it is filled slab by slab and returned. Without
-    it the values are on the device of `blocks`. On torch.OutOfMemoryError a slab is computed on the
-    CPU; values that do not fit on the device as a whole are returned on the CPU.
+    `out` may have any strides and be on any device. The function fills it slab by slab and returns
+    it. Without `out` the values are on the device of `blocks`. On torch.OutOfMemoryError a slab is
+    computed on the CPU; values that do not fit on the device as a whole are returned on the CPU.
 
     Raises TypeError for a dtype other than float32, bfloat16 and float16 or an `out` of another
     dtype, ValueError for shapes or devices that do not belong together.
     """
     if dtype not in _PAIR_DTYPE:
         raise TypeError(
-            f"dequantize gives float32, bfloat16 or float16, not {dtype}: convert what it returns"
+            f"dequantize gives float32, bfloat16 or float16, not {dtype}: convert its result"
         )
     _require_uint8("blocks", blocks)
     _require_uint8("scales", scales)
@@ -188,9 +191,9 @@ def dequantize(
 
 
 def _slabs(groups: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Index tuples that cut [..., G, _] into slabs of at most SLAB_VALUES values (or one block).
+    """Return indices that cut [..., G, _] into slabs of at most SLAB_VALUES values (or one block).
 
-    The dimensions that vary fastest in memory stay whole for as long as they fit.
+    Dimensions stay whole as long as they fit, the one of the smallest stride first.
     """
     lengths = groups.shape[:-1]
     steps = [1] * len(lengths)
@@ -207,12 +210,13 @@ def _slabs(groups: Tensor) -> Iterator[tuple[slice, ...]]:
 
 
 def _quantize_slab(values: Tensor, block_dim: int, scale_rule: str) -> tuple[Tensor, Tensor]:
-    """Blocks of 32 values along `block_dim` -> their 16 bytes and their scale along it."""
+    """Quantize blocks of 32 values along `block_dim` to 16 bytes and a scale along it."""
     scaled = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    # Magnitudes are ordered as their bits are, and integers have no subnormals to flush.
+    # Magnitudes compare as their bits do, and the CPU cannot flush an integer's subnormals.
     amax = scaled.view(torch.int32).bitwise_and(_MAGNITUDE).amax(block_dim, keepdim=True)
 
-    # amax <= 6 * 2^e = 1.5 * 2^(e + 2): the exponent less 2, plus 1 if the fraction is over a half.
+    # The smallest e with amax <= 6 * 2^e = 1.5 * 2^(e + 2) is the exponent of amax minus 2, plus 1
+    # if its fraction is over a half.
     up_to_half = (1 << (_FRACTION_BITS - 1)) - 1
     exponent = amax.clamp(max=_INFINITY).add_(up_to_half).bitwise_right_shift_(_FRACTION_BITS)
     scale = exponent.sub_(2).clamp_(min=0)
@@ -223,15 +227,16 @@ def _quantize_slab(values: Tensor, block_dim: int, scale_rule: str) -> tuple[Ten
         scale.sub_(halved.to(scale.dtype))
         scaled.mul_(halved + 1.0).clamp_(-E2M1_MAX, E2M1_MAX)
 
-    # E2M1 is float16 with an exponent bias of 1 for 15 and a fraction of 1 bit for 10. Times 2^-14
-    # and rounded, a float16 has the code in bits 15 and 11 to 9, and E2M1's subnormal is one too.
-    # The factors stay apart because their product may be a subnormal float32.
+    # E2M1 differs from float16 in the exponent bias, 1 instead of 15, and in the fraction, 1 bit
+    # instead of 10. So a float16 that is multiplied by 2^-14 and rounded has the code in bit 15 and
+    # bits 11 to 9; E2M1's subnormal becomes one of float16. The two factors are not merged into
+    # one: their product may be a subnormal float32.
     scaled.mul_(2.0**-14)
-    if values.dtype != torch.bfloat16:  # which has 8 significant bits to begin with
+    if values.dtype != torch.bfloat16:  # bfloat16 values have 8 significant bits already
         _round_to_odd(scaled)
     half = scaled.to(torch.float16).view(torch.int16)
-    half.add_((half >> 9).bitwise_and_(1)).add_(0xFF)  # to nearest even at bit 9
-    # Bits 14 to 12 are zero by now, so the exclusive or copies the sign to bit 12.
+    half.add_((half >> 9).bitwise_and_(1)).add_(0xFF)  # rounds to nearest even at bit 9
+    # Bits 14 to 12 are zero now, so the exclusive or copies the sign to bit 12.
     codes = half.bitwise_xor_(half >> 3).bitwise_right_shift_(9).bitwise_and_(0xF).to(torch.uint8)
     if block_dim == -1:
         packed = _pack_owned(codes)
@@ -246,32 +251,33 @@ def _quantize_slab(values: Tensor, block_dim: int, scale_rule: str) -> tuple[Ten
 
 
 def _half_scale_is_nearer(scaled: Tensor, block_dim: int) -> Tensor:
-    """Whether a block loses less under half the scale that "max" gives it.
+    """Return whether half the scale of "max" gives a block a smaller sum of squared errors.
 
-    No other scale can win. Let 1 be the scale of "max", a an element's magnitude and A the block's
-    largest, so 3 < A <= 6. E2M1's numbers are 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
+    No third scale can have a smaller one than both. Let 1 be the scale of "max", a an element's
+    magnitude and A the largest magnitude of the block, so 3 < A <= 6. E2M1 represents the
+    magnitudes 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
 
-    - Twice the scale has 0, 1, 2, 3, 4, 6, 8 and 12. Up to 6 all of these are numbers of the scale
-      itself, and no element is nearer to 8 or 12 than to 6. So each doubling leaves every error as
-      it is or enlarges it.
-    - Half the scale has 0, 0.25, 0.5, 0.75, 1, 1.5, 2 and 3. Elements below 1 gain 1/16 at most,
-      from 1 to 3 nothing changes, and what is above 3 becomes 3.
-    - Another halving, with 1 for the scale that is halved: A > 6 was off by A - 6 and is off by
-      A - 3. That costs 6 A - 27 > 9, and 31 others gain 31/16 at most. So it goes on to lose.
+    - Twice the scale represents 0, 1, 2, 3, 4, 6, 8 and 12. The scale itself represents those up to
+      6, too, and no element is nearer to 8 or 12 than to 6. So no doubling reduces any error.
+    - Half the scale represents 0, 0.25, 0.5, 0.75, 1, 1.5, 2 and 3. An element below 1 gains at
+      most 1/16, an element from 1 to 3 keeps its error, and an element above 3 becomes 3.
+    - Every further halving loses. Let 1 be the scale that is halved, so A > 6. The error of A grows
+      from A - 6 to A - 3, which costs 6 A - 27 > 9. The other 31 elements gain at most 31/16.
 
-    (Where the scale is 2^-127 already, A may be smaller, but there is no half of it.)
+    (Under the scale 2^-127 A may be 3 or less, but that scale has no half.)
 
-    What an element gains by the half scale: below 1, if it is d off a multiple of 0.5, d^2 less
-    (0.25 - d)^2 = (d - 0.125) / 2 if that is above zero. What it costs: from 3.5 to 5 (a - 3)^2
-    less (4 - a)^2 = 2 a - 7; above 5 it is more, but 2 a - 7 > 3 is more than all gains already.
-    Every step below is exact in float32: a gain is a multiple of 2^-27 up to 1/16, a cost one of
-    2^-20 up to 5. So is their sum in float64, in any order.
+    The gain of the half scale: an element below 1 that is d off a multiple of 0.5 gains
+    d^2 - (0.25 - d)^2 = (d - 0.125) / 2 if that is positive. The cost: an element from 3.5 to 5
+    costs (a - 3)^2 - (4 - a)^2 = 2 a - 7. An element above 5 costs more, but 2 a - 7 > 3 already
+    exceeds the sum of all gains. Every step below is exact in float32: a gain is a multiple of
+    2^-27 up to 1/16, a cost is a multiple of 2^-20 up to 5. Their sum in float64 is exact in any
+    order.
 
     Args:
         scaled: float32, divided by the scale of "max"; block_dim has length 32.
 
     Returns:
-        bool, block_dim of length 1; False in a block with NaN or infinity.
+        bool; block_dim has length 1. False for a block with NaN or infinity.
     """
     magnitude = scaled.abs()
     cost = (magnitude - 3.5).clamp_(min=0).mul_(2)
@@ -281,7 +287,7 @@ def _half_scale_is_nearer(scaled: Tensor, block_dim: int) -> Tensor:
 
 
 def _round_to_odd(values: Tensor) -> None:
-    """Cuts float32 to 8 significant bits in place, the last one set if anything was cut off.
+    """Cut float32 to 8 significant bits in place; set the last one if any bit cut off was set.
 
     A later rounding to fewer bits then still sees on which side of a midpoint the value was.
     """
@@ -291,9 +297,10 @@ def _round_to_odd(values: Tensor) -> None:
 
 
 def _pack_owned(codes: Tensor) -> Tensor:
-    """`pack` of a contiguous tensor that starts its storage, so that 16-bit words can view it.
+    """Do what `pack` does for a contiguous tensor that starts its storage.
 
-    Several times as fast as slices of even and odd elements. Little-endian, as is `unpack`.
+    A view of 16-bit words serves such a tensor, several times as fast as slices of even and odd
+    elements. The words are little-endian, as in `unpack`.
     """
     words = codes.view(torch.int16)
     return (words >> 4).bitwise_or_(words).to(torch.uint8)
@@ -303,10 +310,10 @@ _pair_tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def _pair_table(dtype: torch.dtype, blocks: Tensor) -> Tensor:
-    """The pair table on the device of `blocks`, kept for the next call.
+    """Return the pair table on the device of `blocks` and cache it.
 
-    It takes as long to make as a small panel takes to look up. Fake tensors and other subclasses
-    get one of their own kind, which is not kept.
+    Making the table takes as long as looking up a small panel. Fake tensors and other subclasses
+    get a table of their own kind, which is not cached.
     """
     if type(blocks) not in (Tensor, torch.nn.Parameter):
         return _make_pair_table(dtype, blocks.device)
@@ -317,11 +324,12 @@ def _pair_table(dtype: torch.dtype, blocks: Tensor) -> Tensor:
 
 
 def _make_pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Both values of each byte under each scale, as one integer, at index 256 * scale + byte."""
+    """Make the table of a byte's two values, as one integer, at index 256 * scale + byte."""
     byte = torch.arange(256, dtype=torch.int32, device=device)
     codes = torch.stack([byte & 0xF, byte >> 4], dim=-1)
     pairs = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)[codes]
-    # 2^(byte - 127) as two normal factors: a flushed 2^-127 would take normal products with it.
+    # 2^(byte - 127) as two normal factors: 2^-127 may be flushed to zero, and so would be products
+    # with it that are normal numbers.
     for exponent in (byte // 2 - 63, byte - byte // 2 - 64):
         factor = ((exponent + E8M0_BIAS) << _FRACTION_BITS).view(torch.float32)
         pairs = pairs * factor[:, None, None]
@@ -330,10 +338,10 @@ def _make_pair_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _dequantize_slab(blocks: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:
-    """Looks the bytes of blocks [..., G, 16] up in the pair table, into out [..., G, 32]."""
+    """Look the bytes of blocks [..., G, 16] up in the pair table, into out [..., G, 32]."""
     index = blocks.to(torch.int32, memory_format=torch.contiguous_format)
     index.add_(scales.to(torch.int32).mul_(256).unsqueeze(-1))
-    # Of PyTorch's lookups, gather is the fast one that uses all threads, a row at a time.
+    # Of PyTorch's lookups only gather is fast and uses all threads, each on whole rows.
     rows = index.to(torch.int64).view(-1, index.shape[-2] * BYTES_PER_BLOCK)
     table = pairs.to(index.device).expand(rows.shape[0], -1)
     if out.is_contiguous() and out.storage_offset() % 2 == 0 and out.device == index.device:

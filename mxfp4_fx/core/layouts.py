@@ -1,8 +1,8 @@
-"""Layouts: the order in which a target's kernels want the MXFP4 bytes of an expert.
+"""Layouts: the orders in which kernels read the MXFP4 bytes of an expert.
 
 A layout is an invertible pair. ``swizzle`` turns checkpoint order (``blocks`` [N, K/32, 16] and
-``scales`` [N, K/32] of one expert) into the kernels' order, ``unswizzle`` turns it back. Experts
-are independent of one another: weights are swizzled one expert at a time, in bounded memory.
+``scales`` [N, K/32] of one expert) into the kernels' order; ``unswizzle`` turns it back. Experts
+do not depend on one another, so weights are swizzled one expert at a time, in bounded memory.
 
 To add one: subclass :class:`Layout`, enter it in :data:`LAYOUTS`, let ``target.choose`` name it.
 """
@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS, pack, unpack
 
+CHECKPOINT_ORDER = "row_major"
+
 
 class Layout(ABC):
     """An invertible order of one expert's bytes. Shape letters: N output rows, K contraction."""
@@ -25,18 +27,25 @@ class Layout(ABC):
 
     @abstractmethod
     def shapes(self, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes (blocks, scales) of one swizzled expert; both are uint8."""
+        """Return the shapes (blocks, scales) of one swizzled expert; both are uint8."""
 
     @abstractmethod
     def swizzle(self, blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, K/32, 16] and [N, K/32] in checkpoint order -> tensors of ``shapes(N, K)``."""
+        """Reorder [N, K/32, 16] and [N, K/32] from checkpoint order to ``shapes(N, K)``."""
 
     @abstractmethod
     def unswizzle(self, blocks: Tensor, scales: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
-        """The inverse of :meth:`swizzle`."""
+        """Invert :meth:`swizzle`."""
+
+    def extremes(self, scales: Tensor) -> Tensor | None:
+        """The flags in swizzled ``scales`` (of one expert, or of many): nonzero for extreme ones.
+
+        A layout says what is extreme; NaN, 255, always is. None: this one has no flags.
+        """
+        return None
 
     def empty(self, e: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Room for ``e`` swizzled experts: ``shapes(n, k)`` behind a leading expert axis."""
+        """Allocate ``e`` swizzled experts: ``shapes(n, k)`` behind a leading expert axis."""
         blocks, scales = self.shapes(n, k)
         return (
             torch.empty((e, *blocks), dtype=torch.uint8, device=device),
@@ -45,9 +54,9 @@ class Layout(ABC):
 
 
 class RowMajor(Layout):
-    """Checkpoint order as it is: what plain PyTorch reads."""
+    """Checkpoint order, which plain PyTorch reads."""
 
-    name = "row_major"
+    name = CHECKPOINT_ORDER
 
     def shapes(self, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (n, k // BLOCK, BYTES_PER_BLOCK), (n, k // BLOCK)
@@ -60,18 +69,18 @@ class RowMajor(Layout):
 
 
 class CpuPanels(Layout):
-    """What the CPU's C++ kernels read; ``ops/cpu_kernels/panels.h`` describes it byte by byte.
+    """The layout of the CPU's C++ kernels; ``ops/cpu_kernels/panels.h`` describes every byte.
 
-    Panels of 32 rows, a stream of pairs of blocks each: [P, Q, 1088], scales first. The second
-    tensor holds a flag a panel, 1 if a scale byte is outside ``SCALES``.
+    A panel is 32 rows, stored as a stream of Q pairs of blocks: [P, Q, 1088]. In a pair the scales
+    come first. The second tensor holds a flag per panel: 1 if a scale byte is outside ``SCALES``.
     """
 
     name = "cpu_panels"
 
     ROWS, LANES = 32, 16  # of a panel: row 2 r + h is lane r of half h
-    DWORDS = BYTES_PER_BLOCK // 4  # of a row in a block, eight codes each
-    PAIR_SCALES = 2 * ROWS  # bytes that a pair of blocks begins with
-    SCALES = (2, 252)  # the smallest and the largest that makes normal bfloat16 numbers
+    DWORDS = BYTES_PER_BLOCK // 4  # of a row in a block; each holds eight codes
+    PAIR_SCALES = 2 * ROWS  # the bytes of scales at the beginning of a pair of blocks
+    SCALES = (2, 252)  # the smallest and the largest under which weights are normal in bfloat16
 
     def shapes(self, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         panels, pairs = -(-n // self.ROWS), -(-k // (2 * BLOCK))
@@ -103,26 +112,30 @@ class CpuPanels(Layout):
         dwords = _reorder_nibbles(dwords[:n, :groups].contiguous())
         return dwords.view(torch.uint8), rows[:n, :groups].contiguous()
 
+    def extremes(self, scales: Tensor) -> Tensor:
+        return scales
+
 
 class Fragments(Layout):
-    """Tiles of 16 rows and 64 of K, in the order of a matrix instruction's registers (NVIDIA).
+    """Tiles of 16 rows and 64 columns (K), in the register order of NVIDIA's matrix instructions.
 
-    Lane 4 g + t of a warp reads four words of 32 bits, which lie side by side: 512 bytes a tile. A
-    word holds eight codes, four in each half, one for each register of an operand that it becomes;
-    ``ops/triton_kernels/decode.py`` is the other side. Row 8 r + g of a tile is the matrix's row
-    2 g + r: gate and up of a SwiGLU then meet in one thread. Nothing is padded where N is a
-    multiple of 16 and K of 64.
+    Lane 4 g + t of a warp reads four adjacent words of 32 bits: 512 bytes a tile. A word holds
+    eight codes, four in each half, and becomes four registers of an operand. Each register takes
+    one code from each half. ``ops/triton_kernels/decode.py`` does this. Row 8 r + g of a tile is
+    the matrix's row 2 g + r, so that one thread gets both gate and up of a SwiGLU. There is no
+    padding where N is a multiple of 16 and K of 64.
 
-    Scales lie tile by tile too, as bytes (g, kb, r), each with 126 added (modulo 256), for a code
-    in a bfloat16's place lacks a factor 2^126. One more tile of bytes says whether all that holds:
-    they are 1 if a scale of these 16 rows is above ``LARGEST_SCALE``, and the kernel takes a
-    slower, exact way.
+    Scales are stored tile by tile, too, as bytes in the order (g, kb, r). Each byte has 126 added,
+    modulo 256: a code at its place in a bfloat16 lacks a factor 2^126, which the biased scale
+    supplies. A scale above ``LARGEST_SCALE`` cannot supply it. So one more tile of bytes holds
+    flags: all are 1 if a scale of these 16 rows is that large, and the kernel then decodes these
+    rows in a slower, exact way.
     """
 
     ROWS, COLUMNS = 16, 64
     TILE_BYTES, TILE_SCALES = ROWS * COLUMNS // 2, ROWS * COLUMNS // BLOCK
     STORED_BIAS = 126
-    LARGEST_SCALE = 254 - STORED_BIAS  # beyond it the sum is no finite bfloat16's exponent
+    LARGEST_SCALE = 254 - STORED_BIAS  # above it the sum is not the exponent of a finite bfloat16
 
     # Axes of a tile's K, and the order in which codes are stored: [..., half of a word, register].
     _k_axes: tuple[int, ...]
@@ -157,9 +170,15 @@ class Fragments(Layout):
         blocks = pack(codes[:n, :k]).view(n, groups, BYTES_PER_BLOCK)
         return blocks, rows[:n, :groups].contiguous()
 
+    def extremes(self, scales: Tensor) -> Tensor:
+        return scales[..., -1, :]
+
 
 class WgmmaFragments(Fragments):
-    """For ``wgmma`` (sm_90): K = 16 s + 8 a + 2 t + h, word s, register 2 a + r, half h."""
+    """The layout for ``wgmma`` (sm_90).
+
+    K = 16 s + 8 a + 2 t + h is in word s, register 2 a + r, half h.
+    """
 
     name = "wgmma_fragments"
 
@@ -168,9 +187,10 @@ class WgmmaFragments(Fragments):
 
 
 class MmaFragments(Fragments):
-    """For ``mma.sync`` (sm_80, 86, 89, 120): K = 32 kb + 16 d + 4 t + 2 c + h, word 2 kb + r.
+    """The layout for ``mma.sync`` (sm_80, 86, 89, 120).
 
-    Register c + 2 d of a word, half h: a thread's activations are then four neighbours.
+    K = 32 kb + 16 d + 4 t + 2 c + h is in word 2 kb + r, register c + 2 d, half h. A thread's
+    activations are then four neighbours.
     """
 
     name = "mma_fragments"
@@ -180,10 +200,10 @@ class MmaFragments(Fragments):
 
 
 def _interleave(codes: Tensor) -> Tensor:
-    """[.., halves of words, 4] codes -> [.., bytes].
+    """Interleave the bits of four codes in each half of a word: [.., halves, 4] -> [.., bytes].
 
-    Codes 0 to 2 have their sign at bit 15 and the rest at 8:6 of a half, each 3 bits further down
-    than the one before; code 3 fills the gaps: sign at 14, exponent at 11:10, mantissa at 13.
+    Code 0 has its sign at bit 15 of a half and its other bits at 8:6. Codes 1 and 2 lie 3 and 6
+    bits lower. Code 3 fills the gaps: sign at 14, exponent at 11:10, mantissa at 13.
     """
     codes = codes.int()
     halves = torch.zeros(codes.shape[:-1], dtype=torch.int32, device=codes.device)
@@ -192,12 +212,12 @@ def _interleave(codes: Tensor) -> Tensor:
         halves |= ((code >> 3) << 15 | (code & 7) << 6) >> 3 * j
     code = codes[..., 3]
     halves |= (code >> 3) << 14 | (code >> 1 & 3) << 10 | (code & 1) << 13
-    # Little-endian, which every GPU is, whatever the host.
+    # Little-endian, as every GPU is; the host may not be.
     return torch.stack([halves & 255, halves >> 8], dim=-1).byte().flatten(-2)
 
 
 def _take_apart(data: Tensor) -> Tensor:
-    """The inverse of :func:`_interleave`: [.., bytes] -> [.., halves of words, 4]."""
+    """Invert :func:`_interleave`: [.., bytes] -> [.., halves of words, 4]."""
     low, high = data.int().unflatten(-1, (-1, 2)).unbind(-1)
     halves = low | high << 8
     codes = [(halves << 3 * j) >> 12 & 8 | (halves << 3 * j) >> 6 & 7 for j in range(3)]
@@ -206,7 +226,7 @@ def _take_apart(data: Tensor) -> Tensor:
 
 
 def _reorder_nibbles(dwords: Tensor) -> Tensor:
-    """Eight codes of a row: checkpoint order <-> that of panels, where 1 and 4, 3 and 6 swap."""
+    """Swap codes 1 and 4, and 3 and 6, of each dword: checkpoint order <-> the panels' order."""
     differences = (dwords ^ dwords >> 12) & 0xF0F0
     return dwords ^ differences ^ differences << 12
 

@@ -1,4 +1,4 @@
-"""What a user may pass in ``torch.compile(model, backend="mxfp4", options={...})``."""
+"""The options of ``torch.compile(model, backend="mxfp4", options={...})``."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ KERNELS = ("auto", "triton", "cpu", "pytorch", "hub", "reference")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The parsed options. Defaults are what most people want.
+    """The parsed options.
 
     Attributes:
-        kernels: who computes the rewritten experts: ``"auto"`` (the best that the device has),
-            ``"triton"`` (on a GPU), ``"cpu"`` (native), ``"pytorch"`` (on a CPU, without a
-            compiler), ``"hub"`` (on a GPU: what the ``kernels`` library serves), or
-            ``"reference"`` (plain PyTorch, every device, slow).
+        kernels: the kernels that compute the rewritten experts: ``"auto"`` (the best for the
+            device), ``"triton"`` (on a GPU), ``"cpu"`` (native), ``"pytorch"`` (on a CPU without a
+            compiler), ``"hub"`` (on a GPU, from the ``kernels`` library), or ``"reference"`` (plain
+            PyTorch for every device, slow).
         inner: the Dynamo backend that compiles the rewritten graph: a name or a callable
             ``(gm, example_inputs) -> callable``.
-        inductor: Inductor's own options, handed on when ``inner`` is ``"inductor"``.
-        strict: a missed rewrite is an error instead of a warning.
-        verify: on the first call run each rewritten region beside the original one and compare.
-        free_weights: give the memory of expert weights back as soon as they are swizzled, weight
-            by weight. Only the compiled graph can use them then; ``mxfp4_fx.restore`` undoes it.
-        skip: patterns of module names that stay as they are, as in ``skip.py``.
+        inductor: options of Inductor, which get there if ``inner`` is ``"inductor"``.
+        strict: raise for a missed rewrite instead of warning.
+        verify: on each graph's first call, compare every rewritten region with the original one.
+        free_weights: give the memory of each expert weight back as soon as it is swizzled. Only the
+            compiled model can use a dense weight then; ``mxfp4_fx.restore`` undoes it.
+        skip: patterns of the names of modules to leave alone; see ``skip.py``.
         mode: the ``mode=`` of ``torch.compile``; reaches Inductor.
     """
 
@@ -44,7 +44,7 @@ class Options:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-        """Check the dictionary of ``torch.compile(options=...)`` and freeze it.
+        """Parse and check the dictionary of ``torch.compile(options=...)``.
 
         Raises:
             OptionError: an unknown key (the message names the nearest one), a value of the wrong
@@ -55,11 +55,10 @@ class Options:
         for key in given:
             if key not in known:
                 raise OptionError(_unknown(key, known))
-        if isinstance(given.get("skip"), str):
-            given["skip"] = (given["skip"],)
         parsed = cls(**given, mode=mode)
         parsed._check()
-        return dataclasses.replace(parsed, skip=tuple(parsed.skip), inductor=dict(parsed.inductor))
+        skip = Skip.of(parsed.skip).patterns
+        return dataclasses.replace(parsed, skip=skip, inductor=dict(parsed.inductor))
 
     def _check(self) -> None:
         if self.kernels not in KERNELS:
@@ -77,13 +76,10 @@ class Options:
             )
         if not isinstance(self.inductor, Mapping):
             raise OptionError("options['inductor'] must be a dict of Inductor's own options.")
-        if not isinstance(self.skip, list | tuple) or not all(
-            isinstance(s, str) for s in self.skip
-        ):
+        if not isinstance(self.skip, str | list | tuple):  # what can be read more than once
             raise OptionError(
                 "options['skip'] must be a list of module-name patterns, such as ['*.layers.0.*']."
             )
-        Skip(tuple(self.skip))  # refuses what is no regular expression
         if self.verify and self.free_weights:
             raise OptionError(
                 "options['verify'] compares with the original weights, which "
@@ -91,7 +87,7 @@ class Options:
             )
         if (self.mode or self.inductor) and self.inner != "inductor":
             raise OptionError(
-                "mode= and options['inductor'] speak to Inductor, but options['inner'] is "
+                "mode= and options['inductor'] are for Inductor, but options['inner'] is "
                 f"{self.inner!r}. Leave one of them out."
             )
 

@@ -1,55 +1,254 @@
-"""What is asked of Dynamo beyond its public API: whose compilation it is at, whose call this is.
+"""All that is taken of torch beyond its public API: each name once, under a plain one.
 
-``tests/test_dynamo.py`` pins what the private names of torch that this takes are trusted to do.
+A new torch may lack any of it. This file then says which, and ``tests/test_torch_private.py``
+fails: it pins what each is trusted to do. What takes long to import is looked up when it is needed.
+
+Only what is read in every call stands where it is used: ``_base``, ``_cdata`` and ``_version`` of
+tensors, and a module's dictionaries (``_modules``, ``_parameters``, ``_buffers`` and its hooks).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
+import operator
+import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-)
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
-_OURS = "_is_mxfp4_backend"
+from mxfp4_fx.core.errors import TorchVersionError
 
 Backend = Callable[..., Any]
-Enter = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def ours(backend: Backend) -> Backend:
-    """Mark a Dynamo backend as one of this package: it is handed other graphs than others are."""
-    setattr(backend, _OURS, True)
-    return backend
+@contextlib.contextmanager
+def _trusted() -> Iterator[None]:
+    """Within, a name that this torch lacks is told by name."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise _lacks(error) from error
 
 
-def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
-    """The backend of this package behind torch's wrappers, and what they call it with.
+def _found(module: str, name: str) -> Any:
+    """What has a private name now, in a module that is imported if it is not."""
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise _lacks(error) from error
 
-    Returns:
-        None where it is another's.
+
+def _lacks(error: Exception) -> TorchVersionError:
+    return TorchVersionError(
+        f"mxfp4_fx takes of torch what torch {torch.__version__} does not have: {error}. Install "
+        "another torch (2.11 or newer; 2.13 is tested), or a newer mxfp4_fx"
+    )
+
+
+with _trusted():
+    import torch._C._dynamo.eval_frame
+    import torch._C._dynamo.guards
+    import torch._C._functorch
+    import torch._logging
+    import torch._ops
+    import torch._subclasses
+    import torch.amp.autocast_mode
+    import torch.autograd.grad_mode
+    import torch.utils._python_dispatch
+    import torch.utils._pytree
+
+    # ---- the dispatcher and autograd
+
+    LIBRARY = str(torch._C.__file__)  # the file that calls OpenMP
+    OpOverload = torch._ops.OpOverload
+    OpOverloadPacket = torch._ops.OpOverloadPacket
+    # A context in which an op calls what lies below its gradient.
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    # Whether one of an op's arguments, which may be lists, wants a gradient.
+    any_requires_grad = torch._C._any_requires_grad
+    are_transforms_active = torch._C._are_functorch_transforms_active
+    # A context in which ops are not dispatched to these keys: autocast casts nothing.
+    without_keys = torch._C._ExcludeDispatchKeyGuard
+    AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+    # Fails when the device comes to it, and not the host.
+    assert_async = torch._assert_async
+
+    # ---- tensors
+
+    FakeTensor = torch._subclasses.FakeTensor
+    FakeTensorMode = torch._subclasses.FakeTensorMode
+    # A context in which ``__torch_function__`` of tensors' classes is not asked.
+    as_plain_tensors = torch._C.DisableTorchFunctionSubclass
+    # Compares class, dtype, device, shape, strides and modes of tensors in one call.
+    TensorGuards = torch._C._dynamo.guards.TensorGuards
+    # Whether a tensor is made of other tensors, as a DTensor is.
+    is_wrapper = torch.utils._python_dispatch.is_traceable_wrapper_subclass
+    # Whether a value is inside a function transform.
+    is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+    tree_map_only = torch.utils._pytree.tree_map_only
+    # A tensor of a subclass that has another one's memory.
+    make_subclass = torch.Tensor._make_subclass
+
+    # ---- what Dynamo writes into a graph
+
+    set_grad_enabled = torch._C._set_grad_enabled
+    enter_autocast = torch.amp.autocast_mode._enter_autocast
+    exit_autocast = torch.amp.autocast_mode._exit_autocast
+    enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
+    exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
+    linear = torch._C._nn.linear
+    grouped_mm = getattr(torch, "_grouped_mm", None)  # which some versions have
+    # Modules whose builtins are ATen's ops of the same names.
+    BUILTINS = (torch, *operator.attrgetter("_nn", "_special", "_linalg", "_fft")(torch._C))
+    # Writes an artifact for TORCH_TRACE.
+    trace_structured = torch._logging.trace_structured
+
+    _FrameAction = torch._C._dynamo.eval_frame._FrameAction
+    _FrameExecStrategy = torch._C._dynamo.eval_frame._FrameExecStrategy
+    _set_code_exec_strategy = torch._C._dynamo.eval_frame.set_code_exec_strategy
+
+
+# ---- ops
+
+
+def schema_of(op: OpOverload) -> Any:
+    """An op's schema: ``name``, and ``arguments`` with names, types, defaults and aliases."""
+    return op._schema
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode derivatives is entered."""
+    return forward_ad._current_level >= 0
+
+
+def as_python_calls() -> Any:
+    """A context in which ``torch.func``'s transforms, which have begun with an op, begin anew.
+
+    They then see the ``autograd.Function`` that is called in its place.
     """
-    keywords: dict[str, Any] = {}
-    for _ in range(16):  # torch.compile's own, Dynamo's for debugging, partials
-        if backend is None or getattr(backend, _OURS, False):
-            return backend, keywords
-        if isinstance(backend, functools.partial):
-            keywords = {**backend.keywords, **keywords}
-            backend = backend.func
-            continue
-        keywords = {**getattr(backend, "kwargs", {}), **keywords}
-        backend = getattr(backend, "compiler_fn", None) or getattr(
-            backend, "_torchdynamo_orig_backend", None
-        )
-    return None, {}
+    key = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+    return torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set().add(key),
+        torch._C._dispatch_tls_local_exclude_set().remove(key),
+    )
+
+
+# ---- tensors and modules
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The same for all tensors of one storage, fake or real."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_filled_by_fsdp(tensor: Tensor) -> bool:
+    """Whether FSDP2 fills it anew for each forward: the same object, version and maybe address."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    mapping = _found("torch.distributed._composable_state", "_module_state_mapping")
+    states = [reference() for reference in list(mapping.values())]
+    return any(
+        getattr(parameter, "_unsharded_param", None) is tensor
+        for state in states
+        for group in getattr(state, "_fsdp_param_groups", ())
+        for parameter in group.fsdp_params
+    )
+
+
+def has_parameter_mark(tensor: Tensor) -> bool:
+    """Whether ``nn.Parameter`` made a parameter of it and left it its class."""
+    return hasattr(tensor, "_is_param")
+
+
+def unwrapped(function: Any) -> Any:
+    """What ``torch.compile`` has wrapped, or the thing itself."""
+    return getattr(function, "_orig_mod", function)
+
+
+@contextlib.contextmanager
+def without_compiled_calls(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, modules that ``module.compile()`` has compiled are called as they were before."""
+    compiled = {m: m._compiled_call_impl for m in modules if m._compiled_call_impl is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+# ---- graphs
+
+
+_STATIC_INPUT = "_dynamo_static_input_type"
+
+
+def empty_graph_like(graph: fx.Graph) -> fx.Graph:
+    """A graph of the kind that Dynamo makes."""
+    return fx.Graph(tracer_cls=graph._tracer_cls)
+
+
+def copy_notes(old: fx.GraphModule, new: fx.GraphModule, nodes: Mapping[fx.Node, fx.Node]) -> None:
+    """Copy what Dynamo noted on a graph, which guards and Inductor go by.
+
+    Args:
+        nodes: the old graph's -> the new one's.
+    """
+    for before, after in nodes.items():
+        after.meta.pop("grapharg", None)  # refers weakly to a tensor that may then not be swapped
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+
+
+def is_noted_as_weight(placeholder: fx.Node) -> bool:
+    """Whether Dynamo knows an input to stay the same object: a parameter, a buffer, a constant."""
+    return _STATIC_INPUT in placeholder.meta.get("tensor_dict", {})
+
+
+def note_as_weight(placeholder: fx.Node) -> None:
+    """Say that a new input has a fixed address, as parameters have, and no guard speaks of it."""
+    placeholder.meta["tensor_dict"] = {_STATIC_INPUT: "unguarded"}
+    placeholder._dynamo_source = None
+
+
+def without_saved_tensor_hooks() -> Any:
+    """A context for fake calls: hooks on saved tensors are for the run, which counts them."""
+    disable: Any = _found("torch._dynamo.utils", "_disable_saved_tensors_hooks_during_tracing")
+    return disable()
+
+
+# ---- compilers behind this one
+
+
+def backend_named(name: str) -> Backend:
+    """The Dynamo backend of that name."""
+    found: Backend = _found("torch._dynamo", "lookup_backend")(name)
+    return found
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: Mapping[str, Any]
+) -> Any:
+    """Compile a graph with Inductor, with the options of a mode of ``torch.compile`` and more."""
+    of_mode = _found("torch._inductor", "list_mode_options")(mode) if mode else {}
+    compile_fx = _found("torch._inductor.compile_fx", "compile_fx")
+    return compile_fx(gm, inputs, config_patches={**of_mode, **options} or None)
+
+
+# ---- Dynamo
 
 
 def untraced(function: Callable[..., Any]) -> None:
@@ -61,119 +260,82 @@ def untraced(function: Callable[..., Any]) -> None:
     """
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     code: types.CodeType = function.__code__
-    set_code_exec_strategy(code, skip)
-
-
-# Dynamo traces what a freed parameter does when it is used, and must answer this, not trace it.
-@torch.compiler.assume_constant_result
-def compiling_for() -> bool | None:
-    """Whether Dynamo captures for a backend of this package; None if it captures nothing now."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
-    except AttributeError:  # none was ever started in this thread, or it is over
-        return None
-    return innermost(backend)[0] is not None
-
-
-def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
-    """Have a context around each call of what is compiled for this package.
-
-    Dynamo asks a backend for such a context, ``backend_ctx_ctor``, and enters it before it looks
-    at the called function, in the caller's thread. ``torch.compile`` wraps the backend in objects
-    that do not hand this attribute on; the outermost gets it here, for backends of this package.
-
-    Args:
-        enter_with: is given what the backend is called with (options, mode), once for each
-            ``torch.compile``, and returns what makes the context of a call.
-    """
-    from torch._dynamo.repro.after_dynamo import WrapBackendDebug
-
-    def context(self: Any) -> Any:
-        backend, keywords = innermost(self)
-        if backend is None:
-            return vars(self).get("backend_ctx_ctor", contextlib.nullcontext)
-        return enter_with(keywords)
-
-    WrapBackendDebug.backend_ctx_ctor = property(context)  # type: ignore[attr-defined]
+    _set_code_exec_strategy(code, skip)
 
 
 def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep Dynamo from compiling a function by itself; where others call it, it is inlined."""
-    from torch._dynamo.eval_frame import skip_code
-
-    skip_code(function.__code__)
+    _found("torch._dynamo.eval_frame", "skip_code")(function.__code__)
     return function
 
 
-def compiled_function() -> tuple[Callable[..., Any], list[Any]] | None:
-    """What the innermost compiled call on the stack calls: the function and its arguments."""
-    for frame in _frames():
-        if _is_compiled_call(frame):
-            found = frame.f_locals
-            return found["fn"], [*found["args"], *found["kwargs"].values()]
-    return None
+def compiled_with() -> Any:
+    """The backend that Dynamo compiles for now, in its wrappers; None if there is none."""
+    current = _found("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx")
+    try:
+        return current().output.compiler_fn
+    except AttributeError:  # none was ever started in this thread, or it is over
+        return None
 
 
-def why_uncompiled() -> str:
-    """Why Dynamo left the caller uncompiled, as far as the stack shows, and what helps."""
-    if is_eager_by_stance():
-        stance = torch._dynamo.eval_frame._stance.stance
-        return f"torch.compiler.set_stance({stance!r}) is on"
-    for frame in _frames():
-        if _is_compiled_call(frame):
-            break
-        count = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(frame.f_code))
-        for name in ("recompile_limit", "accumulated_recompile_limit"):
-            if count >= getattr(torch._dynamo.config, name):
-                return (
-                    f"Dynamo compiles {frame.f_code.co_name} no more, for it has reached "
-                    f"torch._dynamo.config.{name}: raise that limit beforehand, or let sizes be "
-                    "symbolic with torch.compile(dynamic=True)"
-                )
-        if _is_disabled_call(frame):
-            function = frame.f_locals.get("fn")
-            if (
-                getattr(function, "__module__", "").partition(".")[0]
-                == __package__.partition(".")[0]
-            ):
-                continue  # the caller's own
-            name = getattr(function, "__qualname__", "a function")
-            return f"torch.compiler.disable keeps Dynamo out of {name}, which calls it"
-    return (
-        "a graph break or a hook around it kept Dynamo from capturing it; "
-        'TORCH_LOGS="graph_breaks" shows where'
+def wrapped_backend(backend: Any) -> Any:
+    """The backend behind a wrapper of Dynamo's or of ``torch.compile``; None if there is none.
+
+    What it is called with besides is their ``kwargs``.
+    """
+    return getattr(backend, "compiler_fn", None) or getattr(
+        backend, "_torchdynamo_orig_backend", None
     )
 
 
-def is_eager_by_stance() -> bool:
-    """Whether the user has asked, by ``torch.compiler.set_stance``, for uncompiled calls."""
-    stance: str = torch._dynamo.eval_frame._stance.stance
-    return "eager" in stance
+def have_context(make: Callable[[Any], Any]) -> None:
+    """Have ``make(backend)`` give what is entered around each call of what was compiled for it.
+
+    Dynamo asks a backend for such a context, ``backend_ctx_ctor``, and enters it before it looks
+    at the called function, in the caller's thread. ``torch.compile`` wraps the backend in objects
+    that do not hand this attribute on; the outermost gets it here.
+    """
+    _found("torch._dynamo.repro.after_dynamo", "WrapBackendDebug").backend_ctx_ctor = property(make)
+
+
+def stance() -> str:
+    """What ``torch.compiler.set_stance`` has set."""
+    found: str = _found("torch._dynamo.eval_frame", "_stance.stance")
+    return found
+
+
+def reached_limit(code: types.CodeType) -> str | None:
+    """The limit that some code has reached, by its name in ``torch._dynamo.config``."""
+    compiled = _found("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        if len(compiled) >= _found("torch._dynamo.config", name):
+            return name
+    return None
+
+
+def called_by(frame: types.FrameType) -> tuple[Callable[..., Any], list[Any]] | None:
+    """The function and the arguments of a compiled call, if the frame is one."""
+    if not _is_dynamos(frame, "compile_wrapper"):
+        return None
+    found = frame.f_locals
+    return found["fn"], [*found["args"], *found["kwargs"].values()]
+
+
+def disabled_by(frame: types.FrameType) -> Any:
+    """The function that ``torch.compiler.disable`` calls in this frame, if the frame is one."""
+    return frame.f_locals.get("fn") if _is_dynamos(frame, "_fn") else None
+
+
+def _is_dynamos(frame: types.FrameType, function: str) -> bool:
+    return frame.f_code.co_name == function and frame.f_code.co_filename == _eval_frame_file()
+
+
+@functools.cache
+def _eval_frame_file() -> str:
+    file: str = _found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename
+    return file
 
 
 def can_isolate() -> bool:
     """Whether ``torch.compile`` can keep one call's recompilations apart from all others."""
     return "isolate_recompiles" in inspect.signature(torch.compile).parameters
-
-
-def _frames() -> Iterator[types.FrameType]:
-    frame = inspect.currentframe()
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _is_compiled_call(frame: types.FrameType) -> bool:
-    code = frame.f_code
-    return code.co_name == "compile_wrapper" and code.co_filename == _eval_frame_file()
-
-
-def _is_disabled_call(frame: types.FrameType) -> bool:
-    return frame.f_code.co_name == "_fn" and frame.f_code.co_filename == _eval_frame_file()
-
-
-@functools.cache
-def _eval_frame_file() -> str:
-    return torch._dynamo.eval_frame.innermost_fn.__code__.co_filename

@@ -1,1 +1,1 @@
-"""What is known of Hugging Face transformers. Importing a file other than ``capture`` needs it."""
+"""Models of Hugging Face transformers. Importing ``quantizer`` and ``unpacking`` needs it."""

@@ -1,8 +1,8 @@
-"""How the eager experts loop of transformers is captured.
+"""Capture of transformers' eager experts loop.
 
-``experts_implementation="eager"`` loops over the experts that were hit, which breaks a graph in as
-many pieces. While *this* backend compiles, Dynamo is given transformers' own grouped form of the
-same computation instead; every other backend still sees the loop.
+``experts_implementation="eager"`` loops over the experts that were hit, which breaks a graph into
+as many pieces. While *this* backend compiles, Dynamo captures transformers' own grouped form of the
+same computation instead. Every other backend still gets the loop.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation, forks
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 
 _lock = threading.Lock()
 _prepared = False
+forks.renew_lock(sys.modules[__name__], "_lock", threading.Lock)
 
 
 def prepare_capture() -> bool:
-    """Make the eager experts loop capturable, if transformers' GPT-OSS is loaded; idempotent.
+    """Make the eager experts loop capturable if transformers' GPT-OSS is imported; idempotent.
 
     Returns:
-        Whether it is capturable now.
+        Whether the loop is capturable now.
     """
     global _prepared
     with _lock:
@@ -36,7 +37,7 @@ def prepare_capture() -> bool:
         if _prepared or modeling is None:
             return _prepared
         interface = sys.modules.get("transformers.integrations.moe")
-        # Half imported by another thread, or transformers 4, whose experts have no such loop.
+        # Another thread is importing it, or it is transformers 4, whose experts have no such loop.
         experts = getattr(modeling, "GptOssExperts", None)
         original = getattr(getattr(experts, "forward", None), "__wrapped__", None)
         if interface is None or original is None:
@@ -47,7 +48,7 @@ def prepare_capture() -> bool:
 
 
 def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) -> None:
-    # The copy is not substituted in its turn: Dynamo goes by the function's identity.
+    # Dynamo identifies functions by identity, so that it does not substitute this copy.
     loop = types.FunctionType(
         original.__code__, original.__globals__, original.__name__, original.__defaults__
     )
@@ -59,7 +60,7 @@ def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) ->
         router_indices: Any = None,
         routing_weights: Any = None,
     ) -> Tensor:
-        if torch_private.compiling_for():
+        if compilation.compiling_for():
             return grouped(self, hidden_states, router_indices, routing_weights)
         result: Tensor = loop(self, hidden_states, router_indices, routing_weights)
         return result

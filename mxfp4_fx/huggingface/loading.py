@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 
 from mxfp4_fx.checkpoints import gpt_oss
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.formats import SCALE_RULES
 from mxfp4_fx.core.skip import not_converted
+from mxfp4_fx.core.torch_private import FakeTensorMode
 
 _NEEDED = "transformers 5.8 or newer (pip install transformers)"
 _HUB_OPTIONS = (
@@ -49,32 +49,34 @@ def from_pretrained(
     scale_rule: str = "max",
     **kwargs: Any,
 ) -> Any:
-    """Load a GPT-OSS model through transformers, with its experts as the bytes of the checkpoint.
+    """Load a GPT-OSS model through transformers; its experts keep the bytes of the checkpoint.
 
     Experts that the checkpoint holds dense (float32, bfloat16, float16) are quantized while they
     are loaded, one tensor at a time.
 
     Args:
         path: a directory, or a model's name on the Hub.
-        auto_class: the transformers class that loads it, ``AutoModelForCausalLM`` if None.
-        skip: names of modules, or patterns (`mxfp4_fx.skip`), whose experts become dense ones of
-            transformers, beside those that the checkpoint's ``modules_to_not_convert`` names.
-        scale_rule: of ``formats.quantize``, where there is something to quantize.
-        kwargs: what transformers' ``from_pretrained`` takes: dtype, device_map, revision, ...
-            With ``key_mapping`` a model is saved under its own names, not those of the files.
+        auto_class: the transformers class that loads it; None means ``AutoModelForCausalLM``.
+        skip: names of modules, or patterns (`core/skip.py`), whose experts become transformers'
+            dense ones, in addition to those that ``modules_to_not_convert`` of the checkpoint
+            names.
+        scale_rule: for ``formats.quantize``, if the checkpoint has dense experts.
+        kwargs: further arguments of transformers' ``from_pretrained``: dtype, device_map, ...
+            A model that is loaded with ``key_mapping`` is saved under its own names, not those of
+            the files.
 
     Returns:
         The model, on the CPU unless ``device_map`` says otherwise. It can be run, compiled
         (``backend="mxfp4"``) and saved (``save_pretrained`` writes an MXFP4 checkpoint).
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is not GPT-OSS's in MXFP4 or dense, or
-            transformers is not installed.
-        OptionError: an option of transformers that makes no sense here, ``skip`` that names
-            nothing, or an unknown ``scale_rule``.
+        CheckpointError: the checkpoint does not exist, is damaged, or is not a GPT-OSS in MXFP4 or
+            dense; or transformers is not installed.
+        OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
+            experts, or ``scale_rule`` is unknown.
     Warns:
-        CheckpointWarning: the files hold tensors that the model does not have, or their index is
-            not their own.
+        CheckpointWarning: the files hold tensors that the model does not have, or the index
+            disagrees with the shards.
         NanWeightsWarning: blocks are NaN.
         NoExpertsWarning: all experts are skipped.
     """
@@ -102,10 +104,10 @@ def from_pretrained(
         checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")), rename)
         stored = checkpoint.config
         check(checkpoint, ignore_sizes=bool(ignore_sizes))
-    else:  # files of the Hub are checked once they are here
+    else:  # the quantizer checks the files after transformers has found or downloaded them
         stored = _stored_config(path, hub)
     config, kwargs = _model_config(path, hub, kwargs)
-    # Asked for by argument, so that packed and dense checkpoints come the same way.
+    # Passed as an argument, so that packed and dense checkpoints are loaded in the same way.
     quantization = PackedMxfp4Config.of(vars(config).pop("quantization_config", None), skip)
     quantization.scale_rule, quantization.stored_config = scale_rule, stored
     quantization.key_mapping, quantization.ignore_sizes = mapping, bool(ignore_sizes)
@@ -121,21 +123,21 @@ def from_pretrained(
 
 @contextlib.contextmanager
 def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> Iterator[Any]:
-    """The causal language model of a checkpoint's ``config.json``, of fake tensors.
+    """Yield the causal language model of a checkpoint's ``config.json``, with fake tensors.
 
-    It has every size and no memory, so that a model of any size can be explained anywhere; inside
-    the context, tensors made by torch's factories are fake as well.
+    Fake tensors have shapes but no memory, so a model of any size can be explained on any machine.
+    Inside the context, torch's factory functions make fake tensors, too.
 
     Args:
         path: a directory with a ``config.json``.
-        dtype: of the parameters.
-        experts: how transformers is to run dense experts (``experts_implementation``). If None, the
-            experts are packed, as :func:`from_pretrained` loads them.
+        dtype: the dtype of the parameters.
+        experts: transformers' ``experts_implementation``, for dense experts. None means packed
+            experts, as :func:`from_pretrained` loads them.
 
     Raises:
-        CheckpointError: there is no such file, it describes no GPT-OSS, or transformers is not
+        CheckpointError: the file is missing or does not describe a GPT-OSS, or transformers is not
             installed.
-        OptionError: transformers has no such implementation.
+        OptionError: transformers has no implementation of that name.
     """
     try:
         from transformers import AutoModelForCausalLM
@@ -160,7 +162,7 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
     with FakeTensorMode():
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
-        except Exception as error:  # of any class: the config's values are used as they are
+        except Exception as error:  # of any class: transformers uses the config's values unchecked
             raise CheckpointError(
                 f"transformers cannot make the model of {named} ({_one_line(error)}): "
                 f"{gpt_oss.ITS_CONFIG}"
@@ -177,7 +179,11 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
 
 
 def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``config.json`` on the Hub, of a model that we can load."""
+    """Return the content of ``config.json`` of a model on the Hub, or of a directory.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not that of a GPT-OSS in MXFP4 or dense.
+    """
     from transformers import PretrainedConfig
 
     is_local = os.path.isabs(path) or path.startswith(".") or path.count("/") > 1
@@ -201,19 +207,19 @@ def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:
 def _model_config(
     path: str, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The model's config, which we may change, and the arguments that are not meant for it."""
+    """Return the model's config, which the caller may change, and the arguments that remain."""
     from transformers import AutoConfig, PretrainedConfig
 
     given = kwargs.pop("config", None)
     if isinstance(given, PretrainedConfig):
         return copy.deepcopy(given), kwargs
-    # The config would keep a dtype for itself, or take "auto" for one.
+    # AutoConfig would not give a dtype back, and would take "auto" for a dtype.
     dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
     try:
         config, unused = AutoConfig.from_pretrained(
             path if given is None else given, return_unused_kwargs=True, **hub, **kwargs
         )
-    except Exception as error:  # classes of huggingface_hub, which differ between versions
+    except Exception as error:  # huggingface_hub's classes differ between versions
         raise CheckpointError(
             f"transformers rejects the {CONFIG} of {path}: {_one_line(error)}"
         ) from error

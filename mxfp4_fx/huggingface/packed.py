@@ -1,8 +1,8 @@
-"""GPT-OSS experts whose weights stay packed: what a model from an MXFP4 checkpoint holds.
+"""`PackedExperts`: GPT-OSS experts whose weights stay packed, as in an MXFP4 checkpoint.
 
-Uncompiled, it computes by the ops' plain-PyTorch meaning, which dequantizes the experts that are
-hit, one at a time; weights that were freed by the kernels whose layout they are in. Dynamo captures
-these ops whole, and ``passes/patterns.py`` knows them as the form ``packed``.
+Uncompiled, the module calls the reference implementation of the ops, which dequantizes the experts
+that are hit, one at a time. For freed weights, it calls the kernels in whose layout the store has
+them. Dynamo captures the ops whole, and ``passes/patterns.py`` has them as the form ``packed``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.ops import target
 from mxfp4_fx.ops.operands import ALPHA, LIMIT
 from mxfp4_fx.weights.freed import is_freed
-from mxfp4_fx.weights.source import Parts
+from mxfp4_fx.weights.source import MXFP4, Parts, Source
 from mxfp4_fx.weights.store import STORE
 
 
 class PackedExperts(nn.Module):
-    """Stands where transformers has ``GptOssExperts``, with the names and bytes of a checkpoint.
+    """The replacement for transformers' ``GptOssExperts``, with a checkpoint's names and bytes.
 
     Shape letters: T tokens, E experts, A experts per token, H hidden, I intermediate.
 
@@ -66,9 +66,13 @@ class PackedExperts(nn.Module):
     def forward(
         self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor
     ) -> Tensor:
-        """The experts' weighted sum [T, H] for tokens [T, H] with routes [T, A] chosen already.
+        """Return the weighted sum [T, H] of the experts' outputs for hidden states [T, H].
 
-        Ids from E on mark routes to experts that are held elsewhere: they count nothing.
+        Args:
+            hidden_states: [T, H].
+            router_indices: expert ids [T, A]; an id of E or more adds nothing to the sum, because
+                another process holds that expert.
+            routing_weights: [T, A].
         """
         gammas, gather_index, scatter_index, offsets = torch.ops.mxfp4.routing.routes(
             router_indices, routing_weights, self.num_experts
@@ -103,7 +107,7 @@ class PackedExperts(nn.Module):
         return out
 
 
-# Strict export runs this as it is, instead of tracing it.
+# Strict export runs this function instead of tracing it.
 @torch.compiler.assume_constant_result
 def _warn_of_export() -> None:
     warnings.warn(
@@ -116,13 +120,14 @@ def _warn_of_export() -> None:
 
 
 def _readable(blocks: Tensor, scales: Tensor) -> tuple[Parts, dict[str, str]]:
-    """A weight as it can be read now, and the kernels and layout to name if it is not as it was.
+    """Return a weight's blocks and scales, and the arguments that name their kernels and layout.
 
-    Not while compiling: a graph reads the parameters themselves, and may read freed ones.
+    If the parameters are freed, these come from the store. While Dynamo compiles, they are always
+    the parameters: a compiled graph may have freed ones as inputs.
     """
     if torch.compiler.is_compiling() or not (is_freed(blocks) or is_freed(scales)):
         return (blocks, scales), {}
-    parts, layout = STORE.held(blocks, scales)
+    parts, layout = STORE.held(Source((blocks, scales), MXFP4))
     return parts, {"layout": layout, "kernels": target.kernels_for(layout, parts[0].device)}
 
 

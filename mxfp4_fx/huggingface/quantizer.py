@@ -1,12 +1,12 @@
-"""How transformers loads and saves GPT-OSS with packed experts: a quantization method of our own.
+"""The quantization method "mxfp4_fx" of transformers, which loads and saves packed experts.
 
-transformers owns the method "mxfp4", and refuses a config of another class for it. So we register
-"mxfp4_fx" beside it, and ``loading.from_pretrained`` asks for that. A saved model says "mxfp4"
-again: its files are what every other program knows by that name.
+transformers has its own method "mxfp4", and rejects a config of another class for it. So this file
+registers "mxfp4_fx" beside it, and ``loading.from_pretrained`` selects that. The config of a saved
+model says "mxfp4", because its files have the format that other programs know by that name.
 
-Parameters of :class:`PackedExperts` have the names and bytes of the checkpoint, so the loader needs
-no conversion for them. Experts that the files hold dense are quantized by a conversion, one tensor
-at a time; experts that the user skips are dequantized by another if the files hold them packed.
+Parameters of :class:`PackedExperts` have the names and bytes of the checkpoint, so the loader
+converts nothing. There are two exceptions, with a conversion each: experts that the files hold
+dense are quantized, one tensor at a time; packed experts that the user skips are dequantized.
 """
 
 from __future__ import annotations
@@ -24,41 +24,36 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks, warn_of_strays
+from mxfp4_fx.checkpoints import consistency, gpt_oss
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.core.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.huggingface.unpacking import dense_weight, unpack_experts
 
-METHOD = "mxfp4_fx"
-SAVED_METHOD = "mxfp4"
-# What OpenAI's checkpoints say; for those that say nothing, being dense.
-NOT_CONVERTED = (
-    *("model.layers.*.self_attn", "model.layers.*.mlp.router"),
-    *("model.embed_tokens", "lm_head"),
-)
+OUR_METHOD = "mxfp4_fx"
 
 
 def check(checkpoint: Checkpoint, *, ignore_sizes: bool = False) -> None:
-    """`Checkpoint.check`, to which dense experts are welcome: they become what the config says.
+    """Run `consistency.check`, but accept dense experts, which the loader can quantize.
 
     Raises:
-        CheckpointError: something else is wrong with the checkpoint.
+        CheckpointError: the checkpoint has another fault.
     """
     method, patterns = checkpoint.quantization()
     if method:
         dense = [checkpoint.experts(n) for n, form in checkpoint.forms.items() if form == "dense"]
-        settings = {"quant_method": method, "modules_to_not_convert": [*patterns, *dense]}
+        settings = {**gpt_oss.quantized_config([*patterns, *dense]), "quant_method": method}
         checkpoint.config = {**checkpoint.config, "quantization_config": settings}
-    checkpoint.check(ignore_sizes=ignore_sizes)
+    consistency.check(checkpoint, ignore_sizes=ignore_sizes)
 
 
 def renaming(key_mapping: Mapping[str, str]) -> Callable[[str], str]:
-    """A name in the files -> the name that transformers gives that tensor for a ``key_mapping``.
+    """Return the function by which transformers renames the tensors of files for a `key_mapping`.
 
     Raises:
-        OptionError: it is none.
+        OptionError: `key_mapping` does not map regular expressions to replacements.
     """
     try:
         steps = [WeightRenaming(source, target) for source, target in key_mapping.items()]
@@ -76,20 +71,20 @@ def renaming(key_mapping: Mapping[str, str]) -> Callable[[str], str]:
     return rename
 
 
-@register_quantization_config(METHOD)
+@register_quantization_config(OUR_METHOD)
 class PackedMxfp4Config(QuantizationConfigMixin):
-    """Asks for packed experts.
+    """The config that selects packed experts.
 
     Attributes:
-        modules_to_not_convert: entries that name modules whose experts become dense, as
-            transformers understands them. Experts that ``skip`` names are added, by their names.
-        scale_rule: how blocks get their scale where a dense checkpoint is quantized.
-        skip: what else the user wants dense.
-        key_mapping: patterns of names in the files -> what is to stand there, as in transformers.
-        ignore_sizes: take tensors of other sizes than the config's; transformers then makes new
-            ones. The experts' must fit.
-        stored_config: the content of the checkpoint's ``config.json``, with which its files are
-            compared; the model's config if None.
+        modules_to_not_convert: entries, as transformers defines them, for modules whose experts
+            become dense. The quantizer adds the full names of the experts that ``skip`` names.
+        scale_rule: for ``formats.quantize``, where the checkpoint has dense experts.
+        skip: patterns for further experts that become dense.
+        key_mapping: patterns of names in the files -> replacements, as in transformers.
+        ignore_sizes: accept tensors of other sizes than the config's, except the experts';
+            transformers then initializes new ones.
+        stored_config: the content of the checkpoint's ``config.json``, which its files are compared
+            with; None means the model's config.
     """
 
     def __init__(
@@ -98,10 +93,10 @@ class PackedMxfp4Config(QuantizationConfigMixin):
         scale_rule: str = "max",
         **_: Any,
     ) -> None:
-        self.quant_method = METHOD
-        self.modules_to_not_convert = list(
-            NOT_CONVERTED if modules_to_not_convert is None else modules_to_not_convert
-        )
+        self.quant_method = OUR_METHOD
+        if modules_to_not_convert is None:
+            modules_to_not_convert = gpt_oss.not_converted_by_default()
+        self.modules_to_not_convert = list(modules_to_not_convert)
         self.scale_rule = scale_rule
         self.skip = Skip()
         self.key_mapping: Mapping[str, str] = {}
@@ -110,23 +105,20 @@ class PackedMxfp4Config(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, stored: Any, skip: str | Sequence[str] = ()) -> PackedMxfp4Config:
-        """What a checkpoint's own config says (None, a mapping or a config), and more to skip."""
+        """Make the config for a checkpoint's ``quantization_config``: None, a dict or a config."""
         stored = stored if isinstance(stored, dict | None) else stored.to_dict()
         config = cls((stored or {}).get("modules_to_not_convert"))
         config.skip = Skip.of(skip)
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` says of a saved model: the method that everybody knows."""
-        return {
-            "quant_method": SAVED_METHOD,
-            "modules_to_not_convert": list(self.modules_to_not_convert),
-        }
+        """Return ``quantization_config`` of a saved model, with the method that others know."""
+        return gpt_oss.quantized_config(self.modules_to_not_convert)
 
 
-@register_quantizer(METHOD)
+@register_quantizer(OUR_METHOD)
 class PackedMxfp4Quantizer(HfQuantizer):
-    """Puts :class:`PackedExperts` where a model is to have them, before its weights are loaded."""
+    """The quantizer that puts :class:`PackedExperts` into a model before its weights are loaded."""
 
     requires_calibration = False
 
@@ -138,7 +130,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         rename = renaming(settings.key_mapping)
         checkpoint = Checkpoint(checkpoint_files or (), config, rename)
         check(checkpoint, ignore_sizes=settings.ignore_sizes)
-        warn_of_strays(checkpoint)
+        consistency.warn_of_strays(checkpoint)
         entries = settings.modules_to_not_convert
         skipped = {layer for entry in entries for layer in checkpoint.matching(entry)}
         more = checkpoint.skipped(settings.skip) - skipped
@@ -149,12 +141,12 @@ class PackedMxfp4Quantizer(HfQuantizer):
         for name, experts in list(model.named_modules()):
             if not isinstance(experts, GptOssExperts):
                 continue
-            # Conversions match the end of a name: models and files may have a prefix or not.
+            # Conversions match the end of a name, because models and files may lack the prefix.
             short = name[name.index("layers.") :]
             layer = int(short.split(".")[1])
             weights = [f"{short}.{projection}" for projection in PROJECTIONS]
             is_packed = checkpoint.forms[layer] == "packed"
-            if layer in more:  # named in full: other programs that read the config know no skip
+            if layer in more:  # by its full name: other programs read the config and know no skip
                 entries.append(name)
             if layer in skipped | more:
                 self._to_dequantize += weights if is_packed else []
@@ -176,7 +168,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 NoExpertsWarning,
                 stacklevel=2,
             )
-        # A loader that quantizes reads one tensor after the other instead of many ahead, which
+        # If this is false, the loader reads one tensor after the other, not many ahead, which
         # bounds the memory.
         self.pre_quantized = not self._to_quantize
 
@@ -185,11 +177,11 @@ class PackedMxfp4Quantizer(HfQuantizer):
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # the loader makes every float a trainable parameter
             elif isinstance(module, GptOssExperts):
-                setattr(module, KEEP_DENSE, True)  # skipped, which the backend is to respect
+                setattr(module, KEEP_DENSE, True)  # skipped: the backend leaves it dense, too
         warn_of_nan_blocks(self._nan_blocks)
         _correct_offload_index(model)
-        # Saving would undo the conversions; packed experts are saved as they are, and all under
-        # the names that the model has.
+        # With these conversions, save_pretrained would undo them. It has to save packed experts as
+        # they are, and all tensors under the model's names.
         mapping = self.quantization_config.key_mapping
         model._weight_conversions = [
             conversion
@@ -203,7 +195,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         return model
 
     def get_weight_conversions(self) -> list[Any]:
-        """For each weight that the files hold in another form than the model."""
+        """Return a conversion for each weight whose form differs between files and model."""
         conversions = []
         for weight in self._to_quantize:
             quantize_it = QuantizeExperts(self.quantization_config.scale_rule, self._nan_blocks)
@@ -214,7 +206,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         return conversions
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Bytes of an element once it is loaded, by which a device map is planned."""
+        """Return the bytes of a loaded element, from which transformers plans a device map."""
         return 1 if param_name.endswith(_BYTES) else param.element_size()
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -240,14 +232,14 @@ class PackedMxfp4Quantizer(HfQuantizer):
 
 
 class QuantizeExperts(ConversionOps):
-    """A dense weight [E, K, N] -> its blocks and scales, on its device, expert by expert."""
+    """The conversion of a dense weight [E, K, N] to blocks and scales, expert by expert."""
 
     def __init__(self, scale_rule: str, nan_blocks: dict[str, int]) -> None:
         self.scale_rule = scale_rule
-        self._nan_blocks = nan_blocks  # is told of the blocks that become NaN
+        self._nan_blocks = nan_blocks  # convert() writes the counts of NaN blocks into it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizeExperts:
-        return self  # the loader copies a conversion for each weight
+        return self  # the loader copies a conversion for each weight; all share `nan_blocks`
 
     @torch.no_grad()
     def convert(
@@ -268,13 +260,13 @@ class QuantizeExperts(ConversionOps):
 
 
 class DequantizeExperts(ConversionOps):
-    """Blocks and scales -> the dense weight [E, K, N] of experts that stay as they are."""
+    """The conversion of blocks and scales to a dense weight [E, K, N], for skipped experts."""
 
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
     ) -> dict[str, Tensor]:
-        # Bytes may come as floats, the dtype of the weight; all of those hold 0 to 255 exactly.
+        # The loader casts bytes to the weight's dtype; every float dtype holds 0 to 255 exactly.
         blocks, scales = (
             _only(tensors).to(torch.uint8) for _, tensors in sorted(input_dict.items())
         )
@@ -292,17 +284,20 @@ def _bytes_of(weight: str) -> list[str]:
 
 
 def _exactly(name: str) -> str:
-    """A pattern for the end of a key; without $, older versions find a weight in its bias."""
+    """Return a pattern for the end of a key.
+
+    Without $, older versions of transformers find a weight's name in that of its bias.
+    """
     return name.replace(".", r"\.") + "$"
 
 
 def _only(tensors: Any) -> Tensor:
-    """The loader hands a tensor over in a list of one, or by itself."""
+    """Return the tensor, which the loader passes alone or in a list."""
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
 def _correct_offload_index(model: nn.Module) -> None:
-    """Bytes on disk stay bytes; older versions note the model's dtype for all that is there."""
+    """Record uint8 for bytes offloaded to disk: older versions record the model's dtype."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", [hook]):
@@ -314,10 +309,14 @@ def _correct_offload_index(model: nn.Module) -> None:
 
 
 def packed_like(experts: Any, name: str) -> PackedExperts:
-    """Packed experts, of no values, for the place ``name`` of transformers' own.
+    """Return packed experts with the sizes and constants of `experts`, but without values.
+
+    Args:
+        experts: transformers' experts.
+        name: their name, for messages.
 
     Raises:
-        CheckpointError: their sizes do not divide into blocks.
+        CheckpointError: a size is not a multiple of 32.
     """
     for size in (experts.hidden_size, experts.intermediate_size):
         if size % BLOCK:
@@ -334,10 +333,10 @@ def packed_like(experts: Any, name: str) -> PackedExperts:
 
 
 def _set_loading_dtype(module: nn.Module, projection: str, dtype: torch.dtype) -> None:
-    """Declare blocks and scales, still on meta, as what the loader is to read for them.
+    """Give blocks and scales, still on meta, the dtype to which the loader casts what it reads.
 
-    It casts what it reads to the dtype of the parameter that it is for: a dense weight must come in
-    the dtype that it is stored in, and what was quantized must stay bytes.
+    This must be the stored dtype of a dense weight until the weight is quantized, and uint8
+    afterwards.
     """
     for name in (f"{projection}_blocks", f"{projection}_scales"):
         empty = torch.empty_like(module.get_parameter(name), dtype=dtype, device="meta")

@@ -15,28 +15,29 @@ from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.formats import dequantize as dequantize_values
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.source import MXFP4, Source
 from mxfp4_fx.weights.store import STORE
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Make the packed experts of a model dense, in place, and let go of its quantization config.
+    """Replace a model's packed experts with dense ones, in place, and drop its quantization config.
 
-    One layer after the other: the bytes of a layer are freed before the next one is begun. A
-    weight that does not fit on its device stays on the CPU, with a ``DeviceFullWarning``. A model
-    that was compiled is compiled again at its next call.
+    The layers follow one another, and the bytes of a layer are freed before the next one begins. A
+    weight that does not fit on its device stays on the CPU, with a ``DeviceFullWarning``. A
+    compiled model is compiled again at its next call.
 
     Args:
-        model: what ``from_pretrained`` returned, or a module that holds it.
-        dtype: float32, bfloat16 or float16 for all parameters; None means the model's own.
+        model: what ``from_pretrained`` returned, or a module that contains it.
+        dtype: float32, bfloat16 or float16, for all parameters; None means the model's own.
 
     Returns:
         The model.
 
     Raises:
-        DequantizeError: it has no packed experts (nor dense ones that ``free_weights`` freed), or
-            parts of it are offloaded. Nothing changed.
+        DequantizeError: the model has neither packed experts nor dense ones that ``free_weights``
+            freed, or a part of it is offloaded. The model is unchanged.
     """
     unpack_experts(model, dtype)
     for module in model.modules():
@@ -48,7 +49,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
 
 def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace the packed experts and cast the other parameters; see :func:`dequantize`."""
-    places: dict[int, list[str]] = {}  # the names of each module; tied ones have several
+    places: dict[int, list[str]] = {}  # id of a module -> its names; tied ones have several
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedExperts):
             places.setdefault(id(module), []).append(name)
@@ -71,28 +72,28 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 f"{name} is offloaded, where dense weights have no place: load the checkpoint with "
                 f"transformers and Mxfp4Config(dequantize=True) instead"
             )
-    for parameter in others:  # dense ones, of which MXFP4 values are left
-        STORE.restore(parameter)
+    STORE.restore(others)  # dense weights, whose values the store has in MXFP4
     for names in places.values():
         parents = [model.get_submodule(name.rpartition(".")[0]) for name in names]
-        # Packed experts never are; dense ones are trained if the router beside them is.
+        # Packed experts are never trainable. Dense ones become so if the router beside them is.
         trainable = any(parameter.requires_grad for parameter in parents[0].parameters())
         packed = cast(PackedExperts, model.get_submodule(names[0]))
         experts = _dense(packed, owner.config.get_text_config(), dtype)
         del packed
         for parent, name in zip(parents, names, strict=True):
             setattr(parent, name.rpartition(".")[2], experts.requires_grad_(trainable))
-    if dtype not in (None, owner.config.dtype):  # else norms that are float32 stay so
-        # Not model.to(dtype): the rotary frequencies, which are buffers, stay float32.
+    if dtype not in (None, owner.config.dtype):  # else float32 norms stay so
+        # Not model.to(dtype), which casts buffers, too: rotary frequencies must stay float32.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         owner.config.dtype = dtype
 
 
 def dense_weight(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks [E, N, K/32, 16] and scales [E, N, K/32] -> weight [E, K, N], expert by expert.
+    """Dequantize blocks [E, N, K/32, 16] and scales [E, N, K/32] to a weight [E, K, N].
 
-    It is on the device of the bytes, or on the CPU if that is full.
+    This goes expert by expert. The weight is on the device of the blocks, or on the CPU if that
+    device is full.
     """
     experts, n, groups = scales.shape
     shape = (experts, groups * BLOCK, n)
@@ -112,24 +113,25 @@ def dense_weight(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _dense(packed: PackedExperts, config: Any, dtype: torch.dtype | None) -> Any:
-    """transformers' experts with the values, constants and place of packed ones."""
+    """Return transformers' experts with the values, the constants and the hook of packed ones."""
     with torch.device("meta"):
         experts = GptOssExperts(config)
     for name in PROJECTIONS:
         bias = packed.get_parameter(f"{name}_bias")
-        # Those of a model that was compiled with free_weights are only in the kernels' layout.
-        held = [packed.get_parameter(f"{name}_{part}") for part in ("blocks", "scales")]
+        # After free_weights, only the store has the weight, in a kernel's layout.
+        held = tuple(packed.get_parameter(f"{name}_{part}") for part in ("blocks", "scales"))
+        source = Source(held, MXFP4)
         try:
-            blocks, scales = (STORE.values(parameter) for parameter in held)
+            blocks, scales = STORE.values(source)
         except torch.OutOfMemoryError:
-            blocks, scales = (STORE.values(parameter, torch.device("cpu")) for parameter in held)
+            blocks, scales = STORE.values(source, torch.device("cpu"))
         with torch.no_grad():
             weight = dense_weight(blocks, scales, dtype or bias.dtype)
         experts.register_parameter(name, nn.Parameter(weight))
         experts.register_parameter(f"{name}_bias", bias)
     experts.alpha, experts.limit = packed.alpha, packed.limit
     hook = getattr(packed, "_hf_hook", None)
-    if hook is not None:  # of a model whose layers lie on several devices
+    if hook is not None:  # the model's layers are on several devices
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(experts, hook)

@@ -19,7 +19,7 @@ from mxfp4_fx.core.errors import GradientError
 
 def register(
     library: torch.library.Library,
-    op: torch._ops.OpOverload,
+    op: torch_private.OpOverload,
     backward: Callable[..., Any],
     save: Callable[..., Any],
 ) -> None:
@@ -31,10 +31,12 @@ def register(
         backward, save: an ``autograd.Function``'s ``backward`` and ``setup_context``; ``inputs``
             there are all of the op's arguments.
     """
-    defaults = tuple(argument.default_value for argument in op._schema.arguments)
+    schema = torch_private.schema_of(op)
+    name = schema.name.rpartition("::")[2]
+    defaults = tuple(argument.default_value for argument in schema.arguments)
 
     def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch_private.below_autograd():
             return op(*args)
 
     members = {
@@ -43,19 +45,19 @@ def register(
         "backward": staticmethod(backward),
         "generate_vmap_rule": True,
     }
-    gradients: Any = type(f"{op._opname}_gradients", (torch.autograd.Function,), members)
+    gradients: Any = type(f"{name}_gradients", (torch.autograd.Function,), members)
 
     def autograd(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        if torch_private.in_forward_mode() and any(map(_has_tangent, args)):
             raise GradientError(
                 f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian): use "
                 "torch.func.vjp or jacrev"
             )
-        if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and torch_private.any_requires_grad(*args):
             # The dispatcher leaves arguments out that are equal to their defaults.
             inputs = (*args, *defaults[len(args) :])
-            if torch._C._are_functorch_transforms_active():
-                with _as_python_calls():
+            if torch_private.are_transforms_active():
+                with torch_private.as_python_calls():
                     return gradients.apply(*inputs)
             return gradients.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
@@ -64,15 +66,6 @@ def register(
     for function in (autograd, forward, save, backward):
         torch_private.untraced(function)
     library.impl(op, autograd, "Autograd")
-
-
-def _as_python_calls() -> Any:
-    """Functorch has begun with the op, and shall begin anew with the ``autograd.Function``."""
-    key = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
-    return torch._C._ForceDispatchKeyGuard(
-        torch._C._dispatch_tls_local_include_set().add(key),
-        torch._C._dispatch_tls_local_exclude_set().remove(key),
-    )
 
 
 def _has_tangent(value: object) -> bool:

@@ -1,27 +1,27 @@
 """The CPU's native kernels: operands are checked and handed to the C++ under ``ops/cpu/``.
 
 The library is compiled when it is first needed (``native.py``), for the instruction set that
-``target.cpu_path`` names. It works on torch's own threads, as many as ``torch.get_num_threads()``.
+``hardware.cpu_path`` names. It works on torch's own threads, as many as
+``torch.get_num_threads()``.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import struct
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core.formats import BLOCK
-from mxfp4_fx.core.layouts import LAYOUTS, Layout
-from mxfp4_fx.ops import native, target
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.ops.cpu_library import DTYPES as _DTYPES
+from mxfp4_fx.ops.cpu_library import check as _check
+from mxfp4_fx.ops.cpu_library import library as _library
+from mxfp4_fx.ops.cpu_library import pointer as _pointer
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import Routes
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # api.h: mxfp4_dtype
 _INDEX_DTYPES = {torch.int32: 0, torch.int64: 1}  # api.h: mxfp4_index_dtype
 # api.h: struct mxfp4_matmul. Packing bytes costs a tenth of filling a ctypes.Structure.
 _MATMUL = struct.Struct("9P7q4i2f")
@@ -131,75 +131,6 @@ def routing_from_routes(
     return routes
 
 
-def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
-    """Round a weight [E, K, N] to MXFP4 and swizzle it into ``blocks`` and ``scales``, in one pass.
-
-    The bytes are those of ``formats.quantize`` and ``CpuPanels.swizzle``. No memory besides the
-    result is needed. float32, bfloat16 or float16; any strides.
-
-    Raises:
-        TypeError: another dtype.
-    """
-    if source.dtype not in _DTYPES:
-        raise TypeError(f"a weight must be float32, bfloat16 or float16, not {source.dtype}")
-    source = source.resolve_neg()  # its memory is read, where a lazy minus does not stand
-    e, k, n = source.shape
-    _check(
-        _library().mxfp4_quantize(
-            _pointer(source),
-            _DTYPES[source.dtype],
-            *map(ctypes.c_int64, (e, n, k, source.stride(0), source.stride(2), source.stride(1))),
-            _pointer(blocks),
-            _pointer(scales),
-            torch.get_num_threads(),
-        ),
-        "quantize",
-    )
-
-
-def swizzle(blocks: Tensor, scales: Tensor, panels: Tensor, flags: Tensor) -> None:
-    """Blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint into ``cpu_panels``."""
-    blocks, scales = (part.resolve_neg().contiguous() for part in (blocks, scales))
-    e, n, groups = scales.shape
-    _check(
-        _library().mxfp4_swizzle(
-            _pointer(blocks),
-            _pointer(scales),
-            *map(ctypes.c_int64, (e, n, groups * BLOCK)),
-            _pointer(panels),
-            _pointer(flags),
-            torch.get_num_threads(),
-        ),
-        "swizzle",
-    )
-
-
-def unswizzle(panels: Tensor, flags: Tensor, blocks: Tensor, scales: Tensor) -> None:
-    """The inverse of :func:`swizzle`, into contiguous ``blocks`` and ``scales``."""
-    e, n, groups = scales.shape
-    _check(
-        _library().mxfp4_unswizzle(
-            _pointer(panels),
-            *map(ctypes.c_int64, (e, n, groups * BLOCK)),
-            _pointer(blocks),
-            _pointer(scales),
-            torch.get_num_threads(),
-        ),
-        "unswizzle",
-    )
-
-
-def empty(layout: Layout, e: int, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """``layout.empty`` on huge pages, where the system has them."""
-    blocks, scales = layout.empty(e, n, k, torch.device("cpu"))
-    _library().mxfp4_huge_pages(_pointer(blocks), ctypes.c_int64(blocks.numel()))
-    return blocks, scales
-
-
-def _library() -> ctypes.CDLL:
-    return native.load(target.cpu_path())
-
-
 def _require_panels(layout: str) -> None:
     if layout != "cpu_panels":
         raise ValueError(
@@ -224,17 +155,6 @@ def _int32(index: Tensor) -> Tensor:
         info = torch.iinfo(torch.int32)
         index = index.clamp(info.min, info.max).to(torch.int32)
     return index.contiguous()
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _check(status: Any, what: str) -> None:
-    if status == errno.EINVAL:
-        raise ValueError(f"mxfp4::{what}")
-    if status:
-        raise MemoryError(f"mxfp4::{what}: no memory left for the kernel's buffers")
 
 
 assert sys.byteorder == "little", "cpu_panels is defined for little-endian machines"

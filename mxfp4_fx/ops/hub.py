@@ -33,10 +33,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mxfp4_fx.core.formats import BLOCK, E8M0_BIAS
+from mxfp4_fx.core.hardware import BF16_TERMS
 from mxfp4_fx.ops import hub_loader
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import combine, swiglu
-from mxfp4_fx.ops.target import BF16_TERMS
 
 # Rows of the tiles that the package may choose, 2^4 to 2^8: 256 on AMD only.
 _LOG2_HEIGHTS = range(4, 9)

@@ -8,12 +8,11 @@ copy instead. Both are the library's own mechanisms.
 
 from __future__ import annotations
 
-import os
-import threading
 from operator import attrgetter
 from typing import Any
 
 from mxfp4_fx.core.errors import KernelsUnavailableError
+from mxfp4_fx.core.loaded_once import LoadedOnce
 
 REPOSITORY = "kernels-community/gpt-oss-triton-kernels"
 VERSION = 1  # of its interface; the one that transformers 5 asks for
@@ -39,21 +38,6 @@ NAMES = (
 _LOCAL = "LOCAL_KERNELS"
 _OTHERS = "kernels='auto' takes the best that needs no download"
 
-_lock = threading.Lock()
-_loaded: list[Any] = []
-# The LOCAL_KERNELS with which loading failed, and the message: a model has many layers, and each of
-# them would wait for the network again.
-_failed: dict[str | None, str] = {}
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()  # a thread that held it is not there to release it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
 
 def load() -> Any:
     """The kernel package, fetched and imported when this is first called.
@@ -63,23 +47,17 @@ def load() -> Any:
             in the cache while offline), or one that lacks a name of :data:`NAMES`. The message says
             what is missing and what to do. It is tried again when ``LOCAL_KERNELS`` changes.
     """
-    if _loaded:
-        return _loaded[0]
-    with _lock:
-        if _loaded:
-            return _loaded[0]
-        local = os.environ.get(_LOCAL)
-        if local in _failed:
-            raise KernelsUnavailableError(_failed[local])
-        try:
-            _loaded.append(_checked(_get_kernel()))
-        except KernelsUnavailableError as error:
-            _failed[local] = str(error)
-            raise
-        return _loaded[0]
+    return packages(REPOSITORY)
 
 
-def _get_kernel() -> Any:
+def _load(repository: str) -> Any:
+    return _checked(_get_kernel(repository))
+
+
+packages = LoadedOnce(_load, KernelsUnavailableError, while_same=(_LOCAL,))
+
+
+def _get_kernel(repository: str) -> Any:
     try:
         from kernels import get_kernel
     except ImportError as error:
@@ -88,7 +66,7 @@ def _get_kernel() -> Any:
             f"pip install 'mxfp4_fx[kernels]'. Or {_OTHERS}"
         ) from error
     try:
-        return get_kernel(REPOSITORY, version=VERSION)
+        return get_kernel(repository, version=VERSION)
     except Exception as error:  # of files, network, a build for other hardware, or its own import
         raise KernelsUnavailableError(
             f"{REPOSITORY}, version {VERSION}, cannot be loaded: {_first_line(error)}. "

@@ -15,56 +15,39 @@ import logging
 import os
 import platform
 import shutil
-import signal
 import stat
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
+from mxfp4_fx.core import forks, torch_private
 from mxfp4_fx.core.console import announced, say
 from mxfp4_fx.core.errors import NativeBuildError
+from mxfp4_fx.core.hardware import CPU_PATH_VARIABLE, CPU_PATHS
+from mxfp4_fx.core.loaded_once import LoadedOnce
+from mxfp4_fx.ops import compiler
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-_AVX512_BF16 = (*_AVX512, "-mavx512vbmi", "-mavx512bf16")
-# Instruction-set path -> the compiler's flags for it; the best comes first. "amx_emulated" computes
-# in software what AMX tiles do, for tests on machines without them.
-PATHS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
-    "avx512_bf16": _AVX512_BF16,
-    "avx512": _AVX512,
-    "avx2": _AVX2,
-    "portable": (),
-    "amx_emulated": _AVX512_BF16,
-}
-
-CXX_VARIABLE = "CXX"
 CACHE_DIR_VARIABLE = "MXFP4_FX_CACHE_DIR"
 CXXFLAGS_VARIABLE = "MXFP4_FX_CXXFLAGS"  # more flags, for development: sanitizers, -g, -Werror
 # As long as these stay the same, what has failed is not tried again.
-_MATTERS = (CXX_VARIABLE, CACHE_DIR_VARIABLE, CXXFLAGS_VARIABLE, "PATH", "HOME", "XDG_CACHE_HOME")
+_MATTERS = (
+    *(compiler.VARIABLE, CXXFLAGS_VARIABLE, "PATH"),
+    *(CACHE_DIR_VARIABLE, "XDG_CACHE_HOME", "HOME"),
+)
 
 _COMPILE = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
 # api.h makes its functions visible. The rest has the same names in every library and stays inside.
 _SHARED = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
-_COMPILERS = ("g++", "c++", "clang++")
 _SOURCES = Path(__file__).parent / "cpu_kernels"
 _UNIT, _LIBRARY = "kernels.cpp", "kernels.so"  # the second while it is being built
-_TORCH = str(torch._C.__file__)
-_TIMEOUT = 300.0  # seconds for one run of the compiler, which takes about ten
+_TORCH = torch_private.LIBRARY
 _SEAL_BYTES = hashlib.sha256().digest_size
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
-_forked = False
-_loaded: dict[str, ctypes.CDLL] = {}
-_failed: dict[str, tuple[tuple[str | None, ...], str]] = {}  # path -> environment, message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +61,6 @@ class _Recipe:
     file_name: str
 
 
-def _after_fork() -> None:
-    """In the child: threads are gone, with what they held; torch's too, which OpenMP waits for."""
-    global _lock, _forked
-    _lock, _forked = threading.Lock(), True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 class _DlInfo(ctypes.Structure):
     """Dl_info of <dlfcn.h>."""
 
@@ -95,7 +68,7 @@ class _DlInfo(ctypes.Structure):
 
 
 def load(path: str) -> ctypes.CDLL:
-    """The kernels for an instruction-set path, a key of ``PATHS``; compiled now if need be.
+    """The kernels for an instruction-set path, a key of ``CPU_PATHS``; compiled now if need be.
 
     Compiling takes seconds and is said on stderr. A loaded library stays for the process's life.
 
@@ -104,33 +77,28 @@ def load(path: str) -> ctypes.CDLL:
             without OpenMP; refused by the system; wrong results. The same again, without another
             try, until one of the environment variables that matter changes.
     """
-    library = _loaded.get(path)
-    if library is not None:
-        return library
-    with _lock:
-        if path in _loaded:
-            return _loaded[path]
-        environment = tuple(map(os.environ.get, _MATTERS))
-        failed_in, message = _failed.get(path, (None, ""))
-        if failed_in == environment:
-            raise NativeBuildError(message)
-        try:
-            library = _find_or_build(_recipe(path))
-            if status := library.mxfp4_init(_forked):
-                raise NativeBuildError(_init_failed(path, status))
-        except (NativeBuildError, OSError) as error:
-            _failed[path] = environment, str(error)
-            if isinstance(error, NativeBuildError):
-                raise
-            raise NativeBuildError(str(error)) from error
-        _loaded[path] = library
-        return library
+    library = libraries.loaded.get(path)  # as every call of an op asks
+    return libraries(path) if library is None else library
+
+
+def _load(path: str) -> ctypes.CDLL:
+    try:
+        library = _find_or_build(_recipe(path))
+    except OSError as error:
+        raise NativeBuildError(str(error)) from error
+    # In a forked process torch's threads, which OpenMP would wait for, are gone.
+    if status := library.mxfp4_init(forks.is_forked()):
+        raise NativeBuildError(_init_failed(path, status))
+    return library
+
+
+libraries = LoadedOnce(_load, NativeBuildError, while_same=_MATTERS)
 
 
 def _init_failed(path: str, status: int) -> str:
     wrong = (
-        f"compute wrong results as compiled here; set {CXX_VARIABLE} to another compiler or "
-        "MXFP4_FX_CPU to another path"
+        f"compute wrong results as compiled here; set {compiler.VARIABLE} to another compiler or "
+        f"{CPU_PATH_VARIABLE} to another path"
     )
     refused = f"need what the system refuses: {os.strerror(status)}"
     return f"the {path} CPU kernels {wrong if status == errno.EDOM else refused}"  # api.h
@@ -155,16 +123,17 @@ def _recipe(path: str) -> _Recipe:
     }
     if _UNIT not in sources:
         raise NativeBuildError(f"{_SOURCES / _UNIT} is missing; install mxfp4_fx again")
-    openmp, compiler = _openmp_runtime(), _compiler()
+    openmp, cxx = _openmp_runtime(), compiler.command()
     more = (*_SHARED, *os.environ.get(CXXFLAGS_VARIABLE, "").split())
-    flags = (*_COMPILE, *PATHS[path], f"-DMXFP4_PATH_{path.upper()}=1", "-fopenmp", *more)
-    compile_ = (*compiler, *flags, "-c", _UNIT, "-o", "kernels.o")
+    instructions = (*CPU_PATHS[path].compiler_flags, f"-DMXFP4_PATH_{path.upper()}=1")
+    flags = (*_COMPILE, *instructions, "-fopenmp", *more)
+    compile_ = (*cxx, *flags, "-c", _UNIT, "-o", "kernels.o")
     # Without -fopenmp, which would add the compiler's own runtime.
-    link = (*compiler, *more, "kernels.o", "-o", _LIBRARY)
+    link = (*cxx, *more, "kernels.o", "-o", _LIBRARY)
     made_from = (
         *(path, sources, compile_, link, platform.machine()),
         # A compiler of the same name may have been replaced.
-        *(os.path.realpath(compiler[0]), _run([*compiler, "--version"])),
+        *(os.path.realpath(cxx[0]), compiler.run([*cxx, "--version"])),
         # Not its place: environments with the same runtime share the library.
         *(os.path.basename(openmp), hashlib.sha256(Path(openmp).read_bytes()).digest()),
     )
@@ -188,21 +157,6 @@ def _openmp_runtime() -> str:
     info = _DlInfo()
     ctypes.CDLL(None).dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info))
     return os.path.abspath(os.fsdecode(info.file))
-
-
-def _compiler() -> tuple[str, ...]:
-    """The C++ compiler's command, its program as an absolute path."""
-    named = os.environ.get(CXX_VARIABLE, "").strip()
-    # $CXX may be a path with spaces, or a program and its arguments.
-    for command in ([named], named.split()) if named else ([name] for name in _COMPILERS):
-        if program := shutil.which(command[0]):
-            return (os.path.abspath(program), *command[1:])
-    raise NativeBuildError(
-        f"there is no C++ compiler for the CPU kernels: {CXX_VARIABLE}={named!r} names no program"
-        if named
-        else f"there is no C++ compiler for the CPU kernels: none of {', '.join(_COMPILERS)} is "
-        f"installed; install g++ or set {CXX_VARIABLE}"
-    )
 
 
 def _directories() -> list[Path]:
@@ -257,19 +211,16 @@ def _find_or_build(recipe: _Recipe) -> ctypes.CDLL:
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Lets one process at a time in. The kernel lets go for a process that is killed."""
-    import fcntl  # which is not on every system
-
-    with open(file, "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process compiles the CPU kernels; waiting for it ...")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            # Closing is not enough if the process was forked meanwhile.
-            fcntl.flock(lock, fcntl.LOCK_UN)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("another process compiles the CPU kernels; waiting for it ...")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.CDLL:
@@ -289,7 +240,7 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
             say(f"{reason}, so the CPU kernels are kept in {directory}")
         with announced(f"compiling the CPU kernels ({recipe.path}), once for this machine") as tick:
             for command in (recipe.compile, recipe.link):
-                if warnings := _run(command, folder, tick):
+                if warnings := compiler.run(command, folder, tick):
                     _log.debug("%s", warnings)
         _seal(Path(folder, _LIBRARY))
         os.replace(Path(folder, _LIBRARY), file)
@@ -299,63 +250,9 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
         file.unlink(missing_ok=True)
         raise NativeBuildError(
             f"the {recipe.path} CPU kernels that {recipe.compile[0]} made do not load: {error}; "
-            f"set {CXX_VARIABLE} to a g++ (clang++ cannot use the OpenMP runtime libgomp), or "
+            f"set {compiler.VARIABLE} to a g++ (clang++ cannot use the OpenMP runtime libgomp), or "
             f"{CACHE_DIR_VARIABLE} if {directory} is mounted noexec"
         ) from error
-
-
-def _run(
-    command: Sequence[str], folder: str | None = None, tick: Callable[[], None] = lambda: None
-) -> str:
-    """What a run of the compiler prints. `tick` is called about every second."""
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**os.environ, "LC_ALL": "C"},  # English, for _first_errors
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that the compiler's own children can be stopped with it
-        )
-    except OSError as error:
-        raise NativeBuildError(
-            f"{command[0]} cannot be run: {error.strerror}; install g++ or set {CXX_VARIABLE}"
-        ) from error
-    with process:
-        try:
-            output = _communicate(process, tick)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-    if process.returncode:
-        raise NativeBuildError(
-            f"{command[0]} cannot compile the CPU kernels:\n{_first_errors(output)}\n"
-            f"install g++ 11 or newer, or set {CXX_VARIABLE} to another compiler"
-        )
-    return output
-
-
-def _communicate(process: subprocess.Popen[bytes], tick: Callable[[], None]) -> str:
-    until = time.monotonic() + _TIMEOUT
-    while True:
-        try:
-            left = until - time.monotonic()
-            return process.communicate(timeout=min(1.0, max(left, 0.0)))[0].decode(errors="replace")
-        except subprocess.TimeoutExpired:
-            tick()
-            if left <= 0:
-                raise NativeBuildError(
-                    f"the C++ compiler was stopped after {_TIMEOUT:.0f} s, too long for the CPU "
-                    f"kernels; set {CXX_VARIABLE} to another compiler"
-                ) from None
-
-
-def _first_errors(output: str) -> str:
-    lines = [line for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line] or lines[-5:]
-    return "\n".join(f"    {line.strip()[:200]}" for line in errors[:5]) or "    (it says nothing)"
 
 
 def _seal(file: Path) -> None:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops.target import DTYPES
 
 # The constants of GPT-OSS's SwiGLU.
 ALPHA, LIMIT = 1.702, 7.0

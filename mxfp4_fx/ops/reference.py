@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mxfp4_fx.core.formats import dequantize
 from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.torch_private import assert_async
 from mxfp4_fx.ops.operands import Activation, Rows, Weight
 
 Routes = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -87,7 +88,7 @@ def expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Ten
     high = {"error": num_experts - 1}.get(above, math.inf)
     if indices.device.type != "cpu":
         within = (indices >= low) & (indices <= high)
-        torch._assert_async(within.all(), f"an expert's id is out of range: {num_experts} experts")
+        assert_async(within.all(), f"an expert's id is out of range: {num_experts} experts")
     elif indices.numel():
         least, most = (int(bound) for bound in torch.aminmax(indices))
         if least < low or most > high:

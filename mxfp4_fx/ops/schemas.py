@@ -235,17 +235,13 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "matmul_ogs": (backward.matmul_ogs_gradients, backward.save_matmul_ogs),
 }
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
 
 def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
     """The ops' arithmetic is float32; an autocast around them must not reach into it."""
 
     @functools.wraps(impl)
     def run(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with torch_private.without_keys(torch_private.AUTOCAST):
             return impl(*args)
 
     torch_private.untraced(run)

@@ -81,7 +81,7 @@ def choose(
     """The tile for ``rows`` routed rows and ``experts`` experts of contraction length ``k``.
 
     Args:
-        target: as ``target.gpu_name`` says.
+        target: as ``hardware.gpu_name`` says.
         layout: a key of :data:`LAYOUTS`.
         terms: bfloat16 numbers that make up an activation.
         splits: whether K may be split.

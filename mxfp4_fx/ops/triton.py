@@ -14,8 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops import target, tiles
+from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import Routes
 from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
@@ -47,7 +48,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
         return y
     if e == 0:
         return y.zero_()
-    gpu, terms = target.gpu_name(x.device), target.BF16_TERMS[x.dtype]
+    gpu, terms = hardware.gpu_name(x.device), hardware.BF16_TERMS[x.dtype]
     can_split = rows.scatter is not None and activation is None  # parts of a sum, summed afterwards
     tile = tiles.choose(gpu, layout, rows.total, e, k, terms, can_split)
     out = y

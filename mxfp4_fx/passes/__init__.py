@@ -1,1 +1,1 @@
-"""From a captured graph to a graph of MXFP4 ops. ``pipeline.py`` has the order."""
+"""The passes from a captured graph to a graph of MXFP4 ops. ``pipeline.py`` has their order."""

@@ -1,9 +1,9 @@
-"""First pass: write the graph in a form in which equal computations look alike.
+"""First pass: rewrite the graph so that equal computations look alike.
 
-- In-place calls on values that nobody else can see become functional ones.
-- Casts and views that change nothing are dropped.
+- It makes an in-place call functional if the write is visible through one value only.
+- It removes casts and views that change nothing.
 
-Everything it does keeps the graph's meaning bit for bit; whatever is not certain stays as it is.
+Both keep the graph's results bit for bit. Where that is not certain, the call stays as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FUNCTIONAL = {
 
 
 def canonicalize(gm: fx.GraphModule, ctx: Context) -> None:
-    """Functionalize what is safe to, then drop what does nothing."""
+    """Make in-place calls functional where that is safe, then remove what changes nothing."""
     values = _Values(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op == "call_method" and node.target in _FUNCTIONAL:
@@ -43,10 +43,11 @@ def canonicalize(gm: fx.GraphModule, ctx: Context) -> None:
 
 
 class _Values:
-    """What is known of a graph's values.
+    """The values of a graph: their memory, torch's modes at them, and which are *steady*.
 
-    Dynamo notes one fake tensor a value, in the state that it has when the graph ends: it says what
-    the value was at each node only where the value is *steady*.
+    Dynamo records one fake tensor for each value, in the state at the end of the graph. A value is
+    steady if no call may change its shape or its memory in place. Only then does the fake tensor
+    describe the value at every node.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -63,24 +64,24 @@ class _Values:
         }
 
     def note(self, node: fx.Node, like: fx.Node) -> None:
-        """Take a new node into account, which stands where ``like`` stood."""
+        """Add a new node that replaces ``like``."""
         self._modes[node] = self._modes[like]
         for key in storages(node):
             self._nodes_of[key].append(node)
 
     def are_steady(self, *nodes: fx.Node) -> bool:
-        """Whether no call may have given these values another shape, or other memory, in place."""
+        """Return whether all values of these nodes are steady."""
         return all(id(value) not in self._unsteady for node in nodes for value in tensors_in(node))
 
     def modes_at(self, node: fx.Node) -> Modes:
-        """Autograd's modes at a node of the captured graph."""
+        """Return torch's modes at a node of the captured graph."""
         return self._modes[node]
 
     def behind(self, base: fx.Node) -> list[fx.Node] | None:
-        """All nodes of the memory that ``base`` is in, or None if that is not known.
+        """Return all nodes that share memory with ``base``, or None if they are not known.
 
-        It is where these, and what they were made from and what was made from them, are steady: any
-        other node of that memory would be a neighbour of one of them.
+        They are known if these nodes, their inputs and their users are all steady, because any
+        further node of that memory would be an input or a user of one of them.
         """
         keys = storages(base)
         found = [node for key in keys for node in self._nodes_of[key]]
@@ -105,7 +106,7 @@ def _functionalize_setitem(node: fx.Node, values: _Values) -> None:
     base_value, index_value, value = map(tensor_of, (base, index, put))
     if base_value is None or index_value is None or value is None:
         return
-    # Masks and numbers index in other ways, and an assignment broadcasts in more ways.
+    # Masks and numbers index in other ways. An assignment broadcasts in ways index_put does not.
     if index_value.dtype not in (torch.int64, torch.int32) or index_value.ndim == 0:
         return
     if not values.are_steady(*node.all_input_nodes) or value.dtype != base_value.dtype:
@@ -123,14 +124,14 @@ def _functionalize_setitem(node: fx.Node, values: _Values) -> None:
 
 
 def _keeps_type(node: fx.Node, base: fx.Node) -> bool:
-    """Whether the functional call gives the in-place call's dtype and shape."""
+    """Return whether the functional call has the dtype and shape of the in-place call."""
     target = tensor_of(base)
     if target is None:
         return False
     operands = [v for a in node.all_input_nodes if (v := tensor_of(a)) is not None]
     dtype = target.dtype
     for other in operands:
-        # a bool mask selects, it does not promote
+        # A bool mask selects; it takes no part in type promotion.
         if other.dtype is not torch.bool:
             dtype = torch.promote_types(dtype, other.dtype)
     shape = torch.broadcast_shapes(*(tuple(v.shape) for v in operands))
@@ -138,31 +139,31 @@ def _keeps_type(node: fx.Node, base: fx.Node) -> bool:
 
 
 def _is_private(write: fx.Node, base: fx.Node, values: _Values) -> bool:
-    """Whether what ``write`` changes is seen afterwards through ``base`` alone."""
+    """Return whether the effect of ``write`` is visible only through ``base``."""
     value, here = tensor_of(base), values.modes_at(write)
     if value is None or (value.requires_grad and not here.gradients):
-        return False  # autograd does not see the write, and would see the functional call
+        return False  # autograd ignores the write, but would record the functional call
     if here.inference != values.modes_at(base).inference:
-        return False  # the functional call's result would be another kind of tensor
+        return False  # only one of base and the functional result would be an inference tensor
     nodes = values.behind(base)
     if nodes is None:
         return False
     for node in nodes:
         if node.op in ("placeholder", "get_attr"):
-            return False  # the caller sees it
+            return False  # the caller can see the write
         if node in (base, write):
             continue
-        # Views taken before the write would see it; views of base taken later are views of the
-        # result.
+        # A view that is made before the write and read after it sees the write. A view of base that
+        # is made later becomes a view of the result.
         if node < write and any(user > write for user in node.users):
             return False
     return True
 
 
 def _value_unchanged(node: fx.Node, values: _Values) -> fx.Node | None:
-    """What a cast to the dtype, or a view to the shape, is of that its value has already."""
+    """Return the input of a cast or a view that changes neither dtype nor shape, or None."""
     if any(user.op == "output" for user in node.users):
-        return None  # the graph would return another object
+        return None  # the graph would return its input itself instead of another object
     call = read_call(node)
     if call is None or call.op not in ("cast", "view"):
         return None
@@ -173,6 +174,6 @@ def _value_unchanged(node: fx.Node, values: _Values) -> fx.Node | None:
     if not values.are_steady(base, node):
         return None
     if before.requires_grad and not values.modes_at(node).gradients:
-        return None  # a view without gradients of a value that has some
+        return None  # under no_grad the view is cut off from the gradients of its input
     same = before.device == after.device and same_shape(tuple(before.shape), tuple(after.shape))
     return base if same and isinstance(base, fx.Node) else None

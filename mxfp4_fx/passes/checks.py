@@ -1,4 +1,4 @@
-"""What must hold for a matched region besides its dataflow, before it is rewritten."""
+"""The conditions for the rewrite of a matched region, besides its dataflow."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.core.formats import BLOCK
-from mxfp4_fx.ops import target
+from mxfp4_fx.core.hardware import DTYPES
+from mxfp4_fx.core.torch_private import is_wrapper
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect
 from mxfp4_fx.passes.graph import tensor_of
@@ -19,29 +20,30 @@ from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
 from mxfp4_fx.passes.patterns import ROUTER_INDICES, ROUTER_SCORES
 
 WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
-SCALES = ("gate_up_scales", "down_scales")  # of packed weights, which are blocks then
-# The weights that are swizzled; biases stay inputs as they are.
+# Packed weights only: gate_up and down are blocks then.
+SCALES = ("gate_up_scales", "down_scales")
+# The weights that are swizzled. Biases remain graph inputs.
 _SWIZZLED = ("gate_up", "down", *SCALES)
-# What the device ops need again for gradients; the experts as they are written keep copies of it.
+# The inputs that the device ops save for the backward. The original experts save copies of them.
 _KEPT = ("hidden", "gate_up_bias", "down_bias")
-# Ops whose dtype is the arithmetic's: under autocast it differs from the inputs'.
+# Ops whose result has the dtype of the arithmetic. Under autocast that is not the inputs' dtype.
 _ARITHMETIC = {"grouped_mm", "bmm", "add", "mul", "sigmoid", "clamp", "sum", "softmax"}
 
 
 def check_region(
     root: fx.Node, match: Match, ctx: Context, memory: Memory, modes: dict[fx.Node, Modes]
 ) -> None:
-    """Run every check.
+    """Run every check on a matched region.
 
     Args:
         root: the node of the region's result.
-        match: the proof of its dataflow, solved.
-        ctx: the pipeline's state.
-        memory: what aliases what, and who writes, in the whole graph.
-        modes: torch's at each node of the graph.
+        match: the solved proof of the region's dataflow.
+        ctx: the state of the pipeline.
+        memory: aliases and writes in the whole graph.
+        modes: torch's modes at each node of the graph.
 
     Raises:
-        Mismatch: one does not hold; the reason is for the user.
+        Mismatch: a check fails; the reason is for the user.
     """
     _check_users(root, match)
     _check_types(match)
@@ -54,12 +56,11 @@ def check_region(
 
 def is_parameter(node: fx.Node, value: object) -> bool:
     """A parameter, a buffer or another tensor that Dynamo knows to stay the same object."""
-    static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
-    return isinstance(value, torch.nn.Parameter) or static is not None
+    return isinstance(value, torch.nn.Parameter) or torch_private.is_noted_as_weight(node)
 
 
 def _check_users(root: fx.Node, match: Match) -> None:
-    """Nobody else reads an intermediate; the router's values may have other readers."""
+    """Check that only the region reads its intermediates, except for those of the router."""
     inside = set(match.nodes.values())
     for expr, node in match.nodes.items():
         if node is root or expr in _ROUTER_OPS:
@@ -71,14 +72,14 @@ def _check_users(root: fx.Node, match: Match) -> None:
 
 def _check_types(match: Match) -> None:
     hidden = _leaf(match, "hidden")
-    if hidden.dtype not in target.DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in target.DTYPES)
+    if hidden.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         _fail(match, f"activations are {hidden.dtype}; supported are {names}", None)
     for name, node in match.leaves.items():
         value = _leaf(match, name)
         if is_transformed(value):
             _fail(match, "it is inside a function transform, such as vmap", node)
-        if is_traceable_wrapper_subclass(value):
+        if is_wrapper(value):
             _fail(match, f"{name} is a {type(value).__name__}, not a plain tensor", node)
         is_packed = SCALES[0] in match.leaves and name in _SWIZZLED
         wanted = torch.uint8 if is_packed else hidden.dtype
@@ -99,7 +100,7 @@ def _check_types(match: Match) -> None:
 def _check_sizes(match: Match) -> None:
     sizes = match.letters
     for letter in "AEHI":
-        # Symbolic where it is the size of an input: a guard fixes it.
+        # The size of an input may be symbolic. `int` adds a guard that fixes it.
         sizes[letter] = int(sizes[letter])
     for letter, name in (("H", "hidden size"), ("I", "intermediate size")):
         if sizes[letter] % BLOCK:
@@ -109,13 +110,13 @@ def _check_sizes(match: Match) -> None:
 
 def _check_device(match: Match, ctx: Context) -> None:
     try:
-        target.choose(_leaf(match, "hidden").device, ctx.options.kernels)
+        ctx.target_for(_leaf(match, "hidden").device)
     except KernelsUnavailableError as error:
         _fail(match, str(error), None)
 
 
 def _check_weights(match: Match, ctx: Context) -> None:
-    """What becomes MXFP4 is an input that stays the same object from call to call."""
+    """Check that each weight to swizzle is an input that is the same object at every call."""
     inputs = _inputs(match, ctx)
     for name in _SWIZZLED:
         node = match.leaves.get(name)
@@ -138,10 +139,10 @@ def _check_weights(match: Match, ctx: Context) -> None:
 def _check_gradients(
     root: fx.Node, match: Match, ctx: Context, modes: dict[fx.Node, Modes]
 ) -> bool:
-    """One mode for all, and no gradient is asked for that MXFP4 does not have.
+    """Check that the region has one gradient mode and needs no gradient that MXFP4 lacks.
 
     Returns:
-        Whether gradients are recorded.
+        Whether autograd records gradients in the region.
     """
     if not any(_leaf(match, name).requires_grad for name in match.leaves):
         return False
@@ -149,7 +150,7 @@ def _check_gradients(
         if modes[node].autograd != modes[root].autograd:
             reason = (
                 "gradients are recorded for one part of it and not for another: put all of it "
-                "under torch.no_grad() (or inference_mode), or nothing"
+                "under torch.no_grad() (or inference_mode), or none of it"
             )
             _fail(match, reason, node)
     if not modes[root].gradients:
@@ -174,10 +175,12 @@ def _check_gradients(
 
 
 def _check_writes(root: fx.Node, match: Match, memory: Memory, records: bool) -> None:
-    """No weight is written to anywhere, nothing else between the region's first read and its end.
+    """Check that no call writes to what the rewritten region reads.
 
-    Intermediates count, too: the router's may have other readers, who may write. Where gradients
-    are recorded, what they are computed from must stay longer.
+    Weights must not change anywhere in the graph, all other values not between the region's first
+    node and its root. Intermediates count as well: those of the router may have other readers,
+    which may write to them. Where autograd records gradients, the inputs that it saves must not
+    change after the region either.
     """
     first = min(match.nodes.values())
     values = match.leaves | {str(node): node for node in match.nodes.values()}

@@ -6,28 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from mxfp4_fx.core.options import Options
+from mxfp4_fx.ops import target
 from mxfp4_fx.passes.report import GraphReport
-
-
-@dataclasses.dataclass(frozen=True)
-class Binding:
-    """A graph input that is bound at call time to part of a swizzled weight.
-
-    Attributes:
-        sources: the indices, among the captured graph's inputs, of what it is made from: a weight,
-            or blocks and scales.
-        layout: the layout it is swizzled to.
-        part: 0 for blocks, 1 for scales.
-        name: the weight's, in the model that was captured; others may share the graph.
-    """
-
-    sources: tuple[int, ...]
-    layout: str
-    part: int
-    name: str
+from mxfp4_fx.weights.bindings import Binding
 
 
 @dataclasses.dataclass
@@ -39,10 +24,11 @@ class Context:
         inputs: the captured graph's example inputs; parameters are the model's own.
         left: for inputs that are weights of experts whose module is known: why the user wants them
             left as they are, or None. Of other experts only the name in the graph is known.
-        report: what the passes found.
+        report: what the passes found: misses by ``fuse_moe``, rewrites by ``lower_moe``.
         verifying: keep each original region beside its rewrite and compare the two; the graph is
             then for one eager call.
-        bindings: filled by ``lower_moe``: new placeholder's name -> what it is bound to.
+        bindings: filled by ``lower_moe``: the weights that the graph reads swizzled.
+        targets: what :meth:`target_for` has chosen so far.
     """
 
     options: Options
@@ -50,10 +36,21 @@ class Context:
     left: Mapping[int, str | None] = dataclasses.field(default_factory=dict)
     verifying: bool = False
     report: GraphReport = dataclasses.field(default_factory=GraphReport)
-    bindings: dict[str, Binding] = dataclasses.field(default_factory=dict)
+    bindings: list[Binding] = dataclasses.field(default_factory=list)
+    targets: dict[torch.device, target.Target] = dataclasses.field(default_factory=dict)
+
+    def target_for(self, device: torch.device) -> target.Target:
+        """Kernels and layout for a device: chosen once, so that all layers of a graph agree.
+
+        Raises:
+            KernelsUnavailableError: nothing serves this device under ``options.kernels``.
+        """
+        if device not in self.targets:
+            self.targets[device] = target.choose(device, self.options.kernels)
+        return self.targets[device]
 
 
-# Where a logical op that ``fuse_moe`` made has its ``Rewrite``, in the node's ``meta``.
+# In the ``meta`` of a logical op that ``fuse_moe`` made: its ``Rewrite``, as far as it is known.
 REWRITE = "mxfp4_rewrite"
 
 Pass = Callable[[fx.GraphModule, Context], None]

@@ -1,4 +1,4 @@
-"""What a call does besides giving its result: to its arguments, and to torch's modes."""
+"""The side effects of a call: on its arguments and on torch's modes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.torch_private import OpOverload, schema_of
 from mxfp4_fx.passes.graph import is_op, overloads, read_call
 
 
 class Effect(enum.Flag):
-    """What a call may do, in place, to the tensors that it is given."""
+    """What a call may do in place to its tensor arguments."""
 
     READS = 0
     WRITES = enum.auto()  # change values
-    RESHAPES = enum.auto()  # change what describes a tensor: shape, strides, autograd's history
-    REPOINTS = enum.auto()  # give it other memory
+    RESHAPES = enum.auto()  # change a tensor's shape, strides or autograd history
+    REPOINTS = enum.auto()  # give a tensor other memory
     UNKNOWN = enum.auto()  # anything
 
 
 def effect(node: fx.Node) -> Effect:
-    """All that a call may do, by the schema of its op; UNKNOWN where it has none.
+    """Return all that a call may do, from the schema of its op; UNKNOWN for a call without one.
 
-    There are too many ways to write (``inplace`` by position, functions that Dynamo does not look
-    into) for a list of them to be complete.
+    Schemas decide because no list of calls that write would be complete: ``inplace`` may be
+    positional, and Dynamo does not trace into some functions.
     """
     if node.op in ("placeholder", "get_attr", "output"):
         return Effect.READS
@@ -63,47 +63,42 @@ _OPERATORS: dict[Any, Effect] = {
         *("irshift", "isub", "itruediv", "ixor", "setitem"),
     )
 }
-# Modules whose builtins are ATen's ops of the same names.
-_BUILTINS: tuple[Any, ...] = (
-    torch,
-    *(getattr(torch._C, name) for name in ("_nn", "_special", "_linalg", "_fft")),
-)
 
 
-def _aten(node: fx.Node) -> list[torch._ops.OpOverload]:
+def _aten(node: fx.Node) -> list[OpOverload]:
     """The ATen ops that a method, or a builtin function of torch's, may be without ``out``."""
     if node.op == "call_method":
         name = str(node.target)
     elif isinstance(node.target, types.BuiltinFunctionType):
         name = node.target.__name__
-        if node.target not in [getattr(module, name, None) for module in _BUILTINS]:
+        if node.target not in [getattr(module, name, None) for module in torch_private.BUILTINS]:
             return []
     else:
         return []
     packet = getattr(torch.ops.aten, name, None)
     found = [op for op in overloads(packet) if not _is_out(op)] if packet else []
     # Python's lists have methods of the same names (``sort``) in TorchScript.
-    of_tensors = [op for op in found if str(op._schema.arguments[0].type) == "Tensor"]
+    of_tensors = [op for op in found if str(schema_of(op).arguments[0].type) == "Tensor"]
     return of_tensors or found
 
 
-# What the tags of ops in place do not say: that they describe a tensor anew, or set its memory ...
+# In-place ops that reshape or repoint a tensor although no tag of theirs says so.
 _RESHAPE = {"requires_grad_", "retain_grad", "_coalesced_", "_mkldnn_transpose_"}
 _REPOINT = {"set_", "set_data"}
-# ... and that statistics are written, about which the schemas of these are silent.
+# Ops that write running statistics although their schemas do not say so.
 _STATISTICS = ("batch_norm", "instance_norm")
 
 
-def _of_overloads(ops: list[torch._ops.OpOverload]) -> Effect:
+def _of_overloads(ops: list[OpOverload]) -> Effect:
     return functools.reduce(operator.or_, map(_of_overload, ops))
 
 
 @functools.cache
-def _of_overload(op: torch._ops.OpOverload) -> Effect:
-    name = op._schema.name.partition("::")[2]
+def _of_overload(op: OpOverload) -> Effect:
+    name = schema_of(op).name.partition("::")[2]
     if any(part in name for part in _STATISTICS):
         return Effect.UNKNOWN
-    if not any(_is_written(argument) for argument in op._schema.arguments):
+    if not any(_is_written(argument) for argument in schema_of(op).arguments):
         return Effect.READS
     if op.namespace != "aten":
         return Effect.UNKNOWN
@@ -116,8 +111,8 @@ def _of_overload(op: torch._ops.OpOverload) -> Effect:
     return Effect.WRITES
 
 
-def _is_out(op: torch._ops.OpOverload) -> bool:
-    return any(argument.is_out for argument in op._schema.arguments)
+def _is_out(op: OpOverload) -> bool:
+    return any(argument.is_out for argument in schema_of(op).arguments)
 
 
 def _is_written(argument: Any) -> bool:
@@ -127,10 +122,11 @@ def _is_written(argument: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Modes:
-    """What torch's modes are.
+    """Torch's modes at one node.
 
     Attributes:
-        gradients, inference: autograd's.
+        gradients: whether autograd records gradients.
+        inference: whether ``torch.inference_mode`` is on.
         autocast: the dtype of ``torch.autocast``, or None where it is off.
     """
 
@@ -144,23 +140,26 @@ class Modes:
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
-    """The modes that each call runs in. While compiling they are those that the graph begins in."""
+    """Return the modes at each node.
+
+    Dynamo calls the backend in the modes that the graph begins in, so these are read now.
+    """
     now = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast_now())
-    before: dict[fx.Node, Modes] = {}  # where a mode is entered -> what its exit restores
+    before: dict[fx.Node, Modes] = {}  # node that enters a mode -> the modes that its exit restores
     found: dict[fx.Node, Modes] = {}
     for node in graph.nodes:
         found[node] = now
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is torch_private.set_grad_enabled:
             now = dataclasses.replace(now, gradients=node.args[0])
-        elif node.target is _enter_inference_mode:
+        elif node.target is torch_private.enter_inference_mode:
             before[node], on = now, node.args[0]
             now = dataclasses.replace(now, gradients=not on, inference=on)
-        elif node.target is _enter_autocast:
+        elif node.target is torch_private.enter_autocast:
             before[node], (_, dtype, on, *_) = now, node.args
             now = dataclasses.replace(now, autocast=dtype if on else None)
-        elif node.target is _exit_inference_mode:
+        elif node.target is torch_private.exit_inference_mode:
             now = dataclasses.replace(before[node.args[0]], autocast=now.autocast)
-        elif node.target is _exit_autocast:
+        elif node.target is torch_private.exit_autocast:
             now = dataclasses.replace(now, autocast=before[node.args[0]].autocast)
     return found
 

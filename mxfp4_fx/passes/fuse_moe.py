@@ -1,8 +1,8 @@
-"""Second pass: find GPT-OSS experts, prove it, put the logical op ``mxfp4::moe`` in their place.
+"""Second pass: prove that regions are GPT-OSS experts and replace each by ``mxfp4::moe``.
 
-A region is rewritten only when everything is proven: its dataflow and numbers (``patterns.py``),
-then what the dataflow does not show (``checks.py``). Whatever looked like experts and was not is
-reported with its reason.
+The pass rewrites a region only after it has proven the region's dataflow and numbers
+(``patterns.py``) and what the dataflow does not show (``checks.py``). It reports all other nodes
+that look like experts (``suspects.py``), each with its reason.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
+from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.skip import Skip
 from mxfp4_fx.ops import reference
-from mxfp4_fx.ops.target import DTYPES
 from mxfp4_fx.passes import verification
 from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region
 from mxfp4_fx.passes.context import REWRITE, Context
@@ -67,12 +67,11 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             match.leaves["indices"] = _insert_ids(root, match, form)
         moe = _insert_moe(gm, root, match, has_router)
         moe.meta[REWRITE] = _rewrite(layer, form, match, inputs)
-        ctx.report.rewrites.append(moe.meta[REWRITE])
         if ctx.verifying:
             _keep_and_compare(layer, root, moe, match)
         else:
             _erase(gm, match)
-    rest = {layer: node for node, layer in reversed(suspects.items())}  # a layer's first
+    rest = {layer: node for node, layer in reversed(suspects.items())}  # each layer's first node
     found = [
         *(
             _explain_miss(layer, node, misses.get(layer), modes_at[node])
@@ -90,7 +89,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
 
 
 def _why_left(layer: str, inputs: tuple[int, ...], ctx: Context) -> str | None:
-    """Why the user wants these experts left as they are: by their module, or else by this name."""
+    """Return why the user wants experts left as they are, from their module or else this name."""
     known = [ctx.left[at] for at in inputs if at in ctx.left]
     if known:
         return next((why for why in known if why is not None), None)
@@ -117,9 +116,10 @@ def _match_experts(root: fx.Node) -> tuple[Form, Match]:
 
 
 def _match_router(match: Match, form: Form) -> bool:
-    """Prove the router, too; False where the routes are inputs of the graph, and may be.
+    """Prove the router. Return False if the routes are inputs of the graph and the form allows it.
 
-    The router's values may have other users (models return the scores): they stay in the graph.
+    The router's values may have other users, because models return the scores. They stay in the
+    graph.
     """
     scores, indices = match.leaves["scores"], match.leaves["indices"]
     if scores.op == indices.op == "placeholder" and not form.needs_router:
@@ -156,8 +156,7 @@ def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> R
 
 
 def _insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
-    """Nothing is known of ids that are inputs: the logical op gets those that the form makes of
-    them."""
+    """Insert the op that treats ids out of range as the form does; ids that are inputs need it."""
     indices = match.leaves["indices"]
     if (form.below, form.above) == ("skip", "skip"):
         return indices
@@ -172,7 +171,7 @@ def _insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
 
 
 def _insert_moe(gm: fx.GraphModule, root: fx.Node, match: Match, has_router: bool) -> fx.Node:
-    """Put the logical op behind the region and hand it the region's users."""
+    """Insert the logical op after the region and let it replace the region's result."""
     weights = [match.leaves[name] for name in WEIGHTS]
     constants = float(match.letters["alpha"]), float(match.letters["limit"])
     scales = [match.leaves[name] for name in SCALES if name in match.leaves]
@@ -192,9 +191,9 @@ def _insert_moe(gm: fx.GraphModule, root: fx.Node, match: Match, has_router: boo
 
 
 def _erase(gm: fx.GraphModule, match: Match) -> None:
-    """Erase what matched and nobody else reads.
+    """Erase the matched nodes that have no users left.
 
-    Only that: sweeping the graph for dead code would take in-place calls along.
+    Eliminating dead code in the whole graph would erase in-place calls as well.
     """
     for node in sorted(match.nodes.values(), reverse=True):
         if not node.users:
@@ -202,7 +201,7 @@ def _erase(gm: fx.GraphModule, match: Match) -> None:
 
 
 def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> None:
-    """``verify``: the region stays, on the weights that MXFP4 holds, and its result is compared."""
+    """Keep the region, on the weights that MXFP4 holds, and compare its result (``verify``)."""
     graph, inside = root.graph, list(match.nodes.values())
     held: dict[str, fx.Node] = {}
     for name, scales in zip(("gate_up", "down"), SCALES, strict=True):
@@ -230,7 +229,7 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
 
 
 def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]) -> set[str]:
-    """The suspects that a failed match speaks of: of the root's, or of the mismatch's, module."""
+    """Return the suspect layers of a failed match: those of its root and of its mismatch."""
     names = {module_name(root)}
     if mismatch.node is not None:
         names.add(module_name(mismatch.node))
@@ -245,7 +244,7 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None, mode: Mo
         )
         return Miss(layer, reason, source_line(node))
     if mismatch is None:
-        reason = "no weighted sum over the chosen experts, as GPT-OSS has it, was found behind it"
+        reason = "no weighted sum over the chosen experts, as GPT-OSS has one, follows it"
         return Miss(layer, reason, source_line(node))
     at = mismatch.node if mismatch.node is not None else node
     reason = mismatch.reason
@@ -259,7 +258,7 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None, mode: Mo
 
 
 def _of_transformers(graph: fx.Graph) -> list[Miss]:
-    """MXFP4 experts that transformers itself has put into the model; their matmuls are no nodes."""
+    """Report the MXFP4 experts of transformers itself, whose matmuls are not in the graph."""
     reason = (
         "transformers holds its weights in MXFP4 for kernels of its own (Mxfp4GptOssMLP): load the "
         "model with mxfp4_fx.from_pretrained(...) instead"

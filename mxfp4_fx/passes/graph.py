@@ -1,7 +1,8 @@
-"""Reading a Dynamo graph: what a node computes.
+"""Canonical calls: what the nodes of a Dynamo graph compute.
 
-Dynamo hands out torch IR: methods and functions, positional and keyword arguments, defaults left
-out or not. :func:`read_call` removes these differences, so that one pattern serves every spelling.
+Dynamo captures torch IR. One computation may be a method or a function, with positional or keyword
+arguments, with defaults left out or not. :func:`read_call` removes these differences, so that one
+pattern serves every spelling.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.torch_private import OpOverload, OpOverloadPacket, schema_of
+
 Number = (int, float, torch.SymInt, torch.SymFloat)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call, spelled the canonical way: every argument by name, every default filled in.
+    """One call in canonical spelling: every argument by name, every default filled in.
 
-    Scalar arguments are numbers (Python's or symbolic) also where the graph computes them; tensor
-    arguments are nodes. A *view* has the argument ``shape``: the shape that comes out.
+    Tensor arguments are nodes. Scalar arguments are numbers (Python's or symbolic), even where a
+    node computes them. A *view* has the argument ``shape``, the shape of its result.
     """
 
     op: str
@@ -33,7 +37,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Signature:
-    """Argument names in order, ``=default`` where there is one; which of them are dimensions."""
+    """The names of the arguments in order, their defaults, and which of them are dimensions."""
 
     names: tuple[str, ...]
     defaults: dict[str, Any]
@@ -41,13 +45,13 @@ class _Signature:
 
 
 def _signature(like: Callable[..., Any], *dims: str) -> _Signature:
-    """The signature of a function written for it."""
+    """Read a signature from the parameters of ``like``."""
     parameters = inspect.signature(like).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return _Signature(tuple(p.name for p in parameters), defaults, dims)
 
 
-# Arguments that do not change the value are left out of the canonical call (_IGNORED).
+# Arguments that do not change the value (_IGNORED, _IGNORED_OF) are not in the canonical call.
 _SIGNATURES = {
     "add": _signature(lambda input, other, alpha=1: ...),
     "mul": _signature(lambda input, other: ...),
@@ -98,23 +102,23 @@ _FUNCTIONS: dict[Any, str] = {
     torch.nn.functional.softmax: "softmax",
     torch.nn.functional.silu: "silu",
     torch.nn.functional.linear: "linear",
-    torch._C._nn.linear: "linear",
+    torch_private.linear: "linear",
 }
-# Names of torch functions and of Tensor methods that stand for the op of the same name.
+# Ops that have a torch function or a Tensor method of the same name.
 _SAME_NAME = set(_SIGNATURES) - {"getitem", "cast", "grouped_mm", "linear", "floordiv"}
 _FUNCTIONS |= {getattr(torch, n): n for n in _SAME_NAME | _VIEWS if hasattr(torch, n)}
 _METHODS = {n: n for n in _SAME_NAME | _VIEWS} | {"floor_divide": "floordiv", "clip": "clamp"}
 # Which grouped matmuls there are depends on the versions installed.
 _GROUPED_MM = {
-    getattr(torch, "_grouped_mm", None),
+    torch_private.grouped_mm,
     getattr(torch.nn.functional, "grouped_mm", None),
 } - {None}
 _GROUPED_MM_OPS = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
-_OWN = "mxfp4."  # ops of this package, which packed experts call; the names are their own
+_OWN = "mxfp4."  # ops of this package, which packed experts call; their names are canonical
 
 
 def op_name(node: fx.Node) -> str | None:
-    """The canonical name of what a node calls, or None for everything no pattern speaks of."""
+    """Return the canonical name of what a node calls, or None if no pattern uses it."""
     if node.op == "call_method":
         if node.target in _CASTS or node.target == "to":
             return "cast"
@@ -130,7 +134,7 @@ def op_name(node: fx.Node) -> str | None:
 
 
 def read_call(node: fx.Node) -> Call | None:
-    """The canonical call of a node; None where it has none or is spelled in a way not known."""
+    """Return the canonical call of a node, or None if it has none or its spelling is unknown."""
     name = op_name(node)
     if name is None:
         return None
@@ -162,7 +166,7 @@ def read_call(node: fx.Node) -> Call | None:
 
 
 def _normalize(args: dict[str, Any], dims: tuple[str, ...]) -> None:
-    """Non-negative dims; no ``dtype`` that changes nothing."""
+    """Make dims non-negative and drop a ``dtype`` that changes nothing, in place."""
     value = tensor_of(args.get("input"))
     for dim in dims:
         if isinstance(args[dim], list | tuple) and len(args[dim]) == 1:
@@ -174,11 +178,11 @@ def _normalize(args: dict[str, Any], dims: tuple[str, ...]) -> None:
 
 
 def _read_view(node: fx.Node) -> Call | None:
-    """Any rearrangement of the shape that keeps the order of the elements."""
+    """Read any change of shape that keeps the order of the elements."""
     base = node.args[0] if node.args else node.kwargs.get("input")
     before, after = tensor_of(base), tensor_of(node)
     if before is None or after is None or before.dtype != after.dtype:
-        return None  # `x.view(dtype)` reads the bits anew
+        return None  # `x.view(dtype)` reinterprets the bits
     return Call("view", {"input": base, "shape": tuple(after.shape)})
 
 
@@ -198,34 +202,34 @@ def _read_cast(node: fx.Node) -> Call | None:
 def _read_own(node: fx.Node) -> Call | None:
     """An op of this package, by its schema."""
     assert is_op(node.target)
-    args = {a.name: a.default_value for a in overloads(node.target)[0]._schema.arguments}
+    args = {a.name: a.default_value for a in schema_of(overloads(node.target)[0]).arguments}
     args |= dict(zip(args, node.args, strict=False)) | node.kwargs
     args = {k: fx.node.map_arg(v, scalar_or_node) for k, v in args.items()}
     return Call(op_name(node) or "", args)
 
 
 def scalar_or_node(node: fx.Node) -> Any:
-    """The number a node stands for (Python's or symbolic), or the node itself."""
+    """Return the number (Python's or symbolic) that a node computes, or else the node itself."""
     value = node.meta.get("example_value")
     return value if isinstance(value, Number) else node
 
 
 def tensor_of(node: object) -> Tensor | None:
-    """The fake tensor of a node, or None where it has none."""
+    """Return the fake tensor of a node, or None if it has none."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 
 def is_known(number: Any) -> bool:
-    """Whether a graph can be compiled for its value: not for a float of a tensor (``.item()``)."""
+    """Return whether a number is known at compile time; a float of ``.item()`` is not."""
     return not isinstance(number, torch.SymFloat) or number.node.hint is not None
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two numbers are the same for every run of the graph; adds no guard on a size.
+    """Return whether two numbers are equal in every run of the graph, without a guard on a size.
 
-    A symbolic *float* (a module attribute under ``dynamic=True``) is fixed to its value first,
-    which guards it: another value then compiles another graph, as it must.
+    A symbolic *float* (a module attribute under ``dynamic=True``) is fixed to its value first. That
+    adds a guard, so that another value compiles another graph.
     """
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
@@ -235,7 +239,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def equal_or_guard(a: Any, b: Any) -> bool:
-    """:func:`equal`; two sizes that are equal now, but not for every run, become so by a guard."""
+    """Return :func:`equal`; if two sizes are equal now but maybe not in every run, add a guard."""
     if equal(a, b):
         return True
     if not any(isinstance(size, torch.SymInt) for size in (a, b)):
@@ -245,19 +249,19 @@ def equal_or_guard(a: Any, b: Any) -> bool:
 
 
 def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether two shapes are the same for every run of the graph."""
+    """Return whether two shapes are the same in every run of the graph."""
     return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def is_op(target: object) -> TypeGuard[torch._ops.OpOverload | torch._ops.OpOverloadPacket]:
+def is_op(target: object) -> TypeGuard[OpOverload | OpOverloadPacket]:
     """Whether a call's target is an op of torch's dispatcher, so that it has schemas."""
-    return isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    return isinstance(target, OpOverload | OpOverloadPacket)
 
 
 def overloads(
-    target: torch._ops.OpOverload | torch._ops.OpOverloadPacket,
-) -> list[torch._ops.OpOverload]:
+    target: OpOverload | OpOverloadPacket,
+) -> list[OpOverload]:
     """The op itself, or all that a call of the packet may mean."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return [target]
     return [getattr(target, name) for name in target.overloads()]

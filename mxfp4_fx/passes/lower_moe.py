@@ -2,7 +2,7 @@
 
 ``mxfp4::moe`` -> ``routing`` -> ``matmul_ogs`` (SwiGLU) -> ``matmul_ogs`` (gammas, scatter). The
 parameters that only the experts read leave the graph's inputs; in their place come blocks and
-scales, which the backend binds when the graph is called (``weights.py``).
+scales, which are bound when the graph is called (``weights/bindings.py``).
 """
 
 from __future__ import annotations
@@ -14,85 +14,76 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 
-from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops import target
-from mxfp4_fx.passes.context import REWRITE, Binding, Context
+from mxfp4_fx.ops.target import Target
+from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.graph import tensor_of
-
-Sources = tuple[fx.Node, ...]
+from mxfp4_fx.weights.bindings import Binding
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Encoding
 
 _MXFP4 = torch.ops.mxfp4
 
 
 def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
-    """Expand every ``mxfp4::moe`` for its device; record kernels, layout and bytes."""
-    inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    swizzled: dict[Sources, tuple[fx.Node, fx.Node]] = {}
+    """Expand every ``mxfp4::moe`` for its device; report it with kernels, layout and bytes."""
+    slots = {node: at for at, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    swizzled: dict[tuple[fx.Node, ...], tuple[fx.Node, fx.Node]] = {}
     # Not those that the model itself calls: about them nothing is proven.
     for node in [node for node in gm.graph.nodes if REWRITE in node.meta]:
         rewrite = node.meta.pop(REWRITE)
         values = _arguments(node)
-        chosen = target.choose(_fake(node).device, ctx.options.kernels)
+        chosen = ctx.target_for(_fake(node).device)
         found = []
         for name in ("gate_up", "down"):
-            # A weight of floats, or blocks and scales.
-            sources = tuple(
-                v for v in (values[name], values.get(f"{name}_scales")) if v is not None
-            )
-            if sources not in swizzled:
-                indices = tuple(inputs[source] for source in sources)
+            weight, scales = values[name], values.get(f"{name}_scales")
+            held, encoding = ((weight,), FLOATS) if scales is None else ((weight, scales), MXFP4)
+            if held not in swizzled:
+                parts = swizzled[held] = _swizzled_inputs(held, encoding, chosen.layout)
+                at = tuple(slots[one] for one in held)
+                names = parts[0].name, parts[1].name
                 full_name = f"{name}_proj of {rewrite.layer}"
-                swizzled[sources] = _swizzled_inputs(
-                    sources, indices, chosen.layout, full_name, ctx
-                )
-            found.append(swizzled[sources])
+                ctx.bindings.append(Binding(at, encoding, chosen.layout, names, full_name))
+            found.append(swizzled[held])
         gate_up, down = found
         _expand(node, values, gate_up, down, chosen)
-        ctx.report.rewrites[ctx.report.rewrites.index(rewrite)] = dataclasses.replace(
+        lowered = dataclasses.replace(
             rewrite,
             kernels=chosen.kernels,
             layout=chosen.layout,
             reason=chosen.reason,
             bytes_after=sum(_fake(part).numel() for part in (*gate_up, *down)),
         )
+        ctx.report.rewrites.append(lowered)
     for source in {source for sources in swizzled for source in sources}:
         if not source.users:
             gm.graph.erase_node(source)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = (argument.name for argument in node.target._schema.arguments)
+    assert isinstance(node.target, torch_private.OpOverload)
+    names = (argument.name for argument in torch_private.schema_of(node.target).arguments)
     return dict(zip(names, node.args, strict=False))
 
 
 def _swizzled_inputs(
-    sources: Sources, indices: tuple[int, ...], layout: str, name: str, ctx: Context
+    held: tuple[fx.Node, ...], encoding: Encoding, layout: str
 ) -> tuple[fx.Node, fx.Node]:
-    """New graph inputs for the swizzled blocks and scales of one weight, in place of its own."""
-    source = sources[0]
-    weight = _fake(source)
-    if len(sources) == 1:
-        e, k, n = weight.shape
-    else:
-        e, n, k = (*weight.shape[:2], weight.shape[2] * BLOCK)
-    with weight.fake_mode:  # type: ignore[attr-defined]
-        parts = LAYOUTS[layout].empty(e, n, k, weight.device)
+    """New graph inputs for the swizzled blocks and scales of one weight, behind its own."""
+    first = held[0]
+    fakes = tuple(map(_fake, held))
+    with fakes[0].fake_mode:  # type: ignore[attr-defined]
+        parts = LAYOUTS[layout].empty(*encoding.sizes(fakes), fakes[0].device)
     nodes = []
-    after = source
-    for part, (end, value) in enumerate(zip(("blocks", "scales"), parts, strict=True)):
-        with source.graph.inserting_after(after):
-            stem = source.name.rstrip("_").removesuffix("_blocks")
-            node = source.graph.placeholder(f"{stem}_{end}")
+    after = first
+    for end, value in zip(("blocks", "scales"), parts, strict=True):
+        with first.graph.inserting_after(after):
+            stem = first.name.rstrip("_").removesuffix("_blocks")
+            node = first.graph.placeholder(f"{stem}_{end}")
         node.target = node.name  # the argument's name, which two pairs with common blocks share
         node.meta["example_value"] = value
-        # Its address is fixed as the parameter's was, and no guard of Dynamo's speaks of it.
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        node._dynamo_source = None
-        ctx.bindings[node.name] = Binding(indices, layout, part, name)
+        torch_private.note_as_weight(node)
         nodes.append(after := node)
     return nodes[0], nodes[1]
 
@@ -102,7 +93,7 @@ def _expand(
     values: dict[str, Any],
     gate_up: tuple[fx.Node, fx.Node],
     down: tuple[fx.Node, fx.Node],
-    chosen: target.Target,
+    chosen: Target,
 ) -> None:
     graph = node.graph
     kernels = {"kernels": chosen.kernels}
@@ -115,7 +106,7 @@ def _expand(
         # The graph may switch gradients off around the experts. Hooks on saved tensors are for the
         # run (activation checkpointing counts them).
         recorded = torch.set_grad_enabled(_fake(node).requires_grad)
-        unhooked = _disable_saved_tensors_hooks_during_tracing()
+        unhooked = torch_private.without_saved_tensor_hooks()
         with recorded, unhooked, _fake(node).fake_mode:  # type: ignore[attr-defined]
             made.meta["example_value"] = function(*fakes[0], **fakes[1])
         return made

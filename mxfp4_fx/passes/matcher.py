@@ -3,8 +3,8 @@
 A pattern is written as the computation itself: operators and functions on :class:`Expr` build a
 directed acyclic graph of :class:`Op` over named tensors (:class:`Leaf`) and named numbers
 (:class:`Letter`). Matching goes backwards from the pattern's result and proves, node by node, that
-the graph computes the same expression. Numbers are collected on the way and compared at the end,
-when the letters are known: exactly, and symbolically where a size is dynamic.
+the graph computes the same expression. It collects numbers on the way and compares them at the end,
+when the letters are known. The comparison is exact, and symbolic where a size is dynamic.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Expr:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Leaf(Expr):
-    """A tensor that the pattern takes in; binds to any node."""
+    """An input tensor of the pattern; it binds to any node."""
 
     name: str
 
@@ -58,7 +58,7 @@ class Leaf(Expr):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op(Expr):
-    """A canonical call (``graph.Call``) on expressions."""
+    """A canonical call (``graph.Call``) with expressions as arguments."""
 
     op: str
     args: dict[str, Any]
@@ -96,7 +96,10 @@ class Scalar:
 
 
 class Letter(Scalar):
-    """A named number: bound by a leaf's shape, or by the first place where it stands alone."""
+    """A named number.
+
+    A leaf's shape binds it, or else the first argument that is this letter alone.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name, lambda env: env[name])
@@ -111,7 +114,7 @@ class Letter(Scalar):
 
 
 class Multiple(Scalar):
-    """A letter times a number; where nothing else says what the letter is, it does."""
+    """A letter times a number. It binds the letter if nothing else has bound it before."""
 
     def __init__(self, letter: Letter, factor: int, product: Scalar) -> None:
         super().__init__(product.text, product.value)
@@ -123,12 +126,12 @@ class Multiple(Scalar):
 
 
 class Mismatch(Exception):
-    """Where a graph stops being the pattern.
+    """The graph differs from the pattern.
 
     Attributes:
-        reason: what was expected and what is there.
-        node: the place in the graph, if there is one.
-        matched: how many calls agreed before; the attempt that got farthest explains best.
+        reason: what the pattern expects, and what the graph has.
+        node: the node that differs, if there is one.
+        matched: how many calls agreed before. The attempt with the most explains a miss best.
     """
 
     def __init__(self, reason: str, node: fx.Node | None, matched: int) -> None:
@@ -139,10 +142,10 @@ class Mismatch(Exception):
 
 
 class Match:
-    """A partial proof; grows with every :meth:`expect`.
+    """A partial proof, which grows with every :meth:`expect`.
 
     Attributes:
-        nodes: the graph node that each op of the pattern stands for.
+        nodes: op of the pattern -> the graph node that computes it.
         leaves: leaf name -> graph node.
         letters: letter name -> number, once :meth:`solve` has run.
     """
@@ -158,7 +161,7 @@ class Match:
         """Prove that graph value ``value`` computes ``expr``.
 
         Raises:
-            Mismatch: it does not, or not provably.
+            Mismatch: the proof fails.
         """
         if not isinstance(value, fx.Node):
             raise self._mismatch(f"expected {_brief(expr)}, found {value!r}", user)
@@ -223,11 +226,11 @@ class Match:
         """Bind the letters and prove every number and every leaf's shape.
 
         Args:
-            shapes: leaf name -> its shape in letters. A letter is bound by the first leaf that has
-                it, alone or as a multiple, in its shape.
+            shapes: leaf name -> its shape in letters. The first leaf with a letter in its shape,
+                alone or as a multiple, binds the letter.
 
         Raises:
-            Mismatch: some number is not what the pattern says.
+            Mismatch: a number or a shape differs from the pattern's.
         """
         env = self.letters
         for name, shape in shapes.items():
@@ -247,7 +250,7 @@ class Match:
             value = tensor_of(self.leaves[name])
             assert value is not None
             wanted = [_number(scalar, env) for scalar in shape]
-            # Sizes of separate inputs may be symbols of their own: a guard makes them one.
+            # Equal sizes of two inputs may be different symbols: a guard makes them equal.
             if not all(map(equal_or_guard, value.shape, wanted)):
                 letters = ", ".join(map(str, shape))
                 raise self._mismatch(
@@ -274,7 +277,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _brief(value: Any) -> str:
-    """A pattern value in few characters: the arguments of nested ops are left out."""
+    """Format a pattern value without the arguments of nested ops."""
     if isinstance(value, Op):
         return f"{value.op}(..)"
     if isinstance(value, tuple):
@@ -286,7 +289,7 @@ def _brief(value: Any) -> str:
 
 
 def _describe(node: fx.Node) -> str:
-    """A graph node the way patterns are printed."""
+    """Format a graph node like a pattern."""
     if node.op in ("placeholder", "get_attr"):
         return f"the input {node}"
     call = read_call(node)

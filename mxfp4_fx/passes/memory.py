@@ -1,4 +1,4 @@
-"""What aliases what in a graph, and who writes to it."""
+"""Aliases in a graph, and the calls that may write to their memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.torch_private import FakeTensor, is_wrapper
 from mxfp4_fx.passes.effects import Effect, effect
 
 
 def tensors_in(node: fx.Node) -> Iterator[Tensor]:
-    """The fake tensors that a node yields: one, or those of a tuple."""
+    """Yield the fake tensors of a node's result: one, or those of a tuple."""
     value = node.meta.get("example_value")
     for leaf in value if isinstance(value, list | tuple) else (value,):
         if isinstance(leaf, Tensor):
@@ -22,42 +22,43 @@ def tensors_in(node: fx.Node) -> Iterator[Tensor]:
 
 
 def storages(node: fx.Node) -> set[object]:
-    """Keys of the memory behind a node; nodes that may alias share one, or have :data:`UNKNOWN`.
+    """Return the keys of a node's memory. Nodes that may alias share a key or have UNKNOWN.
 
     Dynamo propagates fake tensors, and a view's fake tensor shares its base's storage.
     """
     return {_storage(t) for t in tensors_in(node) if t.layout is torch.strided}
 
 
-# The keys of memory that cannot be told: of values inside function transforms such as vmap, and of
-# values that get other memory in the graph.
+# The keys of memory that cannot be identified. UNKNOWN: the value is inside a function transform
+# such as vmap. ANY: the graph gives the value other memory.
 UNKNOWN, ANY = "unknown", "any"
 
 
 def _storage(value: Tensor) -> object:
     if is_transformed(value):
         return UNKNOWN
-    return value.untyped_storage()._cdata
+    return torch_private.storage_key(value)
 
 
 def is_transformed(value: Tensor) -> bool:
     """Whether a value is inside a function transform (``torch.func``: vmap, grad)."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+    return bool(torch_private.is_transformed(value))
 
 
 class Memory:
-    """Who shares memory with whom in a graph, and who may write to it.
+    """The memory of each value in a graph, and the calls that may write to it.
 
-    Dynamo notes one fake tensor a value, in the state that it has when the graph ends. What was
-    described anew in place (``t_``) had another shape before, or other memory (``set_``).
+    Dynamo records one fake tensor for each value, in the state at the end of the graph. A value
+    that a call reshapes in place (``t_``) had another shape before, and one that a call repoints
+    (``set_``) had other memory.
 
     Attributes:
-        writes: each call that may write, in order, with the keys of the memory that it is given.
+        writes: each call that may write, in order, with the keys of its arguments' memory.
     """
 
     def __init__(self, graph: fx.Graph, inputs: list[Any]) -> None:
-        # Inputs have fake storages of their own even where the real memory is one (a parameter and
-        # a view of it, or an array of numpy's): the real memory is a second key.
+        # Two inputs have different fake storages even if they share real memory, as a parameter and
+        # a view of it do, or two tensors of one numpy array. So the real memory is a second key.
         self._shared: dict[object, object] = {}
         areas = _areas([value for value in inputs if _has_memory(value)])
         for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
@@ -74,24 +75,25 @@ class Memory:
 
     def _given(self, node: fx.Node, what: Effect) -> set[object]:
         given = {key for argument in node.all_input_nodes for key in self.of(argument)}
-        # A transform's calls are many and nearly all read: only sure writes are suspected of all.
+        # A transform has many calls, and nearly all only read. So UNKNOWN memory counts as written
+        # only if the call certainly writes.
         return given if what & Effect.WRITES else given - {UNKNOWN}
 
     def of(self, node: fx.Node) -> set[object]:
-        """Keys of the memory behind a node."""
+        """Return the keys of a node's memory."""
         if any(id(value) in self._repointed for value in tensors_in(node)):
             return {ANY}
         keys = storages(node)
         return keys | {self._shared[key] for key in keys if key in self._shared}
 
     def reshaper(self, node: fx.Node) -> fx.Node | None:
-        """The call that describes a value anew, in place, if there is one."""
+        """Return the call that reshapes a node's value in place, if there is one."""
         found = (self._reshaped.get(id(value)) for value in tensors_in(node))
         return next((call for call in found if call is not None), None)
 
 
 def _touched(effects: dict[fx.Node, Effect], what: Effect) -> dict[int, fx.Node]:
-    """id of a fake tensor -> the last call that may do ``what`` to it."""
+    """Map the id of a fake tensor to the last call that may do ``what`` to it."""
     return {
         id(value): node
         for node, found in effects.items()
@@ -102,7 +104,7 @@ def _touched(effects: dict[fx.Node, Effect], what: Effect) -> dict[int, fx.Node]
 
 
 def may_share(a: set[object], b: set[object]) -> bool:
-    """Whether memory of the keys ``a`` may be memory of the keys ``b``."""
+    """Return whether memory with the keys ``a`` may overlap memory with the keys ``b``."""
     unknown = {ANY, UNKNOWN}
     return not (a.isdisjoint(b) and unknown.isdisjoint(a) and unknown.isdisjoint(b))
 
@@ -110,11 +112,11 @@ def may_share(a: set[object], b: set[object]) -> bool:
 def _has_memory(value: object) -> bool:
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
         return False
-    return value.layout is torch.strided and not is_traceable_wrapper_subclass(value)
+    return value.layout is torch.strided and not is_wrapper(value)
 
 
 def _areas(values: list[Tensor]) -> dict[int, int]:
-    """id of a tensor -> number of the piece of memory that it is in; what overlaps is one piece."""
+    """Map the id of a tensor to the number of its area; storages that overlap are one area."""
     spans = sorted(
         (value.device.type, value.device.index or 0, s.data_ptr(), s.data_ptr() + s.nbytes(), at)
         for at, value in enumerate(values)

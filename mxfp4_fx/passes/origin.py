@@ -1,4 +1,4 @@
-"""Whence a node of a Dynamo graph came: the module and the line of code that made it."""
+"""The origin of a node in a Dynamo graph: the module and the line of code that made it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 # A step of a path to a module: .name, [0] or ['name'].
 _STEP = re.compile(r"""\.([^.\[]+)|\[(\d+)\]|\[(?:'([^']*)'|"([^"]*)")\]""")
-# Steps through Python's ways of holding a module, which ``named_modules`` does not have.
+# Steps through attributes of Python and torch, which the names of ``named_modules`` do not have.
 _NO_NAMES = {
     *("__dict__", "_modules", "_orig_mod"),
     *("forward", "__call__", "__self__", "__func__", "__closure__", "cell_contents"),
@@ -22,16 +22,17 @@ _NO_NAMES = {
 
 
 def module_name(node: fx.Node) -> str:
-    """The qualified name of the module whose forward made a node, as ``named_modules`` has it.
+    """Return the qualified name of the module whose forward made a node, as in ``named_modules``.
 
-    It begins at the module that is compiled; or, where a function is, at the name by which the
-    function finds the module.
+    The name is relative to the compiled module. If a function is compiled, the name begins with the
+    variable through which the function uses the module.
     """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return "(top level)"
-    # Dynamo writes L['self'].model.layers[0].mlp, L['self'].__dict__['_modules']['model'], and
-    # G['model'] or L['run'].__closure__[0].cell_contents outside of modules.
+    # In a module Dynamo's path is like L['self'].model.layers[0].mlp or
+    # L['self'].__dict__['_modules']['model'], in a function like G['model'] or
+    # L['run'].__closure__[0].cell_contents.
     path = str(list(stack.values())[-1][0])
     steps = ["".join(step.groups("")) for step in _STEP.finditer(path)]
     names = [
@@ -43,12 +44,12 @@ def module_name(node: fx.Node) -> str:
 
 
 def comes_from(node: fx.Node, file: str) -> bool:
-    """Whether code in ``file``, the end of a path, made a node."""
+    """Return whether code in a file made a node; ``file`` is the end of the file's path."""
     return f'{file}", line' in (node.meta.get("stack_trace") or "").replace("\\", "/")
 
 
 def source_line(node: fx.Node) -> str:
-    """The line of model code, not torch's, that made a node: ``file:line: code``, or ""."""
+    """Return the line of code outside torch that made a node, as ``file:line: code``, or ""."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
     for at in range(len(lines) - 1, -1, -1):
         found = re.match(r'\s*File "(.*?)", line (\d+)', lines[at])

@@ -1,8 +1,8 @@
-"""The forms in which GPT-OSS experts come, written as the computation that they are.
+"""The forms of GPT-OSS experts, each written as the computation that it is.
 
 To add one: write a function from the leaves to the experts' result in the vocabulary below and
-append it to :data:`FORMS`. Its test is a captured model in ``tests/test_forms.py`` and a near miss
-for each of its constants in ``tests/test_near_misses.py``.
+append it to :data:`FORMS`. Its tests are a captured model in ``tests/test_forms.py`` and a near
+miss for each of its constants in ``tests/test_near_misses.py``.
 
 Shape letters: T tokens, E experts, A experts per token, H hidden, I intermediate.
 """
@@ -30,7 +30,7 @@ GATE_UP_SCALES, DOWN_SCALES = Leaf("gate_up_scales"), Leaf("down_scales")
 
 Shapes = dict[str, tuple[Scalar | int, ...]]
 
-# Weights first: their sizes are fixed, an input's may be symbolic where it is known to be the same.
+# Weights come first and bind the letters: their sizes are fixed, an input's may be symbolic.
 EXPERT_SHAPES: Shapes = {
     "down": (E, I, H),
     "down_bias": (E, H),
@@ -55,17 +55,17 @@ ROUTER_SHAPES: Shapes = {"router_logits": (T, E)}
 
 
 class Sentinels(enum.Enum):
-    """What is done about ids from E on, which mark routes to experts that are held elsewhere.
+    """The treatment of sentinels: ids from E on, which mark routes to experts held elsewhere.
 
-    transformers guards against them always (5.8 to 5.18) or under expert parallelism only. Ids that
-    come from the router's top-k are never sentinels.
+    transformers 5.8 to 5.18 always guards against them, later versions under expert parallelism
+    only. Ids from the router's top-k are never sentinels.
     """
 
     NONE = "nothing"
     ROWS = "input rows and the results of both projections are zeroed"
     RESULT = "input rows and weighted results are zeroed"
     SCORES = "ids are clamped, their scores zeroed"
-    CLAMP = "ids are clamped, and their scores are believed to be zero"
+    CLAMP = "ids are clamped, and their scores are assumed to be zero"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Form:
     """A way to write the experts.
 
     Attributes:
-        name: in reports.
+        name: the name in reports.
         result: the experts' result as an expression.
-        below, above: what it makes of ids below 0, and from E on, in the words of ``expert_ids`` in
-            ``ops/reference.py``; the router chooses none of these.
-        needs_router: right only for ids that the router has chosen.
-        shapes: of the leaves.
+        below, above: the form's treatment of ids below 0 and of ids from E on, as ``expert_ids`` in
+            ``ops/reference.py`` defines it. The router chooses no such ids.
+        needs_router: whether the form is correct only for ids that the router has chosen.
+        shapes: the shapes of the leaves.
     """
 
     name: str
@@ -90,9 +90,9 @@ class Form:
 
 
 def grouped_mm(histogram_dtype: torch.dtype, sentinels: Sentinels) -> Op:
-    """transformers 5's default: rows sorted by expert, one grouped matmul a projection.
+    """Build transformers 5's default: rows sorted by expert, one grouped matmul for a projection.
 
-    The histogram is taken of floats on a CPU and of int32 elsewhere.
+    transformers takes the histogram of float32 ids on a CPU and of int32 ids elsewhere.
     """
     by_expert = sort(view(INDICES, T * A))
     ids, order = by_expert[0], by_expert[1]
@@ -119,7 +119,7 @@ def grouped_mm(histogram_dtype: torch.dtype, sentinels: Sentinels) -> Op:
 
 
 def batched_mm(sentinels: Sentinels) -> Op:
-    """transformers 5's other form: each route gathers its own expert's weights."""
+    """Build transformers 5's other form, in which each route gathers its own expert's weights."""
     ids, scores = view(INDICES, T * A), view(SCORES, T * A)
     if sentinels is Sentinels.SCORES:
         scores = zeroed(scores, at_least(ids, E))
@@ -132,9 +132,9 @@ def batched_mm(sentinels: Sentinels) -> Op:
 
 
 def packed() -> Op:
-    """Experts that hold a checkpoint's bytes (``packed.py``), in this package's own ops.
+    """Build experts that hold a checkpoint's bytes (``packed.py``), in this package's own ops.
 
-    ``gate_up`` and ``down`` are blocks. Ids from E on are skipped, as everywhere.
+    ``gate_up`` and ``down`` are blocks. The routing op skips ids from E on, as always.
     """
     args = {"indices": INDICES, "weights": SCORES, "num_experts": E, "first_expert": 0}
     routes = Op("mxfp4.routing.routes", {**args, "kernels": "reference"})
@@ -146,20 +146,20 @@ def packed() -> Op:
 
 
 def swiglu(gate_up: Expr) -> Expr:
-    """Gate in the even columns, clamped above; up in the odd ones, clamped on both sides."""
+    """Build SwiGLU: gate in the even columns, clamped above; up in the odd, clamped both ways."""
     gate = clamp(gate_up[..., slice(None, None, 2)], low=None, high=LIMIT)
     up = clamp(gate_up[..., slice(1, None, 2)], low=-LIMIT, high=LIMIT)
     return (up + 1) * (gate * sigmoid(gate * ALPHA))
 
 
 def sum_over_choices(weighted: Expr) -> Op:
-    """[T*A, H] -> [T, H]."""
+    """Sum the rows of each token: [T*A, H] -> [T, H]."""
     args = {"input": view(weighted, T, A, H), "dim": 1, "keepdim": False, "dtype": None}
     return Op("sum", args)
 
 
 def router() -> tuple[Op, Op]:
-    """GPT-OSS's router from its logits on: (scores, indices), softmax over the chosen ones."""
+    """Build GPT-OSS's router from its logits on: (scores, indices), softmax over the top-k."""
     top = Op("topk", {"input": LOGITS, "k": A, "dim": 1, "largest": True, "sorted": True})
     return Op("softmax", {"input": top[0], "dim": 1, "dtype": None}), _as_op(top[1])
 
@@ -169,7 +169,7 @@ def _as_op(expr: Expr) -> Op:
     return expr
 
 
-# Where transformers has MXFP4 experts of its own: other kernels, and weights in their order.
+# The file of transformers with its own MXFP4 experts, which have other kernels and weight layouts.
 FOREIGN_EXPERTS = "transformers/integrations/mxfp4.py"
 
 
@@ -184,7 +184,8 @@ def matmul_ogs(
     defaults: dict[str, Any] = {"gather_index": None, "scatter_index": None, "gammas": None}
     defaults |= {"experts_per_token": 1, "activation": "none"}
     defaults |= {"layout": "row_major", "kernels": "reference"}
-    # Last, for an attempt that goes far before it fails is the one that explains a miss.
+    # x comes last: the attempt that matches most before it fails explains a miss, so the op's own
+    # arguments are matched before the calls that compute x.
     return Op("mxfp4.matmul_ogs", {**args, **defaults, **changes, "x": x})
 
 
@@ -214,7 +215,7 @@ def grouped(x: Expr, weight: Expr, offsets: Expr) -> Expr:
 
 
 def routed(x: Expr, k: Scalar, weights: Expr, n: Scalar) -> Expr:
-    """[R, K] and [R, K, N] -> [R, N], a matrix a row."""
+    """Multiply each row by a matrix of its own: [R, K] and [R, K, N] -> [R, N]."""
     return view(Op("bmm", {"input": view(x, T * A, 1, k), "mat2": weights}), T * A, n)
 
 
@@ -253,7 +254,8 @@ def index_put(x: Expr, index: Expr, values: Expr) -> Expr:
 
 FORMS = (
     *(
-        # Rows of negative ids come first and are in no offset: all others get the wrong experts.
+        # Rows of negative ids sort first but are not in the offsets, so all others would get the
+        # wrong experts.
         Form("grouped_mm", grouped_mm(histogram_dtype, sentinels), below="error", above=above)
         for sentinels, above in (
             (Sentinels.NONE, "error"),

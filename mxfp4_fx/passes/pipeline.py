@@ -1,4 +1,4 @@
-"""The pipeline: which passes run on a captured graph, in which order, and why in that order."""
+"""The pipeline: the passes that run on a captured graph, their order, and the reason for it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
-from torch._logging import trace_structured
 
+from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.errors import PipelineError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
@@ -21,12 +21,12 @@ log = logging.getLogger("mxfp4_fx.passes")
 
 
 def check(gm: fx.GraphModule, ctx: Context) -> None:
-    """Last pass: nothing logical is left, and every swizzled input is bound and read."""
+    """Last pass: check that no logical op is left and that every swizzled input is read."""
     for node in gm.graph.nodes:
         if REWRITE in node.meta:
             raise PipelineError(f"{node} was not lowered")
     placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
-    for name in ctx.bindings:
+    for name in (name for binding in ctx.bindings for name in binding.inputs):
         if name not in placeholders or not placeholders[name].users:
             raise PipelineError(f"the swizzled weight {name} is not read")
     for rewrite in ctx.report.rewrites:
@@ -39,7 +39,7 @@ PIPELINE: tuple[Pass, ...] = (
     canonicalize,  # equal computations look alike ...
     fuse_moe,  # ... so that one pattern finds them; proves and replaces, knows no device
     lower_moe,  # knows the device, proves nothing
-    check,  # trusts nobody
+    check,  # relies on no other pass
 )
 
 
@@ -54,13 +54,14 @@ def run_pipeline(
     """Run all passes on a copy of a captured graph.
 
     Args:
-        gm: the graph as Dynamo hands it out; it stays as it is.
+        gm: the graph that Dynamo captured; it does not change.
         inputs: its example inputs, the model's own parameters among them.
-        options: the user's.
+        options: the user's options.
         left, verifying: see :class:`Context`.
 
     Returns:
-        The rewritten graph, or ``gm`` itself where nothing was rewritten, and what happened.
+        The rewritten graph, or ``gm`` itself if the passes rewrote nothing; and the context, which
+        holds the report.
     """
     ctx = Context(options, inputs, left or {}, verifying)
     rewritten = copy_graph(gm)
@@ -82,20 +83,14 @@ def run_pass(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with a graph of its own and the same submodules; keeps what Dynamo noted on it."""
-    graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
+    graph = torch_private.empty_graph_like(gm.graph)
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
     old_output, output = (g.output_node() for g in (gm.graph, graph))
     output.meta = dict(old_output.meta)
-    for old, new in copies.items():
-        new.meta.pop("grapharg", None)  # refers weakly to a tensor, which may not be swapped then
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks"):
-        if hasattr(gm, name):
-            setattr(copy, name, getattr(gm, name))
+    torch_private.copy_notes(gm, copy, copies)
     return copy
 
 
@@ -116,7 +111,7 @@ def _difference(before: collections.Counter[str], after: collections.Counter[str
 
 
 def _trace(name: str, gm: fx.GraphModule) -> None:
-    trace_structured(
+    torch_private.trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"mxfp4_fx_{name}", "encoding": "string"},
         payload_fn=lambda: gm.print_readable(print_output=False),

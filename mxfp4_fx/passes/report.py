@@ -1,4 +1,4 @@
-"""What the passes found in one graph: rewrites, and misses with their reasons. Plain data."""
+"""The report on one graph: rewrites, and misses with their reasons. Plain data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Rewrite:
         experts, top_k, hidden, intermediate: E, A, H, I.
         alpha, limit: SwiGLU's constants, read from the graph.
         kernels, layout, reason: the ``target.Target`` that it was lowered to.
-        bytes_before, bytes_after: bytes of the two expert weights, as the model holds them and
-            as swizzled MXFP4 (biases, which stay, not counted).
-        inputs: which of the captured graph's inputs are its weights.
+        bytes_before, bytes_after: bytes of the two expert weights without their biases, as the
+            model holds them and as swizzled MXFP4.
+        inputs: the captured graph's inputs that are its weights, as indices.
     """
 
     layer: str
@@ -38,14 +38,14 @@ class Rewrite:
 
 @dataclasses.dataclass(frozen=True)
 class Miss:
-    """Something that looked like experts and stays as it was.
+    """A layer that looks like experts and stays as it was.
 
     Attributes:
         layer: the module's name.
         reason: why, in words.
         where: the line of model code that differs, as ``file:line: code``, or "".
-        skipped: the user asked for it (``options["skip"]``), so it is no fault.
-        inputs: which of the captured graph's inputs are its weights, as far as that is known.
+        skipped: the user excluded the layer (``options["skip"]``): no warning and no error.
+        inputs: the captured graph's inputs that are its weights, as indices, as far as known.
     """
 
     layer: str
@@ -61,7 +61,7 @@ class Miss:
 
 @dataclasses.dataclass
 class GraphReport:
-    """All that happened in one graph, in the order of the graph."""
+    """All rewrites and misses of one graph, in the order of the graph."""
 
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     misses: list[Miss] = dataclasses.field(default_factory=list)

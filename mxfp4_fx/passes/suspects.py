@@ -1,4 +1,4 @@
-"""What looks like experts, before anything is matched: none of it may be missed in silence."""
+"""Suspects: the calls that look like experts before matching. Each is rewritten or reported."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Inputs = frozenset[int]
 def find_suspects(
     gm: fx.GraphModule, ctx: Context
 ) -> tuple[dict[fx.Node, str], dict[str, tuple[int, ...]], list[Miss]]:
-    """Every matmul with a parameter of stacked matrices, and every grouped one.
+    """Find every matmul with a parameter of stacked matrices, and every grouped matmul.
 
     Returns:
-        Those of the graph itself, with their modules' names; for each module, which of the graph's
-        inputs its matmuls read; and, as misses, the modules that have some inside of higher-order
-        ops, which the passes do not enter.
+        The suspects of the graph itself -> their modules' names; a module's name -> the graph's
+        inputs that its suspects read; and a miss for each module that has suspects in the subgraphs
+        of higher-order ops, which the passes do not enter.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
     parameters: list[tuple[fx.Node, Inputs]] = [
@@ -36,9 +36,9 @@ def find_suspects(
         for at, (node, value) in enumerate(zip(placeholders, ctx.inputs, strict=True))
         if is_parameter(node, value)
     ]
-    # Where Dynamo is told not to lift parameters they are attributes.
+    # Parameters are attributes of the graph if an option of Dynamo keeps it from lifting them.
     parameters += [(node, Inputs()) for node in gm.graph.find_nodes(op="get_attr")]
-    # A value is one fake tensor, in the graph and in the subgraphs that it is handed to.
+    # A value is the same fake tensor in the graph and in the subgraphs that take it as an input.
     weights = {id(v): at for node, at in parameters for v in tensors_in(node) if _is_stack(v)}
     reason = (
         "it is inside a subgraph (activation checkpointing or a nested compile region), "
@@ -63,17 +63,17 @@ def _is_stack(value: Tensor) -> bool:
 
 
 def _multiplied(graph: fx.Graph, weights: dict[int, Inputs]) -> dict[fx.Node, tuple[str, Inputs]]:
-    """The matmuls that read one of ``weights``, or a part or a copy of one.
+    """Find the matmuls that read one of ``weights``, or a part or a copy of one, and grouped ones.
 
-    What is handed on joins ``weights``: the result of any call that reads a weight and no other
-    number (``weight[expert_ids]``, ``weight.to_local()``, a collective).
+    The result of a call joins ``weights`` if a weight is the only tensor of numbers that the call
+    reads: ``weight[expert_ids]``, ``weight.to_local()``, a collective.
 
     Args:
         graph: the graph, or a subgraph.
         weights: id of a fake tensor -> the graph's inputs that it comes from.
 
     Returns:
-        Each with the name of its module, and the graph's inputs that its weights come from.
+        Matmul -> the name of its module, and the graph's inputs that its weights come from.
     """
     found: dict[fx.Node, tuple[str, Inputs]] = {}
     for node in graph.nodes:

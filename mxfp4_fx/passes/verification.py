@@ -1,9 +1,9 @@
-"""``verify=True``: on the first call, a rewritten region runs beside the original one.
+"""``verify=True``: on the first call, each rewritten region runs beside the original one.
 
-The original gets the weights that MXFP4 holds, so that the two differ by rounding alone, and
-rounding has a bound. It is derived here element by element (running error analysis, in float64) for
-both: the float32 sums of each matmul, each value that the original rounds to the activations'
-dtype, and how far an error before SwiGLU reaches.
+The original gets the weights that MXFP4 holds, so the two results differ by rounding alone. This
+module derives a bound for the rounding of both, for each element, by a running error analysis in
+float64. The bound covers the float32 sums of each matmul, each value that the original rounds to
+the activations' dtype, and the effect of errors before SwiGLU on its result.
 
 Shape letters as in ``ops/reference.py``; u is the unit roundoff of the activations' dtype.
 """
@@ -28,7 +28,7 @@ _SWIGLU_ROUNDINGS = 5
 
 
 def requantize(weight: Tensor) -> Tensor:
-    """The values [E, K, N] that MXFP4 holds of a weight; one expert at a time."""
+    """Return the values [E, K, N] that MXFP4 holds of a weight; one expert at a time."""
     held = torch.empty_like(weight)
     for expert in range(weight.shape[0]):
         dequantize(*quantize(weight.detach()[expert].T), weight.dtype, out=held[expert].T)
@@ -36,7 +36,7 @@ def requantize(weight: Tensor) -> Tensor:
 
 
 def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
-    """The values [E, K, N] float32 of a packed weight, [E, N, K/32, 16] and [E, N, K/32]."""
+    """Return the values, float32 [E, K, N], of a packed weight [E, N, K/32, 16], [E, N, K/32]."""
     return dequantize(blocks, scales, torch.float32).transpose(1, 2)
 
 
@@ -60,11 +60,11 @@ def compare(
     Args:
         layer: the region's name, for the error.
         original, rewritten: the two results.
-        routes: what ``reference.routing`` gives for the region.
-        hidden, gate_up, ..., limit: the region's inputs; weights requantized.
+        routes: the result of ``reference.routing`` for the region.
+        hidden, gate_up, ..., limit: the region's inputs; the weights are requantized.
 
     Raises:
-        VerificationError: they are further apart than both roundings allow.
+        VerificationError: the results differ by more than the bound.
     """
     gammas, gather_index, scatter_index, offsets = routes
     u = torch.finfo(hidden.dtype).eps / 2
@@ -79,26 +79,27 @@ def compare(
     x = hidden[gather_index].double()
     h, i = x.shape[1], down.shape[1]
     pre, size = linear(x, gate_up, gate_up_bias), magnitude(x, gate_up, gate_up_bias)
-    # float32 sums in both; the original rounds the sum, and again with the bias added
+    # Both sum in float32. The original rounds the sum, and again after it adds the bias.
     pre_error = 2 * _sum_error(h + 1) * size + 2 * u * size
     act, act_error = _swiglu_with_error(pre, pre_error, alpha, limit, u)
-    # the original's chain in the activations' dtype; the rewritten one rounds its result once
+    # The original rounds each step of SwiGLU to the activations' dtype, the rewritten one only the
+    # result.
     act_error = act_error + (_SWIGLU_ROUNDINGS + 1) * (u + _U32) * act.abs() + tiny
 
     zero = torch.zeros_like(down_bias)
     row = linear(act, down, down_bias)
     size = magnitude(act, down, down_bias)
     row_error = magnitude(act_error, down, zero) + 2 * _sum_error(i + 1) * size + 2 * u * size
-    # the original rounds the softmax's result and the product with it
+    # The original rounds the result of the softmax, and the product with it.
     factor = gammas.double()[:, None].abs()
     error = factor * row_error + 3 * (u + 8 * _U32) * factor * (row.abs() + row_error)
-    # both round the sum over a token's rows
+    # Both round the sum over a token's rows.
     total = reference.combine(factor * row.abs(), scatter_index, top_k)
     bound = reference.combine(error, scatter_index, top_k)
     bound = bound + 2 * (u + _sum_error(top_k)) * (total + bound) + tiny
 
     difference = (original.double() - rewritten.double()).abs()
-    # Where the original overflows or is NaN it is no measure.
+    # An element that is NaN or infinite in the original cannot be compared.
     wrong = original.isfinite() & ~(difference <= bound)
     if wrong.any():
         worst = (difference / bound).nan_to_num(float("inf")).argmax()
@@ -112,19 +113,19 @@ def compare(
 
 
 def _sum_error(n: int) -> float:
-    """The relative error of a float32 sum of n products, in any order: gamma_n."""
+    """Return gamma_n: the bound of a float32 sum's relative error, n products in any order."""
     return n * _U32 / (1 - n * _U32)
 
 
 def _swiglu_with_error(
     pre: Tensor, error: Tensor, alpha: float, limit: float, u: float
 ) -> tuple[Tensor, Tensor]:
-    """SwiGLU and how far an error before it reaches; clamping shrinks errors, never grows them."""
+    """Return SwiGLU and its error from an error of its input. Clamping never enlarges an error."""
     gate = pre[..., 0::2].clamp(max=limit)
     up = pre[..., 1::2].clamp(-limit, limit)
     swish = gate * torch.sigmoid(alpha * gate)
     gate_error, up_error = error[..., 0::2], error[..., 1::2]
-    # the second term: alpha*gate itself is rounded
+    # The second term is for the rounding of alpha*gate.
     gate_error = gate_error * _SWISH_SLOPE + u * _SWISH_CURVE / (abs(alpha) or 1.0)
     reach = (up + 1).abs() * gate_error + (swish.abs() + gate_error) * up_error
     return swish * (up + 1), reach
@@ -133,7 +134,7 @@ def _swiglu_with_error(
 def _grouped(
     rows: Tensor, weight: Callable[[int], Tensor], bias: Tensor, offsets: Tensor
 ) -> Tensor:
-    """``rows @ weight(e)^T + bias[e]`` in float64."""
+    """Compute ``rows @ weight(e)^T + bias[e]`` in float64, each row with its expert e."""
     y = rows.new_zeros((rows.shape[0], bias.shape[1]))
     bounds = offsets.tolist()
     for expert in range(bias.shape[0]):

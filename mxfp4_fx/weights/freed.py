@@ -12,15 +12,15 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core.errors import FreedWeightError
+from mxfp4_fx.weights.deferred import KNOWN, DeferredTensor, name_of
 
 _REMEDY = (
     "its memory was given back when it was compiled with options={'free_weights': True}, and its "
@@ -29,17 +29,10 @@ _REMEDY = (
     "their memory again with mxfp4_fx.restore(model), or compile without free_weights"
 )
 _MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, which is no matter
-# What is known without values; of the attributes, all but those that show or change them.
-_VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
-_KNOWN = {
-    *("__get__", "__set__", "__len__", "size", "stride", "dim", "ndimension", "numel", "nelement"),
-    *("element_size", "storage_offset", "is_contiguous", "is_floating_point", "is_complex"),
-    *("untyped_storage", "get_device", "is_inference"),
-}
 # What may be asked of a freed parameter besides, or done to it.
 _ALLOWED = {
     *("data_ptr", "requires_grad_", "empty_like", "_has_compatible_shallow_copy_type"),
-    *_KNOWN,
+    *KNOWN,
 }
 # What makes another tensor of it, of another device or dtype, unless there is nothing to do ...
 _CONVERSIONS = {
@@ -64,12 +57,10 @@ class FreedParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name, kwargs = _name_of(func), kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        name, kwargs = name_of(func), kwargs or {}
+        with torch_private.as_plain_tensors():
             # What another compiler makes of a tensor reads its memory without asking.
-            if name in _ALLOWED or (
-                torch.compiler.is_compiling() and torch_private.compiling_for()
-            ):
+            if name in _ALLOWED or (torch.compiler.is_compiling() and compilation.compiling_for()):
                 return func(*args, **kwargs)
         freed = next(a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
         if args and args[0] is freed and not torch.compiler.is_compiling():
@@ -84,7 +75,7 @@ class FreedParameter(nn.Parameter):
         return _refuse(freed, name)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # as it is called, so it is
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_private.as_plain_tensors():
             shape, dtype, device = tuple(self.shape), self.dtype, self.device
         return f"FreedParameter({shape}, dtype={dtype}, device='{device}')"
 
@@ -93,48 +84,6 @@ class FreedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         _refuse(self, "save")
-
-
-class DeferredTensor(torch.Tensor):
-    """A tensor on the CPU whose values are made when they are first asked for.
-
-    ``state_dict`` has these in the place of freed weights, so that saving, which asks for one shard
-    after the other, never holds them all. Shape, dtype, bytes and identity of the storage are there
-    from the beginning; its memory is not touched before.
-    """
-
-    _make: Callable[[], Tensor]
-
-    @classmethod
-    def of(cls, like: Tensor, make: Callable[[], Tensor]) -> DeferredTensor:
-        """``make()`` gives the values, of the shape and dtype of ``like``, on any device."""
-        with torch._C.DisableTorchFunctionSubclass():
-            room = torch.empty(like.shape, dtype=like.dtype, device="cpu")
-        deferred = torch.Tensor._make_subclass(cls, room)
-        deferred._make = make
-        return deferred
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if _name_of(func) in _KNOWN:
-                return func(*args, **(kwargs or {}))
-            args, kwargs = tree_map_only(cls, cls.values, (args, kwargs or {}))
-            return func(*args, **kwargs)
-
-    def values(self) -> Tensor:
-        """The same memory as a plain tensor, with its values; this one is plain from now on, too.
-
-        (``nn.Parameter`` wants tensors that detach to their own class.)
-        """
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            plain = self.as_subclass(torch.Tensor)
-            plain.copy_(self._make())
-            del self._make
-            self.__class__ = torch.Tensor  # type: ignore[assignment]
-            return plain
 
 
 def is_freed(value: object) -> bool:
@@ -150,38 +99,46 @@ def can_free(value: Tensor) -> bool:
         return True
     # What nn.Parameter makes of a tensor that was deferred is a plain one with a mark.
     is_plain = type(value) is nn.Parameter or (
-        type(value) is Tensor and hasattr(value, "_is_param")
+        type(value) is Tensor and torch_private.has_parameter_mark(value)
     )
     return is_plain and not value.is_inference()
 
 
-def free(parameter: nn.Parameter) -> bool:
-    """Give a parameter's memory back; a view of it, if somebody has one, keeps the memory.
+def free(parameters: Sequence[nn.Parameter]) -> bool:
+    """Give parameters' memory back; a view of one, if somebody has it, keeps the memory.
 
     Returns:
-        Whether it was. A device must have room for it once more for a moment.
+        Whether it was; if not, nothing has changed. A device must have room for each of them once
+        more for a moment.
     """
-    old = parameter.detach()
     with torch.inference_mode(False), torch.no_grad():
+        held = [parameter.detach() for parameter in parameters]
         try:
-            # On a CPU, room that nothing is written to costs nothing.
-            room = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=old.device)
+            rooms = [_no_bytes(tensor) for tensor in held]
         except torch.OutOfMemoryError:
             return False
-        room.untyped_storage().resize_(0)
-        _page_out(old)
-        # The class goes first: an interrupt in between leaves nothing that could be read.
-        parameter.__class__ = FreedParameter
-        with torch._C.DisableTorchFunctionSubclass():
-            parameter.data = room
+        for parameter, old, room in zip(parameters, held, rooms, strict=True):
+            _page_out(old)
+            # The class goes first: an interrupt in between leaves nothing that could be read.
+            parameter.__class__ = FreedParameter
+            with torch_private.as_plain_tensors():
+                parameter.data = room
     return True
 
 
 def restore(parameter: nn.Parameter, values: Tensor) -> None:
     """Make a freed parameter what it was, with these values of its shape, dtype and device."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch_private.as_plain_tensors():
         parameter.data = values
     parameter.__class__ = nn.Parameter
+
+
+def _no_bytes(like: Tensor) -> Tensor:
+    """A tensor of the shape, strides, dtype and device of ``like``, with a storage of no bytes."""
+    # On a CPU, room that nothing is written to costs nothing.
+    room = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    room.untyped_storage().resize_(0)
+    return room
 
 
 def _page_out(tensor: Tensor) -> None:
@@ -197,17 +154,6 @@ def _page_out(tensor: Tensor) -> None:
     if length > 0:
         advise = ctypes.CDLL(None).madvise
         advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_PAGEOUT))
-
-
-def _name_of(func: Callable[..., Any]) -> str:
-    """The name of a function or method, "__get__" or "__set__" of an attribute without values."""
-    name = getattr(func, "__name__", "")
-    if name not in ("__get__", "__set__"):
-        return name
-    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-    if attribute not in _VALUES:
-        return name
-    return attribute if name == "__get__" else f"set {attribute}"
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -228,7 +174,7 @@ def _values(parameter: Tensor) -> Tensor:
 
 def _converted(freed: FreedParameter, func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
     """What a conversion makes of it: itself, if it is of that device and dtype already."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch_private.as_plain_tensors():
         like = torch.empty(0, dtype=freed.dtype, device=freed.device)
     if func(like, *args, **kwargs) is like:
         return freed
@@ -239,8 +185,10 @@ def _converted(freed: FreedParameter, func: Callable[..., Any], args: Any, kwarg
 def _overwritten(freed: FreedParameter, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Give it memory and have that written to."""
     # What is deferred may be its own values.
-    args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.values, (args, kwargs))
-    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+    args, kwargs = torch_private.tree_map_only(
+        DeferredTensor, DeferredTensor.values, (args, kwargs)
+    )
+    with torch_private.as_plain_tensors(), torch.no_grad():
         room = torch.empty_strided(
             freed.shape, freed.stride(), dtype=freed.dtype, device=freed.device
         )

@@ -1,216 +1,136 @@
-"""Which tensor a swizzled weight was made from, and the state that it was in.
+"""What a model holds of one expert weight, as one thing: its tensors, and how they are read.
 
-A tensor is the same while its `Mark` is; its state is its storage, address and version, and its
-geometry. What neither of them shows, such as writes through numpy, nobody can see.
+Shape letters: E experts, N output rows, K contraction.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-MARK = "_mxfp4_fx_mark"
+from mxfp4_fx.core.errors import WeightError
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, dequantize, quantize
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
+
+# A weight in MXFP4: blocks and scales, of all experts or of one.
 Parts = tuple[Tensor, Tensor]
-Geometry = tuple[Any, ...]
 
 
-class Mark:
-    """Stands for a tensor, as an attribute of it, and dies with it.
+class Encoding(ABC):
+    """How the tensors of a source hold a weight. There is one object of each class.
 
-    A weak reference to the tensor would keep ``torch.utils.swap_tensors`` from it. Here attributes
-    and implementation change places together, and go on belonging to each other.
-
-    Attributes:
-        impl: the tensor's implementation: a copy that has the attribute, too, has another.
-        keep: the user had the tensor restored: it is not freed again.
-        told: the user knows that it is swizzled at each call.
-    """
-
-    __slots__ = ("__weakref__", "impl", "keep", "told")
-
-    def __init__(self, impl: int) -> None:
-        self.impl, self.keep, self.told = impl, False, False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return set, ()  # a parameter that is saved takes nothing of this package along
-
-
-def owner_of(tensor: Tensor) -> Tensor:
-    """The tensor itself, or what it is a view of: views may be made anew for each call."""
-    base = tensor._base
-    return tensor if base is None else base
-
-
-def mark_of(tensor: Tensor) -> Mark:
-    """The mark of a tensor, or of what it is a view of; made if there is none."""
-    owner = owner_of(tensor)
-    mark = getattr(owner, MARK, None)
-    if type(mark) is not Mark or mark.impl != owner._cdata:
-        mark = Mark(owner._cdata)
-        setattr(owner, MARK, mark)
-    return mark
-
-
-@dataclasses.dataclass(slots=True)
-class State:
-    """Where a tensor's values are, and how often autograd saw them change.
+    To add one: subclass it, and let ``lower_moe`` bind sources of it. What fills a layout from it
+    natively is entered in ``swizzle.NATIVE``.
 
     Attributes:
-        end: the address behind the last element.
-        version: None of an inference tensor, which has none.
+        name: its key in ``swizzle.NATIVE``.
+        layout: kernels of this layout read the tensors as they are.
     """
 
-    storage: weakref.ref[torch.UntypedStorage]
-    address: int
-    end: int
-    version: int | None
+    name: str
+    layout: str | None = None
 
-    def overlaps(self, other: State) -> bool:
-        storage = self.storage()
-        return (
-            storage is not None
-            and storage is other.storage()
-            and self.address < other.end
-            and other.address < self.end
+    @abstractmethod
+    def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
+        """(E, N, K)
+
+        Raises:
+            WeightError: the tensors are not of the shapes that they must have.
+        """
+
+    @abstractmethod
+    def to_mxfp4(self, tensors: tuple[Tensor, ...], expert: int) -> Parts:
+        """Blocks [N, K/32, 16] and scales [N, K/32] of one expert, in checkpoint order."""
+
+    @abstractmethod
+    def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
+        """Tensors that hold blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order.
+
+        Floats are of the shape, strides and dtype of ``like``. The device is that of ``parts``.
+        """
+
+    @abstractmethod
+    def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
+        """The experts with infinite or NaN elements, of which MXFP4 has neither."""
+
+
+class Floats(Encoding):
+    """One tensor [E, K, N] of float32, bfloat16 or float16, as transformers holds it."""
+
+    name = "floats"
+
+    def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
+        shape = tuple(tensors[0].shape)
+        if len(shape) != 3 or shape[1] % BLOCK:
+            raise WeightError(
+                f"expert weights must be [E, K, N] with K a multiple of {BLOCK}; this one is "
+                f"{shape}"
+            )
+        e, k, n = shape
+        return e, n, k
+
+    def to_mxfp4(self, tensors: tuple[Tensor, ...], expert: int) -> Parts:
+        return quantize(tensors[0][expert].T)
+
+    def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
+        blocks, scales = parts
+        weight = torch.empty_strided(
+            like.shape, like.stride(), dtype=like.dtype, device=blocks.device
         )
+        for expert in range(weight.shape[0]):
+            dequantize(blocks[expert], scales[expert], weight.dtype, out=weight[expert].T)
+        return (weight,)
+
+    def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
+        weight = tensors[0].detach()
+        ends = [torch.stack(torch.aminmax(expert)) for expert in weight if expert.numel()]
+        if not ends:
+            return []
+        found: list[int] = (~torch.stack(ends).isfinite().all(dim=1)).nonzero().flatten().tolist()
+        return found
 
 
-@dataclasses.dataclass(slots=True)
-class Source(State):
-    """A tensor and the state that it was in.
+class Mxfp4(Encoding):
+    """Blocks [E, N, K/32, 16] and scales [E, N, K/32], both uint8, in checkpoint order."""
+
+    name = "mxfp4"
+    layout = CHECKPOINT_ORDER
+
+    def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
+        blocks, scales = (tuple(tensor.shape) for tensor in tensors)
+        if len(blocks) != 4 or blocks != (*scales, BYTES_PER_BLOCK):
+            raise WeightError(
+                f"packed expert weights must be blocks [E, N, K/{BLOCK}, {BYTES_PER_BLOCK}] and "
+                f"scales [E, N, K/{BLOCK}]; these are {blocks} and {scales}"
+            )
+        e, n, groups = scales
+        return e, n, groups * BLOCK
+
+    def to_mxfp4(self, tensors: tuple[Tensor, ...], expert: int) -> Parts:
+        blocks, scales = tensors
+        return blocks[expert], scales[expert]
+
+    def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
+        return parts
+
+    def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
+        return []  # its NaN are the checkpoint's own
+
+
+FLOATS, MXFP4 = Floats(), Mxfp4()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Source:
+    """What a model holds of one expert weight.
 
     Attributes:
-        is_freed: its values are in what was swizzled from it, and nowhere else.
+        tensors: parameters as a rule.
+        encoding: how they hold it, and in which order.
     """
 
-    mark: weakref.ref[Mark]
-    impl: int
-    is_freed: bool
-
-    @classmethod
-    def of(
-        cls, tensor: Tensor, is_freed: bool, forget: Callable[[weakref.ref[Mark]], None]
-    ) -> Source:
-        """The present state; ``forget`` is called when the tensor is gone."""
-        mark = mark_of(tensor)
-        return cls(*_state(tensor), weakref.ref(mark, forget), mark.impl, is_freed)
-
-    def renew(self, tensor: Tensor, is_freed: bool) -> None:
-        """The tensor's memory was given back, or given again, and nothing else was changed."""
-        self.storage, self.address, self.end, self.version = _state(tensor)
-        self.is_freed = is_freed
-
-    def is_current(self, tensor: Tensor, owner: Tensor | None = None) -> bool:
-        """Whether this is the state of a tensor; of a view, if ``owner`` is what it views."""
-        return (
-            self.impl == (tensor if owner is None else owner)._cdata
-            # Not by its address, which may be that of an earlier one.
-            and self.storage() is tensor.untyped_storage()
-            and self.address == tensor.data_ptr()
-            and (self.version is None or self.version == tensor._version)
-        )
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Entry:
-    """A swizzled weight and what it was made from: a weight, or blocks and scales.
-
-    Attributes:
-        geometry: of each source, and ``guards`` that ask for it at a fraction of the price.
-        sizes: (E, N, K).
-        stale: it must be made again, whatever the sources look like.
-    """
-
-    sources: tuple[Source, ...]
-    geometry: tuple[Any, ...]
-    guards: Callable[..., bool]
-    layout: str
-    sizes: tuple[int, int, int]
-    parts: Parts = ()  # type: ignore[assignment]  # made a little later
-    stale: bool = False
-
-    def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether nothing has changed."""
-        pairs = zip(self.sources, tensors, strict=True)
-        if (
-            self.stale
-            or self.geometry != tuple(map(geometry_of, tensors))
-            or not all(s.is_current(t, owner_of(t)) for s, t in pairs)
-        ):
-            return False
-        # They ask for modes and requires_grad, too, which may have changed.
-        self.guards = guards_of(tensors)
-        return True
-
-    def has_state_of(self, new: Entry) -> bool:
-        """Whether nothing has happened to the sources, which are the same, in between."""
-        return self.geometry == new.geometry and all(
-            a.storage() is b.storage() and (a.address, a.version) == (b.address, b.version)
-            for a, b in zip(self.sources, new.sources, strict=True)
-        )
-
-    def was_moved(self, new: Entry) -> bool:
-        """Whether a storage has new memory: whoever gives and takes it may also fill it."""
-        return self.geometry == new.geometry and any(
-            a.storage() is b.storage() and a.address != b.address
-            for a, b in zip(self.sources, new.sources, strict=True)
-        )
-
-    def holds(self, mark: Mark) -> bool:
-        """Whether a freed tensor's values are here."""
-        return any(source.is_freed and source.mark() is mark for source in self.sources)
-
-
-def states_of(tensor: Tensor) -> Iterator[State]:
-    """The state of a tensor, or of those that it wraps, such as a DTensor's part of it."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from states_of(getattr(tensor, name))
-    elif tensor.layout is torch.strided:
-        yield State(*_state(tensor))
-
-
-def geometry_of(tensor: Tensor) -> Geometry:
-    """How the values are read from memory."""
-    place = (tensor.shape, tensor.stride(), tensor.storage_offset())
-    return *place, tensor.dtype, tensor.device, tensor.is_neg(), tensor.is_conj()
-
-
-def guards_of(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
-    """Whether tensors have this geometry, asked at once; and this class, mode and so on."""
-    check: Callable[..., bool] = TensorGuards(
-        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
-    ).check
-    return check
-
-
-def is_gathered(tensor: Tensor) -> bool:
-    """Whether FSDP2 fills it anew for each forward: the same object, version and maybe address."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return False
-    from torch.distributed._composable_state import _module_state_mapping
-
-    states = [reference() for reference in list(_module_state_mapping.values())]
-    return any(
-        getattr(parameter, "_unsharded_param", None) is tensor
-        for state in states
-        for group in getattr(state, "_fsdp_param_groups", ())
-        for parameter in group.fsdp_params
-    )
-
-
-def _state(tensor: Tensor) -> tuple[weakref.ref[torch.UntypedStorage], int, int, int | None]:
-    address = tensor.data_ptr()
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    version = None if tensor.is_inference() else tensor._version
-    end = address + (last + 1) * tensor.element_size()
-    return weakref.ref(tensor.untyped_storage()), address, end, version
+    tensors: tuple[Tensor, ...]
+    encoding: Encoding

@@ -1,17 +1,16 @@
 """Swizzled expert weights at run time: one for each source, for as long as that lives.
 
 Dynamo lifts parameters to graph inputs and uses one compiled graph for many modules, so a weight is
-looked up when the graph is called, by the identity of the parameter that it is called with. Nothing
-here is baked into a graph or enters a cache key. ``swizzle.py`` says what a source is.
+looked up when the graph is called, by the identity of the parameters that it is called with.
+Nothing here is baked into a graph or enters a cache key.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,39 +20,28 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from mxfp4_fx.core.errors import FreedWeightError, NanWeightsWarning, RepeatedSwizzleWarning
+from mxfp4_fx.core import forks, torch_private
+from mxfp4_fx.core.errors import NanWeightsWarning, RepeatedSwizzleWarning
+from mxfp4_fx.core.torch_private import is_filled_by_fsdp
 from mxfp4_fx.weights import freed
-from mxfp4_fx.weights.source import (
+from mxfp4_fx.weights.entries import Entries, Entry, Key
+from mxfp4_fx.weights.source import MXFP4, Encoding, Parts, Source
+from mxfp4_fx.weights.state import (
     MARK,
-    Entry,
     Mark,
-    Parts,
-    Source,
-    State,
+    TensorState,
     geometry_of,
     guards_of,
-    is_gathered,
     mark_of,
-    states_of,
 )
-from mxfp4_fx.weights.swizzle import (
-    CHECKPOINT_ORDER,
-    dequantized_like,
-    nan_experts,
-    sizes_of,
-    swizzle_weight,
-    unswizzle_weight,
-)
-
-_Key = tuple[Any, ...]
-_NO_SCALES = id(None)
+from mxfp4_fx.weights.swizzle import nan_experts, swizzle_weight, unswizzle_weight
 
 
 class WeightStore:
-    """Source -> swizzled weight. Safe to use from several threads, but for a weight that one of
-    them changes while another computes with it.
+    """Source and layout -> swizzled weight. Safe to use from several threads, but for a weight that
+    one of them changes while another computes with it.
 
-    A change in place (``copy_``, ``load_state_dict``, an optimizer) raises the source's version,
+    A change in place (``copy_``, ``load_state_dict``, an optimizer) raises a tensor's version,
     ``p.data = t`` gives it another storage, and optimizers are asked what they step: all are
     noticed, and the weight is swizzled again, into the same memory. Writes that leave no trace
     (``p.data.mul_()``, through numpy, or in place on a parameter made under ``inference_mode``)
@@ -65,299 +53,231 @@ class WeightStore:
 
     def __init__(self) -> None:
         self.swizzled = 0
-        self._entries: dict[_Key, Entry] = {}
-        # They alone have the values of something freed, whose other half was replaced.
-        self._orphans: list[Entry] = []
+        self._entries = Entries()
+        self._by_key = self._entries.by_key
         self._lock = threading.RLock()
 
-    def get(
-        self, weight: Tensor, layout: str, scales: Tensor | None = None, name: str = ""
-    ) -> Parts:
+    def find(self, tensors: tuple[Tensor, ...], encoding: Encoding, layout: str) -> Parts | None:
+        """What :meth:`get` gives of ``Source(tensors, encoding)``, if there is nothing to do."""
+        # Every weight passes here in every call. Making a source, or a loop over its one or two
+        # tensors, would take half as long again.
+        if len(tensors) == 1:
+            (weight,) = tensors
+            entry = self._by_key.get((id(getattr(weight, MARK, None)), encoding, layout))
+            if entry is None or not entry.states[0].is_current(weight, weight._cdata):
+                return None
+        else:
+            blocks, scales = tensors
+            mark, other = id(getattr(blocks, MARK, None)), id(getattr(scales, MARK, None))
+            entry = self._by_key.get((mark, other, encoding, layout))
+            if (
+                entry is None
+                or not entry.states[0].is_current(blocks, blocks._cdata)
+                or not entry.states[1].is_current(scales, scales._cdata)
+            ):
+                return None
+        return None if entry.stale or not entry.guards(*tensors) else entry.parts
+
+    def get(self, source: Source, layout: str, name: str = "") -> Parts:
         """Blocks and scales in ``layout``; swizzled now if need be.
 
         Args:
-            weight: [E, K, N], or the blocks of ``scales``.
+            source: what the model holds.
             layout: a key of ``layouts.LAYOUTS``.
-            scales: of a packed weight.
             name: the weight's, for what may have to be said of it.
         """
-        # Every weight passes here in every call.
-        mark = id(getattr(weight, MARK, None))
-        if scales is None:
-            entry = self._entries.get((mark, _NO_SCALES, layout))
-            if (
-                entry is not None
-                and entry.sources[0].is_current(weight)
-                and entry.guards(weight)
-                and not entry.stale
-            ):
-                return entry.parts
-            tensors: tuple[Tensor, ...] = (weight,)
-        else:
-            entry = self._entries.get((mark, id(getattr(scales, MARK, None)), layout))
-            if (
-                entry is not None
-                and entry.sources[0].is_current(weight)
-                and entry.sources[1].is_current(scales)
-                and entry.guards(weight, scales)
-                and not entry.stale
-            ):
-                return entry.parts
-            tensors = (weight, scales)
-        with self._lock, torch._C.DisableTorchFunctionSubclass():
-            return self._swizzle(tensors, layout, name)
+        parts = self.find(source.tensors, source.encoding, layout)
+        if parts is not None:
+            return parts
+        with self._lock, torch_private.as_plain_tensors():
+            return self._swizzle(source, layout, name)
 
-    def refresh(self, sources: Iterable[Tensor]) -> int:
+    def refresh(self, tensors: Iterable[Tensor]) -> int:
         """Forget what was made from these tensors; returns how many swizzled weights that was.
 
         The next call of a compiled graph swizzles them again. Freed weights are left as they are:
         nothing could be written to them.
         """
         with self._lock:
-            stale = self._made_from(sources)
+            stale = self._entries.made_from(tensors)
             for entry in stale:
                 entry.stale = True
             return len(stale)
 
-    def forget(self, sources: Iterable[Tensor]) -> int:
+    def forget(self, tensors: Iterable[Tensor]) -> int:
         """Let go of what was made from these tensors, but for the values of freed ones."""
         with self._lock:
-            found = {id(entry) for entry in self._made_from(sources)}
-            keys = [
-                key
-                for key, entry in self._entries.items()
-                if id(entry) in found and not any(source.is_freed for source in entry.sources)
-            ]
-            for key in keys:
-                del self._entries[key]
-            return len(keys)
+            return self._entries.forget(self._entries.made_from(tensors))
 
-    def can_free(self, weight: Tensor, layout: str, scales: Tensor | None = None) -> bool:
+    def can_free(self, source: Source, layout: str) -> bool:
         """Whether :meth:`free` would give memory back.
 
-        Not where checkpoint order is the kernels' order, who read the source itself, nor what is no
-        plain parameter, was restored by the user, is freed already, or is FSDP's to fill.
+        Not where the kernels read the source itself, nor what is no plain parameter, was restored
+        by the user, is freed already, or is FSDP's to fill.
         """
-        if scales is not None and layout == CHECKPOINT_ORDER:
+        tensors = source.tensors
+        if source.encoding.layout == layout:
             return False
-        tensors = [weight] if scales is None else [weight, scales]
         if not all(map(freed.can_free, tensors)) or all(map(freed.is_freed, tensors)):
             return False
         marks = (getattr(tensor, MARK, None) for tensor in tensors)
         is_kept = any(getattr(mark, "keep", False) for mark in marks)
-        return not is_kept and not any(map(is_gathered, tensors))
+        return not is_kept and not any(map(is_filled_by_fsdp, tensors))
 
-    def free(
-        self, weight: Tensor, layout: str, scales: Tensor | None = None, name: str = ""
-    ) -> bool:
+    def free(self, source: Source, layout: str, name: str = "") -> bool:
         """Swizzle a source and give its memory back; returns whether that was done."""
         with self._lock:
-            self.get(weight, layout, scales, name)
-            if not self.can_free(weight, layout, scales):
+            self.get(source, layout, name)
+            if not self.can_free(source, layout):
                 return False
-            for tensor in (weight, scales):
-                if not isinstance(tensor, nn.Parameter) or freed.is_freed(tensor):
-                    continue
-                self._drop_old(tensor)
-                if not freed.free(tensor):
-                    return False
-                self._renew(tensor, is_freed=True)
-            return True
+            held = [
+                tensor
+                for tensor in source.tensors
+                if isinstance(tensor, nn.Parameter) and not freed.is_freed(tensor)
+            ]
+            for tensor in held:
+                self._entries.drop_old(tensor)
+                # Before it is so: an interrupt must not leave values that nobody is known to have.
+                self._entries.note_freed(tensor, True)
+            is_done = freed.free(held)
+            for tensor in held:
+                self._entries.note_freed(tensor, is_done)
+                self._entries.renew(tensor)
+            return is_done
 
-    def values(self, parameter: Tensor, device: torch.device | None = None) -> Tensor:
-        """What a freed parameter held, in new memory; any other tensor as it is.
+    def values(self, source: Source, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        """What a source holds: freed tensors in new memory, any others as they are.
 
         The bytes of a packed weight are the ones it had; a weight of floats has the values that
         MXFP4 holds of it.
 
         Args:
-            parameter: whose values are wanted.
-            device: where to make them; the parameter's own if None.
+            source: of which something may be freed.
+            device: where to make what is freed; its own if None.
 
         Raises:
             FreedWeightError: what it was swizzled to is gone.
         """
-        if not freed.is_freed(parameter):
-            return parameter
-        as_plain = torch._C.DisableTorchFunctionSubclass()
-        with self._lock, torch.inference_mode(False), torch.no_grad(), as_plain:
-            entry = self._holder(parameter)
-            on = entry.parts[0].to(device), entry.parts[1].to(device)
-            blocks, scales = unswizzle_weight(on, entry.layout, *entry.sizes)
-            if len(entry.sources) == 1:
-                return dequantized_like(blocks, scales, parameter)
-            return blocks if entry.sources[0].mark() is mark_of(parameter) else scales
+        return self._values(source.tensors, device)
 
-    def restore(self, parameter: Tensor) -> bool:
-        """Give a freed parameter its memory and :meth:`values` again; whether it was freed."""
+    def values_of(self, parameter: Tensor) -> Tensor:
+        """The same of one parameter, whatever it is part of."""
+        return self._values((parameter,))[0]
+
+    def restore(self, parameters: Iterable[Tensor]) -> int:
+        """Give freed parameters their memory and :meth:`values` again; returns how many were freed.
+
+        One source after the other, and all of its parameters that are among these at once.
+        """
         with self._lock:
-            if not isinstance(parameter, freed.FreedParameter):
-                return False
-            freed.restore(parameter, self.values(parameter))
-            self._renew(parameter, is_freed=False)
-            mark_of(parameter).keep = True
-            return True
+            waiting = [p for p in parameters if isinstance(p, freed.FreedParameter)]
+            restored = 0
+            while waiting:
+                entry = self._entries.holder(waiting[0])
+                together = [p for p in waiting if entry.holds(mark_of(p))]
+                for parameter, values in zip(together, self._values(together), strict=True):
+                    freed.restore(parameter, values)
+                    self._entries.note_freed(parameter, False)
+                    self._entries.renew(parameter)
+                    mark_of(parameter).keep = True
+                restored += len(together)
+                waiting = [p for p in waiting if freed.is_freed(p)]
+            return restored
 
-    def held(self, weight: Tensor, scales: Tensor) -> tuple[Parts, str]:
-        """A packed weight of which something is freed, as it is held: parts and their layout."""
-        with self._lock, torch._C.DisableTorchFunctionSubclass():
-            layout = self._holder(weight if freed.is_freed(weight) else scales).layout
-            return self.get(weight, layout, scales), layout
+    def held(self, source: Source) -> tuple[Parts, str]:
+        """A source of which something is freed, as it is held: parts and their layout."""
+        with self._lock, torch_private.as_plain_tensors():
+            layout = self._entries.holder(next(filter(freed.is_freed, source.tensors))).layout
+            return self.get(source, layout), layout
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._by_key)
 
-    def _swizzle(self, tensors: tuple[Tensor, ...], layout: str, name: str) -> Parts:
+    def _swizzle(self, source: Source, layout: str, name: str) -> Parts:
+        tensors = source.tensors
         marks = [mark_of(tensor) for tensor in tensors]
-        key: _Key = (id(marks[0]), id(marks[1]) if len(marks) == 2 else _NO_SCALES, layout)
+        key: Key = (*map(id, marks), source.encoding, layout)
         if any(tensor._base is not None for tensor in tensors):
             key = (*key, *(geometry_of(tensor)[:3] for tensor in tensors))
-        old = self._entries.get(key)
+        old = self._by_key.get(key)
         if old is not None and old.is_current(tensors):
             return old.parts  # a view, or another mode, or another thread was faster
         # Read before the values: a write in between is then noticed at the next call.
-        has_freed = [freed.is_freed(tensor) for tensor in tensors]
         new = Entry(
             tuple(
-                Source.of(tensor, is_freed, lambda dead: self._died(key, dead))
-                for tensor, is_freed in zip(tensors, has_freed, strict=True)
+                TensorState.of(tensor, freed.is_freed(tensor), lambda dead: self._died(key, dead))
+                for tensor in tensors
             ),
             tuple(map(geometry_of, tensors)),
             guards_of(tensors),
+            source.encoding,
             layout,
-            sizes_of(tensors[0], len(tensors) == 2),
+            source.encoding.sizes(tensors),
         )
-        new.stale = any(map(is_gathered, tensors)) or (old is not None and old.was_moved(new))
+        new.stale = any(map(is_filled_by_fsdp, tensors)) or (old is not None and old.was_moved(new))
         if not new.stale:
             self.swizzled += 1
             if old is None or not old.has_state_of(new):
-                self._tied_are_stale(new)
-        room = old.parts if old is not None and not any(has_freed) else None
+                self._entries.tied_are_stale(new)
+        room = old.parts if old is not None and not new.has_freed() else None
         if old is not None:
             old.stale = True  # an interrupt leaves half of the new values in there
-        new.parts = swizzle_weight(*self._readable(tensors, layout, room))
-        self._entries[key] = new
-        for mark, is_freed in zip(marks, has_freed, strict=True):
-            if not is_freed:  # its values may have been given another way
-                self._is_not_freed(mark)
+        readable = self._readable(source)
+        new.parts = swizzle_weight(readable, layout, room)
+        self._by_key[key] = new
+        for tensor, state in zip(tensors, new.states, strict=True):
+            if not state.is_freed:  # its values may have been given another way
+                self._entries.note_freed(tensor, False)
         if old is not None:
-            self._let_go(old)
-        if len(tensors) == 1 and not has_freed[0]:
-            _warn_of_nan(nan_experts(tensors[0], new.parts, layout), name)
+            self._entries.let_go(old)
+        _warn_of_nan(nan_experts(readable, new.parts, layout), name)
         if new.stale and not marks[0].told:
             marks[0].told = True
             warn_of_repeats(name, "its memory is filled anew for each call, as FSDP does")
         return new.parts
 
-    def _readable(
-        self, tensors: tuple[Tensor, ...], layout: str, room: Parts | None
-    ) -> tuple[Tensor, str, Parts | None, Tensor | None]:
-        """``swizzle_weight``'s arguments; what is freed is made again from where it is held."""
-        if len(tensors) == 2:
-            return self.values(tensors[0]), layout, room, self.values(tensors[1])
-        if not freed.is_freed(tensors[0]):
-            return tensors[0], layout, room, None
-        entry = self._holder(tensors[0])
-        with torch.inference_mode(False):  # they may be kept as they are
-            blocks, scales = unswizzle_weight(entry.parts, entry.layout, *entry.sizes)
-        return blocks, layout, room, scales
+    def _readable(self, source: Source) -> Source:
+        """The source with memory in place of what is freed: MXFP4's, where all of it is."""
+        if not any(map(freed.is_freed, source.tensors)):
+            return source
+        entry = self._entries.holder(next(filter(freed.is_freed, source.tensors)))
+        if all(entry.holds(mark_of(tensor)) for tensor in source.tensors):
+            with torch.inference_mode(False):  # they may be kept as they are
+                return Source(unswizzle_weight(entry.parts, entry.layout, *entry.sizes), MXFP4)
+        return Source(self._values(source.tensors), source.encoding)
 
-    def _holder(self, parameter: Tensor) -> Entry:
+    def _values(
+        self, tensors: Sequence[Tensor], device: torch.device | None = None
+    ) -> tuple[Tensor, ...]:
+        made: dict[Entry, tuple[Tensor, ...]] = {}
+        as_plain = torch_private.as_plain_tensors()
+        with self._lock, torch.inference_mode(False), torch.no_grad(), as_plain:
+            return tuple(
+                self._value(tensor, made, device) if freed.is_freed(tensor) else tensor
+                for tensor in tensors
+            )
+
+    def _value(
+        self, parameter: Tensor, made: dict[Entry, tuple[Tensor, ...]], device: torch.device | None
+    ) -> Tensor:
+        """What a freed parameter held; ``made``: what its entry's source did, once it is known."""
+        entry = self._entries.holder(parameter)
+        if entry not in made:
+            on = entry.parts[0].to(device), entry.parts[1].to(device)
+            parts = unswizzle_weight(on, entry.layout, *entry.sizes)
+            made[entry] = entry.encoding.from_mxfp4(parts, parameter)
         mark = mark_of(parameter)
-        for entry in self._all():
-            if entry.holds(mark):
-                return entry
-        raise FreedWeightError(
-            f"the values of {parameter!r} are lost: it was freed, and the other half of the weight "
-            "was replaced. Load the checkpoint again"
-        )
+        at = next(at for at, state in enumerate(entry.states) if state.mark() is mark)
+        return made[entry][at]
 
-    def _made_from(self, tensors: Iterable[Tensor]) -> list[Entry]:
-        """What was made from the memory of these tensors, whoever shares it; not of freed ones."""
-        by_storage: dict[int, list[State]] = {}
-        for tensor in tensors:
-            if not freed.is_freed(tensor):
-                for state in states_of(tensor):
-                    by_storage.setdefault(id(state.storage()), []).append(state)
-        return [
-            entry
-            for entry in list(self._entries.values())
-            if any(
-                source.overlaps(state)
-                for source in entry.sources
-                for state in by_storage.get(id(source.storage()), ())
-            )
-        ]
-
-    def _tied_are_stale(self, changed: Entry) -> None:
-        """A write to what shares memory with others is counted for the one that it went through."""
-        for entry in list(self._entries.values()):
-            if any(
-                mine.mark() is not theirs.mark() and mine.overlaps(theirs)
-                for mine in changed.sources
-                for theirs in entry.sources
-            ):
-                entry.stale = True
-
-    def _drop_old(self, tensor: nn.Parameter) -> None:
-        """Of what was made from a source that is to be freed, only what has its present values may
-        outlive them, and nothing that is its very memory."""
-        mark = mark_of(tensor)
-        for key, entry in list(self._entries.items()):
-            mine = [source for source in entry.sources if source.mark() is mark]
-            is_itself = entry.layout == CHECKPOINT_ORDER and len(entry.sources) == 2
-            is_old = entry.stale or not all(source.is_current(tensor) for source in mine)
-            if mine and (is_itself or is_old):
-                del self._entries[key]
-                self._let_go(entry)
-
-    def _renew(self, tensor: nn.Parameter, is_freed: bool) -> None:
-        """The memory of a source was given back, or given again: what was made from it is right."""
-        mark = mark_of(tensor)
-        for entry in self._all():
-            for source in entry.sources:
-                if source.mark() is mark:
-                    source.renew(tensor, is_freed)
-
-    def _is_not_freed(self, mark: Mark) -> None:
-        for entry in self._all():
-            for source in entry.sources:
-                if source.mark() is mark:
-                    source.is_freed = False
-
-    def _all(self) -> list[Entry]:
-        # A copy: a tensor that is collected meanwhile takes its entry along.
-        return [*self._entries.values(), *self._orphans]
-
-    def _died(self, key: _Key, dead: weakref.ref[Mark]) -> None:
+    def _died(self, key: Key, dead: weakref.ref[Mark]) -> None:
         with self._lock:
-            entry = self._entries.get(key)
-            # The ids may be those of others by now.
-            if entry is not None and any(source.mark is dead for source in entry.sources):
-                del self._entries[key]
-                self._let_go(entry)
-            elif self._orphans:
-                self._let_go()
-
-    def _let_go(self, *entries: Entry) -> None:
-        """Keep of these, and of the orphans, what alone has the values of something freed."""
-        reachable = list(self._entries.values())
-
-        def is_needed(entry: Entry) -> bool:
-            marks = [source.mark() for source in entry.sources if source.is_freed]
-            return any(
-                mark is not None and not any(other.holds(mark) for other in reachable)
-                for mark in marks
-            )
-
-        self._orphans = [entry for entry in (*self._orphans, *entries) if is_needed(entry)]
+            self._entries.drop_dead(key, dead)
 
 
 STORE = WeightStore()
-freed.read_from(lambda parameter: STORE.values(parameter))
-if hasattr(os, "register_at_fork"):
-    # A thread that held the lock is not there to release it.
-    os.register_at_fork(after_in_child=lambda: setattr(STORE, "_lock", threading.RLock()))
+freed.read_from(lambda parameter: STORE.values_of(parameter))
+forks.renew_lock(STORE, "_lock", threading.RLock)
 
 
 def _is_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -40,7 +40,7 @@ def restore(model: nn.Module) -> int:
     Returns:
         How many parameters were freed.
     """
-    return sum(STORE.restore(parameter) for parameter in model.parameters())
+    return STORE.restore(model.parameters())
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:

@@ -1,0 +1,113 @@
+"""Whose compilation Dynamo is at, whose call this is, and why it left something uncompiled."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.torch_private import Backend
+
+_OURS = "_is_mxfp4_backend"
+
+Enter = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def ours(backend: Backend) -> Backend:
+    """Mark a Dynamo backend as one of this package: it is handed other graphs than others are."""
+    setattr(backend, _OURS, True)
+    return backend
+
+
+def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
+    """The backend of this package behind torch's wrappers, and what they call it with.
+
+    Returns:
+        None where it is another's.
+    """
+    keywords: dict[str, Any] = {}
+    for _ in range(16):  # torch.compile's own, Dynamo's for debugging, partials
+        if backend is None or getattr(backend, _OURS, False):
+            return backend, keywords
+        if isinstance(backend, functools.partial):
+            keywords = {**backend.keywords, **keywords}
+            backend = backend.func
+            continue
+        keywords = {**getattr(backend, "kwargs", {}), **keywords}
+        backend = torch_private.wrapped_backend(backend)
+    return None, {}
+
+
+# Dynamo traces what a freed parameter does when it is used, and must answer this, not trace it.
+@torch.compiler.assume_constant_result
+def compiling_for() -> bool:
+    """Whether Dynamo captures for a backend of this package now."""
+    return innermost(torch_private.compiled_with())[0] is not None
+
+
+def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
+    """Have a context around each call of what is compiled for this package.
+
+    Args:
+        enter_with: is given what the backend is called with (options, mode), once for each
+            ``torch.compile``, and returns what makes the context of a call.
+    """
+
+    def context(wrapper: Any) -> Any:
+        backend, keywords = innermost(wrapper)
+        if backend is None:  # what the backend of somebody else has set
+            return vars(wrapper).get("backend_ctx_ctor", contextlib.nullcontext)
+        return enter_with(keywords)
+
+    torch_private.have_context(context)
+
+
+def compiled_function() -> tuple[Callable[..., Any], list[Any]] | None:
+    """What the innermost compiled call on the stack calls: the function and its arguments."""
+    return next((called for f in _frames() if (called := torch_private.called_by(f))), None)
+
+
+def why_uncompiled() -> str:
+    """Why Dynamo left the caller uncompiled, as far as the stack shows, and what helps."""
+    if is_eager_by_stance():
+        return f"torch.compiler.set_stance({torch_private.stance()!r}) is on"
+    for frame in _frames():
+        if torch_private.called_by(frame):
+            break
+        if limit := torch_private.reached_limit(frame.f_code):
+            return (
+                f"Dynamo compiles {frame.f_code.co_name} no more, for it has reached "
+                f"torch._dynamo.config.{limit}: raise that limit beforehand, or let sizes be "
+                "symbolic with torch.compile(dynamic=True)"
+            )
+        function = torch_private.disabled_by(frame)
+        if function is not None and not _is_of_this_package(function):
+            name = getattr(function, "__qualname__", "a function")
+            return f"torch.compiler.disable keeps Dynamo out of {name}, which calls it"
+    return (
+        "a graph break or a hook around it kept Dynamo from capturing it; "
+        'TORCH_LOGS="graph_breaks" shows where'
+    )
+
+
+def is_eager_by_stance() -> bool:
+    """Whether the user has asked, by ``torch.compiler.set_stance``, for uncompiled calls."""
+    return "eager" in torch_private.stance()
+
+
+def _is_of_this_package(function: Any) -> bool:
+    package = __name__.partition(".")[0]
+    return getattr(function, "__module__", "").partition(".")[0] == package
+
+
+def _frames() -> Iterator[types.FrameType]:
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

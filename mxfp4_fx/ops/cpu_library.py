@@ -1,0 +1,34 @@
+"""How the functions of the CPU's native library are called: by which library, with which operands.
+
+``native.py`` compiles the library on first use, for the instruction set that ``hardware.cpu_path``
+names. It works on torch's own threads, as many as ``torch.get_num_threads()``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4_fx.core import hardware
+from mxfp4_fx.ops import native
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # api.h: mxfp4_dtype
+
+
+def library() -> ctypes.CDLL:
+    return native.load(hardware.cpu_path())
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def check(status: Any, what: str) -> None:
+    if status == errno.EINVAL:
+        raise ValueError(f"mxfp4::{what}")
+    if status:
+        raise MemoryError(f"mxfp4::{what}: no memory left for the kernel's buffers")

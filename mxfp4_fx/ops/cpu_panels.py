@@ -1,0 +1,77 @@
+"""Weights into the layout ``cpu_panels`` and back, by the CPU's native library."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.ops.cpu_library import DTYPES, check, library, pointer
+
+
+def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
+    """Round a weight [E, K, N] to MXFP4 and swizzle it into ``blocks`` and ``scales``, in one pass.
+
+    The bytes are those of ``formats.quantize`` and ``CpuPanels.swizzle``. No memory besides the
+    result is needed. float32, bfloat16 or float16; any strides.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    if source.dtype not in DTYPES:
+        raise TypeError(f"a weight must be float32, bfloat16 or float16, not {source.dtype}")
+    source = source.resolve_neg()  # its memory is read, where a lazy minus does not stand
+    e, k, n = source.shape
+    check(
+        library().mxfp4_quantize(
+            pointer(source),
+            DTYPES[source.dtype],
+            *map(ctypes.c_int64, (e, n, k, source.stride(0), source.stride(2), source.stride(1))),
+            pointer(blocks),
+            pointer(scales),
+            torch.get_num_threads(),
+        ),
+        "quantize",
+    )
+
+
+def swizzle(blocks: Tensor, scales: Tensor, panels: Tensor, flags: Tensor) -> None:
+    """Blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint into ``cpu_panels``."""
+    blocks, scales = (part.resolve_neg().contiguous() for part in (blocks, scales))
+    e, n, groups = scales.shape
+    check(
+        library().mxfp4_swizzle(
+            pointer(blocks),
+            pointer(scales),
+            *map(ctypes.c_int64, (e, n, groups * BLOCK)),
+            pointer(panels),
+            pointer(flags),
+            torch.get_num_threads(),
+        ),
+        "swizzle",
+    )
+
+
+def unswizzle(panels: Tensor, flags: Tensor, blocks: Tensor, scales: Tensor) -> None:
+    """The inverse of :func:`swizzle`, into contiguous ``blocks`` and ``scales``."""
+    e, n, groups = scales.shape
+    check(
+        library().mxfp4_unswizzle(
+            pointer(panels),
+            *map(ctypes.c_int64, (e, n, groups * BLOCK)),
+            pointer(blocks),
+            pointer(scales),
+            torch.get_num_threads(),
+        ),
+        "unswizzle",
+    )
+
+
+def empty(e: int, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """``CpuPanels.empty`` on huge pages, where the system has them."""
+    blocks, scales = LAYOUTS["cpu_panels"].empty(e, n, k, torch.device("cpu"))
+    library().mxfp4_huge_pages(pointer(blocks), ctypes.c_int64(blocks.numel()))
+    return blocks, scales

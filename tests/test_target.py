@@ -1,0 +1,70 @@
+"""The target is chosen once for a device, and anew for each graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import compile_with, model, tokens
+
+import mxfp4_fx
+from mxfp4_fx.core.errors import KernelsUnavailableError
+from mxfp4_fx.core.options import Options
+from mxfp4_fx.ops import target
+from mxfp4_fx.ops.target import Target
+from mxfp4_fx.passes.context import Context
+
+CPU = torch.device("cpu")
+META = torch.device("meta")
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What targets are chosen for, each time that it happens."""
+    seen: list[tuple[Any, ...]] = []
+    choose = target.choose
+
+    def noted(*asked: Any) -> Target:
+        seen.append(asked)
+        return choose(*asked)
+
+    monkeypatch.setattr(target, "choose", noted)
+    return seen
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_all_layers_of_a_graph_have_one_choice(chosen: list[tuple[Any, ...]]) -> None:
+    compile_with(model())(tokens())
+    assert chosen == [(CPU, "auto")]
+
+
+def test_the_next_graph_has_its_own(threads: None) -> None:
+    """What a choice depends on may have changed: threads, variables, what was asked for."""
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        rewrite, *_ = mxfp4_fx.explain(model(), tokens()).rewrites
+        assert f"on {count} CPU threads" in rewrite.reason
+
+
+def test_each_device_has_its_own(chosen: list[tuple[Any, ...]]) -> None:
+    context = Context(Options(kernels="reference"), [])
+    assert context.target_for(CPU) is context.target_for(CPU)
+    assert context.target_for(META) == target.choose(META, "reference")
+    assert chosen == [(CPU, "reference"), (META, "reference"), (META, "reference")]
+
+
+def test_a_device_that_nothing_serves_is_refused_each_time() -> None:
+    context = Context(Options(), [])
+    for _ in range(2):
+        with pytest.raises(KernelsUnavailableError, match="no 'auto' kernels for device 'meta'"):
+            context.target_for(META)
