@@ -60,7 +60,7 @@ def register(
                 with torch_private.as_python_calls():
                     return gradients.apply(*inputs)
             return gradients.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch_private.below_autograd():
             return op(*args)
 
     for function in (autograd, forward, save, backward):
