@@ -60,7 +60,8 @@ def register(
                 with torch_private.as_python_calls():
                     return gradients.apply(*inputs)
             return gradients.apply(*inputs)
-        return forward(*args)
+        with torch_private.below_autograd():
+            return op(*args)
 
     for function in (autograd, forward, save, backward):
         torch_private.untraced(function)

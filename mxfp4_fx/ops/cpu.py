@@ -39,8 +39,9 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     blocks, scales, bias, n, k, experts, layout = weight
     offsets, gather, scatter, gammas, per_token, total = rows
     _require_panels(layout)
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    row_stride, column_stride = x.stride()
+    if column_stride != 1:
+        x, row_stride = x.contiguous(), k
     y = x.new_empty(result_shape(weight, rows, activation))
     if y.numel() == 0:
         return y
@@ -63,7 +64,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
         0 if scatter is None else scatter.data_ptr(),
         0 if gammas is None else gammas.data_ptr(),
         y.data_ptr(),
-        x_rows, x.stride(0), total, experts, n, k, per_token,
+        x_rows, row_stride, total, experts, n, k, per_token,
         _DTYPES[x.dtype], 0 if bias is None else _DTYPES[bias.dtype],
         activation is not None, torch.get_num_threads(),
         0.0 if activation is None else activation.alpha,

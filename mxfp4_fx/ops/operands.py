@@ -79,15 +79,22 @@ def result_shape(weight: Weight, rows: Rows, activation: Activation | None) -> t
     return height, weight.n if activation is None else weight.n // 2
 
 
-def check_x(x: Tensor) -> None:
-    """Raise TypeError for x's dtype, ValueError for its shape, unless it is [*, K]."""
+def rows_and_k(x: Tensor) -> tuple[int, int]:
+    """The shape of x.
+
+    Raises:
+        TypeError: its dtype is none of ``target.DTYPES``.
+        ValueError: it is not [rows, K] with whole blocks of K.
+    """
     if x.dtype not in DTYPES:
         raise TypeError(f"mxfp4::matmul_ogs: x must be float32, bfloat16 or float16, not {x.dtype}")
-    if x.ndim != 2 or x.shape[1] % BLOCK:
+    shape = x.shape
+    if len(shape) != 2 or shape[1] % BLOCK:
         raise ValueError(
             f"mxfp4::matmul_ogs: x must be [rows, K] with K a multiple of {BLOCK}; it is "
-            f"{tuple(x.shape)}"
+            f"{tuple(shape)}"
         )
+    return shape[0], shape[1]
 
 
 def make_weight(

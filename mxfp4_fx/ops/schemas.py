@@ -128,8 +128,7 @@ def operands_of(
     Raises:
         TypeError, ValueError: an operand that the others do not fit, by name.
     """
-    operands.check_x(x)
-    x_rows, k = x.shape
+    x_rows, k = operands.rows_and_k(x)
     weight = operands.make_weight(blocks, scales, bias, n, k, layout)
     rows = operands.make_rows(
         expert_offsets,

@@ -131,6 +131,7 @@ void check_matmul() {
   const int64_t stride = k + random_int(0, 3);
   const Values x(dtype, std::max<int64_t>(0, (x_rows - 1) * stride + k), 1.);
   const Values bias(dtype, experts * n, 1.);
+  const bool biased = random_int(0, 3) > 0;
   const int64_t y_rows = scatter ? tokens : rows;
   std::vector<char> y(static_cast<size_t>(y_rows * columns * mxfp4::dtype_bytes(dtype)));
 
@@ -138,7 +139,7 @@ void check_matmul() {
   m.x = x.bytes.data();
   m.panels = weights.panels.data();
   m.flags = weights.flags.data();
-  m.bias = bias.bytes.data();
+  m.bias = biased ? bias.bytes.data() : nullptr;
   m.expert_offsets = routes.offsets.data();
   m.gather_index = gather ? routes.gather.data() : nullptr;
   m.scatter_index = scatter ? routes.scatter.data() : nullptr;
@@ -171,7 +172,7 @@ void check_matmul() {
       const double gamma = gammas ? routes.gammas[row] : 1;
       const int64_t to = scatter ? routes.scatter[row] / per_token : row;
       for (int64_t i = 0; i < n; i++) {
-        double sum = bias.numbers[e * n + i], size = std::fabs(sum);
+        double sum = biased ? bias.numbers[e * n + i] : 0, size = std::fabs(sum);
         for (int64_t j = 0; j < k; j++) {
           const double term = weights.numbers[(e * n + i) * k + j] *
                               x.numbers[(gather ? routes.gather[row] : row) * stride + j];
