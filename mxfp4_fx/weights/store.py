@@ -137,7 +137,7 @@ class WeightStore:
             ]
             for tensor in held:
                 self._entries.drop_old(tensor)
-                # Before it is so: an interrupt must not leave values that nobody is known to have.
+                # Before it is: an interrupt must not leave values that nobody is known to hold.
                 self._entries.note_freed(tensor, True)
             is_done = freed.free(held)
             for tensor in held:
