@@ -396,9 +396,9 @@ def test_what_was_restored_is_not_swizzled_again() -> None:
     assert store.get(floats(source), "cpu_panels") is parts
 
 
-def pair() -> Source:
+def pair(seed: int = 0) -> Source:
     """Blocks and scales of all kinds of bytes."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     parts = (
         torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         for shape in ((2, 32, 2, 16), (2, 32, 2))
@@ -440,6 +440,20 @@ def test_freeing_that_is_interrupted_loses_nothing(monkeypatch: pytest.MonkeyPat
     assert store.restore(source.tensors) == 2
     assert all(map(torch.equal, source.tensors, before))
     assert all(map(torch.equal, parts, swizzle_weight(source, "cpu_panels")))
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_half_of_a_pair_is_overwritten(half: int) -> None:
+    store, source = WeightStore(), pair()
+    store.free(source, "cpu_panels")
+    new = pair(seed=1).tensors[half]
+    source.tensors[half].copy_(new)
+    held = [tensor.clone() for tensor in store.values(source)]
+    assert torch.equal(held[half], new)
+    expected = swizzle_weight(Source(tuple(held), MXFP4), "cpu_panels")
+    assert all(map(torch.equal, store.get(source, "cpu_panels"), expected))
+    assert store.restore(source.tensors) == 1
+    assert all(map(torch.equal, source.tensors, held))
 
 
 def test_both_halves_are_made_of_one_unswizzled_weight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Op, Scalar
 
 T, A, E, H, I = (Letter(name) for name in "TAEHI")  # noqa: E741
@@ -183,7 +184,7 @@ def matmul_ogs(
     args = {"blocks": blocks, "scales": scales, "bias": bias, "n": n, "expert_offsets": offsets}
     defaults: dict[str, Any] = {"gather_index": None, "scatter_index": None, "gammas": None}
     defaults |= {"experts_per_token": 1, "activation": "none"}
-    defaults |= {"layout": "row_major", "kernels": "reference"}
+    defaults |= {"layout": CHECKPOINT_ORDER, "kernels": "reference"}
     # x comes last: the attempt that matches most before it fails explains a miss, so the op's own
     # arguments are matched before the calls that compute x.
     return Op("mxfp4.matmul_ogs", {**args, **defaults, **changes, "x": x})

@@ -137,7 +137,7 @@ class WeightStore:
             ]
             for tensor in held:
                 self._entries.drop_old(tensor)
-                # Before it is so: an interrupt must not leave values that nobody is known to have.
+                # Before it is: an interrupt must not leave values that nobody is known to hold.
                 self._entries.note_freed(tensor, True)
             is_done = freed.free(held)
             for tensor in held:
@@ -237,13 +237,13 @@ class WeightStore:
         return new.parts
 
     def _readable(self, source: Source) -> Source:
-        """The source with memory in place of what is freed: MXFP4's, where all of it is."""
-        if not any(map(freed.is_freed, source.tensors)):
-            return source
-        entry = self._entries.holder(next(filter(freed.is_freed, source.tensors)))
-        if all(entry.holds(mark_of(tensor)) for tensor in source.tensors):
-            with torch.inference_mode(False):  # they may be kept as they are
-                return Source(unswizzle_weight(entry.parts, entry.layout, *entry.sizes), MXFP4)
+        """The source with memory in place of what is freed; in MXFP4, where all of it is."""
+        if all(map(freed.is_freed, source.tensors)):
+            entry = self._entries.holder(source.tensors[0])
+            if all(entry.holds(mark_of(tensor)) for tensor in source.tensors):
+                with torch.inference_mode(False):  # they may be kept as they are
+                    parts = unswizzle_weight(entry.parts, entry.layout, *entry.sizes)
+                return Source(parts, MXFP4)
         return Source(self._values(source.tensors), source.encoding)
 
     def _values(
