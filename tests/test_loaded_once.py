@@ -79,9 +79,11 @@ def test_a_failure_is_told_again_and_not_tried_again(shelf: Shelf) -> None:
 
 def test_a_failure_is_that_keys_alone(shelf: Shelf) -> None:
     shelf.missing = True
-    shelf.refusal("a")
+    for key in ("a", "b", "a", "b"):
+        assert shelf.refusal(key) == f"there is no {key}"
+    assert shelf.tried == ["a", "b"]
     shelf.missing = False
-    assert shelf.things("b") == ["b"]
+    assert shelf.things("c") == ["c"]
 
 
 @pytest.mark.parametrize("variable", ["SHELF", "ROOM"])

@@ -59,11 +59,9 @@ def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
             ``torch.compile``, and returns what makes the context of a call.
     """
 
-    def context(wrapper: Any) -> Any:
+    def context(wrapper: Any) -> Enter | None:
         backend, keywords = innermost(wrapper)
-        if backend is None:  # what the backend of somebody else has set
-            return vars(wrapper).get("backend_ctx_ctor", contextlib.nullcontext)
-        return enter_with(keywords)
+        return None if backend is None else enter_with(keywords)
 
     torch_private.have_context(context)
 

@@ -289,13 +289,22 @@ def wrapped_backend(backend: Any) -> Any:
 
 
 def have_context(make: Callable[[Any], Any]) -> None:
-    """Have ``make(backend)`` give what is entered around each call of what was compiled for it.
+    """Have ``make(backend)`` give what makes the context of each call of what is compiled for it.
+
+    Where it gives None, the context is the backend's own.
 
     Dynamo asks a backend for such a context, ``backend_ctx_ctor``, and enters it before it looks
     at the called function, in the caller's thread. ``torch.compile`` wraps the backend in objects
     that do not hand this attribute on; the outermost gets it here.
     """
-    _found("torch._dynamo.repro.after_dynamo", "WrapBackendDebug").backend_ctx_ctor = property(make)
+
+    def context(wrapper: Any) -> Any:
+        made = make(wrapper)
+        own = vars(wrapper).get("backend_ctx_ctor", contextlib.nullcontext)
+        return own if made is None else made
+
+    outermost = _found("torch._dynamo.repro.after_dynamo", "WrapBackendDebug")
+    outermost.backend_ctx_ctor = property(context)
 
 
 def stance() -> str:
