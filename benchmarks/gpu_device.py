@@ -48,9 +48,9 @@ class Device:
             torch.cuda.synchronize()
 
     def release(self) -> None:
-        """Give back what is no longer referred to."""
-        gc.collect()
+        """Give back a GPU's memory that is no longer referred to."""
         if self.is_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def free_bytes(self) -> int | None:

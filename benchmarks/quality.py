@@ -57,7 +57,7 @@ class Settings:
 
 
 TINY = Settings(
-    layers=2, hidden=64, intermediate=96, experts=4, heads=2, kv_heads=1, head_dim=16,
+    layers=1, hidden=64, intermediate=96, experts=4, heads=2, kv_heads=1, head_dim=16,
     context=32, batch=4, steps=3, windows=8, windows_compared=4, samples=1 << 14,
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ from benchmarks.timing import summary
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks/results/epyc-zen4-2-threads.json"
 SIZES = "--hidden 64 --intermediate 96 --experts 8 --top-k 2 --layers 2 --probe-mib 8"
-TOY = f"{SIZES} --rounds 2 --paths best --compiler eager --silent --tokens 1,5"
+TOY = f"{SIZES} --rounds 2 --paths best --compiler eager --silent"
 MODEL = "--tiny --prompt-tokens 6 --new-tokens 1 --model-rounds 1"
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     files = ["--output", str(path)]
     if HAS_MATPLOTLIB:
         files += ["--plot", str(path.with_suffix(".svg"))]
-    argv = [*TOY.split(), *MODEL.split(), *files]
+    argv = [*TOY.split(), "--tokens", "1,5", "--no-end-to-end", *files]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert cpu.main(argv, clock=CountedClock(0.05)) == 0
     return out.getvalue(), path
@@ -94,12 +94,15 @@ def test_times_and_rates_are_positive_numbers(results: dict[str, Any]) -> None:
     measured += [floors["read"], floors["matrix_peak"], *floors["units"].values()]
     measured += [results["alternating"]["ratio"]]
     calls = results["overhead"]["calls"]
-    speeds = results["end_to_end"]["tokens_per_second"]
-    assert speeds.keys() == {"uncompiled", "inductor", "mxfp4"}
     assert calls.keys() == results["contenders"].keys() - {"grouped_mm", "grouped_mm_compiled"} | {
         *("transformers", "torch")
     }
-    measured += [stats for parts in (*calls.values(), *speeds.values()) for stats in parts.values()]
+    measured += [stats for parts in calls.values() for stats in parts.values()]
+    assert_positive(measured)
+
+
+def assert_positive(measured: list[dict[str, Any]]) -> None:
+    assert measured
     for stats in measured:
         assert 0 < stats["q1"] <= stats["median"] <= stats["q3"] < math.inf
         assert stats["samples"]
@@ -112,8 +115,6 @@ def test_every_result_was_compared_with_float64(results: dict[str, Any]) -> None
         errors = contender["relative_error"]
         assert errors.keys() == {"1", "5"}
         assert all(0 < error <= bound for error in errors.values())
-    differences = results["end_to_end"]["relative_difference_of_logits"]
-    assert all(0 <= each <= end_to_end.logits_bound(1) for each in differences.values())
 
 
 def test_floors_are_those_of_the_work(results: dict[str, Any]) -> None:
@@ -153,7 +154,7 @@ def test_the_table_shows_all_contenders_and_no_paths(
 ) -> None:
     out, path = finished
     assert results["machine"]["cpu"] in out
-    assert 'backend="mxfp4"' in out
+    assert "the whole model was left out" in out
     check_text(out, results)
     for text in (out, path.read_text("utf-8")):
         assert str(ROOT) not in text
@@ -205,6 +206,23 @@ def test_without_matplotlib_it_says_what_to_install_and_measures_nothing(
     monkeypatch.setattr(cpu, "layer_results", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         cpu.main(["--plot", str(tmp_path / "plot.png")])
+
+
+@pytest.mark.exhaustive
+def test_a_whole_model_is_measured_and_compared_with_the_uncompiled_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "cpu.json"
+    argv = [*TOY.split(), *MODEL.split(), *"--tokens 2 --peers grouped_mm --output".split()]
+    assert cpu.main([*argv, str(output)], clock=CountedClock(0.05)) == 0
+    found = json.loads(output.read_text("utf-8"))["end_to_end"]
+    speeds = found["tokens_per_second"]
+    assert speeds.keys() == {"uncompiled", "inductor", "mxfp4"}
+    assert_positive([stats for parts in speeds.values() for stats in parts.values()])
+    differences = found["relative_difference_of_logits"]
+    assert differences.pop("uncompiled") == 0
+    assert all(0 < each <= end_to_end.logits_bound(1) for each in differences.values())
+    assert 'backend="mxfp4"' in capsys.readouterr().out
 
 
 # ---- its parts

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import compile_model
+from examples import compile_model
 
 ARGS = ["--tiny", "--inner", "eager", "--new-tokens", "4", "--checkpoint"]
 

@@ -15,20 +15,15 @@ TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 
 HERE = {"explain", "graph_passes"}
-ELSEWHERE = {"compile_model": "test_demo.py", "quality": "test_quality.py"}
+ELSEWHERE = {"compile_model": "test_demo.py"}
 
 BLOCK, BYTES_PER_BLOCK = 32, 17  # MXFP4: 32 elements of four bits and a scale of eight
-
-
-@pytest.fixture(autouse=True)
-def examples_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
 
 
 def run(name: str, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """What an example prints."""
     assert name in HERE
-    assert importlib.import_module(name).main(list(argv)) == 0
+    assert importlib.import_module(f"examples.{name}").main(list(argv)) == 0
     return capsys.readouterr().out
 
 
