@@ -118,7 +118,9 @@ def test_more_memory_than_the_limit_ends_the_process(checkpoint: Path) -> None:
 def test_a_process_that_fails_is_an_error_with_its_message(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path
 ) -> None:
-    with pytest.raises(full_size.ProcessFailed, match="uncompiled: the process failed:(.|\n)*cores"):
+    with pytest.raises(
+        full_size.ProcessFailed, match="uncompiled: the process failed:(.|\n)*cores"
+    ):
         broken = settings(checkpoint)
         del broken["cores"]
         full_size.run("uncompiled", broken, 22 << 30, lambda _: None)

@@ -381,7 +381,9 @@ def test_tuning_writes_a_table_that_the_package_reads(
 @pytest.mark.usefixtures("plain")
 def test_tuning_counts_what_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = tiles.table(tiles.table_name("interpreter", "row_major"))[0]
-    change(monkeypatch, "wrong", lambda _: tiles._forced and tiles._forced[-1].block_n > own.block_n)
+    change(
+        monkeypatch, "wrong", lambda _: tiles._forced and tiles._forced[-1].block_n > own.block_n
+    )
     shapes = ((2 * own.block_n, 1, 4, 3, 1), (own.block_n, 1, 4, 2, 1))
     monkeypatch.setattr(gpu_tune, "SEEDS", shapes)
     document = tune(tmp_path)
