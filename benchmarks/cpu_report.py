@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.probes import UNITS
-from benchmarks.report import absent, median, number, paragraphs, quartiles, table
+from benchmarks.report import absent, cell, column, columns, paragraphs, quartiles
 
 
 def text(results: dict[str, Any]) -> str:
     """Everything that a reader should see, in the order of its weight."""
-    sections = (_head, _layer, _everyone, absent, _overhead, _alternating, _end_to_end)
-    return paragraphs([section(results) for section in sections])
+    sections = (_head, _layer, absent, _calls, _end_to_end)
+    return paragraphs(*(section(results) for section in sections))
 
 
 def _head(results: dict[str, Any]) -> str:
@@ -34,60 +34,39 @@ def _head(results: dict[str, Any]) -> str:
 
 
 def _layer(results: dict[str, Any]) -> str:
-    """The path that was measured first, which is the best, beside the peers."""
+    """All times, the largest errors, and the ratios of the path that was measured first."""
     contenders, best = results["contenders"], results["path"]["contender"]
-    shown = [n for n, c in contenders.items() if c["kind"] != "native" or n == best]
-    labels = [contenders[name]["label"].replace("transformers ", "") for name in shown]
-    rows = []
-    for row in results["layer"]:
-        floor = row["floor"]
-        rows.append(
-            [
-                str(row["tokens"]),
-                str(row["experts_hit"]),
-                f"{floor['ms']:.2f} {floor['by']}" if floor else "-",
-                *(number(median(row, name), "{:.2f}") for name in shown),
-                number(row["speedup_over_best_bf16"].get(best), "{:.1f}"),
-                number(row["fraction_of_floor"].get(best), "{:.2f}"),
-            ]
-        )
-    note = (
-        "milliseconds, medians. x bf16: the best time of transformers over that of "
-        f"{contenders[best]['label']}; of floor: the larger floor over it"
-    )
-    return f"{table(['T', 'experts', 'floor', *labels, 'x bf16', 'of floor'], rows)}\n{note}"
-
-
-def _everyone(results: dict[str, Any]) -> str:
-    """Errors of all, and what the paths besides the best one reach."""
-    rows = []
-    for name, contender in results["contenders"].items():
-        errors = contender["relative_error"].values()
-        cells = [contender["label"], number(max(errors, default=None), "{:.1e}")]
-        for row in results["layer"]:
-            share = row["fraction_of_floor"].get(name)
-            cells.append(number(median(row, name), "{:.2f}") + (f" ({share:.2f})" if share else ""))
-        rows.append(cells)
-    tokens = [f"T={row['tokens']}" for row in results["layer"]]
-    return table(["milliseconds (of floor)", "error", *tokens], rows)
-
-
-def _overhead(results: dict[str, Any]) -> str:
-    order = ("routing", "gate_up", "down", "mlp", "mm")
-    rows = []
-    for name, parts in results["overhead"]["calls"].items():
-        label = results["contenders"].get(name, {}).get("label", name)
-        cells = [f"{parts[part]['median']:.1f}" if part in parts else "" for part in order]
-        rows.append([label, *cells])
-    return table(["microseconds a call, next to nothing to compute", *order], rows)
-
-
-def _alternating(results: dict[str, Any]) -> str:
-    found = results["alternating"]
-    ms = {name: stats["median"] for name, stats in found["milliseconds"].items()}
+    labels = {name: each["label"].replace("transformers ", "") for name, each in contenders.items()}
+    shown = {
+        "T": column("tokens"),
+        "experts": column("experts_hit"),
+        "floor": column("floor/ms", "{:.2f}"),
+        "by": column("floor/by"),
+        **{label: column(f"ms/{name}/median", "{:.2f}") for name, label in labels.items()},
+        "x bf16": column(f"speedup_over_best_bf16/{best}", "{:.1f}"),
+        "of floor": column(f"fraction_of_floor/{best}", "{:.2f}"),
+    }
+    errors = {name: contenders[name]["relative_error"].values() for name in labels}
+    worst = (f"{labels[name]} {max(each):.1e}" for name, each in errors.items() if each)
     return (
-        f"in turn with a matmul of torch (T={found['tokens']}): {ms['both']:.2f} ms together, "
-        f"{ms['mlp']:.2f} + {ms['matmul']:.2f} apart: ratio {found['ratio']['median']:.2f}"
+        f"{columns(results['layer'], shown)}\n"
+        "milliseconds, medians. x bf16: the best time of transformers over that of "
+        f"{labels[best]}; of floor: the larger floor over it\n"
+        f"largest relative errors: {', '.join(worst)}"
+    )
+
+
+def _calls(results: dict[str, Any]) -> str:
+    rows = [{"name": name, **parts} for name, parts in results["overhead"]["calls"].items()]
+    parts = ("routing", "gate_up", "down", "mlp", "mm")
+    shown = {part: column(f"{part}/median", "{:.1f}") for part in parts}
+    title = "microseconds a call, next to nothing to compute"
+    found = results["alternating"]
+    ms = {name: f"{stats['median']:.2f}" for name, stats in found["milliseconds"].items()}
+    return (
+        f"{columns(rows, {title: column('name'), **shown})}\n"
+        f"in turn with a matmul of torch (T={found['tokens']}): {ms['both']} ms together, "
+        f"{ms['mlp']} + {ms['matmul']} apart: ratio {cell(found, 'ratio/median', '{:.2f}')}"
     )
 
 
@@ -100,10 +79,10 @@ def _end_to_end(results: dict[str, Any]) -> str:
         "inductor": f"bfloat16, {found['compiler']}",
         "mxfp4": 'backend="mxfp4"',
     }
-    rows = [
-        [labels[name], *(f"{parts[part]['median']:.1f}" for part in ("prefill", "decode"))]
-        for name, parts in found["tokens_per_second"].items()
-    ]
-    head = [f"a model of {found['layers']} layers, tokens a second"]
-    head += [f"prefill of {found['prompt_tokens']}", f"decode of {found['new_tokens']}"]
-    return table(head, rows)
+    shown = {
+        f"a model of {found['layers']} layers, tokens a second": column("label"),
+        f"prefill of {found['prompt_tokens']}": column("prefill/median", "{:.1f}"),
+        f"decode of {found['new_tokens']}": column("decode/median", "{:.1f}"),
+    }
+    rates = found["tokens_per_second"]
+    return columns([{"label": labels[name], **rates[name]} for name in rates], shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.report import number, paragraphs, quartiles, table
+from benchmarks.report import column, columns, paragraphs, quartiles
 from benchmarks.timing import summary
 
 _GIB = 2**30
@@ -60,7 +60,7 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
 
 def text(results: dict[str, Any]) -> str:
     """Everything that a reader should see."""
-    return paragraphs([part(results) for part in (_head, _phases, _peak, _speed)])
+    return paragraphs(*(part(results) for part in (_head, _phases, _peak, _speed)))
 
 
 def _head(results: dict[str, Any]) -> str:
@@ -83,23 +83,25 @@ def _head(results: dict[str, Any]) -> str:
 
 def _phases(results: dict[str, Any]) -> str:
     """Memory at the end and peaks of each phase of each process."""
-    rows = []
-    for name, found in results["runs"].items():
-        for phase in found["phases"]:
-            memory, sampled = phase["memory"], phase["sampled_peaks"]
-            rows.append(
-                [
-                    f"{name}: {phase['phase']}",
-                    f"{phase['seconds']:.1f}",
-                    f"{phase['load_average']:.1f}",
-                    str(phase["graphs"]),
-                    *(_gib(memory[part]) for part in ("anonymous", "mapped", "peak")),
-                    *(_gib(sampled.get(p)) for p in ("anonymous", "mapped", "with_children")),
-                ]
-            )
-    head = ["GiB", "seconds", "load", "graphs", "anonymous", "mapped", "peak"]
+    rows = [
+        {"name": f"{name}: {phase['phase']}", **phase}
+        for name, found in results["runs"].items()
+        for phase in found["phases"]
+    ]
+    shown = {
+        "GiB": column("name"),
+        "seconds": column("seconds", "{:.1f}"),
+        "load": column("load_average", "{:.1f}"),
+        "graphs": column("graphs"),
+        "anonymous": column("memory/anonymous", "{:.2f}", _GIB),
+        "mapped": column("memory/mapped", "{:.2f}", _GIB),
+        "peak": column("memory/peak", "{:.2f}", _GIB),
+        "of anonymous": column("sampled_peaks/anonymous", "{:.2f}", _GIB),
+        "of mapped": column("sampled_peaks/mapped", "{:.2f}", _GIB),
+        "with children": column("sampled_peaks/with_children", "{:.2f}", _GIB),
+    }
     return (
-        f"{table([*head, 'anonymous', 'mapped', 'and children'], rows)}\n"
+        f"{columns(rows, shown)}\n"
         "at the end: anonymous (the process's own), mapped (files' pages, which the system can "
         "drop);\npeak: of both together, then of each alone, then with child processes (compilers)"
     )
@@ -123,14 +125,17 @@ def _peak(results: dict[str, Any]) -> str:
 def _speed(results: dict[str, Any]) -> str:
     found, settings, sizes = results["summary"], results["settings"], results["bytes"]
     ours, floor = found["tokens_per_second"], found["floor"]
-    names = ("prefill", "decode")
-    rows = [['backend="mxfp4"', *(f"{ours[name]['median']:.2f}" for name in names)]]
+    rows = [{"name": 'backend="mxfp4"', **{part: ours[part]["median"] for part in ours}}]
     if "uncompiled" in found:
-        plain, ratio = found["uncompiled"], found["times_faster_than_uncompiled"]
-        rows.append(["packed, uncompiled", *(f"{plain[name]:.3g}" for name in names)])
-        rows.append(["times faster", *(f"{ratio[name]:.0f}" for name in names)])
+        rows.append({"name": "packed, uncompiled", **found["uncompiled"]})
+        rows.append({"name": "times faster", **found["times_faster_than_uncompiled"]})
+    shown = {
+        "tokens a second": column("name"),
+        f"prefill of {settings['prompt_tokens']}": column("prefill", "{:.3g}"),
+        "decode": column("decode", "{:.3g}"),
+    }
     lines = [
-        table(["tokens a second", f"prefill of {settings['prompt_tokens']}", "decode"], rows),
+        columns(rows, shown),
         f"medians of {settings['rounds']} rounds of {settings['new_tokens']} tokens (decoding: "
         f"{quartiles(ours['decode'], 1, '{:.2f}')}); {found['graphs']} graphs compiled before, "
         f"{found['graphs_while_measuring']} meanwhile",
@@ -150,5 +155,5 @@ def _speed(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _gib(nbytes: int | None) -> str:
-    return number(None if nbytes is None else nbytes / _GIB, "{:.2f}")
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / _GIB:.2f}"

@@ -231,7 +231,9 @@ class Run:
                 f"two layers of {bytes_ / 1e9:.1f} GB do not fit into {(free or 0) / 1e9:.0f} GB"
             )
         if fit < wanted:
-            self.results.note(f"{kind}, {sizes.experts} experts: {fit} layers, not {wanted}")
+            self.results.notes.append(
+                f"{kind}, {sizes.experts} experts: {fit} layers, not {wanted}"
+            )
         self.log(f"making {min(wanted, fit)} layers of {sizes.experts} experts for {kind}")
         return min(wanted, fit)
 
@@ -264,7 +266,8 @@ class Run:
         row.relative_error[name] = found.error
         row.captured[name] = self.device.is_gpu and not found.why_uncaptured
         if found.why_uncaptured:
-            self.results.note(f"{contender.label} cannot be captured: {found.why_uncaptured}")
+            where = contender.where(tokens)
+            self.results.notes.append(f"{where} cannot be captured: {found.why_uncaptured}")
         least = min(found.samples)
         self.log(f"{name}, {row.experts} experts, T={tokens}: {1e6 * least:.1f} us")
         return least

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import command
 from benchmarks.moe import floor
-from benchmarks.report import absent, median, number, paragraphs, quartiles, table
+from benchmarks.report import Column, absent, column, columns, paragraphs, quartiles
 
 
 @dataclass
@@ -74,11 +74,6 @@ class Results:
         where = {"contender": contender, "experts": experts, "tokens": tokens}
         self.skipped.append({**where, "reason": reason})
 
-    def note(self, text: str) -> None:
-        """Once, however often it is said."""
-        if text not in self.notes:
-            self.notes.append(text)
-
     def data(self) -> dict[str, Any]:
         kinds = {name: contender["kind"] for name, contender in self.contenders.items()}
         names = ("floors", "contenders", "unavailable", "skipped", "notes")
@@ -97,7 +92,7 @@ class Results:
 
 def text(results: dict[str, Any]) -> str:
     """What a reader should see; the table comes last."""
-    return paragraphs([_head(results), absent(results), _table(results)])
+    return paragraphs(_head(results), absent(results), _table(results))
 
 
 def _head(results: dict[str, Any]) -> str:
@@ -120,33 +115,25 @@ def _head(results: dict[str, Any]) -> str:
 
 
 def _table(results: dict[str, Any]) -> str:
-    shown = [name for name in results["contenders"] if name != "ours_again"]
-    rows = []
-    for row in results["rows"]:
-        uncaptured = row["uncaptured_ms"].get("ours")
-        rows.append(
-            [
-                *(str(row[key]) for key in ("experts", "tokens", "experts_hit")),
-                f"{1e3 * row['floor']['ms']:.1f} {row['floor']['by']}" if row["floor"] else "-",
-                *(
-                    _microseconds(median(row, name)) + "*" * (not row["captured"].get(name, True))
-                    for name in shown
-                ),
-                number(row["times_floor"], "{:.2f}"),
-                number(row["noise"], "{:.1%}"),
-                _microseconds(uncaptured and uncaptured["median"]),
-                number(row["launches"].get("ours"), "{}"),
-                *(number(row["speedup_over_best"].get(who), "{:.2f}") for who in ("mxfp4", "bf16")),
-            ]
-        )
-    head = ["E", "T", "hit", "floor", *shown, "x floor", "noise", "uncaptured", "launches"]
-    note = (
-        "microseconds of one MLP, medians, launches in a CUDA graph (*: one by one). x floor: ours "
-        "over the floor; noise: ours timed twice;\nuncaptured, launches: of ours; x mxfp4, x bf16: "
-        "the best of the others over ours"
+    def microseconds(path: str) -> Column:
+        return column(f"{path}/median", "{:.1f}", 1e-3)
+
+    shown = {
+        "E": column("experts"),
+        "T": column("tokens"),
+        "hit": column("experts_hit"),
+        "floor": column("floor/ms", "{:.1f}", 1e-3),
+        "by": column("floor/by"),
+        **{n: microseconds(f"ms/{n}") for n in results["contenders"] if n != "ours_again"},
+        "x floor": column("times_floor", "{:.2f}"),
+        "noise": column("noise", "{:.1%}"),
+        "uncaptured": microseconds("uncaptured_ms/ours"),
+        "launches": column("launches/ours"),
+        "x mxfp4": column("speedup_over_best/mxfp4", "{:.2f}"),
+        "x bf16": column("speedup_over_best/bf16", "{:.2f}"),
+    }
+    return (
+        "microseconds of one MLP, medians, launches in a CUDA graph. x floor: ours over the floor; "
+        "noise: ours timed twice;\nuncaptured, launches: of ours; x mxfp4, x bf16: the best of the "
+        f"others over ours\n{columns(results['rows'], shown)}"
     )
-    return f"{note}\n{table([*head, 'x mxfp4', 'x bf16'], rows)}"
-
-
-def _microseconds(ms: float | None) -> str:
-    return number(None if ms is None else 1e3 * ms, "{:.1f}")

@@ -27,7 +27,7 @@ import mxfp4_fx
 from benchmarks import command, corpus, weight_error
 from benchmarks.command import Log
 from benchmarks.machine import machine
-from benchmarks.report import paragraphs, table
+from benchmarks.report import column, columns, paragraphs
 from mxfp4_fx.core.formats import SCALE_RULES
 
 BF16_ROUNDING = 2.0**-8  # of a number, relatively
@@ -98,34 +98,38 @@ def main(argv: list[str] | None = None) -> int:
 def text(results: dict[str, Any]) -> str:
     """The results as tables."""
     validation, context = results["text"]["validation"], results["settings"]["context"]
-    rows = []
-    for row in results["models"]:
-        is_quantized = row["weights"] != "bfloat16"
-        runs = "compiled" if row["compiled"] else "uncompiled"
-        apart = _apart(row["to_bfloat16"]) if is_quantized else ["", ""]
-        figures = f"{row['expert_bytes'] / 1024:.0f}", f"{row['perplexity']:.4f}"
-        rows.append([f"{'MXFP4, ' * is_quantized}{row['weights']} {runs}", *figures, *apart])
-    rows.append(["search less max, compiled", "", "", *_apart(results["search_to_max"])])
-    for rule, apart in results["compiled_to_uncompiled"].items():
-        rows.append([f"compiled less uncompiled, {rule}", "", "", *_apart(apart)])
-    logits = [
-        [rule, f"{row['difference']:.4f}", f"{row['bound']:.4f}", str(row["bytes_compared"])]
-        for rule, row in results["logits"].items()
+    models = [
+        {
+            **row,
+            "name": f"{'MXFP4, ' * (row['weights'] != 'bfloat16')}{row['weights']} "
+            f"{'compiled' if row['compiled'] else 'uncompiled'}",
+        }
+        for row in results["models"]
     ]
+    models.append({"name": "search less max", "to_bfloat16": results["search_to_max"]})
+    for rule, apart in results["compiled_to_uncompiled"].items():
+        models.append({"name": f"{rule}, compiled less uncompiled", "to_bfloat16": apart})
+    shown = {
+        "experts": column("name"),
+        "KiB": column("expert_bytes", "{:.0f}", 1024),
+        "perplexity": column("perplexity", "{:.4f}"),
+        "to bfloat16": column("to_bfloat16/perplexity", "{:+.4f}"),
+        "± s.e.": column("to_bfloat16/standard_error", "{:.4f}"),
+    }
+    logits = {
+        "rule": column("rule"),
+        "difference": column("difference", "{:.4f}"),
+        "bound": column("bound", "{:.4f}"),
+        "bytes compared": column("bytes_compared"),
+    }
     return paragraphs(
-        [
-            f"perplexity of a byte; {results['windows']} windows of {context} bytes from "
-            f"{validation['documents']} documents that were not trained on",
-            table(["experts", "KiB", "perplexity", "to bfloat16", "± s.e."], rows),
-            "largest difference of a logit, compiled against uncompiled",
-            table(["rule", "difference", "bound", "bytes compared"], logits),
-            weight_error.text(results["weights"]),
-        ]
+        f"perplexity of a byte; {results['windows']} windows of {context} bytes from "
+        f"{validation['documents']} documents that were not trained on",
+        columns(models, shown),
+        "largest difference of a logit, compiled against uncompiled",
+        columns(({"rule": rule, **row} for rule, row in results["logits"].items()), logits),
+        weight_error.text(results["weights"]),
     )
-
-
-def _apart(difference: dict[str, float]) -> list[str]:
-    return [f"{difference['perplexity']:+.4f}", f"{difference['standard_error']:.4f}"]
 
 
 # ---- text ---------------------------------------------------------------------------------------

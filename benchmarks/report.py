@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+# Where a cell's value stands in a row, as keys with slashes between; its format; its unit.
+Column = tuple[str, str, float]
+
+
+def column(path: str, form: str = "{}", unit: float = 1) -> Column:
+    return path, form, unit
+
+
+def columns(rows: Iterable[Mapping[str, Any]], shown: Mapping[str, Column]) -> str:
+    """A table with a line for each row; what was not measured is a dash."""
+    return table(list(shown), [[cell(row, *each) for each in shown.values()] for row in rows])
+
+
+def cell(row: Any, path: str, form: str = "{}", unit: float = 1) -> str:
+    for key in path.split("/"):
+        row = (row or {}).get(key)
+    if row is None:
+        return "-"
+    return form.format(row if unit == 1 else row / unit)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -16,37 +36,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def number(value: float | None, form: str) -> str:
-    """A dash for what was not measured."""
-    return "-" if value is None else form.format(value)
-
-
-def median(row: dict[str, Any], name: str) -> float | None:
-    """Of a contender's milliseconds."""
-    found: float | None = row["ms"].get(name, {}).get("median")
-    return found
-
-
 def quartiles(stats: dict[str, Any], unit: float, form: str) -> str:
     """The median, and the quartiles in brackets."""
-    middle, low, high = (form.format(stats[part] / unit) for part in ("median", "q1", "q3"))
+    middle, low, high = (cell(stats, part, form, unit) for part in ("median", "q1", "q3"))
     return f"{middle} ({low} to {high})"
 
 
 def absent(results: dict[str, Any]) -> str:
     """Who was not measured, where, and why; then the notes."""
     lines = [f"not available: {name}: {why}" for name, why in results["unavailable"].items()]
-    skips: dict[tuple[str, str], list[str]] = {}
     for skip in results["skipped"]:
         name = results["contenders"].get(skip["contender"], {}).get("label", skip["contender"])
-        if "experts" in skip:
-            name += f", {skip['experts']} experts"
-        skips.setdefault((name, skip["reason"]), []).append(str(skip["tokens"]))
-    for (name, reason), tokens in skips.items():
-        lines.append(f"not measured: {name}, T = {', '.join(tokens)}: {reason}")
+        experts = f", {skip['experts']} experts" if "experts" in skip else ""
+        lines.append(f"not measured: {name}{experts}, T = {skip['tokens']}: {skip['reason']}")
     return "\n".join(lines + [f"note: {note}" for note in results["notes"]])
 
 
-def paragraphs(parts: Sequence[str]) -> str:
+def paragraphs(*parts: str) -> str:
     """Those that say something, with an empty line between."""
     return "\n\n".join(part for part in parts if part)

@@ -1,10 +1,11 @@
-"""``python -m benchmarks.cpu`` at toy sizes tells all that it should. How fast is not asked here."""
+"""``python -m benchmarks.cpu`` at toy sizes: it tells all that it should; not how fast."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import re
@@ -213,7 +214,7 @@ def test_a_whole_model_is_measured_and_compared_with_the_uncompiled_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "cpu.json"
-    argv = [*TOY.split(), *MODEL.split(), *"--tokens 2 --peers grouped_mm --output".split()]
+    argv = [*TOY.split(), *MODEL.split(), "--tokens", "2", "--output"]
     assert cpu.main([*argv, str(output)], clock=CountedClock(0.05)) == 0
     found = json.loads(output.read_text("utf-8"))["end_to_end"]
     speeds = found["tokens_per_second"]
@@ -279,7 +280,7 @@ def test_rounds_measure_everyone_in_turn_and_end_in_time() -> None:
     done = run_rounds(found, inputs, None, 6, 1e9, lambda _: None, CountedClock(0.05))
     assert done == 6
     assert [len(cell.samples) for cell in found] == [6, 6]
-    assert any(one != other for one, other in zip(order, order[1:], strict=False))
+    assert any(one != other for one, other in itertools.pairwise(order))
     found = cells()
     done = run_rounds(found, inputs, None, 6, 0.1, lambda _: None, CountedClock(0.05))
     assert done == 3
