@@ -7,6 +7,7 @@ and as right: what is tested is the benchmark. One run takes Triton's.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import itertools
@@ -26,7 +27,7 @@ if importlib.util.find_spec("triton") is None:
 if torch.cuda.is_available():
     pytest.skip("needs Triton's interpreter, which is off beside a GPU", allow_module_level=True)
 
-from benchmarks import contenders, gpu, gpu_tune, openai, plot
+from benchmarks import contenders, gpu, gpu_compile, gpu_tune, openai, plot
 from benchmarks.contenders import Ours, Transformers
 from benchmarks.moe import Problem, Sizes
 
@@ -443,6 +444,19 @@ def test_on_a_cpu_the_interpreter_must_be_asked_for(
 
 
 # ---- its parts
+
+
+@pytest.mark.exhaustive
+def test_workers_compile_for_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    sizes, tile = Sizes(H, N, 2, A), tiles.table("sm_90")[0]
+    jobs = [
+        gpu_compile.Job(tile, sizes, "wgmma_fragments"),
+        gpu_compile.Job(None, sizes, tokens=1),
+        gpu_compile.Job(dataclasses.replace(tile, block_n=7), sizes, "wgmma_fragments"),
+    ]
+    with gpu_compile.start_pool(1, "sm_90", ("cuda", 90, 32)) as pool:
+        assert list(pool.map(gpu_compile.compile_job, jobs)) == ["", "", "CompilationError"]
 
 
 def test_a_forced_tile_is_fitted_and_forgotten_afterwards() -> None:
