@@ -53,23 +53,20 @@ lint: $(STAMP)
 	.venv/bin/lint-imports --no-logo
 
 bench: $(STAMP)
-	mkdir -p build
-	.venv/bin/python benchmarks/cpu.py --output build/cpu.json --plot build/cpu.svg
+	.venv/bin/python -m benchmarks.cpu --output build/cpu.json --plot build/cpu.svg
 
 bench-gpu: $(STAMP)
-	mkdir -p build
-	.venv/bin/python benchmarks/gpu.py --output build/gpu.json --plot build/gpu.svg
+	.venv/bin/python -m benchmarks.gpu --output build/gpu.json --plot build/gpu.svg
 
 bench-full-size: $(STAMP)
-	mkdir -p build
-	.venv/bin/python benchmarks/full_size.py --output build/full-size.json
+	.venv/bin/python -m benchmarks.full_size --output build/full-size.json
 
 quality: $(STAMP)
-	.venv/bin/python examples/quality.py --output build/quality.json --plot build/quality.svg
+	.venv/bin/python -m benchmarks.quality --output build/quality.json --plot build/quality.svg
 
 clean:
 	rm -rf build .import_linter_cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
-	find mxfp4_fx tests examples -name __pycache__ -prune -exec rm -rf {} +
+	find mxfp4_fx tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf .venv

@@ -1,180 +1,288 @@
-"""Who is measured: this project's ops on each instruction-set path, its PyTorch path, transformers.
+"""Who is measured: this project's ops and transformers' experts, on a CPU and on a GPU.
 
-Every contender computes the same MLP, from router logits to the sum of the experts, on the same
-weights. Each has copies of them, its layers, and takes the next layer at every call, so that
-weights come from memory as they do in a model.
+Every contender computes the same MLP on the same weights, and is checked against float64 first. It
+holds several layers, of which every call takes the next, or one call takes all: weights then come
+from memory, as they do in a model.
 """
 
 from __future__ import annotations
 
-import os
+import copy
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from moe import ALPHA, LIMIT, Inputs, Projection, Sizes, Weights
 from torch import Tensor
+from torch.nn.functional import linear, softmax
 
-from mxfp4_fx.core import hardware
+from benchmarks import device_ops
+from benchmarks.moe import Inputs, Problem, Projection, Router, Sizes, Weights
 from mxfp4_fx.core.formats import dequantize
-from mxfp4_fx.ops.schemas import KERNELS
-from mxfp4_fx.weights.swizzle import swizzle_weight
 
-PATH_VARIABLE = "MXFP4_FX_CPU"
-OPS = torch.ops.mxfp4
 
-# Forms of transformers' experts: name -> (label, `_experts_implementation`, compiled, largest T).
-# batched_mm copies an expert's weights for every routed row.
-PEERS: dict[str, tuple[str, str, bool, int | None]] = {
-    "grouped_mm": ("transformers grouped_mm", "grouped_mm", False, None),
-    "grouped_mm_compiled": ("transformers grouped_mm + compiler", "grouped_mm", True, None),
-    "batched_mm": ("transformers batched_mm", "batched_mm", False, 4),
-    "loop": ("transformers eager loop", "eager", False, None),
-}
-DEFAULT_PEERS = ("grouped_mm", "grouped_mm_compiled")
-PYTORCH_TOKENS = 16  # above, one call takes seconds
+class Unavailable(Exception):
+    """A contender is not to be had here; the message says why."""
 
-Parts = tuple[Tensor, Tensor]
-Layer = tuple[Parts, Tensor, Parts, Tensor]  # gate_up, its bias, down, its bias
+
+class WrongResult(Exception):
+    """A contender does not compute the MLP, so that its times mean nothing."""
 
 
 class Contender(ABC):
-    """One of those that are measured.
+    """One of those that are measured, with its own copies of the weights.
 
     Attributes:
         name: its key in the results.
         label: how a reader knows it.
-        kind: "native", "pytorch" or "transformers".
-        layers: copies of the weights that it takes in turn.
-        expert_bytes: bytes of an expert's weights in its form.
+        kind: whose it is, in the results.
+        layers: how many it holds.
+        problem: what it computes.
         most_tokens: the largest T that it is measured at; None: any.
+        is_compiled: by torch.compile; else its allocations are poisoned before a check.
+        is_exact: two runs give the same bits, which is checked.
     """
 
-    name: str
-    label: str
-    kind: str
-    layers: int
-    expert_bytes: int
     most_tokens: int | None = None
-    _next = 0
+    is_compiled = False
+    is_exact = False
 
-    @abstractmethod
-    def prepare(self) -> None:
+    def __init__(self, problem: Problem, name: str, label: str, kind: str) -> None:
+        self.problem, self.name, self.label, self.kind = problem, name, label, kind
+        self.top_k = problem.sizes.top_k
+        self.layers = 0
+        self._next = 0
+        self._routers: list[Router | None] = []
+
+    def add_layer(self) -> None:
+        """One more, with its copy of the router if there is one."""
+        router = self.problem.router
+        self._routers.append(router and Router(*(part.clone() for part in router)))
+        self.layers += 1
+
+    def logits(self, layer: int, inputs: Inputs) -> Tensor:
+        """As they were given, or by the layer's router."""
+        router = self._routers[layer]
+        if router is not None:
+            return linear(inputs.hidden, *router)
+        assert inputs.logits is not None
+        return inputs.logits
+
+    def prepare(self) -> None:  # noqa: B027 (most need none)
         """Called before each sample, outside its time."""
 
     @abstractmethod
     def run(self, layer: int, inputs: Inputs) -> Tensor:
         """The MLP of a layer: [T, H] bfloat16."""
 
-    def __call__(self, inputs: Inputs) -> Tensor:
+    def run_next(self, inputs: Inputs) -> Tensor:
+        """The MLP of one layer after the other."""
         layer = self._next
         self._next = (layer + 1) % self.layers
         return self.run(layer, inputs)
 
+    def run_all(self, inputs: Inputs) -> Tensor:
+        """All layers in turn, layer 0 last, whose result is returned."""
+        for layer in range(1, self.layers):
+            self.run(layer, inputs)
+        return self.run(0, inputs)
+
+    def where(self, tokens: int) -> str:
+        """For messages."""
+        return f"{self.label} at E={self.problem.sizes.experts}, T={tokens}"
+
+    def why_not(self, tokens: int, last: tuple[int, float] | None, slow: float) -> str:
+        """Why it is not measured at T; empty if it is.
+
+        Args:
+            last: a smaller T and the seconds of a call there.
+            slow: seconds of a call that are too many.
+        """
+        if self.most_tokens is not None and tokens > self.most_tokens:
+            return f"measured up to T={self.most_tokens} only"
+        # At most, for up to a few tokens an expert a call takes the same time whatever T is.
+        if last and last[1] > slow / 4 and (expected := last[1] * tokens / last[0]) > slow:
+            return f"a call would take up to {expected:.0f} s"
+        return ""
+
+
+def check(contender: Contender, inputs: Inputs) -> float:
+    """The relative error of layer 0 against float64.
+
+    Raises:
+        WrongResult: it is beyond what rounding explains, or not the same twice where it should be.
+    """
+    contender.prepare()
+    with poisoned(not contender.is_compiled):
+        out = contender.run(0, inputs)
+        again = contender.run(0, inputs) if contender.is_exact else out
+    error = check_result(contender, out)
+    if not torch.equal(out, again):
+        raise WrongResult(f"{contender.where(len(out))}: two runs differ")
+    return error
+
+
+def check_result(contender: Contender, out: Tensor, how: str = "") -> float:
+    """The relative error of a result of layer 0; raises as :func:`check` does."""
+    error, bound = contender.problem.error(out), contender.problem.error_bound
+    if not error <= bound:
+        raise WrongResult(
+            f"{contender.where(len(out))}{how}: relative error {error:.2e}; rounding explains "
+            f"{bound:.2e}"
+        )
+    return error
+
+
+@contextmanager
+def poisoned(is_wanted: bool) -> Iterator[None]:
+    """What is allocated within holds NaN or the largest integer until it is written."""
+    if not is_wanted:
+        yield
+        return
+    memory: Any = torch.utils.deterministic  # a module of properties
+    before = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of algorithms that are not deterministic
+        torch.set_deterministic_debug_mode("warn")
+        memory.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(before[0])
+            memory.fill_uninitialized_memory = before[1]
+
 
 class Ours(Contender):
-    """The device ops that the backend puts into a graph, called as it calls them."""
+    """The device ops that the backend puts into a graph, called as it calls them.
+
+    Args:
+        kernels: the implementation of the ops.
+        path: the CPU's instruction-set path to force.
+    """
+
+    is_exact = True
 
     def __init__(
         self,
+        problem: Problem,
+        weights: Iterable[Weights],
         name: str,
         label: str,
-        sizes: Sizes,
-        path: str | None,
-        layers: Sequence[Layer],
+        kind: str,
+        *,
+        kernels: str,
+        layout: str,
+        path: str | None = None,
     ) -> None:
-        self.name, self.label, self.path = name, label, path
-        self.kind = "pytorch" if path is None else "native"
-        self.layers, self.expert_bytes = len(layers), sizes.mxfp4_bytes
-        self.kernels, self.layout = kernels_of(path)
-        self.top_k = sizes.top_k
-        self._layers = layers
-        if path is None:
-            self.most_tokens = PYTORCH_TOKENS
+        super().__init__(problem, name, label, kind)
+        self.kernels, self.layout, self.path = kernels, layout, path
+        self._weights: list[tuple[device_ops.Packed, device_ops.Packed]] = []
+        for layer in weights:
+            self._weights.append(
+                (
+                    device_ops.swizzled(layer.gate_up, layout),
+                    device_ops.swizzled(layer.down, layout),
+                )
+            )
+            self.add_layer()
+
+    def on_path(self, path: str, label: str) -> Ours:
+        """The same weights, computed by another path of the CPU's."""
+        other = copy.copy(self)
+        other.name, other.label, other.path = path, label, path
+        return other
 
     def prepare(self) -> None:
         if self.path is not None:
-            force_path(self.path)
+            device_ops.force_path(self.path)
 
-    def routing(self, inputs: Inputs) -> Any:
-        return OPS.routing(inputs.logits, self.top_k, kernels=self.kernels)
+    def routing(self, logits: Tensor) -> Any:
+        return device_ops.routing(logits, self.top_k, self.kernels)
 
     def gate_up(self, layer: int, hidden: Tensor, routes: Any) -> Tensor:
-        parts, bias, _, _ = self._layers[layer]
-        return OPS.matmul_ogs(
-            hidden,
-            *parts,
-            bias,
-            routes[3],
-            gather_index=routes[1],
-            activation="swiglu",
-            alpha=ALPHA,
-            limit=LIMIT,
-            layout=self.layout,
-            kernels=self.kernels,
-        )
+        return device_ops.gate_up(hidden, self._weights[layer][0], routes, self.kernels)
 
     def down(self, layer: int, inner: Tensor, routes: Any) -> Tensor:
-        _, _, parts, bias = self._layers[layer]
-        return OPS.matmul_ogs(
-            inner,
-            *parts,
-            bias,
-            routes[3],
-            scatter_index=routes[2],
-            gammas=routes[0],
-            experts_per_token=self.top_k,
-            layout=self.layout,
-            kernels=self.kernels,
-        )
+        return device_ops.down(inner, self._weights[layer][1], routes, self.top_k, self.kernels)
 
     def run(self, layer: int, inputs: Inputs) -> Tensor:
-        routes = self.routing(inputs)
+        routes = self.routing(self.logits(layer, inputs))
         return self.down(layer, self.gate_up(layer, inputs.hidden, routes), routes)
+
+    def parts(self, inputs: Inputs) -> dict[str, Callable[[int], Tensor]]:
+        """What the MLP of a layer consists of."""
+        logits = self.logits(0, inputs)
+        routes = self.routing(logits)
+        inner = self.gate_up(0, inputs.hidden, routes)
+        return {
+            "router": lambda layer: self.logits(layer, inputs),
+            "routing": lambda layer: self.routing(logits)[0],
+            "gate_up": lambda layer: self.gate_up(layer, inputs.hidden, routes),
+            "down": lambda layer: self.down(layer, inner, routes),
+        }
 
 
 class Transformers(Contender):
-    """``GptOssExperts`` in bfloat16 behind the router's top-k and softmax."""
+    """``GptOssExperts`` in bfloat16 behind the router's top-k and softmax.
 
-    kind = "transformers"
+    Args:
+        form: ``experts_implementation``.
+        compile: arguments of torch.compile; None: not compiled.
+    """
 
-    def __init__(self, name: str, sizes: Sizes, experts: Sequence[Any], compiler: str) -> None:
-        label, self.form, compiled, self.most_tokens = PEERS[name]
-        self.name = name
-        self.label = label.replace("compiler", compiler)
-        self.layers, self.expert_bytes = len(experts), sizes.bf16_bytes
-        self.top_k = sizes.top_k
-        self._experts = experts
-        # Static shapes: the compiler may then fit its code to each T.
-        self._mlp = (
-            torch.compile(_transformers_mlp, backend=compiler, dynamic=False)
-            if compiled
-            else _transformers_mlp
-        )
+    def __init__(
+        self,
+        problem: Problem,
+        experts: Iterable[Any],
+        name: str,
+        label: str,
+        kind: str,
+        *,
+        form: str,
+        compile: dict[str, Any] | None,
+    ) -> None:
+        super().__init__(problem, name, label, kind)
+        self.form, self.is_compiled = form, compile is not None
+        self._mlp = _mlp if compile is None else torch.compile(_mlp, **compile)
+        self._experts: list[Any] = []
+        for each in experts:
+            self._experts.append(each)
+            self.add_layer()
 
     def prepare(self) -> None:
         self._experts[0].config._experts_implementation = self.form  # shared by all layers
 
     def run(self, layer: int, inputs: Inputs) -> Tensor:
-        out: Tensor = self._mlp(self._experts[layer], *inputs, self.top_k)
+        out: Tensor = self._mlp(self._experts[layer], self._routers[layer], *inputs, self.top_k)
         return out
 
 
-def _transformers_mlp(experts: Any, hidden: Tensor, logits: Tensor, top_k: int) -> Tensor:
-    """``GptOssMLP.forward`` without the router's own matmul."""
+def _mlp(
+    experts: Any, router: Router | None, hidden: Tensor, logits: Tensor | None, top_k: int
+) -> Tensor:
+    """``GptOssMLP.forward``; without a router, what comes behind its matmul."""
+    if router is not None:
+        logits = linear(hidden, *router)
+    assert logits is not None
     chosen, indices = torch.topk(logits, top_k, dim=-1)
-    scores = torch.nn.functional.softmax(chosen, dim=1, dtype=chosen.dtype)
+    scores = softmax(chosen, dim=1, dtype=chosen.dtype)
     out: Tensor = experts(hidden, indices, scores)
     return out
 
 
 def transformers_experts(sizes: Sizes, weights: Iterable[Weights]) -> list[Any]:
-    """``GptOssExperts`` in bfloat16, one for each of the weights, that share one configuration."""
-    from transformers import GptOssConfig
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    """``GptOssExperts`` in bfloat16, one for each of the weights, that share one configuration.
+
+    Raises:
+        Unavailable: no transformers.
+    """
+    try:
+        from transformers import GptOssConfig
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    except ImportError as error:
+        raise Unavailable(f"transformers cannot be imported ({error})") from error
 
     config = GptOssConfig(
         hidden_size=sizes.hidden,
@@ -191,87 +299,10 @@ def transformers_experts(sizes: Sizes, weights: Iterable[Weights]) -> list[Any]:
 
     made = []
     for layer in weights:
-        device = layer.gate_up.blocks.device
         with torch.device("meta"):
-            experts = GptOssExperts(config)
-        experts = experts.bfloat16().to_empty(device=device).requires_grad_(False).eval()
+            experts = GptOssExperts(config).bfloat16().requires_grad_(False).eval()
+        experts = experts.to_empty(device=layer.gate_up.blocks.device)
         fill(experts.gate_up_proj, experts.gate_up_proj_bias, layer.gate_up)
         fill(experts.down_proj, experts.down_proj_bias, layer.down)
         made.append(experts)
     return made
-
-
-def swizzled_layers(experts: Sequence[Any], layout: str, count: int) -> list[Layer]:
-    """``count`` layers in memory of their own, made as the backend makes them.
-
-    Beyond the number of experts their values repeat, which no cache can know.
-    """
-    layers = []
-    for index in range(count):
-        source = experts[index % len(experts)]
-        layers.append(
-            (
-                swizzle_weight(source.gate_up_proj, layout),
-                source.gate_up_proj_bias.detach(),
-                swizzle_weight(source.down_proj, layout),
-                source.down_proj_bias.detach(),
-            )
-        )
-    return layers
-
-
-def kernels_of(path: str | None) -> tuple[str, str]:
-    """(kernels, layout) of the ops for an instruction-set path, or for plain PyTorch (None)."""
-    if path is not None:
-        return "cpu", "cpu_panels"
-    # Until the native kernels came, plain PyTorch was called "cpu".
-    return ("pytorch" if "pytorch" in KERNELS else "cpu"), "row_major"
-
-
-def native_paths() -> tuple[tuple[str, ...], dict[str, str]]:
-    """(instruction-set paths that work here, the chosen one first; the others with the reason).
-
-    Each is compiled and called once, for what cannot be built must not fall back in silence.
-    """
-    from mxfp4_fx.core.layouts import LAYOUTS
-
-    if "cpu_panels" not in LAYOUTS or not hasattr(hardware, "runnable_paths"):
-        return (), {"native": "this version of mxfp4_fx has no native CPU kernels"}
-    best = hardware.cpu_path()
-    works, reasons = [], {}
-    for path in (best, *(path for path in hardware.runnable_paths() if path != best)):
-        try:
-            with restored_path():
-                force_path(path)
-                OPS.routing(torch.zeros(1, 4), 2, kernels="cpu")
-        except Exception as error:  # whatever it is, it is reported with the path
-            line = str(error).partition("\n")[0].replace(str(Path.home()), "~")
-            reasons[path] = f"{type(error).__name__}: {line}"
-        else:
-            works.append(path)
-    return tuple(works), reasons
-
-
-def force_path(path: str) -> None:
-    """Let the native kernels use this path from now on; see :func:`restored_path`."""
-    if os.environ.get(PATH_VARIABLE) != path:
-        os.environ[PATH_VARIABLE] = path
-        hardware.cpu_path.cache_clear()
-    if hardware.cpu_path() != path:
-        used = hardware.cpu_path()
-        raise RuntimeError(f"{PATH_VARIABLE}={path} was not followed: {used} is used")
-
-
-@contextmanager
-def restored_path() -> Iterator[None]:
-    """Afterwards the path is again what it was."""
-    before = os.environ.get(PATH_VARIABLE)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(PATH_VARIABLE, None)
-        else:
-            os.environ[PATH_VARIABLE] = before
-        if hasattr(hardware, "cpu_path"):
-            hardware.cpu_path.cache_clear()

@@ -1,7 +1,7 @@
 """Benchmark of the CPU kernels: one GPT-OSS MoE MLP against transformers and the machine's floors.
 
-    python benchmarks/cpu.py --output benchmarks/results/cpu.json --plot build/cpu.png
-    python benchmarks/cpu.py --quick
+    python -m benchmarks.cpu --output benchmarks/results/cpu.json --plot build/cpu.png
+    python -m benchmarks.cpu --quick
 
 All contenders are checked against float64 first, then measured in turn, round after round, beside
 the rates at which the machine reads memory and multiplies. Weights rotate over several layers, so
@@ -11,90 +11,83 @@ that they come from memory. The defaults are gpt-oss-20b's sizes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
-import json
-import sys
 import tempfile
 import time
-import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import contenders as who
-import moe
 import torch
-from end_to_end import end_to_end
-from machine import available_bytes, caches, machine
-from plot import PlotUnavailable, draw, require
-from probes import Probes, ProbesUnavailable
-from report import text
-from results import collect
-from rounds import check_all, run_rounds
-from samples import Clock
-from small import alternating, overhead
 
-from mxfp4_fx.ops import target
+from benchmarks import command, device_ops
+from benchmarks.command import Log
+from benchmarks.contenders import Contender, Ours, Transformers, transformers_experts
+from benchmarks.cpu_report import text
+from benchmarks.end_to_end import end_to_end
+from benchmarks.machine import available_bytes, caches, machine
+from benchmarks.moe import Problem, Sizes, floor
+from benchmarks.probes import Probes, ProbesUnavailable
+from benchmarks.rounds import Cell, check_all, run_rounds
+from benchmarks.small import alternating, overhead
+from benchmarks.timing import Clock, milliseconds
 
-ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = ROOT / "build" / "gpt-oss-2-layers"  # the one that `make demo` writes
+CHECKPOINT = Path(__file__).resolve().parent.parent / "build" / "gpt-oss-2-layers"  # `make demo`'s
 TOKENS = (1, 4, 16, 64, 128, 512, 2048)
 QUICK_TOKENS = (1, 16, 128)
 BF16_LAYERS = 2  # 1.6 GB each, of which one token reads 200 MB
-HUB_ONLY = "its CPU kernels are downloaded from a hub (use_kernels=True), not installed"
+PYTORCH_TOKENS = 16  # above, one call of plain PyTorch takes seconds
 SPARE_BYTES = 2 << 30  # for activations, compilers and other programs
+
+# Forms of transformers' experts: name -> (label, `_experts_implementation`, compiled, largest T).
+# batched_mm copies an expert's weights for every routed row.
+PEERS: dict[str, tuple[str, str, bool, int | None]] = {
+    "grouped_mm": ("transformers grouped_mm", "grouped_mm", False, None),
+    "grouped_mm_compiled": ("transformers grouped_mm + {}", "grouped_mm", True, None),
+    "batched_mm": ("transformers batched_mm", "batched_mm", False, 4),
+    "loop": ("transformers eager loop", "eager", False, None),
+}
+DEFAULT_PEERS = ("grouped_mm", "grouped_mm_compiled")
+HUB_ONLY = "its CPU kernels are downloaded from a hub (use_kernels=True), not installed"
 
 
 def main(argv: list[str] | None = None, clock: Clock = time.perf_counter) -> int:
     args = parse(argv)
-    if args.plot:
-        require()  # rather than after minutes of measuring
     started = clock()
-
-    def log(message: str) -> None:
-        if not args.silent:
-            print(f"-- {clock() - started:4.0f} s  {message}", file=sys.stderr)
-
-    # Dynamo tells users that transformers caches a version check; it is nothing to act upon.
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    with torch.no_grad(), who.restored_path():
-        results = layer_results(args, log, clock)
-        gc.collect()
-        results["end_to_end"] = model_results(args, log) if args.end_to_end else None
+    log = command.start(args, clock)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    limit = torch._dynamo.config.patch(recompile_limit=max(64, len(args.tokens)))
+    try:
+        with torch.no_grad(), limit, device_ops.restored_path():
+            results = layer_results(args, log, clock)
+            gc.collect()
+            results["end_to_end"] = model_results(args, log) if args.end_to_end else None
+    finally:
+        torch.set_num_threads(threads)
     results["seconds"] = clock() - started
-    print(text(results))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if args.plot:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        draw(results, args.plot)
+    command.finish(args, results, text(results))
     return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sizes = moe.Sizes()
-
-    def numbers(value: str) -> tuple[int, ...]:
-        return tuple(sorted({int(part) for part in value.split(",")}))
-
-    def names(value: str) -> tuple[str, ...]:
-        return tuple(part for part in value.split(",") if part)
-
+    parser = command.parser(__doc__)
+    numbers, names = command.numbers, command.names
     add = parser.add_argument
+    add("--plot", type=Path, help="PNG or SVG; needs matplotlib")
     add("--quick", action="store_true", help="fewer tokens and rounds, no whole model")
     add("--tokens", type=numbers, help=f"T, separated by commas; {','.join(map(str, TOKENS))}")
     add("--rounds", type=int, help="15, or 5 with --quick")
     add("--seconds", type=float, help="at most, for the rounds: 180, or 30 with --quick")
     add("--threads", type=int, help="torch's own choice")
     add("--paths", type=names, default=("all",), help="all, best, none, or names with commas")
-    add("--peers", type=names, default=who.DEFAULT_PEERS, help=f"of {','.join(who.PEERS)}")
+    add("--peers", type=names, default=DEFAULT_PEERS, help=f"of {','.join(PEERS)}")
     add("--compiler", default="inductor", help="the Dynamo backend that peers are compiled with")
     add("--layers", type=int, help="MXFP4 weights to rotate over: 12, or 6 with --quick")
-    for name in ("hidden", "intermediate", "experts", "top_k"):
-        add(f"--{name.replace('_', '-')}", type=int, default=getattr(sizes, name))
+    for name, size in asdict(Sizes()).items():
+        add(f"--{name.replace('_', '-')}", type=int, default=size)
     add("--probe-mib", type=int, default=1024, help="memory that is read to measure its rate")
     add("--end-to-end", action=argparse.BooleanOptionalAction, help="a whole model too; on")
     add("--checkpoint", type=Path, default=CHECKPOINT, help="of the model; written if absent")
@@ -102,9 +95,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=128)
     add("--new-tokens", type=int, default=32)
     add("--model-rounds", type=int, default=5)
-    add("--output", type=Path, help="JSON with all results")
-    add("--plot", type=Path, help="PNG or SVG; needs matplotlib")
-    add("--silent", action="store_true", help="no progress on stderr")
     args = parser.parse_args(argv)
 
     quick = args.quick
@@ -113,104 +103,164 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.seconds = args.seconds or (30.0 if quick else 180.0)
     args.layers = args.layers or (6 if quick else 12)
     args.end_to_end = not quick if args.end_to_end is None else args.end_to_end
-    unknown = set(args.peers) - who.PEERS.keys()
-    if unknown:
-        parser.error(f"--peers: {', '.join(sorted(unknown))}: not of {', '.join(who.PEERS)}")
+    if unknown := set(args.peers) - PEERS.keys():
+        parser.error(f"--peers: {', '.join(sorted(unknown))}: not of {', '.join(PEERS)}")
     return args
 
 
-def layer_results(args: argparse.Namespace, log: Any, clock: Clock) -> dict[str, Any]:
+def layer_results(args: argparse.Namespace, log: Log, clock: Clock) -> dict[str, Any]:
     """Everything but the whole model."""
-    sizes = moe.Sizes(args.hidden, args.intermediate, args.experts, args.top_k)
+    sizes = Sizes(args.hidden, args.intermediate, args.experts, args.top_k)
     facts = machine()
     paths, unavailable = choose_paths(args.paths, log)
-    chosen = target.choose(torch.device("cpu"))
+    chosen = device_ops.chosen_for_cpu()
     require_memory(sizes, args.layers, native=bool(paths), probe_bytes=args.probe_mib << 20)
-
-    log(f"making {BF16_LAYERS} layers of random weights")
-    weights = [moe.random_weights(sizes, seed) for seed in range(BF16_LAYERS)]
-    inputs = moe.random_inputs(sizes, max(args.tokens), seed=0)
-    by_tokens = {tokens: inputs.first(tokens) for tokens in args.tokens}
-    checked = moe.checked_tokens(args.tokens, count=0 if args.quick else 24)
-    log(f"computing {len(checked)} tokens in float64")
-    some = moe.Inputs(inputs.hidden[checked], inputs.logits[checked])
-    truth = moe.exact(weights[0], some, sizes)
-    experts = who.transformers_experts(sizes, weights)
-    del weights
-
-    log(f"swizzling {args.layers} layers")
-    ours = [(path, f"mxfp4 {path}", path) for path in paths]
-    plain = ("pytorch", "mxfp4 plain PyTorch", None)
-    everyone: list[who.Contender] = []
-    if paths:
-        panels = who.swizzled_layers(experts, "cpu_panels", args.layers)
-        everyone += [who.Ours(*each[:2], sizes, each[2], panels) for each in ours]
-    rows = who.swizzled_layers(experts, who.kernels_of(None)[1], BF16_LAYERS)
-    everyone.append(who.Ours(*plain[:2], sizes, None, rows))
-    everyone += [who.Transformers(peer, sizes, experts, args.compiler) for peer in args.peers]
-
-    torch._dynamo.config.recompile_limit = max(64, len(args.tokens))
+    problem = Problem.random(sizes, max(args.tokens), torch.device("cpu"), 0, has_router=False)
+    inputs = {tokens: problem.inputs(tokens) for tokens in args.tokens}
+    everyone = make_contenders(args, problem, paths, log)
     unavailable["transformers mxfp4"] = HUB_ONLY
-    cells, skipped = check_all(everyone, by_tokens, checked, truth, log, clock)
-    notes = [] if args.end_to_end else ["the whole model was left out (--end-to-end)"]
+    cells, skipped = check_all(everyone, inputs, log, clock)
     best = everyone[0]
-    assert isinstance(best, who.Ours)
-    try:
-        log("measuring floors")
-        with Probes(torch.get_num_threads(), args.probe_mib << 20) as probes:
-            done = run_rounds(cells, by_tokens, probes, args.rounds, args.seconds, log, clock)
-    except ProbesUnavailable as error:
-        unavailable["floors"] = str(error)
+    assert isinstance(best, Ours)
+    notes = [] if args.end_to_end else ["the whole model was left out (--end-to-end)"]
+
+    log("measuring floors")
+    floors: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
         probes = None
-        done = run_rounds(cells, by_tokens, None, args.rounds, args.seconds, log, clock)
+        try:
+            threads = torch.get_num_threads()
+            probes = stack.enter_context(Probes(threads, args.probe_mib << 20))
+        except ProbesUnavailable as error:
+            unavailable["floors"] = str(error)
+        done = run_rounds(cells, inputs, probes, args.rounds, args.seconds, log, clock)
+        floors = probes.data() if probes else {}
     log("measuring calls")
-    small = {
-        "overhead": overhead([*ours, plain], rounds=max(3, args.rounds // 2)),
-        "alternating": alternating(best, by_tokens[min(args.tokens)], max(3, args.rounds // 2)),
-    }
-    return collect(
-        args=args,
-        sizes=sizes,
-        machine=facts,
-        path={
-            "contender": best.name,
-            "kernels": best.kernels,
-            "chosen_by_backend": f"{chosen.kernels} ({chosen.layout})",
-            "reason": chosen.reason,
+    ours = [each for each in everyone if isinstance(each, Ours)]
+    rounds = max(3, args.rounds // 2)
+    return {
+        "machine": facts,
+        "settings": {
+            **asdict(sizes),
+            "tokens": list(args.tokens),
+            **{name: getattr(args, name) for name in SETTINGS},
+            "error_bound": problem.error_bound,
         },
-        contenders=everyone,
-        cells=cells,
-        hits={tokens: moe.experts_hit(x.logits, sizes.top_k) for tokens, x in by_tokens.items()},
-        probes=probes,
-        rounds=done,
-        unavailable=unavailable,
-        skipped=skipped,
-        notes=notes + rotation_notes(everyone, sizes, min(args.tokens)),
-        **small,
-    )
+        "path": {"contender": best.name, "kernels": best.kernels, **chosen},
+        "rounds": done,
+        "contenders": {each.name: described(each, cells) for each in everyone},
+        "floors": floors,
+        "layer": [row(problem, tokens, cells, floors) for tokens in args.tokens],
+        "skipped": skipped,
+        "unavailable": unavailable,
+        "notes": notes + rotation_notes(everyone, min(args.tokens)),
+        "overhead": overhead(ours, rounds, clock),
+        "alternating": alternating(best, inputs[min(args.tokens)], rounds, clock),
+    }
 
 
-def choose_paths(wanted: tuple[str, ...], log: Any) -> tuple[list[str], dict[str, str]]:
+SETTINGS = ("layers", "rounds", "seconds", "compiler", "probe_mib")
+
+
+def choose_paths(wanted: tuple[str, ...], log: Log) -> tuple[list[str], dict[str, str]]:
     """(instruction-set paths to measure, the chosen one first; the others with the reason)."""
     if wanted == ("none",):
         return [], {"native": "--paths none"}
     log("compiling the native kernels")
-    works, reasons = who.native_paths()
+    works, reasons = device_ops.native_paths()
     if wanted == ("best",):
-        return list(works[:1]), {name: why for name, why in reasons.items() if not works}
+        return works[:1], {} if works else reasons
     if wanted == ("all",):
-        return list(works), reasons
+        return works, reasons
     missing = {name: "cannot run here" for name in wanted if name not in works}
     return [path for path in works if path in wanted], {**missing, **reasons}
 
 
-def rotation_notes(everyone: list[who.Contender], sizes: moe.Sizes, tokens: int) -> list[str]:
+def make_contenders(
+    args: argparse.Namespace, problem: Problem, paths: Sequence[str], log: Log
+) -> list[Contender]:
+    """The path that the backend chooses comes first, plain PyTorch after the others."""
+    log(f"making {BF16_LAYERS} layers of random weights")
+    weights = [problem.weights(layer) for layer in range(BF16_LAYERS)]
+    log(f"swizzling {args.layers} layers")
+    everyone: list[Contender] = []
+    for path in paths:
+        name, label = path, f"mxfp4 {path}"
+        if everyone:
+            assert isinstance(everyone[0], Ours)
+            everyone.append(everyone[0].on_path(path, label))
+            continue
+        # Beyond the number of weights their values repeat, which no cache can know.
+        layers = (weights[layer % BF16_LAYERS] for layer in range(args.layers))
+        options = {"kernels": "cpu", "layout": "cpu_panels", "path": path}
+        everyone.append(Ours(problem, layers, name, label, "native", **options))
+    name, label = "pytorch", "mxfp4 plain PyTorch"
+    plain = Ours(problem, weights, name, label, "pytorch", kernels="pytorch", layout="row_major")
+    plain.most_tokens = PYTORCH_TOKENS
+    everyone.append(plain)
+    experts = transformers_experts(problem.sizes, weights)
+    for peer in args.peers:
+        label, form, is_compiled, most_tokens = PEERS[peer]
+        # Static shapes: the compiler may then fit its code to each T.
+        made = Transformers(
+            *(problem, experts, peer, label.format(args.compiler), "transformers"),
+            form=form,
+            compile={"backend": args.compiler, "dynamic": False} if is_compiled else None,
+        )
+        made.most_tokens = most_tokens
+        everyone.append(made)
+    return everyone
+
+
+def expert_bytes(contender: Contender) -> int:
+    """Bytes of an expert's weights in a contender's form."""
+    sizes = contender.problem.sizes
+    return sizes.mxfp4_bytes if isinstance(contender, Ours) else sizes.bf16_bytes
+
+
+def described(contender: Contender, cells: Sequence[Cell]) -> dict[str, Any]:
+    return {
+        "label": contender.label,
+        "kind": contender.kind,
+        "layers": contender.layers,
+        "expert_bytes": expert_bytes(contender),
+        "relative_error": {str(c.tokens): c.error for c in cells if c.contender is contender},
+    }
+
+
+def row(
+    problem: Problem, tokens: int, cells: Sequence[Cell], floors: dict[str, Any]
+) -> dict[str, Any]:
+    """One number of tokens: times in milliseconds."""
+    here = [cell for cell in cells if cell.tokens == tokens and cell.samples]
+    ms = {cell.contender.name: milliseconds(cell.samples) for cell in here}
+    medians: dict[bool, dict[str, float]] = {True: {}, False: {}}  # by: is it ours?
+    for cell in here:
+        name = cell.contender.name
+        medians[isinstance(cell.contender, Ours)][name] = ms[name]["median"]
+    best = min(medians[False].values(), default=None)
+    work = problem.work(tokens)
+    least = None
+    if floors:
+        least = floor(work, floors["read"]["median"], floors["matrix_peak"]["median"])
+    return {
+        "tokens": tokens,
+        "experts_hit": problem.hit(tokens),
+        **work,
+        "floor": least,
+        "ms": ms,
+        "best_bf16_ms": best,
+        "speedup_over_best_bf16": {n: best / ours for n, ours in medians[True].items() if best},
+        "fraction_of_floor": {n: least["ms"] / t for n, t in medians[True].items() if least},
+    }
+
+
+def rotation_notes(everyone: Sequence[Contender], tokens: int) -> list[str]:
     """Whose weights may have stayed in the last cache at the smallest T."""
     cache = max(caches().values(), default=0)
     near = []
     for contender in everyone:
-        hit = min(sizes.top_k * tokens, sizes.experts)
-        rotated = contender.layers * hit * contender.expert_bytes
+        rotated = contender.layers * contender.problem.hit(tokens) * expert_bytes(contender)
         if rotated < 2 * cache:
             near.append(f"{contender.label} ({rotated / 2**20:.0f} MiB)")
     if not near:
@@ -221,7 +271,7 @@ def rotation_notes(everyone: list[who.Contender], sizes: moe.Sizes, tokens: int)
     ]
 
 
-def require_memory(sizes: moe.Sizes, layers: int, native: bool, probe_bytes: int) -> None:
+def require_memory(sizes: Sizes, layers: int, native: bool, probe_bytes: int) -> None:
     """Stop before the system does.
 
     Raises:
@@ -230,14 +280,14 @@ def require_memory(sizes: moe.Sizes, layers: int, native: bool, probe_bytes: int
     free = available_bytes()
     packed = (layers * native + 2 * BF16_LAYERS) * sizes.mxfp4_bytes
     needed = sizes.experts * (packed + BF16_LAYERS * sizes.bf16_bytes) + probe_bytes + SPARE_BYTES
-    if free is not None and needed > free:
+    if needed > free:
         raise SystemExit(
             f"about {needed / 1e9:.0f} GB of memory are needed and {free / 1e9:.0f} GB are free: "
             "pass a smaller --layers, --experts or --probe-mib"
         )
 
 
-def model_results(args: argparse.Namespace, log: Any) -> dict[str, Any]:
+def model_results(args: argparse.Namespace, log: Log) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         return end_to_end(
             Path(directory, "tiny") if args.tiny else args.checkpoint,
@@ -251,7 +301,4 @@ def model_results(args: argparse.Namespace, log: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except PlotUnavailable as error:
-        raise SystemExit(str(error)) from None
+    raise SystemExit(main())

@@ -7,24 +7,22 @@ serves a call is switched between the calls, so that they are measured in turn.
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from moe import ROUNDINGS, relative_error
-from samples import summary
-from token_times import TokenTimes
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from compile_model import TINY, load
-
+from benchmarks.command import Log
+from benchmarks.contenders import WrongResult
+from benchmarks.generation import generate, prompt
+from benchmarks.moe import ROUNDINGS, relative_error
+from benchmarks.timing import summary
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 
-
-class WrongLogits(Exception):
-    """A compiled model's logits are not the uncompiled one's."""
+TINY = CheckpointShape(
+    layers=1, hidden=64, intermediate=96, experts=8, experts_per_token=4,
+    heads=4, kv_heads=2, head_dim=16,
+)  # fmt: skip
 
 
 def end_to_end(
@@ -35,12 +33,9 @@ def end_to_end(
     new_tokens: int,
     rounds: int,
     compiler: str,
-    log: Callable[[str], None],
+    log: Log,
 ) -> dict[str, Any]:
     """Prefill and greedy decode, medians of ``rounds``.
-
-    Prefill is from the prompt to the first token; decode is what ``new_tokens`` more take, in the
-    same call: the difference of two calls would be negative when the machine is busy in one.
 
     Args:
         checkpoint: written with random weights if it is absent.
@@ -48,94 +43,73 @@ def end_to_end(
         compiler: the Dynamo backend that the others are compiled with: "inductor".
 
     Raises:
-        WrongLogits: the compiled models compute something else.
+        WrongResult: the compiled models compute something else.
     """
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
     if not checkpoint.exists():
         log("writing a checkpoint of random weights")
         write_random_checkpoint(checkpoint, TINY if tiny else CheckpointShape(), progress=False)
     log("loading the model")
-    model = load(checkpoint, torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
-
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=torch.bfloat16,
+        quantization_config=Mxfp4Config(dequantize=True),
+        local_files_only=True,
+    ).eval()
+    ids = prompt(model, prompt_tokens)
     calls: dict[str, Any] = {"uncompiled": None}
     model.compile(backend=compiler)
     calls["inductor"] = model._compiled_call_impl
     model.compile(backend="mxfp4", options={"strict": True, "inner": compiler})
     calls["mxfp4"] = model._compiled_call_impl
 
-    def use(name: str) -> None:
-        model._compiled_call_impl = calls[name]
-
-    # Two compilers, prefill, decode, and a cache that grows: more graphs than Dynamo expects.
-    rates: dict[str, dict[str, list[float]]] = {
+    samples: dict[str, dict[str, list[float]]] = {
         name: {"prefill": [], "decode": []} for name in calls
     }
-    differences = {}
+    differences: dict[str, float] = {}
+    layers = model.config.num_hidden_layers
+    # Two compilers, prefill, decode, and a cache that grows: more graphs than Dynamo expects.
     with torch._dynamo.config.patch(recompile_limit=64):
-        for name in calls:
-            use(name)
+        for name, call in calls.items():
+            model._compiled_call_impl = call
             log(f"{name}: first calls (compiling)")
-            logits = _first_logits(model, ids)
-            if name == "uncompiled":
+            logits = generate(model, ids, new_tokens, output_logits=True)[0].logits[0].double()
+            if call is None:
                 plain = logits
             differences[name] = relative_error(logits, plain)
-            _rates(model, ids, new_tokens)
-        _check(differences, model.config.num_hidden_layers)
+            check_logits(name, differences[name], layers)
         for turn in range(rounds):
             log(f"round {turn + 1} of {rounds}")
             for name in random.Random(turn).sample(list(calls), len(calls)):
-                use(name)
-                for part, rate in _rates(model, ids, new_tokens).items():
-                    rates[name][part].append(rate)
+                model._compiled_call_impl = calls[name]
+                for part, rate in generate(model, ids, new_tokens)[1].items():
+                    samples[name][part].append(rate)
     return {
-        "layers": model.config.num_hidden_layers,
+        "layers": layers,
         "hidden": model.config.hidden_size,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "compiler": compiler,
         "tokens_per_second": {
-            name: {part: summary(samples) for part, samples in parts.items()}
-            for name, parts in rates.items()
+            name: {part: summary(rates) for part, rates in parts.items()}
+            for name, parts in samples.items()
         },
         "relative_difference_of_logits": differences,
     }
 
 
-def _first_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Float64 logits of the first new token, by the graph that is timed."""
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=1,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return out.logits[0].double()
+def logits_bound(layers: int) -> float:
+    """Of relative differences: attention rounds about as often as the MLP does, and two runs
+    differ by two errors. From about ten layers on it says nothing.
+    """
+    return 2 * 2 * ROUNDINGS * layers * 2**-9
 
 
-def _rates(model: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, float]:
-    """Tokens a second of greedy generation, prefill and decode."""
-    times = TokenTimes()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        min_new_tokens=1 + new_tokens,
-        max_new_tokens=1 + new_tokens,
-        do_sample=False,
-        streamer=times,
-    )
-    return times.rates(ids.shape[1])
-
-
-def _check(differences: dict[str, float], layers: int) -> None:
-    """Attention rounds about as often as the MLP does, and two runs differ by two errors."""
-    bound = 2 * 2 * ROUNDINGS * layers * 2**-9
-    for name, difference in differences.items():
-        if not difference <= bound:
-            raise WrongLogits(
-                f"{name}: the logits differ by {difference:.2e} of themselves from the uncompiled "
-                f"model's; rounding explains {bound:.2e}"
-            )
+def check_logits(name: str, difference: float, layers: int) -> None:
+    """Raise WrongResult unless rounding explains how far logits are from the uncompiled ones."""
+    if not difference <= logits_bound(layers):
+        raise WrongResult(
+            f"{name}: the logits differ by {difference:.2e} of themselves from the uncompiled "
+            f"model's; rounding explains {logits_bound(layers):.2e}"
+        )

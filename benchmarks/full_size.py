@@ -1,7 +1,7 @@
 """gpt-oss-20b's full sizes on two cores: memory phase by phase, tokens a second, and their floor.
 
-    python benchmarks/full_size.py --checkpoint DIRECTORY --output build/full-size.json
-    python benchmarks/full_size.py --layers 2 --vocab 512 --checkpoint DIRECTORY   # to try it out
+    python -m benchmarks.full_size --checkpoint DIRECTORY --output build/full-size.json
+    python -m benchmarks.full_size --layers 2 --vocab 512 --checkpoint DIRECTORY   # to try it out
 
 Writes a checkpoint of random weights (13.8 GB) unless it is there; one of your own does, too. Then
 processes of their own load it packed, compile it with ``free_weights`` and generate, from a cold
@@ -15,35 +15,36 @@ included, is killed, and the benchmark fails.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from full_size_report import summarize, text
-from machine import available_bytes, machine
-from moe import ROUNDINGS, relative_error
-from process_memory import Watch
 
+from benchmarks import command, end_to_end
+from benchmarks.command import Log
+from benchmarks.full_size_report import summarize, text
+from benchmarks.machine import available_bytes, machine
+from benchmarks.moe import relative_error
+from benchmarks.process_memory import Watch
 from mxfp4_fx.checkpoints import gpt_oss
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 
-BENCHMARKS = Path(__file__).resolve().parent
-CHECKPOINT = BENCHMARKS.parent / "build" / "gpt-oss-20b-random"
-TINY = {"hidden": 64, "intermediate": 96, "experts": 8, "heads": 4, "kv_heads": 2, "head_dim": 16}
+ROOT = Path(__file__).resolve().parent.parent
 SPARE_BYTES = 3 << 30  # for Python, torch, compilers and other programs
-Log = Callable[[str], None]
+SETTINGS = ("threads", "limit_gib", "prompt_tokens", "new_tokens", "uncompiled_tokens", "rounds")
 
 
-class ProcessFailed(Exception):
+class ProcessFailed(SystemExit):
     """A measured process did not end well, or computed something else; the message says how."""
 
 
@@ -52,20 +53,18 @@ def main(argv: list[str] | None = None) -> int:
     if sys.platform != "linux":
         raise SystemExit("memory is read from /proc: this benchmark runs on Linux only")
     started = time.perf_counter()
-
-    def log(message: str) -> None:
-        if not args.silent:
-            print(f"-- {time.perf_counter() - started:4.0f} s  {message}", file=sys.stderr)
-
-    torch.set_num_threads(args.threads)
-    facts = machine()
+    log = command.start(args)
+    facts = machine(args.threads)
     writing = write(args, log)
-    config = json.loads((args.checkpoint / "config.json").read_text("utf-8"))
+    config = read_config(args.checkpoint)
     sizes = model_bytes(config)
-    free = available_bytes()
-    if free is not None and free < sizes["checkpoint"] + SPARE_BYTES:
-        needed = (sizes["checkpoint"] + SPARE_BYTES) / 2**30
-        raise SystemExit(f"{needed:.0f} GiB of memory are needed, {free / 2**30:.0f} are free")
+    free, needed = available_bytes(), sizes["checkpoint"] + SPARE_BYTES
+    if free < needed:
+        raise SystemExit(
+            f"{needed / 2**30:.0f} GiB of memory are needed, {free / 2**30:.0f} are free"
+        )
+    with tempfile.TemporaryDirectory() as directory:
+        runs, difference = measure_all(args, config, Path(directory), log)
     results: dict[str, Any] = {
         "machine": facts,
         "settings": {
@@ -75,27 +74,19 @@ def main(argv: list[str] | None = None) -> int:
         },
         "bytes": sizes,
         "write": writing,
-        "runs": {},
+        "runs": runs,
+        "logits": difference,
     }
-    with tempfile.TemporaryDirectory() as directory:
-        results["runs"], difference = measure_all(args, config, Path(directory), log)
-    results["logits"] = difference
     results["summary"] = summarize(results)
     results["seconds"] = time.perf_counter() - started
-    print(text(results))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    command.finish(args, results, text(results))
     return 0
 
 
-SETTINGS = ("threads", "limit_gib", "prompt_tokens", "new_tokens", "uncompiled_tokens", "rounds")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--checkpoint", type=Path, default=CHECKPOINT, help="written if it is absent")
+    parser = command.parser(__doc__)
+    add, checkpoint = parser.add_argument, ROOT / "build" / "gpt-oss-20b-random"
+    add("--checkpoint", type=Path, default=checkpoint, help="written if it is absent")
     add("--layers", type=int, default=24, help="of what is written (%(default)s)")
     add("--vocab", type=int, default=201088, help="of what is written (%(default)s)")
     add("--tiny", action="store_true", help="write it with tiny widths, for tests")
@@ -107,14 +98,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="of decoding (%(default)s)")
     add("--probe-mib", type=int, default=1024, help="memory that is read to measure its rate")
     add("--inner", default="inductor", help="what compiles the rewritten graph (%(default)s)")
-    add("--output", type=Path, help="JSON with all results")
-    add("--silent", action="store_true", help="no progress on stderr")
     args = parser.parse_args(argv)
     args.checkpoint = args.checkpoint.expanduser().resolve()
     for name in ("threads", "prompt_tokens", "new_tokens", "rounds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: 1 or more")
     return args
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    return config
 
 
 def write(args: argparse.Namespace, log: Log) -> dict[str, Any] | None:
@@ -127,9 +121,9 @@ def write(args: argparse.Namespace, log: Log) -> dict[str, Any] | None:
         return None
     log("writing a checkpoint of random weights")
     started = time.perf_counter()
-    widths = TINY if args.tiny else {}
+    widths = end_to_end.TINY if args.tiny else CheckpointShape()
+    shape = dataclasses.replace(widths, layers=args.layers, vocab=args.vocab)
     try:
-        shape = CheckpointShape(layers=args.layers, vocab=args.vocab, **widths)
         write_random_checkpoint(args.checkpoint, shape, progress=not args.silent)
     except CheckpointError as error:
         raise SystemExit(str(error)) from None
@@ -179,20 +173,17 @@ def measure_all(
     args: argparse.Namespace, config: dict[str, Any], scratch: Path, log: Log
 ) -> tuple[dict[str, Any], dict[str, float] | None]:
     """(the phases of each process; how far compiled logits are from uncompiled ones)"""
+    layers = config[gpt_oss.LAYERS]
+    names = ("threads", "prompt_tokens", "new_tokens", "inner", "probe_mib")
     common = {
+        **{name: getattr(args, name) for name in names},
         "checkpoint": str(args.checkpoint),
         "cores": choose_cores(args.threads),
-        "threads": args.threads,
-        "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens,
-        "inner": args.inner,
-        "probe_mib": args.probe_mib,
         "compile": True,
         "rounds": 0,
     }
-    logits = {name: scratch / f"{name}.pt" for name in ("baseline", "compiled", "uncompiled")}
     tiny = scratch / "tiny"
-    shape = CheckpointShape(layers=config[gpt_oss.LAYERS], **TINY)
+    shape = dataclasses.replace(end_to_end.TINY, layers=layers)
     write_random_checkpoint(tiny, shape, progress=False)
     changes: dict[str, dict[str, Any]] = {
         "baseline": {"checkpoint": str(tiny)},
@@ -203,20 +194,20 @@ def measure_all(
     limit = int(args.limit_gib * 2**30)
     runs: dict[str, dict[str, Any]] = {}
     for name, change in changes.items():
-        settings = {**common, **change, "logits": str(logits[name])}
+        settings = {**common, **change, "logits": str(scratch / f"{name}.pt")}
         runs[name] = {"phases": run(name, settings, limit, log)}
-    runs["baseline"]["bytes"] = model_bytes(json.loads((tiny / "config.json").read_text("utf-8")))
-    difference = None
-    if "uncompiled" in runs:
-        ours, plain = (torch.load(logits[name]) for name in ("compiled", "uncompiled"))
-        difference = {
-            "relative_difference": relative_error(ours, plain.double()),
-            # As in end_to_end.py; from about ten layers on it says nothing.
-            "bound": 2 * 2 * ROUNDINGS * config[gpt_oss.LAYERS] * 2**-9,
-        }
-        if not difference["relative_difference"] <= difference["bound"]:
-            raise ProcessFailed(f"compiled logits are not the uncompiled ones: {difference}")
-    return runs, difference
+    runs["baseline"]["bytes"] = model_bytes(read_config(tiny))
+    if "uncompiled" not in runs:
+        return runs, None
+    ours, plain = (torch.load(scratch / f"{name}.pt") for name in ("compiled", "uncompiled"))
+    difference = relative_error(ours, plain.double())
+    bound = end_to_end.logits_bound(layers)
+    if not difference <= bound:
+        raise ProcessFailed(
+            f"compiled logits are not the uncompiled ones: they differ by {difference:.2e} of "
+            f"themselves, rounding explains {bound:.2e}"
+        )
+    return runs, {"relative_difference": difference, "bound": bound}
 
 
 def run(name: str, settings: dict[str, Any], limit: int, log: Log) -> list[dict[str, Any]]:
@@ -229,16 +220,16 @@ def run(name: str, settings: dict[str, Any], limit: int, log: Log) -> list[dict[
     forget_pages(Path(settings["checkpoint"]))
     reader, writer = os.pipe()
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile("w+") as errors:
-        threads = str(settings["threads"])
-        # Compiled anew, as for the first time.
-        cache = {"TORCHINDUCTOR_CACHE_DIR": directory}
+        program = [sys.executable, "-m", "benchmarks.full_size_child"]
         process = subprocess.Popen(
-            [
-                sys.executable,
-                str(BENCHMARKS / "full_size_child.py"),
-                json.dumps({**settings, "pipe": writer}),
-            ],
-            env={**os.environ, **cache, "OMP_NUM_THREADS": threads},
+            [*program, json.dumps({**settings, "pipe": writer})],
+            cwd=ROOT,
+            # Compiled anew, as for the first time.
+            env={
+                **os.environ,
+                "TORCHINDUCTOR_CACHE_DIR": directory,
+                "OMP_NUM_THREADS": str(settings["threads"]),
+            },
             stdout=subprocess.DEVNULL,
             stderr=errors,
             pass_fds=(writer,),
@@ -263,7 +254,7 @@ def run(name: str, settings: dict[str, Any], limit: int, log: Log) -> list[dict[
         finally:
             process.kill()
             process.wait()
-            watch.join()
+            watch.stop()
         errors.seek(0)
         if watch.exceeded is not None:
             raise ProcessFailed(
@@ -280,7 +271,7 @@ def choose_cores(count: int) -> list[int]:
     seen: set[str] = set()
     first: list[int] = []
     later: list[int] = []
-    for core in sorted(os.sched_getaffinity(0)):
+    for core in sorted(psutil.Process().cpu_affinity()):
         topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
         siblings = topology.read_text() if topology.exists() else str(core)
         (later if siblings in seen else first).append(core)
@@ -297,7 +288,4 @@ def forget_pages(checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except ProcessFailed as error:
-        raise SystemExit(str(error)) from None
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""The process that benchmarks/full_size.py measures: it has nothing else in its memory.
+"""The process that ``benchmarks.full_size`` measures: it has nothing else in its memory.
 
 It tells its phases, as lines of JSON, through a pipe that it inherits.
 """
@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from process_memory import mapped_bytes, memory, reset_peak
-from token_times import TokenTimes
+import psutil
+
+from benchmarks.process_memory import mapped_bytes, memory, peak, reset_peak
 
 
 class Phases:
@@ -26,52 +27,37 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[dict[str, Any]]:
         """A phase; what the caller puts into the dictionary is told, too."""
-        facts: dict[str, Any] = {"load_average": os.getloadavg()[0]}
+        facts: dict[str, Any] = {"load_average": psutil.getloadavg()[0]}
         graphs = _graphs()
         reset_peak()
         started = time.perf_counter()
         yield facts
         facts["seconds"] = time.perf_counter() - started
-        facts["memory"] = memory()
+        facts["memory"] = {**memory(psutil.Process()), "peak": peak()}
         facts["checkpoint_mapped"] = mapped_bytes(".safetensors")
         facts["graphs"] = _graphs() - graphs
         print(json.dumps({"phase": name, **facts}), file=self._pipe, flush=True)
 
 
 def main(settings: dict[str, Any]) -> None:
-    os.sched_setaffinity(0, settings["cores"])
+    psutil.Process().cpu_affinity(settings["cores"])
     phase = Phases(settings["pipe"])
     with phase("import"):
         import torch
         import transformers  # noqa: F401
 
         import mxfp4_fx
+    from benchmarks.generation import generate, prompt
+
     torch.set_num_threads(settings["threads"])
     with phase("load"):
         model = mxfp4_fx.from_pretrained(
             settings["checkpoint"], dtype=torch.bfloat16, local_files_only=True
         )
-    tokens = settings["prompt_tokens"]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
-
-    def generate(new_tokens: int, **kwargs: Any) -> tuple[Any, dict[str, float]]:
-        times = TokenTimes()
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            min_new_tokens=1 + new_tokens,
-            max_new_tokens=1 + new_tokens,
-            do_sample=False,
-            streamer=times,
-            return_dict_in_generate=True,
-            **kwargs,
-        )
-        return out, times.rates(tokens)
-
+    ids, new_tokens = prompt(model, settings["prompt_tokens"]), settings["new_tokens"]
     if not settings["compile"]:
         with phase("generate") as facts:
-            out, facts["tokens_per_second"] = generate(settings["new_tokens"], output_logits=True)
+            out, facts["tokens_per_second"] = generate(model, ids, new_tokens, output_logits=True)
         torch.save(out.logits[0][0].float(), settings["logits"])
         return
     torch._dynamo.config.recompile_limit = 64  # a cache that grows: more graphs than it expects
@@ -82,26 +68,21 @@ def main(settings: dict[str, Any]) -> None:
     torch.save(logits, settings["logits"])
     del logits
     with phase("first generate"):
-        generate(settings["new_tokens"])
+        generate(model, ids, new_tokens)
     with phase("decode") as facts:
-        _, facts["tokens_per_second"] = generate(settings["new_tokens"])
-    if settings["rounds"]:
-        measure(phase, generate, settings)
+        facts["tokens_per_second"] = generate(model, ids, new_tokens)[1]
+    if not settings["rounds"]:
+        return
+    from benchmarks.probes import Probes
 
-
-def measure(phase: Phases, generate: Any, settings: dict[str, Any]) -> None:
-    """Rounds of reading memory and generating in turn; the probe's buffer is memory, too."""
-    from probes import Probes
-
-    rates = []
-    with (
-        phase("measure") as facts,
-        Probes(settings["threads"], settings["probe_mib"] << 20, seconds=0.01) as probes,
-    ):
+    # Reading memory and generating in turn; the probe's buffer is memory, too.
+    room = settings["probe_mib"] << 20
+    with phase("measure") as facts, Probes(settings["threads"], room, seconds=0.01) as probes:
+        facts["rounds"] = []
         for _ in range(settings["rounds"]):
             probes.measure()
-            rates.append(generate(settings["new_tokens"])[1])
-        facts["rounds"], facts["read_rates"] = rates, probes.read_rates
+            facts["rounds"].append(generate(model, ids, new_tokens)[1])
+        facts["read_rates"] = probes.read_rates
 
 
 def _graphs() -> int:

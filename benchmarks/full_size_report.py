@@ -1,11 +1,11 @@
-"""What the phases of benchmarks/full_size.py amount to, and their tables."""
+"""What the phases of ``benchmarks.full_size`` amount to, and their tables."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from report import table
-from samples import summary
+from benchmarks.report import column, columns, paragraphs, quartiles
+from benchmarks.timing import summary
 
 _GIB = 2**30
 
@@ -14,12 +14,11 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
     """The peak and what it consists of, rates, and the floor; bytes, tokens a second."""
     runs, sizes = results["runs"], results["bytes"]
     baseline = runs["baseline"]
-    phases = [phase for phase in runs["compiled"]["phases"] if phase["phase"] != "measure"]
-    (measured,) = (p for p in runs["compiled"]["phases"] if p["phase"] == "measure")
-    peak = max(phases, key=lambda phase: phase["memory"]["peak"])
+    *phases, measured = runs["compiled"]["phases"]
+    top = max(phases, key=lambda phase: phase["memory"]["peak"])
+    peak = top["memory"]["peak"]
     nothing = max(p["memory"]["peak"] for p in baseline["phases"]) - baseline["bytes"]["checkpoint"]
-    others = peak["checkpoint_mapped"]
-    more = peak["memory"]["peak"] - nothing - sizes["experts"] - others
+    more = peak - nothing - sizes["experts"] - top["checkpoint_mapped"]
     rates = {
         name: summary([turn[name] for turn in measured["rounds"]]) for name in ("prefill", "decode")
     }
@@ -27,16 +26,16 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
     at_best = read["median"] / sizes["per_token"]
     found: dict[str, Any] = {
         "peak": {
-            "phase": peak["phase"],
-            "bytes": peak["memory"]["peak"],
-            "over_checkpoint": peak["memory"]["peak"] / sizes["checkpoint"],
+            "phase": top["phase"],
+            "bytes": peak,
+            "over_checkpoint": peak / sizes["checkpoint"],
             "baseline": nothing,
             "experts": sizes["experts"],
-            "other_tensors": others,
+            "other_tensors": top["checkpoint_mapped"],
             "more": more,
             "more_in_layers": more / sizes["layer"],
             "with_children": max(
-                most for p in phases for most in (p["memory"]["peak"], _with_children(p))
+                peak, *(phase["sampled_peaks"].get("with_children", 0) for phase in phases)
             ),
         },
         # Widths are tiny there: what a token costs besides reading and multiplying weights.
@@ -61,13 +60,12 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
 
 def text(results: dict[str, Any]) -> str:
     """Everything that a reader should see."""
-    parts = [_head(results), _phases(results), _peak(results), _speed(results)]
-    return "\n\n".join(parts)
+    return paragraphs(*(part(results) for part in (_head, _phases, _peak, _speed)))
 
 
 def _head(results: dict[str, Any]) -> str:
     facts, settings, sizes = results["machine"], results["settings"], results["bytes"]
-    written = results["write"]
+    limit = settings["limit_gib"]
     lines = [
         f"{facts['cpu']}, {settings['threads']} of {facts['cores']} cores, "
         f"{_gib(facts['memory_bytes'])} GiB; torch {facts['torch']}, transformers "
@@ -76,36 +74,34 @@ def _head(results: dict[str, Any]) -> str:
         f"GiB packed, of which experts {_gib(sizes['experts'])}, a layer's {_gib(sizes['layer'])}; "
         f"with bfloat16 experts {_gib(sizes['bfloat16'])}",
     ]
-    if sizes["bfloat16"] > settings["limit_gib"] * _GIB:
-        limit = settings["limit_gib"]
+    if sizes["bfloat16"] > limit * _GIB:
         lines.append(f"bfloat16 does not fit into {limit:g} GiB, so it is not measured beside")
-    if written:
-        lines.append(f"written in {written['seconds']:.0f} s")
+    if results["write"]:
+        lines.append(f"written in {results['write']['seconds']:.0f} s")
     return "\n".join(lines)
 
 
 def _phases(results: dict[str, Any]) -> str:
     """Memory at the end and peaks of each phase of each process."""
-    rows = []
-    for name, found in results["runs"].items():
-        for phase in found["phases"]:
-            memory, sampled = phase["memory"], phase["sampled_peaks"]
-            rows.append(
-                [
-                    f"{name}: {phase['phase']}",
-                    f"{phase['seconds']:.1f}",
-                    f"{phase['load_average']:.1f}",
-                    str(phase["graphs"]),
-                    *(_gib(memory[part]) for part in ("anonymous", "mapped")),
-                    _gib(memory["peak"]),
-                    *(_gib(sampled.get(part)) for part in ("anonymous", "mapped")),
-                    _gib(sampled.get("with_children")),
-                ]
-            )
-    head = ["GiB", "seconds", "load", "graphs", "anonymous", "mapped", "peak"]
-    head += ["anonymous", "mapped", "and children"]
+    rows = [
+        {"name": f"{name}: {phase['phase']}", **phase}
+        for name, found in results["runs"].items()
+        for phase in found["phases"]
+    ]
+    shown = {
+        "GiB": column("name"),
+        "seconds": column("seconds", "{:.1f}"),
+        "load": column("load_average", "{:.1f}"),
+        "graphs": column("graphs"),
+        "anonymous": column("memory/anonymous", "{:.2f}", _GIB),
+        "mapped": column("memory/mapped", "{:.2f}", _GIB),
+        "peak": column("memory/peak", "{:.2f}", _GIB),
+        "of anonymous": column("sampled_peaks/anonymous", "{:.2f}", _GIB),
+        "of mapped": column("sampled_peaks/mapped", "{:.2f}", _GIB),
+        "with children": column("sampled_peaks/with_children", "{:.2f}", _GIB),
+    }
     return (
-        f"{table(head, rows)}\n"
+        f"{columns(rows, shown)}\n"
         "at the end: anonymous (the process's own), mapped (files' pages, which the system can "
         "drop);\npeak: of both together, then of each alone, then with child processes (compilers)"
     )
@@ -128,39 +124,36 @@ def _peak(results: dict[str, Any]) -> str:
 
 def _speed(results: dict[str, Any]) -> str:
     found, settings, sizes = results["summary"], results["settings"], results["bytes"]
-    ours = {name: stats["median"] for name, stats in found["tokens_per_second"].items()}
-    decode = found["tokens_per_second"]["decode"]
-    rows = [['backend="mxfp4"', *(f"{ours[name]:.2f}" for name in ("prefill", "decode"))]]
+    ours, floor = found["tokens_per_second"], found["floor"]
+    rows = [{"name": 'backend="mxfp4"', **{part: ours[part]["median"] for part in ours}}]
     if "uncompiled" in found:
-        plain, ratio = found["uncompiled"], found["times_faster_than_uncompiled"]
-        rows.append(["packed, uncompiled", f"{plain['prefill']:.2f}", f"{plain['decode']:.3f}"])
-        rows.append(["times faster", f"{ratio['prefill']:.0f}", f"{ratio['decode']:.0f}"])
-    head = ["tokens a second", f"prefill of {settings['prompt_tokens']}", "decode"]
-    floor = found["floor"]
+        rows.append({"name": "packed, uncompiled", **found["uncompiled"]})
+        rows.append({"name": "times faster", **found["times_faster_than_uncompiled"]})
+    shown = {
+        "tokens a second": column("name"),
+        f"prefill of {settings['prompt_tokens']}": column("prefill", "{:.3g}"),
+        "decode": column("decode", "{:.3g}"),
+    }
     lines = [
-        table(head, rows),
+        columns(rows, shown),
         f"medians of {settings['rounds']} rounds of {settings['new_tokens']} tokens (decoding: "
-        f"quartiles {decode['q1']:.2f} to {decode['q3']:.2f}); "
-        f"{found['graphs']} graphs compiled before, {found['graphs_while_measuring']} meanwhile",
+        f"{quartiles(ours['decode'], 1, '{:.2f}')}); {found['graphs']} graphs compiled before, "
+        f"{found['graphs_while_measuring']} meanwhile",
         f"a token reads {sizes['per_token'] / 1e9:.2f} GB of weights (experts "
         f"{sizes['per_token_experts'] / 1e9:.2f}); at "
         f"{floor['read_rate']['median'] / 1e9:.1f} GB/s that allows {floor['decode']:.1f} a "
         f"second, of which {floor['reached']:.2f} is reached",
         f"with tiny widths a token takes {1e3 / found['baseline_decode']:.1f} ms, of "
-        f"{1e3 / decode['median']:.1f}",
+        f"{1e3 / ours['decode']['median']:.1f}",
     ]
-    if results["logits"]:
+    if logits := results["logits"]:
         lines.append(
             "the first logits differ from the uncompiled ones by "
-            f"{results['logits']['relative_difference']:.1e} of themselves; "
-            f"rounding explains up to {results['logits']['bound']:.1e}"
+            f"{logits['relative_difference']:.1e} of themselves; rounding explains up to "
+            f"{logits['bound']:.1e}"
         )
     return "\n".join(lines)
 
 
-def _gib(nbytes: int | None) -> str:
-    return "-" if nbytes is None else f"{nbytes / _GIB:.2f}"
-
-
-def _with_children(phase: dict[str, Any]) -> int:
-    return phase["sampled_peaks"].get("with_children", 0)
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / _GIB:.2f}"

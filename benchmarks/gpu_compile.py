@@ -8,21 +8,19 @@ results in the cache on disk. What fails here fails there again and is reported 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from gpu_device import Device
-from moe import ALPHA, LIMIT, Sizes
 
-from mxfp4_fx.core import hardware
-from mxfp4_fx.core.layouts import LAYOUTS
+from benchmarks import device_ops
+from benchmarks.gpu_device import Device
+from benchmarks.moe import Sizes
 from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.tiles import Tile
 
@@ -51,39 +49,30 @@ class Compiler:
         from triton.runtime import driver
 
         found = driver.active.get_current_target()
-        name = hardware.gpu_name(device.torch)
+        name = device_ops.gpu_name(device.torch)
         self._pool = start_pool(processes, name, (found.backend, found.arch, found.warp_size))
 
     def __enter__(self) -> Compiler:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def compile(self, jobs: Iterable[Job], seconds: float) -> None:
-        """Return when all are compiled, or after ``seconds``."""
+    def compile(self, jobs: Iterable[Job], at_most: float) -> None:
+        """Return when all are compiled, or after so many seconds."""
         if self._pool is None:
             return
         try:
-            wait([self._pool.submit(compile_job, job) for job in dict.fromkeys(jobs)], seconds)
+            wait([self._pool.submit(compile_job, job) for job in dict.fromkeys(jobs)], at_most)
         except BrokenProcessPool:  # then everything is compiled where it is needed
             self._pool = None
 
 
 def start_pool(processes: int, name: str, arch: tuple[str, Any, int]) -> ProcessPoolExecutor:
-    """Processes that compile for a GPU: its name as in ``gpu_name``, and Triton's target."""
-    return ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_compile_only,
-        initargs=(name, arch),
-    )
+    """Processes that compile for a GPU: its name as tables of tiles have it, and Triton's."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, spawn, _compile_only, (name, arch))
 
 
 def _compile_only(name: str, arch: tuple[str, Any, int]) -> None:
@@ -99,7 +88,7 @@ def _compile_only(name: str, arch: tuple[str, Any, int]) -> None:
         return run
 
     JITFunction.__getitem__ = launch
-    hardware.gpu_name = functools.cache(lambda _: name)
+    device_ops.pretend_gpu(name)
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget(*arch),
@@ -110,38 +99,25 @@ def _compile_only(name: str, arch: tuple[str, Any, int]) -> None:
     )
 
 
+@torch.no_grad()
 def compile_job(job: Job) -> str:
     """Call the ops on memory of the CPU's that nobody touches; the error's name, or nothing."""
-    import mxfp4_fx.ops.schemas  # noqa: F401
-
     try:
-        with torch.no_grad():
-            if job.tile is None:
-                logits = torch.empty((job.tokens, job.sizes.experts), dtype=torch.bfloat16)
-                torch.ops.mxfp4.routing(logits, job.sizes.top_k, kernels="triton")
-            else:
-                with tiles.forced(job.tile):
-                    _call_matmuls(job.sizes, job.layout)
+        if job.tile is None:
+            logits = torch.empty((job.tokens, job.sizes.experts), dtype=torch.bfloat16)
+            device_ops.routing(logits, job.sizes.top_k, "triton")
+        else:
+            with tiles.forced(job.tile):
+                _call_matmuls(job.sizes, job.layout)
     except Exception as error:  # of the compiler's many, to be met again where it counts
         return type(error).__name__
     return ""
 
 
 def _call_matmuls(sizes: Sizes, layout: str) -> None:
-    ops, e = torch.ops.mxfp4, sizes.experts
-
-    def index(n: int) -> torch.Tensor:
-        return torch.empty(n, dtype=torch.int32)
-
-    def weight(n: int, k: int) -> tuple[torch.Tensor, ...]:
-        parts = LAYOUTS[layout].empty(e, n, k, torch.device("cpu"))
-        return (*parts, torch.empty((e, n), dtype=torch.bfloat16), index(e + 1))
-
-    h, i, a = sizes.hidden, sizes.intermediate, sizes.top_k
-    common = {"alpha": ALPHA, "limit": LIMIT, "layout": layout, "kernels": "triton"}
+    h, i, e, a = sizes.hidden, sizes.intermediate, sizes.experts, sizes.top_k
+    index = [torch.empty(count, dtype=torch.int32) for count in (a, a, e + 1)]
+    routes = (torch.empty(a), *index)
     x, inner = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((1, h), (a, i)))
-    ops.matmul_ogs(x, *weight(2 * i, h), gather_index=index(a), activation="swiglu", **common)
-    ops.matmul_ogs(
-        inner, *weight(h, i), scatter_index=index(a), gammas=torch.empty(a), experts_per_token=a,
-        **common,
-    )  # fmt: skip
+    device_ops.gate_up(x, device_ops.empty(e, 2 * i, h, layout), routes, "triton")
+    device_ops.down(inner, device_ops.empty(e, h, i, layout), routes, a, "triton")

@@ -1,22 +1,16 @@
-"""One contender at one number of tokens: checked first, captured in a CUDA graph, then timed."""
+"""One contender at one number of tokens: checked, timed in a CUDA graph, and the replay checked."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import torch
-from gpu_contenders import Contender, Ours
-from gpu_device import Device, Work
-from gpu_layer import ERROR_BOUND, Problem
-from rounds import WrongResult
 from torch import Tensor
 
-SLOW_CALL = 1.0  # seconds of one MLP; what may take longer is not measured
+from benchmarks.contenders import Contender, Ours, check, check_result
+from benchmarks.gpu_device import Device
 
 
 @dataclasses.dataclass
@@ -28,114 +22,44 @@ class Measurement:
     uncaptured: list[float]
     why_uncaptured: str = ""
 
-    @property
-    def seconds(self) -> float:
-        return min(self.samples)
 
+def measure(contender: Contender, tokens: int, device: Device, at_most: float) -> Measurement:
+    """Check, then time for about so many seconds; no time counts whose result is wrong.
 
-def measure(
-    contender: Contender, problem: Problem, tokens: int, device: Device, seconds: float
-) -> Measurement:
-    """Check, then time for about ``seconds``.
-
-    A call computes every layer once; with CUDA graphs, all of them are one graph.
+    A call computes every layer once; with CUDA graphs, all of them are in one graph.
 
     Raises:
         WrongResult: beyond what rounding explains, not the same twice where it should be, or
             another result from the graph.
     """
-    hidden = problem.hidden[:tokens].clone()
-    error = check(contender, problem, hidden)
-
-    def work() -> Tensor:
-        return contender.run_all(hidden)
-
-    work()
-    device.synchronize()
-    replay, why = captured(contender, problem, work, device)
-    samples = device.samples(replay, seconds)
-    uncaptured = samples if why or not device.is_gpu else device.samples(work, seconds / 4)
+    inputs = contender.problem.inputs(tokens)
+    error = check(contender, inputs)
+    work = functools.partial(contender.run_all, inputs)
+    why = ""
+    try:
+        samples, out = device.in_graph(work, at_most)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as problem:  # something in it waits for the device
+        device.synchronize()
+        why = str(problem).partition("\n")[0]
+        samples = uncaptured = device.one_by_one(work, at_most)
+    else:
+        check_result(contender, out, ", replayed")
+        uncaptured = device.one_by_one(work, at_most / 4) if device.is_gpu else samples
     layers = contender.layers
     return Measurement(error, [s / layers for s in samples], [s / layers for s in uncaptured], why)
 
 
-def check(contender: Contender, problem: Problem, hidden: Tensor) -> float:
-    """The relative error of layer 0 against float64."""
-    with poisoned(not contender.is_compiled):
-        out = contender.run(0, hidden)
-        again = contender.run(0, hidden) if contender.is_exact else out
-    error = problem.error(out)
-    require(contender, problem, len(hidden), error, "")
-    if not torch.equal(out, again):
-        raise WrongResult(f"{contender.label} at {_where(problem, len(hidden))}: two runs differ")
-    return error
-
-
-def captured(
-    contender: Contender, problem: Problem, work: Work, device: Device
-) -> tuple[Work, str]:
-    """``work`` as the replay of a graph, whose result is checked too; or itself, and why."""
-    try:
-        replay, out = device.capture(work)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # something in it waits for the device
-        device.synchronize()
-        return work, str(error).partition("\n")[0]
-    out.fill_(math.nan)
-    replay()
-    device.synchronize()
-    require(contender, problem, len(out), problem.error(out), ", replayed")
-
-    def replayed() -> Tensor:
-        replay()
-        return out
-
-    return replayed, ""
-
-
-def require(contender: Contender, problem: Problem, tokens: int, error: float, how: str) -> None:
-    """Raise WrongResult unless rounding to bfloat16 explains the error. NaN is not explained."""
-    if not error <= ERROR_BOUND:
-        raise WrongResult(
-            f"{contender.label} at {_where(problem, tokens)}{how}: relative error {error:.2e}; "
-            f"rounding explains {ERROR_BOUND:.2e}"
-        )
-
-
 def measure_parts(
-    ours: Ours, problem: Problem, tokens: int, device: Device, seconds: float
+    ours: Ours, tokens: int, device: Device, at_most: float
 ) -> dict[str, list[float]]:
     """Seconds of each part of one MLP, in a graph of its own."""
     times = {}
-    for name, work in ours.parts(problem.hidden[:tokens].clone()).items():
-        work()
-        replay, _ = device.capture(work)
-        times[name] = [s / ours.layers for s in device.samples(replay, seconds)]
-        del replay
+    for name, part in ours.parts(ours.problem.inputs(tokens)).items():
+
+        def work(part: Callable[[int], Tensor] = part) -> Tensor:
+            return [part(layer) for layer in range(ours.layers)][-1]
+
+        times[name] = [each / ours.layers for each in device.in_graph(work, at_most)[0]]
     return times
-
-
-@contextmanager
-def poisoned(is_wanted: bool) -> Iterator[None]:
-    """What is allocated within holds NaN or the largest integer until it is written."""
-    if not is_wanted:
-        yield
-        return
-    memory: Any = torch.utils.deterministic  # a module of properties
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = memory.fill_uninitialized_memory
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of algorithms that are not deterministic
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        memory.fill_uninitialized_memory = True
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before, warn_only=warn_only)
-            memory.fill_uninitialized_memory = filled
-
-
-def _where(problem: Problem, tokens: int) -> str:
-    return f"E={problem.sizes.experts}, T={tokens}"

@@ -10,22 +10,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_compile import Compiler, Job
-from gpu_contenders import Ours
-from gpu_device import Device
-from gpu_layer import ERROR_BOUND, Problem
-from gpu_measure import poisoned
 from torch import Tensor
 
-from mxfp4_fx.core import hardware
+from benchmarks import command, device_ops
+from benchmarks.command import Log
+from benchmarks.contenders import Ours, poisoned
+from benchmarks.gpu_compile import Compiler, Job
+from benchmarks.gpu_device import Device
+from benchmarks.moe import Problem
 from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.tiles import Tile
 
@@ -34,6 +34,7 @@ LEAST_CANDIDATES = 2  # that are tried for an entry, whatever the time
 GAIN = 0.01  # less is noise
 HOPELESS = 1.25  # times the best: the other sizes are then not timed
 ROUNDS = 3  # in turn, of the best and the entry, in the end
+SAMPLE_SECONDS = 0.02  # for the time of a candidate
 BATCH_SECONDS = 90.0  # for compiling a round of candidates
 
 BLOCK_M = (16, 32, 64, 128, 256)
@@ -68,19 +69,16 @@ class Tuner:
         self.entry, self.sizes, self.ours, self.device = entry, sizes, ours, device
         self.tried: dict[Tile, Times | None] = {}
         self.rejected: Counter[str] = Counter()
-        self._inputs = {size: self._input(*size) for size in sizes}
-
-    def _input(self, experts: int, tokens: int) -> tuple[Tensor, Any]:
-        ours = self.ours[experts]
-        hidden = ours.problem.hidden[:tokens].clone()
-        return hidden, ours.routing(ours.router(0, hidden))
+        self._inputs: dict[Size, tuple[Tensor, Any]] = {}
+        for experts, tokens in sizes:
+            inputs = ours[experts].problem.inputs(tokens)
+            routes = ours[experts].routing(ours[experts].logits(0, inputs))
+            self._inputs[experts, tokens] = inputs.hidden, routes
 
     def run(self, layer: int, size: Size) -> Tensor:
+        """Both matmuls of a layer."""
         ours, (hidden, routes) = self.ours[size[0]], self._inputs[size]
         return ours.down(layer, ours.gate_up(layer, hidden, routes), routes)
-
-    def run_all(self, size: Size) -> Tensor:
-        return [self.run(layer, size) for layer in range(self.ours[size[0]].layers)][-1]
 
     def attempt(self, tile: Tile, best: Times | None) -> Times | None:
         """Check and time a candidate; None if it cannot be used, which is counted."""
@@ -98,29 +96,26 @@ class Tuner:
         return self.tried[tile]
 
     def times(self, tile: Tile, best: Times | None = None) -> Times:
+        """Raises Rejected if it is wrong, spills registers, or is much slower than the best."""
         found: Times = {}
         with tiles.forced(tile):
             for size in self.sizes:
-                before = _loaded()
-                self._check(size)
+                ours, before = self.ours[size[0]], _loaded()
+                with poisoned(True):
+                    out = self.run(0, size)
+                self.device.synchronize()
+                if not ours.problem.error(out) <= ours.problem.error_bound:
+                    raise Rejected("wrong")
                 if any(kernel.n_spills for key, kernel in _loaded().items() if key not in before):
                     raise Rejected("spills")
-                found[size] = self._time(size)
+                samples, _ = self.device.in_graph(partial(self._run_all, size), SAMPLE_SECONDS)
+                found[size] = statistics.median(samples) / ours.layers
                 if best is not None and found[size] > HOPELESS * best[size]:
                     raise Rejected("slow")
         return found
 
-    def _check(self, size: Size) -> None:
-        with poisoned(True):
-            out = self.run(0, size)
-        self.device.synchronize()
-        if not self.ours[size[0]].problem.error(out) <= ERROR_BOUND:
-            raise Rejected("wrong")
-
-    def _time(self, size: Size) -> float:
-        replay, _ = self.device.capture(lambda: self.run_all(size))
-        samples = self.device.samples(replay, 0.02)
-        return sorted(samples)[len(samples) // 2] / self.ours[size[0]].layers
+    def _run_all(self, size: Size) -> Tensor:
+        return [self.run(layer, size) for layer in range(self.ours[size[0]].layers)][-1]
 
     def score(self, times: Times | None) -> float:
         """The geometric mean over the sizes of a time; infinite for what cannot be used."""
@@ -135,14 +130,14 @@ def tune(
     compiler: Compiler,
     problems: Mapping[int, Problem],
     ours_of: Callable[[int], Ours],
-    log: Callable[[str], None],
+    log: Log,
 ) -> str:
     """Tune each entry, write the table after each; returns what to print."""
-    name = hardware.gpu_name(device.torch)
+    name = device_ops.gpu_name(device.torch)
     ours = {experts: ours_of(experts) for experts in problems}
     layout = next(iter(ours.values())).layout
     path = (args.table_folder or tiles.FOLDER) / f"{name}.json"
-    entries = list(tiles.table(tiles.table_name(name, layout)))
+    entries = list(device_ops.gpu_tiles(device.torch, layout))
     measured: dict[str, Any] = {"machine": device.facts(), "seed": args.seed, "entries": []}
     deadline = device.clock() + args.tune_seconds
     lines = []
@@ -160,7 +155,9 @@ def tune(
         measured["entries"].append({"regime": entry.regime, **facts})
         lines.append(_line(entry, entries[number], facts))
         log(lines[-1])
-        write(path, name, entries, measured)
+        # As ops/tiles.py reads it; what it was measured with stands beside it.
+        made = [dataclasses.asdict(tile) for tile in entries]
+        command.write(path, {"target": name, "tiles": made, "measured": measured})
     return "\n".join([*lines, f"written: {path.name}"])
 
 
@@ -180,7 +177,7 @@ def climb(
     compiler: Compiler,
     layout: str,
     until: float,
-    log: Callable[[str], None],
+    log: Log,
 ) -> Tile:
     """The best tile that is found from the entry on."""
     of_models = [tuner.ours[e].problem.sizes for e in sorted({e for e, _ in tuner.sizes})]
@@ -279,17 +276,6 @@ def distinct(made: Sequence[Tile], layout: str, ks: Sequence[int]) -> list[Tile]
         key = tiles.fit(tile, layout, ks[0]), tiles.fit(tile, layout, ks[1], splits=True)
         found.setdefault(key, tile)
     return list(found.values())
-
-
-def write(path: Path, name: str, entries: Sequence[Tile], measured: dict[str, Any]) -> None:
-    """The table as ``ops/tiles.py`` reads it; what it was measured with stands beside it."""
-    document = {
-        "target": name,
-        "tiles": [dataclasses.asdict(tile) for tile in entries],
-        "measured": measured,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(tile: Tile) -> str:

@@ -10,14 +10,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from probes import compiler_version
 
+COMPILER = os.environ.get("CXX", "g++")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
-def machine() -> dict[str, Any]:
+def machine(threads: int | None = None) -> dict[str, Any]:
     """CPU, memory, versions and the date; nothing that names the machine or its users."""
     facts = _cpuinfo()
     flags = facts.get("flags", "").split()
@@ -28,56 +29,41 @@ def machine() -> dict[str, Any]:
         "instruction_sets": [flag for flag in _FLAGS if flag in flags],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "caches": caches(),
-        "memory_bytes": _meminfo("MemTotal"),
-        "load_average_at_start": os.getloadavg()[0],
-        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average_at_start": psutil.getloadavg()[0],
+        "threads": threads or torch.get_num_threads(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "compiler": compiler_version(),
+        "compiler": (_output(COMPILER, "--version") or "not found").partition("\n")[0],
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "transformers": _version("transformers"),
         "mxfp4_fx": _version("mxfp4_fx"),
-        "commit": _commit(),
+        # With a + if files differ from it.
+        "commit": _output("git", "describe", "--always", "--dirty=+", "--exclude=*"),
     }
+
+
+def available_bytes() -> int:
+    """Memory that programs can still have."""
+    return int(psutil.virtual_memory().available)
 
 
 def caches() -> dict[str, int]:
     """Bytes of each cache that a core sees, such as ``{"L1d": .., "L2": .., "L3": ..}``."""
     sizes = {}
     for index in sorted(_CACHES.glob("index*")):
-        try:
-            level, kind, size = (
-                (index / name).read_text().strip() for name in ("level", "type", "size")
-            )
-        except OSError:
-            continue
+        level, kind, size = ((index / n).read_text().strip() for n in ("level", "type", "size"))
         unit = {"K": 1 << 10, "M": 1 << 20}.get(size[-1:], 1)
         suffix = {"Data": "d", "Instruction": "i"}.get(kind, "")
         sizes[f"L{level}{suffix}"] = int(size.rstrip("KM")) * unit
     return sizes
 
 
-def available_bytes() -> int | None:
-    """Memory that programs can still have; None if the system does not tell."""
-    return _meminfo("MemAvailable")
-
-
-def _meminfo(name: str) -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
-
-
 def _cpuinfo() -> dict[str, str]:
-    facts: dict[str, str] = {}
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return facts
-    for line in lines:
+    """What Linux tells of the CPU; psutil knows neither its name nor its flags."""
+    path, facts = Path("/proc/cpuinfo"), dict[str, str]()
+    for line in path.read_text().splitlines() if path.exists() else ():
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
     return facts
@@ -90,14 +76,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit that is measured, with a + if files differ from it."""
+def _output(*command: str) -> str | None:
+    """What a program prints; None if it is not there or fails."""
     here = Path(__file__).parent
     try:
-        name, changes = (
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True)
-            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
-        )
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""One MoE MLP to measure: its sizes, random weights, inputs, and its exact result.
+"""One MoE MLP to measure: its sizes, random weights, tokens, and its exact result.
 
 Shape letters as in ``mxfp4_fx/ops/reference.py``: T tokens, E experts, A experts a token, R = T*A
 routed rows, H hidden, I intermediate, K contraction, N output.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +22,11 @@ ALPHA, LIMIT = 1.702, 7.0  # GPT-OSS's SwiGLU
 # longest chain is transformers': router weights, gate and up, bias, alpha * gate, sigmoid, glu,
 # up + 1, their product, down, bias, the weighting and the sum.
 ROUNDINGS = 12
-ERROR_BOUND = ROUNDINGS * 2**-9
+# Logits in bfloat16 are off by up to 2^-8 below 2, hence a softmax's weight by 2^-7 of itself.
+ROUTER_ROUNDINGS = 4
+# No token's choice may hang on how its logits are rounded: below 4 that is 2^-7 of each.
+LEAST_GAP = 2**-5
+LOGIT_DEVIATION = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Sizes:
         return 2 * self.weights
 
     def flops(self, tokens: int) -> float:
-        """A multiply-add is two."""
+        """Of the experts; a multiply-add is two."""
         return 2.0 * tokens * self.top_k * self.weights
 
 
@@ -69,28 +71,118 @@ class Weights(NamedTuple):
     down: Projection
 
 
+class Router(NamedTuple):
+    weight: Tensor  # [E, H] bfloat16
+    bias: Tensor  # [E] bfloat16
+
+
 class Inputs(NamedTuple):
+    """``logits`` are None where a contender's own router computes them."""
+
     hidden: Tensor  # [T, H] bfloat16
-    logits: Tensor  # [T, E] bfloat16
-
-    def first(self, tokens: int) -> Inputs:
-        return Inputs(self.hidden[:tokens].clone(), self.logits[:tokens].clone())
+    logits: Tensor | None  # [T, E] bfloat16
 
 
-def random_weights(sizes: Sizes, seed: int) -> Weights:
+@dataclasses.dataclass
+class Problem:
+    """One MLP for up to ``tokens`` tokens; T of them are the first T.
+
+    Attributes:
+        hidden: [tokens, H] bfloat16.
+        logits: [tokens, E] float64, exact.
+        router: its matmul is a part of the MLP. None: the MLP begins with logits in bfloat16.
+    """
+
+    sizes: Sizes
+    hidden: Tensor
+    logits: Tensor
+    router: Router | None
+    seed: int
+    _truth: Tensor | None = None
+
+    @staticmethod
+    def random(
+        sizes: Sizes, tokens: int, device: torch.device, seed: int, has_router: bool
+    ) -> Problem:
+        """Fresh for every seed. A token whose choice of experts would be close is drawn again."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, generator=generator)
+
+        e, h = sizes.experts, sizes.hidden
+        weight = (randn(e, h) * (LOGIT_DEVIATION * h**-0.5)).bfloat16()
+        router = Router(weight, (randn(e) * 0.05).bfloat16())
+        hidden = torch.empty((tokens, h), dtype=torch.bfloat16, device=device)
+        missing = torch.ones(tokens, dtype=torch.bool, device=device)
+        while count := int(missing.sum()):
+            hidden[missing] = randn(count, h).bfloat16()
+            logits = hidden.double() @ router.weight.double().T + router.bias.double()
+            best = logits.topk(min(sizes.top_k + 1, e), dim=-1).values
+            gap = best[:, sizes.top_k - 1] - best[:, -1]
+            missing = (gap < LEAST_GAP) if e > sizes.top_k else torch.zeros_like(missing)
+        if has_router:
+            return Problem(sizes, hidden, logits, router, seed)
+        return Problem(sizes, hidden, logits.bfloat16().double(), None, seed)
+
+    @property
+    def error_bound(self) -> float:
+        """The relative error that rounding explains."""
+        return (ROUNDINGS + ROUTER_ROUNDINGS * (self.router is not None)) * 2**-9
+
+    def inputs(self, tokens: int) -> Inputs:
+        """The first T tokens, in memory of their own."""
+        logits = self.logits[:tokens].bfloat16() if self.router is None else None
+        return Inputs(self.hidden[:tokens].clone(), logits)
+
+    def weights(self, layer: int) -> Weights:
+        """The experts of layer number ``layer``: the same whenever they are asked for."""
+        return random_weights(self.sizes, self.seed + 1 + layer, self.hidden.device)
+
+    def hit(self, tokens: int) -> int:
+        """Experts that the first T tokens choose."""
+        chosen = self.logits[:tokens].topk(self.sizes.top_k, dim=-1).indices
+        return int(chosen.unique().numel())
+
+    def work(self, tokens: int) -> dict[str, float]:
+        """The fewest bytes and operations of T tokens.
+
+        Bytes: the experts that are hit, in MXFP4. With a router also its weights, the experts'
+        biases, hidden states and result, and what lies between the two matmuls, written and read.
+        """
+        sizes, hit = self.sizes, self.hit(tokens)
+        h, i, e = sizes.hidden, sizes.intermediate, sizes.experts
+        found = {"bytes": hit * sizes.mxfp4_bytes, "flops": sizes.flops(tokens)}
+        if self.router is not None:
+            activations = 2 * tokens * (2 * h + 2 * sizes.top_k * i)
+            found["bytes"] += hit * 2 * (2 * i + h) + 2 * e * (h + 1) + activations
+            found["flops"] += 2.0 * tokens * h * e
+        return found
+
+    def error(self, result: Tensor) -> float:
+        """Relative, of layer 0; infinite if the result is not finite, or of another shape."""
+        if self._truth is None:
+            self._truth = exact(self.weights(0), self.hidden, self.logits, self.sizes)
+        truth = self._truth[: len(result)]
+        if result.shape != truth.shape or not result.isfinite().all():
+            return math.inf
+        return relative_error(result, truth)
+
+
+def random_weights(sizes: Sizes, seed: int, device: torch.device) -> Weights:
     """Random codes under scales that turn inputs of order one into outputs of order one."""
-    random = np.random.default_rng(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     code_rms = math.sqrt(sum(value**2 for value in E2M1_VALUES) / len(E2M1_VALUES))
+    on: dict[str, Any] = {"device": device, "generator": generator}
 
     def projection(n: int, k: int) -> Projection:
         groups = (sizes.experts, n, k // BLOCK)
-        blocks = random.integers(0, 256, (*groups, BYTES_PER_BLOCK), dtype=np.uint8)
+        blocks = torch.randint(0, 256, (*groups, BYTES_PER_BLOCK), dtype=torch.uint8, **on)
         # For a normal exponent of deviation 1, log2 of the root mean square is its mean + ln 2.
         middle = math.log2(k**-0.5 / code_rms) - math.log(2)
-        exponents = np.rint(middle + random.standard_normal(groups, dtype=np.float32))
-        scales = (E8M0_BIAS + exponents).astype(np.uint8)
-        bias = torch.from_numpy(0.1 * random.standard_normal((sizes.experts, n)))
-        return Projection(torch.from_numpy(blocks), torch.from_numpy(scales), bias.bfloat16())
+        exponents = torch.randn(groups, **on).add_(middle).round_()
+        bias = torch.randn((sizes.experts, n), **on).mul_(0.1).bfloat16()
+        return Projection(blocks, exponents.add_(E8M0_BIAS).to(torch.uint8), bias)
 
     return Weights(
         projection(2 * sizes.intermediate, sizes.hidden),
@@ -98,56 +190,39 @@ def random_weights(sizes: Sizes, seed: int) -> Weights:
     )
 
 
-def random_inputs(sizes: Sizes, tokens: int, seed: int) -> Inputs:
-    """Normal activations and router logits; no token's choice hangs on two equal logits.
-
-    Which of two equal logits wins is nobody's promise, and all contenders shall take the same way.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn((tokens, sizes.hidden), generator=generator).bfloat16()
-    logits = torch.empty((tokens, sizes.experts), dtype=torch.bfloat16)
-    tied = torch.ones(tokens, dtype=torch.bool)
-    while tied.any():
-        drawn = torch.randn((int(tied.sum()), sizes.experts), generator=generator)
-        logits[tied] = drawn.bfloat16()
-        best = logits.topk(min(sizes.top_k + 1, sizes.experts), dim=-1).values
-        tied = (best.diff(dim=-1) == 0).any(dim=-1)
-    return Inputs(hidden, logits)
-
-
-def experts_hit(logits: Tensor, top_k: int) -> int:
-    return int(logits.topk(top_k, dim=-1).indices.unique().numel())
-
-
-def checked_tokens(tokens: Sequence[int], count: int) -> list[int]:
-    """Tokens that are compared: the first, the last of each T, and ``count`` random ones."""
-    largest = max(tokens)
-    drawn = np.random.default_rng(0).choice(largest, min(count, largest), replace=False)
-    return sorted({0, *(t - 1 for t in tokens), *(int(t) for t in drawn)})
-
-
-def exact(weights: Weights, inputs: Inputs, sizes: Sizes) -> Tensor:
+def exact(weights: Weights, hidden: Tensor, logits: Tensor, sizes: Sizes) -> Tensor:
     """The MLP in float64, [T, H]; one expert at a time is dequantized."""
 
     def linear(x: Tensor, part: Projection, expert: int) -> Tensor:
         weight = dequantize(part.blocks[expert], part.scales[expert], torch.float32)
         return x @ weight.double().T + part.bias[expert].double()
 
-    _, gather_index, scatter_index, offsets = routing(inputs.logits.double(), sizes.top_k)
-    chosen = inputs.logits.double().topk(sizes.top_k, dim=-1).values
+    _, gather_index, scatter_index, offsets = routing(logits, sizes.top_k)
+    chosen = logits.topk(sizes.top_k, dim=-1).values
     gammas = torch.softmax(chosen, dim=-1).flatten()[scatter_index]  # routing's own are float32
-    out = torch.zeros_like(inputs.hidden, dtype=torch.float64)
+    out = torch.zeros_like(hidden, dtype=torch.float64)
     for expert in range(sizes.experts):
         rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
         if rows.start < rows.stop:
             token = gather_index[rows]
-            x = inputs.hidden[token].double()
-            inner = swiglu(linear(x, weights.gate_up, expert), ALPHA, LIMIT)
-            y = linear(inner, weights.down, expert) * gammas[rows, None]
-            out.index_add_(0, token, y)
+            inner = swiglu(linear(hidden[token].double(), weights.gate_up, expert), ALPHA, LIMIT)
+            out.index_add_(0, token, linear(inner, weights.down, expert) * gammas[rows, None])
     return out
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
     """Root mean square of the difference over that of the truth."""
     return ((result.double() - truth).norm() / truth.norm()).item()
+
+
+def floor(work: dict[str, float], memory: float, matrix: float) -> dict[str, Any]:
+    """The larger of two times in milliseconds, and which it is.
+
+    Args:
+        work: of :meth:`Problem.work`.
+        memory: bytes a second.
+        matrix: floating-point operations a second.
+    """
+    ms = {"memory": 1e3 * work["bytes"] / memory, "matrix": 1e3 * work["flops"] / matrix}
+    by = "memory" if ms["memory"] > ms["matrix"] else "matrix"
+    return {"ms": ms[by], "by": by, "memory_ms": ms["memory"], "matrix_ms": ms["matrix"]}

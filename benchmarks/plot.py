@@ -1,6 +1,6 @@
-"""Draw results of ``benchmarks/cpu.py``: time over the number of tokens, both logarithmic.
+"""Draw results of a benchmark: what it is called with tells which one it was.
 
-python benchmarks/plot.py benchmarks/results/cpu.json build/cpu.png
+python -m benchmarks.plot benchmarks/results/cpu.json build/cpu.png
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ OURS = ("#0b57a4", "#2389c7", "#2a9d9d", "#5f8ea0", "#7c8fa0")
 PYTORCH = "#7a5ba8"
 PEERS = ("#c2410c", "#e08a3c", "#9a6b1f", "#b0475e")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-LABEL_STEP = 0.052  # of the axis: the height of a line of text
 
 
-class PlotUnavailable(Exception):
+class PlotUnavailable(SystemExit):
     """matplotlib is not installed; the message says how to."""
 
 
@@ -51,86 +49,241 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with pyplot.rc_context({"font.size": 10, "font.family": "sans-serif", "svg.hashsalt": "cpu"}):
-        figure, axes = pyplot.subplots(figsize=(9.6, 5.6), dpi=160)
-        _draw(results, figure, axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyplot.rc_context({"font.size": 10, "font.family": "sans-serif", "svg.hashsalt": "plot"}):
+        if "models" in results:
+            figure = _quality(results)
+        elif "rows" in results:
+            figure = _gpu(results)
+        else:
+            figure = _cpu(results)
         figure.savefig(path, facecolor="white")
         pyplot.close(figure)
 
 
-def _draw(results: dict[str, Any], figure: Any, axes: Any) -> None:
-    rows = results["layer"]
-    tokens = [row["tokens"] for row in rows]
-    ends: list[tuple[float, str, str, str]] = []  # last value, label, colour, weight
+# ---- time over the number of tokens -------------------------------------------------------------
 
-    floors = [row["floor"]["ms"] for row in rows if row["floor"]]
-    if floors:
-        bottom = min(floors) / 2
-        axes.fill_between(tokens, bottom, floors, color=FLOOR_FILL, linewidth=0)
-        axes.plot(tokens, floors, color=FAINT, linewidth=1.4, linestyle=(0, (5, 3)))
-        ends.append((floors[-1], "floor: memory or multiplying", FAINT, "normal"))
-    for number, (name, contender, colour, main) in enumerate(_styled(results)):
+
+def _cpu(results: dict[str, Any]) -> Any:
+    machine, settings = results["machine"], results["settings"]
+    bands = "bands: quartiles" if results["rounds"] > 1 else "one round"
+    about = [
+        "Milliseconds for one GPT-OSS mixture-of-experts MLP",
+        f"{settings['experts']} experts, top-{settings['top_k']}, hidden {settings['hidden']}, "
+        f"intermediate {settings['intermediate']}; weights from memory",
+        f"{machine['cpu']}, {machine['threads']} threads; torch {machine['torch']}; medians of "
+        f"{results['rounds']} rounds, {bands}",
+    ]
+    return _times(results, {"": results["layer"]}, about, results["path"]["contender"], 1.0)
+
+
+def _gpu(results: dict[str, Any]) -> Any:
+    machine, settings = results["machine"], results["settings"]
+    incomplete = "" if results["complete"] else " (incomplete run)"
+    about = [
+        f"Microseconds for one GPT-OSS mixture-of-experts MLP with its router{incomplete}",
+        f"top-{settings['top_k']}, hidden {settings['hidden']}, intermediate "
+        f"{settings['intermediate']}, bfloat16; weights from memory, in CUDA graphs",
+        f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}; medians, "
+        "bands: quartiles",
+    ]
+    panels: dict[str, Any] = {}
+    for row in results["rows"]:
+        panels.setdefault(f"{row['experts']} experts", []).append(row)
+    return _times(results, panels, about, "ours", 1e3)
+
+
+def _times(
+    results: dict[str, Any],
+    panels: dict[str, list[dict[str, Any]]],
+    about: Sequence[str],
+    main: str,
+    unit: float,
+) -> Any:
+    """A panel for each list of rows, both axes logarithmic, with one legend for all.
+
+    Args:
+        main: the contender that stands out.
+        unit: of the axis, in a millisecond.
+    """
+    from matplotlib import pyplot
+
+    width = 9.6 if len(panels) < 2 else 12.4
+    count = max(len(panels), 1)
+    figure, axes = pyplot.subplots(
+        1, count, figsize=(width, 5.8), dpi=160, sharey=True, squeeze=False
+    )
+    styles = _styles(results, main)
+    for axis, (title, rows) in zip(axes[0], panels.items(), strict=False):
+        axis.set_title(title, loc="left", color=INK, fontweight="bold", fontsize=11)
+        _panel(axis, rows, styles, unit)
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        *(list(handles.values()), list(handles)),
+        loc="lower center", ncols=3, frameon=False, labelcolor=INK,
+    )  # fmt: skip
+    _titles(figure, about)
+    figure.subplots_adjust(left=0.075, right=0.98, top=0.8, bottom=0.25, wspace=0.06)
+    return figure
+
+
+def _styles(results: dict[str, Any], main: str) -> dict[str, dict[str, Any]]:
+    """For each contender how its line is drawn, and whether it has a band."""
+    ours, peers = iter(OURS), iter(PEERS)
+    styles = {}
+    for number, (name, contender) in enumerate(results["contenders"].items()):
+        kind = contender["kind"]
+        if kind == "again":  # ours once more, which shows how steady times are: in the table
+            continue
+        is_ours = kind in ("ours", "native")
+        colour = PYTORCH if kind == "pytorch" else next(ours if is_ours else peers, INK)
+        styles[name] = {
+            "label": contender["label"],
+            "color": colour,
+            "marker": MARKERS[number % len(MARKERS)],
+            "linewidth": 2.6 if name == main else 1.5,
+            "markersize": 6 if name == main else 4.5,
+            "zorder": 4 if name == main else 3,
+        }
+    return styles
+
+
+def _panel(
+    axes: Any, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], unit: float
+) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    tokens = [row["tokens"] for row in rows]
+    if floors := [(row["tokens"], unit * row["floor"]["ms"]) for row in rows if row["floor"]]:
+        x, y = zip(*floors, strict=True)
+        axes.fill_between(x, min(y) / 2, y, color=FLOOR_FILL, linewidth=0)
+        label = "floor: memory or multiplying"
+        axes.plot(x, y, color=FAINT, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
+    for name, style in styles.items():
         points = [(row["tokens"], row["ms"][name]) for row in rows if name in row["ms"]]
         if not points:
             continue
-        x = [at for at, _ in points]
-        median = [stats["median"] for _, stats in points]
-        if main or contender["kind"] == "transformers":  # more bands than these hide each other
-            low, high = ([stats[quartile] for _, stats in points] for quartile in ("q1", "q3"))
-            axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-        axes.plot(
-            *(x, median),
-            color=colour,
-            linewidth=2.6 if main else 1.5,
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=6 if main else 4.5,
-            markeredgecolor="white",
-            markeredgewidth=0.7,
-            zorder=4 if main else 3,
+        at = [tokens for tokens, _ in points]
+        low, middle, high = (
+            [unit * stats[part] for _, stats in points] for part in ("q1", "median", "q3")
         )
-        if x[-1] == tokens[-1]:
-            ends.append((median[-1], contender["label"], colour, "bold" if main else "normal"))
-        else:  # a line that ends early has its label there
-            axes.annotate(
-                *(contender["label"], (x[-1], median[-1])),
-                xytext=(2, 9),
-                textcoords="offset points",
-                horizontalalignment="right",
-                color=colour,
-                fontsize=9,
-            )
-    if floors:
-        axes.set_ylim(bottom=bottom, top=1.4 * axes.get_ylim()[1])
-    _axes(axes, tokens)
-    _titles(results, figure)
-    figure.subplots_adjust(left=0.075, right=0.72, top=0.835, bottom=0.105)
-    _end_labels(axes, ends)
-
-
-def _styled(results: dict[str, Any]) -> list[tuple[str, dict[str, Any], str, bool]]:
-    """(name, contender, colour, whether it is the one that the backend chooses), in that order."""
-    styled, ours, peers = [], iter(OURS), iter(PEERS)
-    for name, contender in results["contenders"].items():
-        colour = {"native": ours, "transformers": peers}.get(contender["kind"])
-        main = name == results["path"]["contender"]
-        styled.append((name, contender, PYTORCH if colour is None else next(colour, INK), main))
-    return styled
-
-
-def _axes(axes: Any, tokens: Sequence[int]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
+        axes.fill_between(at, low, high, color=style["color"], alpha=0.16, linewidth=0)
+        axes.plot(at, middle, markeredgecolor="white", markeredgewidth=0.7, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(tokens, [str(count) for count in tokens])
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(tokens, [str(count) for count in tokens], rotation=45 * (len(tokens) > 8))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    if len(tokens) > 1:
-        axes.set_xlim(tokens[0] / 1.15, tokens[-1] * 1.08)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("tokens in a call", color=FAINT)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    _plain(axes, "y")
+
+
+# ---- perplexities and the errors of weights -----------------------------------------------------
+
+COLOURS = {"bfloat16": INK, "max": PEERS[0], "search": OURS[0]}
+LABELS = {
+    "max": 'MXFP4\nscale_rule="max"',
+    "search": 'MXFP4\nscale_rule="search"',
+    "Student's t, 5 degrees": "Student's t,\n5 degrees",
+    "the trained experts": "the trained\nexperts",
+}
+APART = 0.17  # of a row: the runs of one model
+SURE = 1.96  # standard errors: 95 in 100 of a normal distribution
+
+
+def _quality(results: dict[str, Any]) -> Any:
+    from matplotlib import pyplot
+
+    settings, validation = results["settings"], results["text"]["validation"]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11.2, 4.6), dpi=160, width_ratios=(1.35, 1)
+    )
+    _perplexities(results["models"], left)
+    _weights(results["weights"], right)
+    _titles(
+        figure,
+        [
+            "What MXFP4 experts cost a small GPT-OSS",
+            f"{results['training']['parameters'] / 1e6:.1f} million parameters, "
+            f"{settings['layers']} layers of {settings['experts']} experts, "
+            f"top-{settings['experts_per_token']}; trained for {settings['steps']} steps on "
+            "Python's documentation",
+            f"judged on {results['windows']} windows of {settings['context']} bytes of "
+            f"{validation['documents']} other documents; bars: {SURE} standard errors of the "
+            "difference to bfloat16",
+        ],
+    )
+    figure.subplots_adjust(left=0.135, right=0.975, top=0.7, bottom=0.13, wspace=0.46)
+    return figure
+
+
+def _perplexities(models: list[dict[str, Any]], axes: Any) -> None:
+    names = list(dict.fromkeys(row["weights"] for row in models))
+    base = models[0]["perplexity"]
+    axes.axvline(base, color=FAINT, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+    ends = []
+    for row in models:
+        is_reference = row["weights"] == "bfloat16"
+        runs = "compiled" if row["compiled"] else "uncompiled"
+        y = names.index(row["weights"]) + (0 if is_reference else APART * (2 * row["compiled"] - 1))
+        colour = COLOURS.get(row["weights"], INK)
+        apart = row["to_bfloat16"]
+        bar = SURE * apart["standard_error"]
+        axes.errorbar(
+            *(row["perplexity"], y),
+            xerr=None if is_reference else bar,
+            fmt="o", markersize=8, markeredgewidth=1.6, elinewidth=1.6, capsize=3, color=colour,
+            markerfacecolor=colour if row["compiled"] or is_reference else "white",
+        )  # fmt: skip
+        moved = f"{100 * apart['perplexity'] / base:+.2f} %"
+        text = f"{row['perplexity']:.3f}" if is_reference else moved
+        _annotate(axes, f"{text}  {runs}", (row["perplexity"] + bar, y), colour, "left")
+        ends += [row["perplexity"] - bar, row["perplexity"] + bar]
+    reach = max(max(ends) - min(ends), 1e-3 * base)
+    axes.set_xlim(min(ends) - 0.08 * reach, max(ends) + 0.42 * reach)  # room for the labels
+    _rows(axes, names, "perplexity of a byte")
+
+
+def _weights(weights: dict[str, dict[str, dict[str, float]]], axes: Any) -> None:
+    for y, rules in enumerate(weights.values()):
+        decibels = sorted((error["snr_db"], rule) for rule, error in rules.items())
+        axes.plot([value for value, _ in decibels], [y] * len(decibels), color=GRID, linewidth=4)
+        for value, rule in decibels:
+            colour = COLOURS.get(rule, INK)
+            axes.plot(value, y, "o", markersize=8, color=colour, zorder=3)
+            side = "right" if value == decibels[0][0] else "left"
+            _annotate(axes, f"{value:.1f}", (value, y), colour, side)
+    axes.margins(x=0.35)
+    _rows(axes, list(weights), "weights: signal to rounding noise, dB")
+
+
+def _annotate(axes: Any, text: str, at: tuple[float, float], colour: str, side: str) -> None:
+    axes.annotate(
+        *(text, at),
+        xytext=(9 if side == "left" else -9, 0), textcoords="offset points",
+        horizontalalignment=side, verticalalignment="center", color=colour, fontsize=9,
+    )  # fmt: skip
+
+
+def _rows(axes: Any, names: Sequence[str], title: str) -> None:
+    """A row for each name, the first on top."""
+    axes.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_title(title, loc="left", color=INK, fontweight="bold", fontsize=11)
+    _plain(axes, "x")
+    axes.tick_params(axis="y", labelcolor=INK)
+
+
+# ---- what all have ------------------------------------------------------------------------------
+
+
+def _plain(axes: Any, grid: str) -> None:
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, length=0)
     for side in ("top", "right", "left"):
@@ -138,73 +291,19 @@ def _axes(axes: Any, tokens: Sequence[int]) -> None:
     axes.spines["bottom"].set_color(GRID)
 
 
-def _titles(results: dict[str, Any], figure: Any) -> None:
-    machine, settings = results["machine"], results["settings"]
-    figure.text(
-        *(0.03, 0.945, "Milliseconds for one GPT-OSS mixture-of-experts MLP"),
-        fontsize=14,
-        fontweight="bold",
-        color=INK,
-    )
-    sizes = (
-        f"{settings['experts']} experts, top-{settings['top_k']}, hidden {settings['hidden']}, "
-        f"intermediate {settings['intermediate']}; weights from memory"
-    )
-    cpu = f"{machine['cpu']}, {machine['threads']} threads; torch {machine['torch']}"
-    bands = "bands: quartiles" if results["rounds"] > 1 else "one round"
-    figure.text(0.03, 0.905, sizes, color=FAINT)
-    figure.text(0.03, 0.87, f"{cpu}; medians of {results['rounds']} rounds, {bands}", color=FAINT)
-
-
-def _end_labels(axes: Any, ends: list[tuple[float, str, str, str]]) -> None:
-    """Each line's label right of its end, moved apart where they would overlap."""
-    if not ends:
-        return
-    low, high = (math.log(limit) for limit in axes.get_ylim())
-    ends = sorted(ends, key=lambda end: end[0])
-    heights = [(math.log(end[0]) - low) / (high - low) for end in ends]
-    wanted = list(heights)
-    for _ in range(200):  # neighbours push each other until all have room
-        for i in range(len(heights) - 1):
-            missing = LABEL_STEP - (heights[i + 1] - heights[i])
-            if missing > 1e-6:
-                heights[i] -= missing / 2
-                heights[i + 1] += missing / 2
-    for height, at, (_, label, colour, weight) in zip(heights, wanted, ends, strict=True):
-        axes.plot(
-            *((1.005, 1.03), (at, height)),
-            transform=axes.transAxes,
-            color=colour,
-            linewidth=0.7,
-            alpha=0.6,
-            clip_on=False,
-        )
-        axes.text(
-            *(1.037, height, label),
-            transform=axes.transAxes,
-            color=colour,
-            fontweight=weight,
-            fontsize=9,
-            verticalalignment="center",
-        )
+def _titles(figure: Any, about: Sequence[str]) -> None:
+    """A title and the lines below it."""
+    figure.text(0.03, 0.945, about[0], fontsize=14, fontweight="bold", color=INK)
+    for number, line in enumerate(about[1:]):
+        figure.text(0.03, 0.9 - 0.04 * number, line, color=FAINT)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(argv, __doc__, "benchmarks/cpu.py", draw)
-
-
-def command(
-    argv: list[str] | None, about: str, source: str, draw: Callable[[dict[str, Any], Path], None]
-) -> int:
-    """The command line of a plot of what ``source`` measured."""
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("results", type=Path, help=f"JSON, from {source} --output")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path, help="JSON, from a benchmark's --output")
     parser.add_argument("plot", type=Path, help="PNG or SVG to write")
     args = parser.parse_args(argv)
-    try:
-        draw(json.loads(args.results.read_text(encoding="utf-8")), args.plot)
-    except PlotUnavailable as error:
-        raise SystemExit(str(error)) from None
+    draw(json.loads(args.results.read_text(encoding="utf-8")), args.plot)
     return 0
 
 

@@ -7,26 +7,22 @@ is loaded: the two then share one OpenMP runtime, hence one pool of threads.
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch  # noqa: F401  (first, for its OpenMP runtime)
 
+from benchmarks.machine import COMPILER
+from benchmarks.timing import summary
+
 SOURCE = Path(__file__).with_name("probes.cpp")
-COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
-# Units that multiply, and the probe of each: the best of them is the machine's matrix peak.
-UNITS = {
-    "f32": "float32 fused multiply-add",
-    "avx512_bf16": "vdpbf16ps (AVX512-BF16)",
-    "amx_bf16": "tdpbf16ps (AMX)",
-}
+# Units that multiply, and the instruction of each: the best of them is the machine's matrix peak.
+UNITS = {"f32": "float32 FMA", "avx512_bf16": "vdpbf16ps", "amx_bf16": "AMX bf16"}
 # (streams a thread, bytes of prefetch ahead); which is best depends on the machine.
 VARIANTS = tuple((streams, ahead) for streams in (1, 2, 4) for ahead in (0, 1024, 2048))
 KEPT_VARIANTS = 2  # of those, the best are measured again in every round
@@ -61,12 +57,7 @@ class Probes:
     def __enter__(self) -> Probes:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._library.probe_free(self._data)
         self._data = None
 
@@ -78,9 +69,18 @@ class Probes:
             if rate > 0:
                 self.unit_rates[unit].append(rate)
 
-    def matrix_rates(self) -> list[float]:
-        """FLOP a second of the best unit, one for each measurement."""
-        return [max(rates) for rates in zip(*self.unit_rates.values(), strict=True)]
+    def data(self) -> dict[str, Any]:
+        """Bytes and floating-point operations a second; the peak is that of the best unit."""
+        peak = [max(rates) for rates in zip(*self.unit_rates.values(), strict=True)]
+        return {
+            "read": {
+                **summary(self.read_rates),
+                "buffer_bytes": self.bytes,
+                "variants": [{"streams": s, "prefetch_bytes": a} for s, a in self.variants],
+            },
+            "units": {unit: summary(rates) for unit, rates in self.unit_rates.items()},
+            "matrix_peak": summary(peak),
+        }
 
     def _read(self, variant: tuple[int, int]) -> float:
         streams, ahead = variant
@@ -88,39 +88,26 @@ class Probes:
         return rate
 
 
-def compiler_version() -> str:
-    """The first line of ``g++ --version``, or that there is none."""
-    try:
-        done = _run([COMPILER, "--version"])
-    except OSError:
-        return f"{COMPILER} not found"
-    return done.stdout.partition("\n")[0] or "unknown"
-
-
 def _build() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as directory:
-        target = Path(directory, "probes.so")
+        built = Path(directory, "probes.so")
+        command = [COMPILER, *FLAGS, str(SOURCE), "-o", str(built)]
         try:
-            done = _run([COMPILER, *FLAGS, str(SOURCE), "-o", str(target)])
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError:
             raise ProbesUnavailable(f"no C++ compiler: {COMPILER} not found; set CXX") from None
         if done.returncode:
             error = next((line for line in done.stderr.splitlines() if "error" in line), "")
             raise ProbesUnavailable(f"{COMPILER} could not compile {SOURCE.name}: {error}")
-        library = ctypes.CDLL(str(target))  # stays mapped when the file is gone
+        library = ctypes.CDLL(str(built))  # stays mapped when the file is gone
     library.probe_allocate.restype = ctypes.c_void_p
     library.probe_allocate.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.probe_free.restype = None
     library.probe_free.argtypes = [ctypes.c_void_p]
     library.probe_read.restype = ctypes.c_double
-    library.probe_read.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
-    ]
+    integers = (ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    library.probe_read.argtypes = [ctypes.c_void_p, *integers]
     for unit in UNITS:
         probe = getattr(library, f"probe_{unit}")
         probe.restype, probe.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_double]
     return library
-
-
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False)

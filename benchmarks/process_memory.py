@@ -11,49 +11,35 @@ import contextlib
 import os
 import signal
 import threading
-import time
-from collections.abc import Iterable
 from pathlib import Path
 
-_FIELDS = {"RssAnon": "anonymous", "RssFile": "mapped", "VmRSS": "resident", "VmHWM": "peak"}
+import psutil
+
 _TREE_EVERY = 10  # samples: finding child processes costs more than a sample
 
 
-def memory(pid: int | str = "self") -> dict[str, int]:
-    """Bytes: anonymous, mapped, resident, and the peak of resident since :func:`reset_peak`."""
-    found = {}
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in _FIELDS:
-            found[_FIELDS[name]] = int(value.split()[0]) << 10
-    return found
+def memory(process: psutil.Process) -> dict[str, int]:
+    """Bytes: anonymous, mapped, and resident, which is both."""
+    found = process.memory_info()
+    resident, mapped = int(found.rss), int(found.shared)
+    return {"anonymous": resident - mapped, "mapped": mapped, "resident": resident}
 
 
 def reset_peak() -> None:
-    """Let this process's peak begin anew."""
+    """Let this process's peak begin anew. psutil tells no peak and resets none, but /proc does."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The most resident bytes of this process since :func:`reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (value,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(value) << 10
 
 
 def mapped_bytes(suffix: str) -> int:
     """Resident bytes of this process's mapped files whose names end so."""
-    total, counts = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if not first.endswith(":"):  # the first line of a mapping; the path is its last word
-            counts = line.endswith(suffix)
-        elif counts and first == "Rss:":
-            total += int(rest[0]) << 10
-    return total
-
-
-def family(pid: int) -> list[int]:
-    """The process and all that it started and that run."""
-    found = [pid]
-    for each in found:
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{each}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
-    return found
+    return sum(each.rss for each in psutil.Process().memory_maps() if each.path.endswith(suffix))
 
 
 class Watch(threading.Thread):
@@ -69,22 +55,22 @@ class Watch(threading.Thread):
 
     def __init__(self, pid: int, limit: int, interval: float = 0.01) -> None:
         super().__init__(daemon=True)
-        self.pid, self.limit, self.interval = pid, limit, interval
+        self.process, self.limit, self.interval = psutil.Process(pid), limit, interval
         self.exceeded: int | None = None
+        self._stopped = threading.Event()
         self._peaks: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        for turn in range(1 << 62):
+        turn = 0
+        while not self._stopped.wait(self.interval):
             try:
-                sample = memory(self.pid)
-                if "resident" not in sample:  # it ended, and nobody has waited for it
-                    return
-                del sample["peak"]
+                sample = memory(self.process)
                 if turn % _TREE_EVERY == 0:
-                    sample["with_children"] = _resident(family(self.pid))
-            except OSError:
+                    sample["with_children"] = sample["resident"] + _resident_children(self.process)
+            except psutil.Error:  # it ended
                 return
+            turn += 1
             with self._lock:
                 for name, value in sample.items():
                     self._peaks[name] = max(self._peaks.get(name, 0), value)
@@ -92,12 +78,16 @@ class Watch(threading.Thread):
             if most > self.limit:
                 self.end(most)
                 return
-            time.sleep(self.interval)
 
     def end(self, most: int) -> None:
         """End the process, which has so many bytes."""
         self.exceeded = most
-        os.killpg(self.pid, signal.SIGKILL)
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._stopped.set()
+        self.join()
 
     def take(self) -> dict[str, int]:
         """Peaks since the last time: anonymous, mapped, resident, with_children."""
@@ -106,9 +96,9 @@ class Watch(threading.Thread):
         return peaks
 
 
-def _resident(pids: Iterable[int]) -> int:
+def _resident_children(process: psutil.Process) -> int:
     total = 0
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            total += memory(pid).get("resident", 0)
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            total += memory(child)["resident"]
     return total

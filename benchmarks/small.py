@@ -4,73 +4,62 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from contenders import Ours, Transformers, kernels_of, swizzled_layers, transformers_experts
-from moe import Inputs, Sizes, random_inputs, random_weights
-from samples import summary
+
+from benchmarks.contenders import Ours, Transformers, transformers_experts
+from benchmarks.moe import Inputs, Problem, Sizes
+from benchmarks.rounds import SAMPLE_SECONDS
+from benchmarks.timing import Clock, milliseconds, seconds, summary
 
 TINY = Sizes(hidden=64, intermediate=32, experts=4, top_k=2)  # K and N are 32 and 64
-CALLS = 200  # in a row
+
+Call = Callable[[], object]
+Group = tuple[Call, Mapping[str, Call]]  # what prepares the calls, and the calls by name
 
 
-def overhead(ours: Sequence[tuple[str, str, str | None]], rounds: int) -> dict[str, Any]:
+def overhead(ours: Sequence[Ours], rounds: int, clock: Clock) -> dict[str, Any]:
     """Microseconds of a call for one token where there is next to nothing to compute.
 
     Args:
-        ours: (name, label, path) of this project's contenders.
+        ours: whose paths are taken; their sizes do not matter.
 
     Returns:
         For each name the summaries of the three ops and of the MLP (all three); for comparison
         transformers' MLP, uncompiled, and a matmul of the same size by torch.
     """
-    experts = transformers_experts(TINY, [random_weights(TINY, seed=0)])
-    inputs = random_inputs(TINY, tokens=1, seed=0)
-    timed: dict[str, dict[str, Callable[[], Any]]] = {}
-    prepare: dict[str, Callable[[], None]] = {}
-    for name, label, path in ours:
-        layers = swizzled_layers(experts, kernels_of(path)[1], count=1)
-        contender = Ours(name, label, TINY, path, layers)
-        contender.prepare()
-        timed[name] = _ops(contender, inputs)
-        prepare[name] = contender.prepare
-    peer = Transformers("grouped_mm", TINY, experts, compiler="eager")
-    timed["transformers"] = {"mlp": lambda: peer.run(0, inputs)}
-    prepare["transformers"] = peer.prepare
+    problem = Problem.random(TINY, 1, torch.device("cpu"), seed=0, has_router=False)
+    inputs, weights = problem.inputs(1), [problem.weights(0)]
+    groups: dict[str, Group] = {}
+    for each in ours:
+        tiny = Ours(
+            *(problem, weights, each.name, each.label, each.kind),
+            kernels=each.kernels, layout=each.layout, path=each.path,
+        )  # fmt: skip
+        tiny.prepare()
+        calls: dict[str, Call] = {
+            name: partial(part, 0) for name, part in tiny.parts(inputs).items() if name != "router"
+        }
+        groups[each.name] = tiny.prepare, {**calls, "mlp": partial(tiny.run, 0, inputs)}
+    experts = transformers_experts(TINY, weights)
+    peer = Transformers(problem, experts, "transformers", "", "", form="grouped_mm", compile=None)
+    groups["transformers"] = peer.prepare, {"mlp": partial(peer.run, 0, inputs)}
     x, weight = torch.randn(1, 64).bfloat16(), torch.randn(64, 64).bfloat16()
-    timed["torch"] = {"mm": lambda: torch.mm(x, weight)}
-
-    samples: dict[tuple[str, str], list[float]] = {}
-    for _ in range(rounds + 1):  # the first warms up
-        for name, functions in timed.items():
-            prepare.get(name, lambda: None)()
-            for part, function in functions.items():
-                samples.setdefault((name, part), []).append(_seconds(function, CALLS) * 1e6)
+    groups["torch"] = lambda: None, {"mm": lambda: torch.mm(x, weight)}
     return {
         "unit": "microseconds a call",
         "sizes": {"tokens": 1, "experts": TINY.experts, "top_k": TINY.top_k, "k_and_n": [32, 64]},
         "calls": {
-            name: {part: summary(samples[name, part][1:]) for part in functions}
-            for name, functions in timed.items()
+            name: {part: summary([1e6 * each for each in times]) for part, times in parts.items()}
+            for name, parts in _times(groups, rounds, clock).items()
         },
     }
 
 
-def _ops(contender: Ours, inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    routes = contender.routing(inputs)
-    inner = contender.gate_up(0, inputs.hidden, routes)
-    return {
-        "routing": lambda: contender.routing(inputs),
-        "gate_up": lambda: contender.gate_up(0, inputs.hidden, routes),
-        "down": lambda: contender.down(0, inner, routes),
-        "mlp": lambda: contender.run(0, inputs),
-    }
-
-
-def alternating(contender: Ours, inputs: Inputs, rounds: int) -> dict[str, Any]:
+def alternating(contender: Ours, inputs: Inputs, rounds: int, clock: Clock) -> dict[str, Any]:
     """Our MLP and a matmul of torch in turn, against both apart: 1 is no cost of switching.
 
     The matmul is float32 and rotates over weights that leave the caches, as the MLP does: else the
@@ -80,10 +69,9 @@ def alternating(contender: Ours, inputs: Inputs, rounds: int) -> dict[str, Any]:
     count = max(2, min(16, (512 << 20) // (4 * hidden * hidden)))
     weights = itertools.cycle([torch.randn(hidden, hidden) for _ in range(count)])
     x = torch.randn(16, hidden)
-    contender.prepare()
 
     def mlp() -> None:
-        contender(inputs)
+        contender.run_next(inputs)
 
     def matmul() -> None:
         torch.mm(x, next(weights))
@@ -92,28 +80,27 @@ def alternating(contender: Ours, inputs: Inputs, rounds: int) -> dict[str, Any]:
         mlp()
         matmul()
 
-    calls = max(2, min(CALLS, int(0.05 / _seconds(both, 2))))
-    times: dict[str, list[float]] = {"mlp": [], "matmul": [], "both": []}
-    for _ in range(rounds):
-        for name, function in (("mlp", mlp), ("matmul", matmul), ("both", both)):
-            times[name].append(_seconds(function, calls) * 1e3)
-    ratios = [
-        both_ms / (mlp_ms + matmul_ms)
-        for mlp_ms, matmul_ms, both_ms in zip(*times.values(), strict=True)
-    ]
+    calls = {"mlp": mlp, "matmul": matmul, "both": both}
+    times = _times({"": (contender.prepare, calls)}, rounds, clock)[""]
+    ratios = [together / (a + b) for a, b, together in zip(*times.values(), strict=True)]
     return {
         "contender": contender.name,
         "tokens": len(inputs.hidden),
-        "milliseconds": {name: summary(samples) for name, samples in times.items()},
+        "milliseconds": {name: milliseconds(samples) for name, samples in times.items()},
         "ratio": summary(ratios),
     }
 
 
-def _seconds(function: Callable[[], Any], calls: int) -> float:
-    """Median seconds of a call: whoever else uses the machine shall not count."""
-    times = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def _times(
+    groups: Mapping[str, Group], rounds: int, clock: Clock
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each call, a sample for each round."""
+    found: dict[str, dict[str, list[float]]] = {
+        name: {part: [] for part in calls} for name, (_, calls) in groups.items()
+    }
+    for _ in range(rounds):
+        for name, (prepare, calls) in groups.items():
+            prepare()
+            for part, call in calls.items():
+                found[name][part].append(statistics.median(seconds(call, SAMPLE_SECONDS, clock)))
+    return found

@@ -1,6 +1,6 @@
 """How far the scale rules of ``formats.quantize`` move weights of known distributions.
 
-python benchmarks/weight_error.py
+python -m benchmarks.weight_error
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from benchmarks.report import table
 from mxfp4_fx.core.formats import SCALE_RULES, dequantize, quantize
 
 Errors = dict[str, dict[str, dict[str, float]]]  # distribution -> rule -> measure
@@ -47,19 +48,21 @@ def _error(weights: Tensor, rule: str) -> dict[str, float]:
     return {"relative_squared_error": error, "snr_db": -10 * math.log10(error)}
 
 
-def print_table(found: Errors) -> None:
-    print(f"{'weights':<26}{'rule':<8}{'squared error / squared weights':>32}{'SNR':>12}")
-    for name, rules in found.items():
-        for rule, error in rules.items():
-            relative, snr = error["relative_squared_error"], error["snr_db"]
-            print(f"{name:<26}{rule:<8}{relative:>32.6f}{snr:>9.2f} dB")
+def text(found: Errors) -> str:
+    """A table of them."""
+    rows = [
+        [name, rule, f"{error['relative_squared_error']:.6f}", f"{error['snr_db']:.2f} dB"]
+        for name, rules in found.items()
+        for rule, error in rules.items()
+    ]
+    return table(["weights", "rule", "squared error / squared weights", "SNR"], rows)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=1 << 22, help="of each (%(default)s)")
     args = parser.parse_args(argv)
-    print_table(errors(distributions(args.samples)))
+    print(text(errors(distributions(args.samples))))
     return 0
 
 

@@ -76,8 +76,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 TINY = CheckpointShape(
-    hidden=64, intermediate=96, experts=8, experts_per_token=4, heads=4, kv_heads=2, head_dim=16
-)
+    layers=1, hidden=64, intermediate=96, experts=8, experts_per_token=4,
+    heads=4, kv_heads=2, head_dim=16,
+)  # fmt: skip
 
 
 def load(checkpoint: Path, dtype: torch.dtype) -> Any:

@@ -1,57 +1,60 @@
-"""benchmarks/cpu.py runs at toy sizes and tells all that it should. How fast is not asked here."""
+"""``python -m benchmarks.cpu`` at toy sizes: it tells all that it should; not how fast."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import itertools
 import json
 import math
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from counted_clock import CountedClock
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from benchmarks import cpu, cpu_report, device_ops, end_to_end, machine, plot
+from benchmarks.contenders import Ours, Transformers, WrongResult, transformers_experts
+from benchmarks.moe import Problem, Sizes, floor
+from benchmarks.rounds import Cell, check_all, run_rounds
+from benchmarks.timing import summary
 
+ROOT = Path(__file__).parent.parent
+STORED = ROOT / "benchmarks/results/epyc-zen4-2-threads.json"
 SIZES = "--hidden 64 --intermediate 96 --experts 8 --top-k 2 --layers 2 --probe-mib 8"
 TOY = f"{SIZES} --rounds 2 --paths best --compiler eager --silent"
-MODEL = "--tiny --prompt-tokens 6 --new-tokens 3 --model-rounds 1"
+MODEL = "--tiny --prompt-tokens 6 --new-tokens 1 --model-rounds 1"
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 needs_matplotlib = pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 
 
-def run(script: str, options: str, *files: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / script), *options.split(), *map(str, files)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def measure(options: str, *files: str | Path) -> subprocess.CompletedProcess[str]:
-    """cpu.py with a clock that is counted: no call is too slow to be measured, on no machine."""
-    program = (
-        f"import sys; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(BENCHMARKS.parent / 'tests')!r}]\n"
-        "import cpu\nfrom counted_clock import CountedClock\n"
-        "raise SystemExit(cpu.main(clock=CountedClock(0.01)))"
-    )
-    command = [sys.executable, "-c", program, *options.split(), *map(str, files)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What a run prints, and its JSON."""
+    """What a run prints, and its JSON. A step of the clock is more than a sample takes."""
     path = tmp_path_factory.mktemp("benchmark") / "made" / "cpu.json"
-    done = measure(f"{TOY} --tokens 1,5 --no-end-to-end", "--output", path)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, path
+    files = ["--output", str(path)]
+    if HAS_MATPLOTLIB:
+        files += ["--plot", str(path.with_suffix(".svg"))]
+    argv = [*TOY.split(), "--tokens", "1,5", "--no-end-to-end", *files]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cpu.main(argv, clock=CountedClock(0.05)) == 0
+    return out.getvalue(), path
 
 
 @pytest.fixture(scope="module")
 def results(finished: tuple[str, Path]) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads(finished[1].read_text("utf-8"))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(STORED.read_text("utf-8"))
     return loaded
 
 
@@ -66,14 +69,36 @@ def test_every_contender_is_measured_or_named_with_a_reason(results: dict[str, A
     assert [row["tokens"] for row in results["layer"]] == [1, 5]
 
 
+def test_all_paths_are_contenders_on_the_same_weights() -> None:
+    works, unavailable = cpu.choose_paths(("all",), lambda _: None)
+    best, _ = cpu.choose_paths(("best",), lambda _: None)
+    assert best == works[:1]
+    assert "portable" in works or unavailable["portable"]
+    assert cpu.choose_paths(("none",), lambda _: None)[0] == []
+    args = cpu.parse(["--peers", "batched_mm,loop", "--layers", "1"])
+    problem = toy_problem()
+    made = cpu.make_contenders(args, problem, works, lambda _: None)
+    assert [each.name for each in made] == [*works, "pytorch", "batched_mm", "loop"]
+    assert [each.most_tokens for each in made[-3:]] == [16, 4, None]
+    inputs = {3: problem.inputs(3), 6: problem.inputs(6)}
+    with torch.no_grad(), device_ops.restored_path():
+        cells, skipped = check_all(made, inputs, lambda _: None, CountedClock(0.001))
+    assert [cell.tokens for cell in cells] == [3, 6] * (len(works) + 1) + [3, 3, 6]
+    assert skipped == [
+        {"contender": "batched_mm", "tokens": 6, "reason": "measured up to T=4 only"}
+    ]
+
+
 def test_times_and_rates_are_positive_numbers(results: dict[str, Any]) -> None:
     floors = results["floors"]
     measured = [stats for row in results["layer"] for stats in row["ms"].values()]
     measured += [floors["read"], floors["matrix_peak"], *floors["units"].values()]
     measured += [results["alternating"]["ratio"]]
-    measured += [
-        stats for calls in results["overhead"]["calls"].values() for stats in calls.values()
-    ]
+    calls = results["overhead"]["calls"]
+    assert calls.keys() == results["contenders"].keys() - {"grouped_mm", "grouped_mm_compiled"} | {
+        *("transformers", "torch")
+    }
+    measured += [stats for parts in calls.values() for stats in parts.values()]
     assert_positive(measured)
 
 
@@ -86,6 +111,7 @@ def assert_positive(measured: list[dict[str, Any]]) -> None:
 
 def test_every_result_was_compared_with_float64(results: dict[str, Any]) -> None:
     bound = results["settings"]["error_bound"]
+    assert bound == 12 * 2**-9
     for contender in results["contenders"].values():
         errors = contender["relative_error"]
         assert errors.keys() == {"1", "5"}
@@ -97,95 +123,215 @@ def test_floors_are_those_of_the_work(results: dict[str, Any]) -> None:
     assert one["experts_hit"] == 2
     assert one["bytes"] == 2 * 3 * 64 * 96 * 17 // 32  # two experts, 17 bytes for 32 weights
     assert five["flops"] == 5 * 2 * 2 * 3 * 64 * 96  # five tokens, two experts each
-    for row in (one, five):
-        floor = row["floor"]
-        assert floor["ms"] == max(floor["memory_ms"], floor["matrix_ms"])
-        best = results["path"]["contender"]
+    check_ratios(results)
+
+
+def test_ratios_of_the_stored_run_follow_from_its_samples(stored: dict[str, Any]) -> None:
+    check_ratios(stored)
+
+
+def check_ratios(results: dict[str, Any]) -> None:
+    read, peak = (results["floors"][name]["median"] for name in ("read", "matrix_peak"))
+    best = results["path"]["contender"]
+    for row in results["layer"]:
+        medians = {}
+        for name, stats in row["ms"].items():
+            assert {**summary(stats["samples"])} == stats
+            medians[name] = stats["median"]
+        work = {"bytes": row["bytes"], "flops": row["flops"]}
+        assert row["floor"] == pytest.approx(floor(work, read, peak))
+        assert row["floor"]["ms"] == max(row["floor"]["memory_ms"], row["floor"]["matrix_ms"])
+        assert row["floor"]["memory_ms"] == pytest.approx(1e3 * row["bytes"] / read)
+        assert row["floor"]["matrix_ms"] == pytest.approx(1e3 * row["flops"] / peak)
+        peers = [medians[name] for name in medians if "grouped_mm" in name]
+        assert row["best_bf16_ms"] == min(peers)
+        assert row["speedup_over_best_bf16"][best] == pytest.approx(min(peers) / medians[best])
         fraction = row["fraction_of_floor"][best]
-        assert fraction == pytest.approx(floor["ms"] / row["ms"][best]["median"])
+        assert fraction == pytest.approx(row["floor"]["ms"] / medians[best])
 
 
 def test_the_table_shows_all_contenders_and_no_paths(
     finished: tuple[str, Path], results: dict[str, Any]
 ) -> None:
     out, path = finished
-    for contender in results["contenders"].values():
-        assert contender["label"] in out
     assert results["machine"]["cpu"] in out
     assert "the whole model was left out" in out
+    check_text(out, results)
     for text in (out, path.read_text("utf-8")):
-        assert str(BENCHMARKS.parent) not in text
+        assert str(ROOT) not in text
         assert str(path.parent) not in text
 
 
+def test_the_table_of_the_stored_run_shows_its_figures(stored: dict[str, Any]) -> None:
+    check_text(cpu_report.text(stored), stored)
+
+
+def check_text(out: str, results: dict[str, Any]) -> None:
+    best = results["path"]["contender"]
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    for row in results["layer"]:
+        line = lines[str(row["tokens"])]
+        assert line[1] == str(row["experts_hit"])
+        assert line[2:4] == [f"{row['floor']['ms']:.2f}", row["floor"]["by"]]
+        assert f"{row['ms'][best]['median']:.2f}" == line[4]
+        assert line[-2] == f"{row['speedup_over_best_bf16'][best]:.1f}"
+        assert line[-1] == f"{row['fraction_of_floor'][best]:.2f}"
+    for name, contender in results["contenders"].items():
+        assert contender["label"].removeprefix("transformers ") in out
+        for row in results["layer"]:
+            assert name not in row["ms"] or f"{row['ms'][name]['median']:.2f}" in out
+    for name, reason in results["unavailable"].items():
+        assert f"not available: {name}: {reason}" in out
+    for skip in results["skipped"]:
+        assert skip["reason"] in out
+
+
 @needs_matplotlib
-@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
-def test_results_are_drawn(
-    finished: tuple[str, Path], tmp_path: Path, suffix: str, start: bytes
+def test_results_are_drawn_with_all_contenders(
+    finished: tuple[str, Path], results: dict[str, Any], tmp_path: Path
 ) -> None:
-    plot = tmp_path / f"plot{suffix}"
-    done = run("plot.py", "", finished[1], plot)
-    assert done.returncode == 0, done.stderr
-    assert plot.read_bytes().startswith(start)
+    drawn = finished[1].with_suffix(".svg").read_text("utf-8")
+    for contender in results["contenders"].values():
+        assert f"<!-- {contender['label']} -->" in drawn
+    for text in ("floor: memory or multiplying", "tokens in a call", "1", "5"):
+        assert f"<!-- {text} -->" in drawn
+    png = tmp_path / "made" / "plot.png"
+    assert plot.main([str(STORED), str(png)]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_whole_model_is_measured_and_drawn_beside(tmp_path: Path) -> None:
-    output, plot = tmp_path / "cpu.json", tmp_path / "made" / "plot.svg"
-    files: list[str | Path] = ["--output", output]
-    if HAS_MATPLOTLIB:
-        files += ["--plot", plot]
-    done = measure(f"{TOY} {MODEL} --tokens 2 --peers grouped_mm", *files)
-    assert done.returncode == 0, done.stderr
-    speeds = json.loads(output.read_text("utf-8"))["end_to_end"]["tokens_per_second"]
-    assert speeds.keys() == {"uncompiled", "inductor", "mxfp4"}
-    assert_positive([stats for parts in speeds.values() for stats in parts.values()])
-    assert 'backend="mxfp4"' in done.stdout
-    assert plot.exists() == HAS_MATPLOTLIB
-
-
-@pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The files of benchmarks/ can be imported, and are forgotten afterwards."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield
-    for file in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(file.stem, None)
-
-
-@pytest.mark.usefixtures("importable")
-def test_without_matplotlib_it_says_what_to_install(
+def test_without_matplotlib_it_says_what_to_install_and_measures_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    plot = importlib.import_module("plot")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(plot.PlotUnavailable, match="pip install matplotlib"):
-        plot.draw({}, tmp_path / "plot.png")
+    monkeypatch.setattr(cpu, "layer_results", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        cpu.main(["--plot", str(tmp_path / "plot.png")])
 
 
-@pytest.mark.usefixtures("importable")
-def test_a_contender_that_is_wrong_stops_the_run() -> None:
-    moe, contenders, rounds = map(importlib.import_module, ("moe", "contenders", "rounds"))
-    sizes = moe.Sizes(hidden=64, intermediate=96, experts=4, top_k=2)
-    weights, inputs = moe.random_weights(sizes, seed=0), moe.random_inputs(sizes, 6, seed=0)
-    truth = moe.exact(weights, inputs, sizes)
-    (experts,) = contenders.transformers_experts(sizes, [weights])
-
-    def check(experts: Any) -> list[Any]:
-        right = contenders.Transformers("loop", sizes, [experts], "eager")
-        by_tokens = {3: inputs.first(3), 6: inputs}
-        return rounds.check_all([right], by_tokens, range(6), truth, lambda _: None)[0]
-
-    assert [cell.tokens for cell in check(experts)] == [3, 6]
-    experts.down_proj_bias += 0.05
-    with pytest.raises(rounds.WrongResult, match=r"eager loop at T=3: relative error"):
-        check(experts)
+@pytest.mark.exhaustive
+def test_a_whole_model_is_measured_and_compared_with_the_uncompiled_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "cpu.json"
+    argv = [*TOY.split(), *MODEL.split(), "--tokens", "2", "--output"]
+    assert cpu.main([*argv, str(output)], clock=CountedClock(0.05)) == 0
+    found = json.loads(output.read_text("utf-8"))["end_to_end"]
+    speeds = found["tokens_per_second"]
+    assert speeds.keys() == {"uncompiled", "inductor", "mxfp4"}
+    assert_positive([stats for parts in speeds.values() for stats in parts.values()])
+    differences = found["relative_difference_of_logits"]
+    assert differences.pop("uncompiled") == 0
+    assert all(0 < each <= end_to_end.logits_bound(1) for each in differences.values())
+    assert 'backend="mxfp4"' in capsys.readouterr().out
 
 
-def test_figures_of_the_readme_are_those_of_a_run() -> None:
-    readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
-    (name,) = re.findall(r"`benchmarks/(results/\S+\.json)`", readme)
-    results = json.loads((BENCHMARKS / name).read_text("utf-8"))
-    best, rows = results["path"]["contender"], results["layer"]
+# ---- its parts
+
+
+def toy_problem(tokens: int = 6) -> Problem:
+    sizes = Sizes(hidden=64, intermediate=96, experts=4, top_k=2)
+    return Problem.random(sizes, tokens, torch.device("cpu"), 0, has_router=False)
+
+
+def test_a_contender_that_is_wrong_stops_the_run(no_gradients: None) -> None:
+    problem = toy_problem()
+    experts = transformers_experts(problem.sizes, [problem.weights(0)])
+    loop = Transformers(problem, experts, "loop", "eager loop", "peer", form="eager", compile=None)
+    inputs = {3: problem.inputs(3), 6: problem.inputs(6)}
+    cells, _ = check_all([loop], inputs, lambda _: None, CountedClock(0.001))
+    assert [cell.tokens for cell in cells] == [3, 6]
+    experts[0].down_proj_bias += 0.05
+    with pytest.raises(WrongResult, match=r"eager loop at E=4, T=3: relative error"):
+        check_all([loop], inputs, lambda _: None, CountedClock(0.001))
+
+
+def test_calls_take_one_layer_after_the_other() -> None:
+    problem = toy_problem()
+    layers = map(problem.weights, range(3))
+    ours = Ours(problem, layers, "o", "ours", "o", kernels="pytorch", layout="row_major")
+    inputs = problem.inputs(2)
+    in_turn = [ours.run_next(inputs) for _ in range(4)]
+    apart = [ours.run(layer, inputs) for layer in (0, 1, 2, 0)]
+    assert all(map(torch.equal, in_turn, apart))
+    assert not torch.equal(apart[0], apart[1])
+    assert torch.equal(ours.run_all(inputs), apart[0])
+
+
+def test_rounds_measure_everyone_in_turn_and_end_in_time() -> None:
+    problem = toy_problem()
+    layers = [problem.weights(0)]
+    inputs = {1: problem.inputs(1)}
+    order: list[str] = []
+
+    class Named(Ours):
+        def run(self, layer: int, inputs: Any) -> torch.Tensor:
+            order.append(self.name)
+            return super().run(layer, inputs)
+
+    def cells() -> list[Cell]:
+        made = [
+            Named(problem, layers, name, name, "o", kernels="pytorch", layout="row_major")
+            for name in "ab"
+        ]
+        return [Cell(each, 1, 0.0, 0.1) for each in made]
+
+    found = cells()
+    done = run_rounds(found, inputs, None, 6, 1e9, lambda _: None, CountedClock(0.05))
+    assert done == 6
+    assert [len(cell.samples) for cell in found] == [6, 6]
+    assert any(one != other for one, other in itertools.pairwise(order))
+    found = cells()
+    done = run_rounds(found, inputs, None, 6, 0.1, lambda _: None, CountedClock(0.05))
+    assert done == 3
+    assert [len(cell.samples) for cell in found] == [3, 3]
+
+
+def test_a_call_that_would_be_too_slow_is_not_measured() -> None:
+    problem = toy_problem()
+    ours = Ours(problem, [], "o", "ours", "o", kernels="pytorch", layout="row_major")
+    assert ours.why_not(8, None, 6.0) == ""
+    assert ours.why_not(8, (1, 1.0), 6.0) == ""  # a call may take no longer with more tokens
+    assert ours.why_not(3, (1, 2.0), 6.0) == ""
+    assert ours.why_not(4, (1, 2.0), 6.0) == "a call would take up to 8 s"
+
+
+def test_logits_that_rounding_does_not_explain_stop_the_run() -> None:
+    end_to_end.check_logits("mxfp4", end_to_end.logits_bound(2), 2)
+    for difference in (1.01 * end_to_end.logits_bound(2), math.nan):
+        with pytest.raises(WrongResult, match="mxfp4: the logits differ"):
+            end_to_end.check_logits("mxfp4", difference, 2)
+
+
+def test_too_little_memory_is_said_before_any_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Sizes()
+    cpu.require_memory(Sizes(64, 96, 4, 2), 1, native=True, probe_bytes=0)
+    monkeypatch.setattr(cpu, "available_bytes", lambda: 8 << 30)
+    with pytest.raises(SystemExit, match="about 17 GB of memory are needed and 9 GB are free"):
+        cpu.require_memory(sizes, 24, native=True, probe_bytes=0)
+
+
+def test_the_machine_is_told_without_its_name() -> None:
+    facts = machine.machine(3)
+    assert facts["threads"] == 3
+    assert facts["torch"] == torch.__version__
+    assert facts["memory_bytes"] > machine.available_bytes() > 0
+    assert not [name for name, fact in facts.items() if fact is None and name != "commit"]
+
+
+def test_an_unknown_peer_is_an_error_that_names_the_known_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        cpu.main(["--peers", "grouped"])
+    known = "not of grouped_mm, grouped_mm_compiled, batched_mm, loop"
+    assert known in capsys.readouterr().err
+
+
+def test_figures_of_the_readme_are_those_of_a_run(stored: dict[str, Any]) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"`{STORED.relative_to(ROOT)}`" in readme
+    best, rows = stored["path"]["contender"], stored["layer"]
 
     def row(title: str) -> list[float]:
         (line,) = re.findall(rf"^\| {title} \| (.*) \|$", readme, re.MULTILINE)
@@ -194,14 +340,8 @@ def test_figures_of_the_readme_are_those_of_a_run() -> None:
     assert row("tokens") == [r["tokens"] for r in rows]
     faster = [round(r["speedup_over_best_bf16"][best], 1) for r in rows]
     assert row("times faster than the best of bfloat16") == faster
-    floor = [round(r["fraction_of_floor"][best], 2) for r in rows]
-    assert row("part of what the machine can do at best") == floor
-    speeds = results["end_to_end"]["tokens_per_second"]
+    part = [round(r["fraction_of_floor"][best], 2) for r in rows]
+    assert row("part of what the machine can do at best") == part
+    speeds = stored["end_to_end"]["tokens_per_second"]
     decode = [f"{speeds[name]['decode']['median']:.1f}" for name in ("mxfp4", "inductor")]
     assert f"decodes {decode[0]} tokens a second instead of {decode[1]}" in readme
-
-
-def test_an_unknown_peer_is_an_error_that_names_the_known_ones() -> None:
-    done = run("cpu.py", "--peers grouped")
-    assert done.returncode == 2
-    assert "not of grouped_mm, grouped_mm_compiled, batched_mm, loop" in done.stderr

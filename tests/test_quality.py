@@ -1,4 +1,4 @@
-"""examples/quality.py at tiny sizes, the text that it reads, and the results in the repository."""
+"""``python -m benchmarks.quality`` at tiny sizes, its text, and the results in the repository."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ import io
 import json
 import math
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import corpus
-import quality
-import quality_plot
-import weight_error
+from benchmarks import corpus, plot, quality, weight_error
 
 ROOT = Path(__file__).parent.parent
+STORED = ROOT / "benchmarks/results/quality.json"
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 needs_matplotlib = pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 RUNS = [("bfloat16", False)] + [
@@ -35,14 +31,11 @@ RUNS = [("bfloat16", False)] + [
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], Path]:
     """What a run prints, its JSON, and its checkpoint."""
     folder = tmp_path_factory.mktemp("quality")
-    files = [
-        "--output",
-        str(folder / "made" / "quality.json"),
-        "--checkpoint",
-        str(folder / "kept"),
-    ]
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert quality.main(["--tiny", "--inner", "eager", *files]) == 0
+    files = ["--output", str(folder / "made/quality.json"), "--checkpoint", str(folder / "kept")]
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        # A part of the text, for reading all source files takes seconds.
+        patch.setattr(corpus, "documents", lambda: dict(topics))
+        assert quality.main(["--tiny", "--inner", "eager", "--silent", *files]) == 0
     results = json.loads((folder / "made" / "quality.json").read_text("utf-8"))
     return out.getvalue(), results, folder / "kept"
 
@@ -92,10 +85,28 @@ def test_the_searched_scales_move_weights_less(results: dict[str, Any]) -> None:
 
 
 def test_prints_what_it_writes(finished: tuple[str, dict[str, Any], Path]) -> None:
-    out, results, _ = finished
+    check_text(*finished[:2])
+
+
+def test_the_table_of_the_stored_run_shows_its_figures() -> None:
+    results = json.loads(STORED.read_text("utf-8"))
+    check_text(quality.text(results), results)
+
+
+def check_text(out: str, results: dict[str, Any]) -> None:
+    def apart(difference: dict[str, float]) -> str:
+        moved = re.escape(f"{difference['perplexity']:+.4f}")
+        return f"{moved} +{difference['standard_error']:.4f}$"
+
     for row in results["models"]:
         runs = "compiled" if row["compiled"] else "uncompiled"
-        assert re.search(rf"{row['weights']} +{runs} .* {row['perplexity']:.4f}", out)
+        figures = rf"{row['expert_bytes'] / 1024:.0f} +{row['perplexity']:.4f}"
+        moved = f" +{apart(row['to_bfloat16'])}"
+        assert re.search(f"{row['weights']} {runs} +{figures}{moved}", out, re.M)
+    assert re.search(f"^search less max[ -]+{apart(results['search_to_max'])}", out, re.M)
+    for rule, row in results["logits"].items():
+        figures = f"{row['difference']:.4f} +{row['bound']:.4f} +{row['bytes_compared']}"
+        assert re.search(rf"^{rule} +{figures}$", out, re.M)
     for rules in results["weights"].values():
         assert all(f"{error['snr_db']:.2f} dB" in out for error in rules.values())
 
@@ -112,10 +123,18 @@ def test_keeps_the_checkpoint_and_overwrites_none(
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("name", ["quality.svg", "quality.png"])
-def test_draws_the_results(name: str, results: dict[str, Any], tmp_path: Path) -> None:
-    quality_plot.draw(results, tmp_path / name)
-    assert (tmp_path / name).stat().st_size > 10_000
+def test_draws_the_stored_results(tmp_path: Path) -> None:
+    results = json.loads(STORED.read_text("utf-8"))
+    plot.draw(results, tmp_path / "quality.svg")
+    drawn = (tmp_path / "quality.svg").read_text("utf-8")
+    base = results["models"][0]["perplexity"]
+    for row in results["models"]:
+        runs = "compiled" if row["compiled"] else "uncompiled"
+        text = f"{100 * row['to_bfloat16']['perplexity'] / base:+.2f} %"
+        text = f"{base:.3f}" if row["weights"] == "bfloat16" else text
+        assert f"<!-- {text}  {runs} -->" in drawn
+    for rules in results["weights"].values():
+        assert all(f"<!-- {error['snr_db']:.1f} -->" in drawn for error in rules.values())
 
 
 # --- its parts
@@ -197,9 +216,23 @@ def held_out(count: int) -> list[str]:
     return [name for name in names if corpus._number(name) % corpus.HELD_OUT == 0][:count]
 
 
-def test_no_document_and_no_paragraph_is_on_both_sides() -> None:
-    found = corpus.split(corpus.documents())
+@pytest.mark.exhaustive
+def test_of_all_text_no_document_and_no_paragraph_is_on_both_sides() -> None:
+    documents = corpus.documents()
+    assert "statistics.py" in documents
+    assert "help/if" in documents
+    found = corpus.split(documents)
     assert len(found.train) > 5 * len(found.validation) > 100
+    check_apart(found)
+
+
+def test_no_document_and_no_paragraph_is_on_both_sides() -> None:
+    found = corpus.split(topics)
+    assert len(found.train) > 5 * len(found.validation) >= 20
+    check_apart(found)
+
+
+def check_apart(found: corpus.Split) -> None:
     assert not found.train.keys() & found.validation.keys()
     paragraphs = [
         {corpus._normal(part) for text in texts.values() for part in corpus._paragraphs(text)}
@@ -241,7 +274,7 @@ def test_docstrings_of_a_file(tmp_path: Path) -> None:
 
 
 def test_figures_of_the_documentation_are_those_of_a_run() -> None:
-    results = json.loads((ROOT / "benchmarks/results/quality.json").read_text("utf-8"))
+    results = json.loads(STORED.read_text("utf-8"))
     assert results["settings"] == asdict(quality.Settings())
     documentation = (ROOT / "docs/quality.md").read_text("utf-8")
     readme = (ROOT / "README.md").read_text("utf-8")

@@ -1,8 +1,8 @@
 """Which tile a matmul runs with: a table for each target, in ``tiles/*.json``.
 
 An entry serves up to ``rows`` routed rows in all and ``rows_per_expert`` of them for each expert;
-the first that serves a problem is taken, the last serves all. ``benchmarks/gpu.py --tune`` writes
-the tables. They are chosen from T and E alone, never from what the device computed.
+the first that serves a problem is taken, the last serves all. ``python -m benchmarks.gpu --tune``
+writes the tables. They are chosen from T and E alone, never from what the device computed.
 """
 
 from __future__ import annotations

@@ -5,21 +5,17 @@ bfloat16 checkpoint. That is loaded with its experts in MXFP4, under either rule
 runs as it is and compiled with backend="mxfp4". Printed are the perplexity of each on documents
 that it was not trained on, and how far the two rules move weights.
 
-    python examples/quality.py --output build/quality.json --plot build/quality.svg
+    python -m benchmarks.quality --output build/quality.json --plot build/quality.svg
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import math
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +24,11 @@ from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import mxfp4_fx
+from benchmarks import command, corpus, weight_error
+from benchmarks.command import Log
+from benchmarks.machine import machine
+from benchmarks.report import column, columns, paragraphs
 from mxfp4_fx.core.formats import SCALE_RULES
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import corpus
-import quality_plot
-import quality_report
-import weight_error
-from machine import machine
 
 BF16_ROUNDING = 2.0**-8  # of a number, relatively
 
@@ -64,14 +57,13 @@ class Settings:
 
 
 TINY = Settings(
-    layers=2, hidden=64, intermediate=96, experts=4, heads=2, kv_heads=1, head_dim=16,
+    layers=1, hidden=64, intermediate=96, experts=4, heads=2, kv_heads=1, head_dim=16,
     context=32, batch=4, steps=3, windows=8, windows_compared=4, samples=1 << 14,
 )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser = command.parser(__doc__)
     parser.add_argument("--plot", type=Path, help="PNG or SVG to write")
     parser.add_argument("--checkpoint", type=Path, help="a new directory to keep the model in")
     parser.add_argument("--steps", type=int, help="of training")
@@ -81,35 +73,63 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.checkpoint and args.checkpoint.exists():
         parser.error(f"{args.checkpoint} exists already: name a new directory")
-    if args.plot:
-        quality_plot.require()
-    # Dynamo tells users that transformers caches a version check; it is nothing to act upon.
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    log = command.start(args)
 
     changes = {"seed": args.seed} | ({"steps": args.steps} if args.steps else {})
-    settings = Settings(**{**asdict(TINY if args.tiny else Settings()), **changes})
-    facts = machine()
-    text = corpus.split(corpus.documents())
+    settings = replace(TINY if args.tiny else Settings(), **changes)
+    texts = corpus.split(corpus.documents())
     results: dict[str, Any] = {
-        "machine": facts,
+        "machine": machine(),
         "settings": asdict(settings),
-        "text": {"train": described(text.train), "validation": described(text.validation)},
+        "text": {"train": described(texts.train), "validation": described(texts.validation)},
     }
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint = args.checkpoint or Path(temporary) / "checkpoint"
-        results["training"] = train(settings, text.train, checkpoint)
-        windows = cut(text.validation, settings)
-        results |= judge(settings, checkpoint, windows, args.inner)
+        results["training"] = train(settings, texts.train, checkpoint, log)
+        windows = cut(texts.validation, settings)
+        results |= judge(settings, checkpoint, windows, args.inner, log)
         samples = weight_error.distributions(settings.samples, settings.seed)
         samples["the trained experts"] = expert_weights(checkpoint)
         results["weights"] = weight_error.errors(samples)
-    quality_report.print_tables(results)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if args.plot:
-        quality_plot.draw(results, args.plot)
+    command.finish(args, results, text(results))
     return 0
+
+
+def text(results: dict[str, Any]) -> str:
+    """The results as tables."""
+    validation, context = results["text"]["validation"], results["settings"]["context"]
+    models = [
+        {
+            **row,
+            "name": f"{'MXFP4, ' * (row['weights'] != 'bfloat16')}{row['weights']} "
+            f"{'compiled' if row['compiled'] else 'uncompiled'}",
+        }
+        for row in results["models"]
+    ]
+    models.append({"name": "search less max", "to_bfloat16": results["search_to_max"]})
+    for rule, apart in results["compiled_to_uncompiled"].items():
+        models.append({"name": f"{rule}, compiled less uncompiled", "to_bfloat16": apart})
+    shown = {
+        "experts": column("name"),
+        "KiB": column("expert_bytes", "{:.0f}", 1024),
+        "perplexity": column("perplexity", "{:.4f}"),
+        "to bfloat16": column("to_bfloat16/perplexity", "{:+.4f}"),
+        "± s.e.": column("to_bfloat16/standard_error", "{:.4f}"),
+    }
+    logits = {
+        "rule": column("rule"),
+        "difference": column("difference", "{:.4f}"),
+        "bound": column("bound", "{:.4f}"),
+        "bytes compared": column("bytes_compared"),
+    }
+    return paragraphs(
+        f"perplexity of a byte; {results['windows']} windows of {context} bytes from "
+        f"{validation['documents']} documents that were not trained on",
+        columns(models, shown),
+        "largest difference of a logit, compiled against uncompiled",
+        columns(({"rule": rule, **row} for rule, row in results["logits"].items()), logits),
+        weight_error.text(results["weights"]),
+    )
 
 
 # ---- text ---------------------------------------------------------------------------------------
@@ -139,7 +159,7 @@ def cut(texts: dict[str, str], settings: Settings) -> Tensor:
 # ---- training -----------------------------------------------------------------------------------
 
 
-def train(settings: Settings, texts: dict[str, str], checkpoint: Path) -> dict[str, Any]:
+def train(settings: Settings, texts: dict[str, str], checkpoint: Path, log: Log) -> dict[str, Any]:
     """Trains in float32 and saves in bfloat16; returns what it took and the last losses."""
     torch.manual_seed(settings.seed)
     config = GptOssConfig(
@@ -158,7 +178,7 @@ def train(settings: Settings, texts: dict[str, str], checkpoint: Path) -> dict[s
     config._experts_implementation = "eager"  # the fastest to train on a CPU
     model = GptOssForCausalLM(config).train()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    step(f"training {parameters / 1e6:.1f} million parameters for {settings.steps} steps")
+    log(f"training {parameters / 1e6:.1f} million parameters for {settings.steps} steps")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
     )
@@ -178,7 +198,7 @@ def train(settings: Settings, texts: dict[str, str], checkpoint: Path) -> dict[s
         if number % 50 == 0:
             speed = number * ids[:, 1:].numel() / (time.perf_counter() - started)
             mean = sum(losses[-50:]) / 50
-            step(f"{number}: perplexity {math.exp(mean):.3f}, {speed:.0f} bytes a second")
+            log(f"{number}: perplexity {math.exp(mean):.3f}, {speed:.0f} bytes a second")
     seconds = time.perf_counter() - started
     model.to(torch.bfloat16).save_pretrained(checkpoint)
     last = losses[-50:]
@@ -216,9 +236,11 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
 # ---- judging ------------------------------------------------------------------------------------
 
 
-def judge(settings: Settings, checkpoint: Path, windows: Tensor, inner: str) -> dict[str, Any]:
+def judge(
+    settings: Settings, checkpoint: Path, windows: Tensor, inner: str, log: Log
+) -> dict[str, Any]:
     """Perplexities, their differences, and how far compiled logits are from uncompiled ones."""
-    step(f"judging on {len(windows)} windows: bfloat16")
+    log(f"judging on {len(windows)} windows: bfloat16")
     losses: dict[tuple[str, bool], Tensor] = {}
     expert_bytes = {}
     model = GptOssForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
@@ -228,7 +250,7 @@ def judge(settings: Settings, checkpoint: Path, windows: Tensor, inner: str) -> 
     compared = windows[: settings.windows_compared]
     agreement = {}
     for rule in SCALE_RULES:
-        step(f"MXFP4, scale_rule={rule!r}: float32 to know the exact logits, bfloat16, compiled")
+        log(f"MXFP4, scale_rule={rule!r}: float32 to know the exact logits, bfloat16, compiled")
         packed = {"scale_rule": rule}
         model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32, **packed).eval()
         exact = run(model, compared, settings)
@@ -368,10 +390,6 @@ def expert_weights(checkpoint: Path) -> Tensor:
             if name.endswith(("experts.gate_up_proj", "experts.down_proj"))
         ]
     )
-
-
-def step(message: str) -> None:
-    print(f"-- {message}", flush=True)
 
 
 if __name__ == "__main__":

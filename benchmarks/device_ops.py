@@ -1,0 +1,161 @@
+"""Every call into the kernels that are measured: the one place that knows their ops and paths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mxfp4_fx.ops.schemas  # noqa: F401  (declares the ops)
+from benchmarks.moe import ALPHA, LIMIT, Projection
+from mxfp4_fx.core import hardware
+from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.ops import target, tiles
+from mxfp4_fx.ops.tiles import Tile
+from mxfp4_fx.weights.source import MXFP4, Source
+from mxfp4_fx.weights.swizzle import swizzle_weight
+
+OPS = torch.ops.mxfp4
+
+
+class Packed(NamedTuple):
+    """A projection's weights in a layout of the kernels."""
+
+    blocks: Tensor
+    scales: Tensor
+    bias: Tensor  # [E, N] bfloat16
+    layout: str
+
+
+def swizzled(part: Projection, layout: str) -> Packed:
+    """In memory of its own."""
+    blocks, scales = swizzle_weight(
+        Source((part.blocks.clone(), part.scales.clone()), MXFP4), layout
+    )
+    return Packed(blocks, scales, part.bias.clone(), layout)
+
+
+def empty(experts: int, n: int, k: int, layout: str) -> Packed:
+    """On the CPU, of any values: to compile kernels with."""
+    blocks, scales = LAYOUTS[layout].empty(experts, n, k, torch.device("cpu"))
+    return Packed(blocks, scales, torch.empty((experts, n), dtype=torch.bfloat16), layout)
+
+
+def routing(logits: Tensor, top_k: int, kernels: str) -> Any:
+    """(gammas, gather index, scatter index, offsets)"""
+    return OPS.routing(logits, top_k, kernels=kernels)
+
+
+def gate_up(hidden: Tensor, weight: Packed, routes: Any, kernels: str) -> Tensor:
+    """[R, I] of hidden [T, H], behind SwiGLU."""
+    return OPS.matmul_ogs(
+        hidden,
+        *weight[:3],
+        weight.bias.shape[1],
+        routes[3],
+        gather_index=routes[1],
+        activation="swiglu",
+        alpha=ALPHA,
+        limit=LIMIT,
+        layout=weight.layout,
+        kernels=kernels,
+    )
+
+
+def down(inner: Tensor, weight: Packed, routes: Any, top_k: int, kernels: str) -> Tensor:
+    """[T, H] of [R, I], weighted and summed."""
+    return OPS.matmul_ogs(
+        inner,
+        *weight[:3],
+        weight.bias.shape[1],
+        routes[3],
+        scatter_index=routes[2],
+        gammas=routes[0],
+        experts_per_token=top_k,
+        layout=weight.layout,
+        kernels=kernels,
+    )
+
+
+# ---- the CPU's instruction-set paths ------------------------------------------------------------
+
+
+def chosen_for_cpu() -> dict[str, str]:
+    """What the backend would take."""
+    chosen = target.choose(torch.device("cpu"))
+    name = f"{chosen.kernels} ({chosen.layout})"
+    return {"chosen_by_backend": name, "reason": chosen.reason}
+
+
+def native_paths() -> tuple[list[str], dict[str, str]]:
+    """(instruction-set paths that work here, the chosen one first; the others with the reason).
+
+    Each is compiled and called once, for what cannot be built must not fall back in silence.
+    """
+    best = hardware.cpu_path()
+    works, reasons = [], {}
+    for path in (best, *(path for path in hardware.runnable_paths() if path != best)):
+        try:
+            with restored_path():
+                force_path(path)
+                routing(torch.zeros(1, 4), 2, "cpu")
+        except Exception as error:  # whatever it is, it is reported with the path
+            line = str(error).partition("\n")[0].replace(str(Path.home()), "~")
+            reasons[path] = f"{type(error).__name__}: {line}"
+        else:
+            works.append(path)
+    return works, reasons
+
+
+def force_path(path: str) -> None:
+    """Let the native kernels use this path from now on; see :func:`restored_path`."""
+    if os.environ.get(hardware.CPU_PATH_VARIABLE) != path:
+        os.environ[hardware.CPU_PATH_VARIABLE] = path
+        hardware.cpu_path.cache_clear()
+    if hardware.cpu_path() != path:
+        raise RuntimeError(f"{path} was not followed: {hardware.cpu_path()} is used")
+
+
+@contextmanager
+def restored_path() -> Iterator[None]:
+    """Afterwards the path is again what it was."""
+    before = os.environ.get(hardware.CPU_PATH_VARIABLE)
+    try:
+        yield
+    finally:
+        os.environ.pop(hardware.CPU_PATH_VARIABLE, None)
+        if before is not None:
+            os.environ[hardware.CPU_PATH_VARIABLE] = before
+        hardware.cpu_path.cache_clear()
+
+
+# ---- a GPU's tiles ------------------------------------------------------------------------------
+
+
+def gpu_name(device: torch.device) -> str:
+    """As the tables of tiles are named."""
+    return hardware.gpu_name(device)
+
+
+def gpu_layout(device: torch.device) -> str:
+    """The layout that the backend would take."""
+    return target.choose(device, "triton").layout
+
+
+def gpu_tiles(device: torch.device, layout: str) -> tuple[Tile, ...]:
+    """The table that serves a device."""
+    return tiles.table(tiles.table_name(gpu_name(device), layout))
+
+
+def pretend_gpu(name: str) -> None:
+    """From now on every device of this process counts as that GPU: to compile for it."""
+
+    def named(_: torch.device) -> str:
+        return name
+
+    hardware.gpu_name = named  # type: ignore[assignment]
