@@ -63,7 +63,7 @@ def mxfp4_calls(graphs: Graphs) -> list[int]:
         *(
             pytest.param(make, compile_it, cache, 2, count, id=name, marks=pytest.mark.exhaustive)
             for make, compile_it, cache, count, name in (
-                # prefill, one token with a fixed, then with a symbolic length; again past the window
+                # prefill, one token with a fixed, then with any length; again past the window
                 (model, in_place, "dynamic", 6, "model.compile, dynamic cache"),
                 (model, forward, "dynamic", 6, "compiled forward, dynamic cache"),
                 (model, in_place, "sliding_window", 3, "model.compile, sliding cache"),
@@ -75,9 +75,7 @@ def mxfp4_calls(graphs: Graphs) -> list[int]:
 def test_greedy_tokens_are_the_uncompiled_ones(
     make: Make, compile_it: Compile, cache: str, layers: int, most_graphs: int
 ) -> None:
-    expected = generate(
-        make(num_hidden_layers=layers), tokens(1) + 1, cache_implementation=cache
-    )
+    expected = generate(make(num_hidden_layers=layers), tokens(1) + 1, cache_implementation=cache)
     whole, graphs = make(num_hidden_layers=layers), Graphs()
     kwargs = {"cache_implementation": cache} | compile_it(whole, graphs)
     assert torch.equal(generate(whole, tokens(1) + 1, **kwargs), expected)
