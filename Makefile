@@ -37,7 +37,9 @@ demo: $(STAMP)
 	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
 
 test test-all: export MXFP4_FX_OLDEST_TRITON := $(OLDEST_TRITON)
-PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup
+# Each worker takes files in a row, so that what a file sets up is made once, and those that have none
+# left take over from the others.
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(STAMP) $(OLDEST_TRITON)/triton/__init__.py
 	$(PYTEST) -m "not exhaustive"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from costs import Costs
 
 if TYPE_CHECKING:
     from implementations import Kernels
@@ -27,6 +28,10 @@ VARIABLES = (
 # Read by triton when it is imported: without a GPU its kernels run in its interpreter.
 if not has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Costs())
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,22 @@ def mlp(
     return _fill(GptOssMLP(config(form, **changes)), dtype, seed)
 
 
+class Layers(nn.Module):
+    """MoE MLPs one after the other, as a model has them, without what is between: quick to capture.
+
+    Called with [1, tokens, hidden].
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, count: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(mlp(dtype, seed=at) for at in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x
+
+
 def _fill(module: Any, dtype: torch.dtype, seed: int) -> Any:
     module = module.to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Graphs, compile_with, hidden, mlp, model, pack, swizzled, tokens
+from freeing import BOTH, FREE, dense, packed
+from models import Graphs, Layers, compile_with, hidden, pack, swizzled
 from processes import LAST_RESORT
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -30,24 +31,11 @@ from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import WeightStore
 from mxfp4_fx.weights.swizzle import swizzle_weight, unswizzle_weight
 
-FREE = {"free_weights": True}
-
 pytestmark = pytest.mark.usefixtures("no_gradients")
-
-
-def dense(dtype: torch.dtype = torch.float32) -> Any:
-    return mlp(dtype)
-
-
-def packed(dtype: torch.dtype = torch.float32) -> Any:
-    return pack(mlp(dtype))
 
 
 def floats(weight: Tensor) -> Source:
     return Source((weight,), FLOATS)
-
-
-BOTH = pytest.mark.parametrize("make", [dense, packed])
 
 
 def experts_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -90,11 +78,11 @@ def test_a_second_compile_finds_the_weights() -> None:
 
 
 def test_inductor() -> None:
-    whole = pack(model(torch.bfloat16))
-    expected = torch.compile(copy.deepcopy(whole), backend="mxfp4")(tokens()).logits
-    compiled = torch.compile(whole, backend="mxfp4", options=FREE)
-    assert torch.equal(compiled(tokens()).logits, expected)
-    assert held(whole) == 0
+    module, x = packed(torch.bfloat16), hidden(dtype=torch.bfloat16)
+    expected = torch.compile(copy.deepcopy(module), backend="mxfp4")(x)[0]
+    compiled = torch.compile(module, backend="mxfp4", options=FREE)
+    assert torch.equal(compiled(x)[0], expected)
+    assert held(module) == 0
 
 
 def test_kernels_of_another_layout_find_the_weights() -> None:
@@ -106,36 +94,36 @@ def test_kernels_of_another_layout_find_the_weights() -> None:
 
 
 def test_layer_by_layer() -> None:
-    whole = pack(model())
-    expected = compile_with(copy.deepcopy(whole))(tokens()).logits
-    for layer in whole.model.layers:
-        layer.mlp.compile(backend="mxfp4", options={"inner": "eager", **FREE})
-    assert torch.equal(whole(tokens()).logits, expected)
+    whole, x = pack(Layers()), hidden()
+    expected = compile_with(copy.deepcopy(whole))(x)
+    for layer in whole.layers:
+        layer.compile(backend="mxfp4", options={"inner": "eager", **FREE})
+    assert torch.equal(whole(x), expected)
     assert held(whole) == 0
 
 
 def test_layers_share_their_graphs() -> None:
     """Freeing changes a parameter's class, which Dynamo guards."""
-    many, graphs = pack(model(num_hidden_layers=12)), Graphs()
-    for layer in many.model.layers:
-        layer.mlp.compile(backend="mxfp4", options={"inner": graphs, **FREE})
+    many, graphs = pack(Layers(count=12)), Graphs()
+    for layer in many.layers:
+        layer.compile(backend="mxfp4", options={"inner": graphs, **FREE})
     for _ in range(3):
-        many(tokens())
+        many(hidden())
     assert held(many) == 0
     assert len(graphs.seen) <= 2
 
 
 def test_a_call_of_the_same_shape_compiles_once_more_at_most() -> None:
-    whole, graphs = pack(model()), Graphs()
+    whole, graphs = pack(Layers()), Graphs()
     compiled = compile_with(whole, graphs, options=FREE)
     for _ in range(4):
-        compiled(tokens())
+        compiled(hidden())
     assert len(graphs.seen) <= 2
 
 
 def test_weights_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a layer is swizzled, those before it have given their memory back."""
-    whole, still = pack(model()), []
+    whole, still = pack(Layers()), []
     real = swizzle_weight
 
     def watching(*args: Any) -> Any:
@@ -144,8 +132,8 @@ def test_weights_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("mxfp4_fx.weights.store.swizzle_weight", watching)
     total = held(whole)
-    compile_with(whole, options=FREE)(tokens())
-    sizes = [p.numel() for p in experts_of(whole.model.layers[0]).values()]
+    compile_with(whole, options=FREE)(hidden())
+    sizes = [p.numel() for p in experts_of(whole.layers[0]).values()]
     layer = sum(sizes)
     down = layer - (gate_up := sizes[0] + sizes[1])
     assert sorted(still, reverse=True)[0] == total
@@ -154,10 +142,10 @@ def test_weights_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tied_experts() -> None:
-    tied = pack(model())
-    tied.model.layers[1].mlp.experts = tied.model.layers[0].mlp.experts
-    expected = compile_with(copy.deepcopy(tied))(tokens()).logits
-    assert torch.equal(compile_with(tied, options=FREE)(tokens()).logits, expected)
+    tied, x = pack(Layers()), hidden()
+    tied.layers[1].experts = tied.layers[0].experts
+    expected = compile_with(copy.deepcopy(tied))(x)
+    assert torch.equal(compile_with(tied, options=FREE)(x), expected)
 
 
 def test_kernels_that_read_checkpoint_order_read_the_source_itself() -> None:
@@ -345,11 +333,11 @@ def test_half_of_a_pair_is_replaced(part: str) -> None:
 
 
 def test_layers_that_share_their_scales() -> None:
-    whole = pack(model())
-    first, second = (layer.mlp.experts for layer in whole.model.layers)
+    whole, x = pack(Layers()), hidden()
+    first, second = (layer.experts for layer in whole.layers)
     second.down_proj_scales = first.down_proj_scales
-    expected = compile_with(copy.deepcopy(whole))(tokens()).logits
-    assert torch.equal(compile_with(whole, options=FREE)(tokens()).logits, expected)
+    expected = compile_with(copy.deepcopy(whole))(x)
+    assert torch.equal(compile_with(whole, options=FREE)(x), expected)
 
 
 def test_verify_needs_the_weights() -> None:
@@ -489,15 +477,15 @@ def test_a_plain_tensor_is_not_freed() -> None:
 
 
 def test_threads_that_compile_one_model() -> None:
-    whole, failures = pack(model()), []
-    expected = compile_with(copy.deepcopy(whole))(tokens()).logits
+    whole, x, failures = pack(Layers()), hidden(), []
+    expected = compile_with(copy.deepcopy(whole))(x)
 
     def run() -> None:
         try:
             with torch.no_grad():
                 compiled = compile_with(whole, options=FREE)
                 for _ in range(3):
-                    assert torch.equal(compiled(tokens()).logits, expected)
+                    assert torch.equal(compiled(x), expected)
         except BaseException as error:
             failures.append(error)
 

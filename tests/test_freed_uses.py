@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from freeing import BOTH, FREE, dense, packed
 from loaded import assert_same_tensors
-from models import compile_with, hidden, mlp, model, pack, tokens
+from models import Layers, compile_with, hidden, mlp, model, pack, tokens
 from torch import Tensor, nn
 from transformers import GptOssForCausalLM
 
@@ -21,19 +22,7 @@ from mxfp4_fx.weights.freed import FreedParameter, is_freed
 from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE
 
-FREE = {"free_weights": True}
 pytestmark = pytest.mark.usefixtures("no_gradients")
-
-
-def dense(dtype: torch.dtype = torch.float32) -> Any:
-    return mlp(dtype)
-
-
-def packed(dtype: torch.dtype = torch.float32) -> Any:
-    return pack(mlp(dtype))
-
-
-BOTH = pytest.mark.parametrize("make", [dense, packed])
 
 
 def freed(module: Any) -> tuple[Any, Callable[..., Any]]:
@@ -173,7 +162,7 @@ def test_the_state_dict_has_the_values(make: Callable[..., Any]) -> None:
 
 
 def test_a_dense_model_is_saved(tmp_path: Path) -> None:
-    whole = model(torch.bfloat16)
+    whole = model(torch.bfloat16, num_hidden_layers=1)
     expected = {name: p.clone() for name, p in whole.named_parameters()}
     compile_with(whole, options=FREE)(tokens())
     whole.save_pretrained(tmp_path)
@@ -182,13 +171,13 @@ def test_a_dense_model_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_dense_model_is_dequantized() -> None:
-    whole = model()
+    whole = Layers()
     expected = {name: p.clone() for name, p in whole.named_parameters()}
-    compile_with(whole, options=FREE)(tokens())
+    compile_with(whole, options=FREE)(hidden())
     assert number_freed(whole) == 4
     assert mxfp4_fx.dequantize(whole) is whole
     assert_same_tensors(dict(whole.named_parameters()), expected)
-    assert type(whole.model.layers[0].mlp.experts.down_proj) is nn.Parameter
+    assert type(whole.layers[0].experts.down_proj) is nn.Parameter
 
 
 def test_a_model_of_both_kinds_is_dequantized() -> None:
@@ -203,11 +192,11 @@ def test_a_model_of_both_kinds_is_dequantized() -> None:
 
 def test_accelerate_prepares_a_model() -> None:
     accelerate = pytest.importorskip("accelerate")
-    whole = pack(model())
-    expected = compile_with(whole, options=FREE)(tokens()).logits
+    whole, x = pack(Layers()), hidden()
+    expected = compile_with(whole, options=FREE)(x)
     prepared = accelerate.Accelerator(cpu=True).prepare(whole)
     assert number_freed(whole) == 8
-    assert torch.equal(compile_with(prepared, options=FREE)(tokens()).logits, expected)
+    assert torch.equal(compile_with(prepared, options=FREE)(x), expected)
 
 
 @pytest.mark.parametrize("asked", ["auto", "reference", "triton"])

@@ -14,12 +14,16 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWin
 import mxfp4_fx
 
 LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
-Make = Callable[[], GptOssForCausalLM]
+Make = Callable[..., GptOssForCausalLM]
 Compile = Callable[[GptOssForCausalLM, Graphs], dict[str, Any]]
 
 
-def packed() -> GptOssForCausalLM:
-    return pack(model())
+# One layer takes half the time to capture. Its attention slides; two layers have either kind.
+ONE_LAYER = {"num_hidden_layers": 1}
+
+
+def packed(**changes: Any) -> GptOssForCausalLM:
+    return pack(model(**changes))
 
 
 def in_place(whole: GptOssForCausalLM, graphs: Graphs) -> dict[str, Any]:
@@ -51,33 +55,42 @@ def mxfp4_calls(graphs: Graphs) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("make", "compile_it", "cache", "most_graphs"),
+    ("make", "compile_it", "cache", "layers", "most_graphs"),
     [
-        # prefill, one token with a fixed and then with a symbolic length; again past the window
-        pytest.param(model, in_place, "dynamic", 6, id="model.compile, dynamic cache"),
-        pytest.param(model, in_place, "static", 3, id="model.compile, static cache"),
-        pytest.param(model, in_place, "sliding_window", 3, id="model.compile, sliding cache"),
-        pytest.param(model, forward, "dynamic", 6, id="compiled forward, dynamic cache"),
-        pytest.param(model, compile_config, "static", 3, id="compile_config, static cache"),
-        # the cache is not the experts' concern; dynamic ones below, with freed weights
-        pytest.param(packed, in_place, "static", 3, id="packed, static cache"),
+        pytest.param(model, in_place, "static", 2, 3, id="model.compile, static cache"),
+        pytest.param(model, compile_config, "static", 1, 3, id="compile_config, static cache"),
+        pytest.param(packed, forward, "static", 1, 3, id="compiled forward, static cache"),
+        *(
+            pytest.param(make, compile_it, cache, 2, count, id=name, marks=pytest.mark.exhaustive)
+            for make, compile_it, cache, count, name in (
+                # prefill, one token with a fixed, then with any length; again past the window
+                (model, in_place, "dynamic", 6, "model.compile, dynamic cache"),
+                (model, in_place, "sliding_window", 3, "model.compile, sliding cache"),
+            )
+        ),
     ],
 )
 def test_greedy_tokens_are_the_uncompiled_ones(
-    make: Make, compile_it: Compile, cache: str, most_graphs: int
+    make: Make, compile_it: Compile, cache: str, layers: int, most_graphs: int
 ) -> None:
-    expected = generate(make(), tokens(1) + 1, cache_implementation=cache)
-    whole, graphs = make(), Graphs()
+    expected = generate(make(num_hidden_layers=layers), tokens(1) + 1, cache_implementation=cache)
+    whole, graphs = make(num_hidden_layers=layers), Graphs()
     kwargs = {"cache_implementation": cache} | compile_it(whole, graphs)
     assert torch.equal(generate(whole, tokens(1) + 1, **kwargs), expected)
-    assert set(mxfp4_calls(graphs)) == {4}
+    assert set(mxfp4_calls(graphs)) == {2 * layers}
     assert len(graphs.seen) <= most_graphs
-    assert mxfp4_fx.refresh(whole) == 4  # prefill and decode share them
+    assert mxfp4_fx.refresh(whole) == 2 * layers  # prefill and decode share them
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+CACHES = pytest.mark.parametrize(
+    "cache", ["static", pytest.param("dynamic", marks=pytest.mark.exhaustive)]
+)
+
+
+@CACHES
 def test_more_tokens_compile_nothing_more(cache: str) -> None:
-    whole, graphs, kwargs = packed(), Graphs(), {"cache_implementation": cache}
+    whole, graphs = packed(**ONE_LAYER), Graphs()
+    kwargs = {"cache_implementation": cache}
     in_place(whole, graphs)
     generate(whole, tokens(1) + 1, max_cache_len=2 * LENGTH, **kwargs)
     first = len(graphs.seen)
@@ -100,44 +113,55 @@ def test_both_kinds_of_caches_slide() -> None:
 
 
 def test_freed_weights_serve_prefill_and_decoding() -> None:
-    whole, graphs = packed(), Graphs()
+    """With a dynamic cache: a graph for each length that is met for the first time."""
+    whole, graphs = packed(**ONE_LAYER), Graphs()
     whole.compile(backend="mxfp4", options={"inner": graphs, "free_weights": True})
     prompt = tokens(1) + 1
-    assert torch.equal(generate(whole, prompt), generate(packed(), prompt))
-    assert torch.equal(generate(whole, prompt), generate(packed(), prompt))
+    expected = generate(packed(**ONE_LAYER), prompt)
+    assert torch.equal(generate(whole, prompt), expected)
+    assert torch.equal(generate(whole, prompt), expected)
     assert len(graphs.seen) <= 6
 
 
-def test_a_second_prompt_of_another_length_compiles_little() -> None:
-    whole, graphs = model(), Graphs()
+@CACHES
+def test_a_second_prompt_of_another_length_compiles_little(cache: str) -> None:
+    whole, graphs = model(**ONE_LAYER), Graphs()
+    kwargs = {"cache_implementation": cache, "max_cache_len": LENGTH}
     in_place(whole, graphs)
-    generate(whole, tokens(1, 7) + 1)
+    generate(whole, tokens(1, 7) + 1, **kwargs)
     first = len(graphs.seen)
-    second = generate(whole, tokens(1, 9) + 1)
-    assert torch.equal(second, generate(model(), tokens(1, 9) + 1))
+    second = generate(whole, tokens(1, 9) + 1, **kwargs)
+    expected = generate(model(**ONE_LAYER), tokens(1, 9) + 1, **kwargs)
+    assert torch.equal(second, expected)
     assert len(graphs.seen) - first <= 2
 
 
 def test_a_padded_batch() -> None:
     prompt = tokens(2) % 127 + 1
     prompt[0, :3] = 0
-    whole, graphs = packed(), Graphs()
+    whole, graphs = packed(**ONE_LAYER), Graphs()
     in_place(whole, graphs)
-    assert torch.equal(generate(whole, prompt), generate(packed(), prompt))
+    expected = generate(packed(**ONE_LAYER), prompt, cache_implementation="static")
+    assert torch.equal(generate(whole, prompt, cache_implementation="static"), expected)
     assert graphs.seen
 
 
 def test_sampling_with_a_seed() -> None:
-    whole, plain, graphs = packed(), packed(), Graphs()
+    whole, plain, graphs = packed(**ONE_LAYER), packed(**ONE_LAYER), Graphs()
+    kwargs = {"do_sample": True, "cache_implementation": "static"}
     in_place(whole, graphs)
     torch.manual_seed(3)
-    ours = generate(whole, tokens(1) + 1, do_sample=True)
+    ours = generate(whole, tokens(1) + 1, **kwargs)
     torch.manual_seed(3)
-    assert torch.equal(ours, generate(plain, tokens(1) + 1, do_sample=True))
+    assert torch.equal(ours, generate(plain, tokens(1) + 1, **kwargs))
     assert graphs.seen
 
 
+@pytest.mark.exhaustive  # test_backend.py has an MLP through Inductor
 def test_inductor() -> None:
-    whole, plain = (model(num_hidden_layers=1) for _ in range(2))
+    whole, plain = (model(**ONE_LAYER) for _ in range(2))
     whole.compile(backend="mxfp4")
-    assert torch.equal(generate(whole, tokens(1) + 1), generate(plain, tokens(1) + 1))
+    kwargs = {"cache_implementation": "static"}
+    assert torch.equal(
+        generate(whole, tokens(1) + 1, **kwargs), generate(plain, tokens(1) + 1, **kwargs)
+    )

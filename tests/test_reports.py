@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
+from models import Graphs, Layers, compile_with, hidden, mlp, pack
 from near_miss import NearMisses, missed, mxfp4_ops, with_experts, with_gate
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -174,21 +174,21 @@ UP_AND_TWO = {"(up + 1)": "(up + 2)"}
 
 class TestOptions:
     def test_a_skipped_layer_stays_without_a_warning(self) -> None:
-        whole, graphs = model(), Graphs()
-        run = compile_with(whole, graphs, options={"skip": ["*.layers.0.*"], "strict": True})
+        whole, graphs = Layers(), Graphs()
+        run = compile_with(whole, graphs, options={"skip": ["layers.0.*"], "strict": True})
         with warnings.catch_warnings():
             warnings.simplefilter("error", MissedRewriteWarning)
-            run(tokens())
+            run(X)
         assert mxfp4_ops(graphs).count("mxfp4.matmul_ogs.default") == 2
         torch.compiler.reset()
-        (miss,) = mxfp4_fx.explain(whole, tokens(), options={"skip": ["*.layers.0.*"]}).misses
-        assert miss.layer == "model.layers.0.mlp.experts"
+        (miss,) = mxfp4_fx.explain(whole, X, options={"skip": ["layers.0.*"]}).misses
+        assert miss.layer == "layers.0.experts"
         assert miss.skipped
 
     def test_with_every_layer_skipped_nothing_changes(self) -> None:
-        whole, graphs = model(), Graphs()
+        whole, graphs = Layers(), Graphs()
         run = compile_with(whole, graphs, options={"skip": "*", "strict": True})
-        assert torch.equal(run(tokens()).logits, whole(tokens()).logits)
+        assert torch.equal(run(X), whole(X))
         assert not mxfp4_ops(graphs)
 
     def test_a_layer_that_could_not_be_rewritten_can_be_skipped(self) -> None:
@@ -197,14 +197,14 @@ class TestOptions:
         assert torch.equal(run(X)[0], module(X)[0])
 
     def test_strict_names_layer_and_reason(self) -> None:
-        whole = model()
-        whole.model.layers[1].mlp = with_gate(UP_AND_TWO)
+        whole = Layers()
+        whole.layers[1] = with_gate(UP_AND_TWO)
         with pytest.raises(BackendCompilerFailed) as caught:
-            compile_with(whole, options={"strict": True})(tokens())
+            compile_with(whole, options={"strict": True})(X)
         error = caught.value.inner_exception
         assert isinstance(error, MissedRewriteError)
         assert "1 MoE layer(s)" in str(error)
-        assert "model.layers.1.mlp.experts: not the grouped_mm form" in str(error)
+        assert "layers.1.experts: not the grouped_mm form" in str(error)
         assert "but found 2" in str(error)
 
     def test_a_warning_names_layer_and_reason_once(self) -> None:

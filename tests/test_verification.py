@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DTYPES, compile_with, hidden, mlp, model, tokens
+from models import DTYPES, Layers, compile_with, hidden, mlp
 from torch import Tensor
 
 from mxfp4_fx.core.errors import VerificationError
@@ -32,10 +32,9 @@ def break_kernel(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 @pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_rewrites_pass(dtype: torch.dtype, form: str) -> None:
-    whole = model(dtype, form)
-    compiled = compile_with(whole, options=VERIFY)
-    assert compiled(tokens()).logits.isfinite().all()
-    assert compiled(tokens(seed=1)).logits.isfinite().all()
+    compiled = compile_with(mlp(dtype, form), options=VERIFY)
+    for seed in (0, 1):
+        assert compiled(hidden(dtype=dtype, seed=seed))[0].isfinite().all()
 
 
 def test_weights_that_are_not_mxfp4_are_no_difference() -> None:
@@ -56,14 +55,23 @@ def test_routes_chosen_by_the_caller() -> None:
     compile_with(module.experts, options=VERIFY)(x, indices, weights)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+CHANGES = {
+    "scaled": lambda y: y * 1.25,
+    "rows moved": lambda y: y.roll(1, 0),
+    "a column lost": lambda y: y.index_fill(1, torch.tensor([3]), 0.0),
+    "NaN": lambda y: y.index_fill(0, torch.tensor([3]), float("nan")),
+}
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "dtype"),
     [
-        pytest.param(lambda y: y * 1.25, id="scaled"),
-        pytest.param(lambda y: y.roll(1, 0), id="rows moved"),
-        pytest.param(lambda y: y.index_fill(1, torch.tensor([3]), 0.0), id="a column lost"),
-        pytest.param(lambda y: y.index_fill(0, torch.tensor([3]), float("nan")), id="NaN"),
+        *(pytest.param(change, torch.bfloat16, id=name) for name, change in CHANGES.items()),
+        *(
+            pytest.param(change, dtype, id=f"{name}-{dtype}", marks=pytest.mark.exhaustive)
+            for name, change in CHANGES.items()
+            for dtype in (torch.float32, torch.float16)
+        ),
     ],
 )
 def test_a_wrong_result_is_found(
@@ -89,10 +97,10 @@ def test_only_the_first_call_is_verified(monkeypatch: pytest.MonkeyPatch) -> Non
         real(layer, *args)
 
     monkeypatch.setattr(verification, "compare", counting)
-    compiled = compile_with(model(), options=VERIFY)
+    compiled = compile_with(Layers(), options=VERIFY)
     for seed in range(3):
-        compiled(tokens(seed=seed))
-    assert calls == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+        compiled(hidden(seed=seed))
+    assert calls == ["layers.0.experts", "layers.1.experts"]
 
 
 def test_the_verified_call_returns_the_rewritten_result() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from implementations import Kernels
-from models import Graphs, compile_with, hidden, mlp, model, on_mxfp4_grid, swizzled, tokens
+from models import Graphs, Layers, compile_with, hidden, mlp, on_mxfp4_grid, swizzled
 from processes import LAST_RESORT
 from torch import Tensor, nn
 
@@ -62,32 +62,32 @@ def test_one_graph_serves_two_modules() -> None:
 
 
 def test_layers_of_one_model_compiled_one_by_one() -> None:
-    whole = model()
-    expected = whole(tokens()).logits
+    whole, x = Layers(), hidden()
+    expected = whole(x)
     graphs = Graphs()
-    for layer in whole.model.layers:
-        layer.mlp.compile(backend="mxfp4", options={"inner": graphs})
-    assert close(whole(tokens()).logits, expected)
+    for layer in whole.layers:
+        layer.compile(backend="mxfp4", options={"inner": graphs})
+    assert close(whole(x), expected)
     assert len(graphs.seen) == 1
 
 
 def test_tied_experts_are_swizzled_once() -> None:
-    tied = model()
-    tied.model.layers[1].mlp.experts = tied.model.layers[0].mlp.experts
-    assert close(compile_with(tied)(tokens()).logits, tied(tokens()).logits)
+    tied, x = Layers(), hidden()
+    tied.layers[1].experts = tied.layers[0].experts
+    assert close(compile_with(tied)(x), tied(x))
     assert mxfp4_fx.refresh(tied) == 2
 
 
 def test_prefill_and_decode_share_swizzled_weights() -> None:
-    shared = model()
+    shared = Layers()
     graphs = Graphs()
     compiled = compile_with(shared, graphs, dynamic=False)
-    compiled(tokens(1, 7))
-    made = [swizzled(layer.mlp.experts) for layer in shared.model.layers]
-    compiled(tokens(1, 1))
+    compiled(hidden(7))
+    made = [swizzled(layer.experts) for layer in shared.layers]
+    compiled(hidden(1))
     assert len(graphs.seen) == 2
-    for layer, parts in zip(shared.model.layers, made, strict=True):
-        assert list(map(id, swizzled(layer.mlp.experts))) == list(map(id, parts))
+    for layer, parts in zip(shared.layers, made, strict=True):
+        assert list(map(id, swizzled(layer.experts))) == list(map(id, parts))
     assert mxfp4_fx.refresh(shared) == 4
 
 

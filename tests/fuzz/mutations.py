@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fuzz_draft import (
+from torch import fx, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+from fuzz.draft import (
     READERS,
     Draft,
     Inputs,
@@ -24,8 +27,6 @@ from fuzz_draft import (
     text_of,
     value,
 )
-from torch import fx, nn
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 # Numbers, operands and operations.
 

@@ -1,12 +1,12 @@
 """A fuzzer of captured graphs: no mutation makes a wrong rewrite, a crash, or a silent miss.
 
-    python tests/fuzz_graphs.py --count 2000 --seed 1
-    python tests/fuzz_graphs.py --form plain-grad --seed 17 --count 1 --show
+    PYTHONPATH=tests python -m fuzz.graphs --count 2000 --seed 1
+    PYTHONPATH=tests python -m fuzz.graphs --form plain-grad --seed 17 --count 1 --show
 
-A case is one of the graphs of ``fuzz_bases.py`` with one to three of the mutations of
-``fuzz_mutations.py``. Where the mutated graph runs, the passes may rewrite it or not, but
+A case is one of the graphs of ``bases.py`` with one to three of the mutations of
+``mutations.py``. Where the mutated graph runs, the passes may rewrite it or not, but
 
-- the result does what the mutated graph does (``fuzz_judge.py``), twice in a row: outputs, inputs
+- the result does what the mutated graph does (``judge.py``), twice in a row: outputs, inputs
   and parameters afterwards, gradients, and whether an output wants one;
 - nothing in this package raises;
 - every multiplication by a stack of matrices that is a parameter is in the report.
@@ -30,22 +30,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import fuzz_inputs
-import fuzz_mutations
-import fuzz_spelling
-import fuzz_writes
 import torch
-from fuzz_bases import BASES, Inputs, base_of, modes_kept, new_inputs, propagate
-from fuzz_draft import MUTATIONS, NEUTRAL, Draft, choose, mutate
-from fuzz_judge import Judge, Recorder, Wrong, call
 from torch import Tensor, fx, nn
 
+from fuzz import inputs as input_mutations
+from fuzz import mutations, spelling, writes
+from fuzz.bases import BASES, Inputs, base_of, modes_kept, new_inputs, propagate
+from fuzz.draft import MUTATIONS, NEUTRAL, Draft, choose, mutate
+from fuzz.judge import Judge, Recorder, Wrong, call
 from mxfp4_fx.backend import bind
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
 
-SOURCES = fuzz_mutations, fuzz_writes, fuzz_inputs, fuzz_spelling  # all that are in MUTATIONS
+SOURCES = mutations, writes, input_mutations, spelling  # all that are in MUTATIONS
 
 # Those of dynamic shapes take ten times as long.
 _SHARE = {name: 1 if "dynamic" in name else 4 for name in BASES}
@@ -85,9 +83,8 @@ class Result:
 
     def __str__(self) -> str:
         steps = "".join(f"\n  {kind}: {s}" for kind, s in zip(self.kinds, self.steps, strict=True))
-        again = (
-            f"python tests/fuzz_graphs.py --form {self.form} --seed {self.seed} --count 1 --show"
-        )
+        case = f"--form {self.form} --seed {self.seed} --count 1 --show"
+        again = f"PYTHONPATH=tests python -m fuzz.graphs {case}"
         return f"{self.form}, seed {self.seed}:{steps}\n  {self.fault}\n  again: {again}"
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fuzz_bases import unused_name
-from fuzz_draft import (
+from torch import fx
+
+from fuzz.bases import unused_name
+from fuzz.draft import (
     Draft,
     Inputs,
     is_float,
@@ -18,7 +20,6 @@ from fuzz_draft import (
     text_of,
     value,
 )
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fuzz_bases import Base, Edit
 from torch import Tensor, fx
 
+from fuzz.bases import Base, Edit
 from mxfp4_fx.passes.pipeline import copy_graph
 
 Path = tuple[Any, ...]

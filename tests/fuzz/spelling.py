@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fuzz_draft import READERS, Draft, NotHere, mutation, name_of, set_argument, text_of, value
 from torch import fx
+
+from fuzz.draft import READERS, Draft, NotHere, mutation, name_of, set_argument, text_of, value
 
 
 @mutation(4, neutral=True)

@@ -8,7 +8,7 @@ Nothing here has a tolerance. Outside of a rewritten region both graphs make the
   reads, within the running error analysis of ``oracle.py``: it holds for every evaluation in
   float32 that rounds to nearest, whatever its order, and the weights are MXFP4's exactly;
 - so must the gradients that the region's ops hand back for the gradient that they are given
-  (``fuzz_gradients.py``);
+  (``gradients.py``);
 - whose gradient is whose is seen in float64, with the region as a formula: rewritten and captured
   graph then differ by float64's rounding, for which float32's is a bound 2**29 times as large.
 """
@@ -22,11 +22,11 @@ from typing import Any
 
 import oracle
 import torch
-from fuzz_bases import Base, Edit, Inputs, modes_kept, new_inputs
-from fuzz_gradients import FORMULAS, Tap, gradients, softmax_backwards
 from oracle import Bounded, Matrices, assert_as_accurate, assert_within
 from torch import Tensor, fx
 
+from fuzz.bases import Base, Edit, Inputs, modes_kept, new_inputs
+from fuzz.gradients import FORMULAS, Tap, gradients, softmax_backwards
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import Context

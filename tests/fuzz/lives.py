@@ -1,6 +1,6 @@
 """Lives of models: random sequences of what people do to them, each step followed by a look.
 
-    PYTHONPATH=. python tests/fuzz_lives.py --count 100 --seed 0
+    PYTHONPATH=tests python -m fuzz.lives --count 100 --seed 0
 
 A life starts with a few small MLPs, dense and packed. Each step changes, compiles, frees, saves or
 loads one of them, in one of the ways that torch has for it. After each, every compiled module gives

@@ -7,7 +7,9 @@ import operator
 import random
 
 import torch
-from fuzz_draft import (
+from torch import Tensor, nn
+
+from fuzz.draft import (
     Draft,
     Inputs,
     NotHere,
@@ -20,7 +22,6 @@ from fuzz_draft import (
     text_of,
     value,
 )
-from torch import Tensor, nn
 
 
 @mutation(4)

@@ -1,6 +1,6 @@
 """Whether the fuzzer would notice: the passes with one refusal taken out, for each of them.
 
-    python tests/fuzz_self_check.py --count 600
+    PYTHONPATH=tests python -m fuzz.self_check --count 600
 
 Of ``passes/checks.py`` and ``passes/matcher.py`` every statement that refuses is deleted in turn,
 every condition of those that have several, and every exemption is granted to all. The fuzzer runs
@@ -21,8 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fuzz_graphs import Result, quiet, run_case
-
+from fuzz.graphs import Result, quiet, run_case
 from mxfp4_fx.passes import checks, matcher
 
 # Deletions that no graph of the fuzzer can show: part of the text -> why.

@@ -1,0 +1,1 @@
+"""Fuzzers: of captured graphs (``graphs.py``), and of lives of models (``lives.py``)."""
