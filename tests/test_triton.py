@@ -188,13 +188,17 @@ def test_any_number_of_output_columns(triton: Kernels, n: int, activation: str) 
 
 
 @pytest.mark.parametrize("a", [exhaustive(1), 3, exhaustive(4)])
-def test_splits_of_k_are_summed(triton: Kernels, a: int) -> None:
-    """A table's decode entry splits K; how often it can is the first number that divides."""
-    tile = tiles.choose("sm_90", triton.layout, a, 5, 960, splits=True)
+def test_splits_of_k_are_summed(triton: Kernels, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table's decode entry splits K; how often it can is the first number that divides.
+
+    The sums are several tiles of tokens and of columns, of which the last ones are not full.
+    """
+    monkeypatch.setattr(launcher, "_COMBINE_TILE", (2, 32))
+    tile = tiles.choose("sm_90", triton.layout, 3 * a, 3, 960, splits=True)
     assert tile.splits == 3
-    x = randn(a, 960, dtype=torch.bfloat16)
-    matrices = Matrices.random(5, 48, 960, torch.bfloat16)
-    indices = random_routes(1, 5, a)[0]
+    x = randn(3 * a, 960, dtype=torch.bfloat16)
+    matrices = Matrices.random(a, 48, 960, torch.bfloat16)
+    indices = random_routes(3, a, a)[0]
     check_matmul(triton, x, matrices, indices, gather=False, activation="none")
 
 
