@@ -1,9 +1,11 @@
 """Compiles the Triton kernels ahead of time and says what the machine code is like.
 
-``python tests/aot.py TARGET DTYPE,...`` compiles every tile of a target's table, for both matmuls
-of an MLP of GPT-OSS's sizes, and the other kernels, and prints a JSON list with one object for
-each: a :class:`Fact`. No GPU is needed. It is a program of its own because tests run with Triton's
-interpreter switched on, which cannot compile.
+``python tests/aot.py TARGET DTYPE,... [TARGET DTYPE,... ...]`` compiles every tile of a target's
+table, for both matmuls of an MLP of GPT-OSS's sizes, and the other kernels, and prints a JSON
+object: a target's list of :class:`Fact` objects, one for each compilation. After ``--one-a-regime``
+it is one tile of a regime, in one of the matmuls, and of the other kernels the first of each kind.
+No GPU is needed. It is a program of its own because tests run with Triton's interpreter switched
+on, which cannot compile.
 """
 
 from __future__ import annotations
@@ -97,15 +99,22 @@ def matmul_values(
     }  # fmt: skip
 
 
-def matmul_facts(name: str, dtype: str = "bf16") -> Iterator[Fact]:
+def matmul_facts(name: str, dtype: str = "bf16", one_a_regime: bool = False) -> Iterator[Fact]:
     from mxfp4_fx.ops import tiles
     from mxfp4_fx.ops.triton import _WITHOUT_DOT_SCALED as WITHOUT_DOT_SCALED
     from mxfp4_fx.ops.triton_kernels.matmul import matmul_ogs_kernel
 
     target, _, layout = TARGETS[name]
-    table = tiles.table(tiles.table_name(name, layout))
-    for entry in table:
-        for down, n, k in ((False, 2 * INTERMEDIATE, HIDDEN), (True, HIDDEN, INTERMEDIATE)):
+    matmuls = (False, 2 * INTERMEDIATE, HIDDEN), (True, HIDDEN, INTERMEDIATE)
+    seen: set[str] = set()
+    for entry in tiles.table(tiles.table_name(name, layout)):
+        if one_a_regime and entry.regime in seen:
+            continue
+        seen.add(entry.regime)
+        for down, n, k in matmuls:
+            # Of decode the one that splits K, of the others the one that has an activation.
+            if one_a_regime and down != (entry.regime == "decode"):
+                continue
             tile = tiles.fit(entry, layout, k, TERMS[dtype], down)
             scaled = (name, TERMS[dtype]) not in WITHOUT_DOT_SCALED
             values = matmul_values(layout, tile, n, k, 32, down, dtype, scaled)
@@ -115,8 +124,8 @@ def matmul_facts(name: str, dtype: str = "bf16") -> Iterator[Fact]:
             yield describe(kernel, entry.regime, dataclasses.asdict(tile), made, target)
 
 
-def other_facts(name: str) -> Iterator[Fact]:
-    """Routing of few and many tokens, and the sum over a token's rows."""
+def other_facts(name: str, few: bool = False) -> Iterator[Fact]:
+    """Routing of few and many tokens, and the sum over a token's rows; with ``few`` one routing."""
     from mxfp4_fx.ops import tiles
     from mxfp4_fx.ops import triton as launcher
     from mxfp4_fx.ops.triton_kernels import matmul, routing
@@ -138,9 +147,8 @@ def other_facts(name: str) -> Iterator[Fact]:
     kernels: list[tuple[str, Any, dict[str, Any], int]] = [
         ("combine", matmul.combine_kernel, combine, 4)
     ]
-    for tokens, names in (
-        (1, ["routing"]), (512, ["routing"]), (16384, ["decide", "scan", "place"])
-    ):  # fmt: skip
+    all_names = (1, ["routing"]), (512, ["routing"]), (16384, ["decide", "scan", "place"])
+    for tokens, names in all_names[1:2] if few else all_names:
         block = launcher._tokens_per_block(tokens, 4, experts)
         values = {
             **pointers, **numbers, "stride": "i32%16", "given_weights": (None,), "GIVEN": (False,),
@@ -222,13 +230,16 @@ def loops(code: str) -> list[list[str]]:
     return [instructions[start:stop] for start, stop in inner]
 
 
-def main() -> None:
-    name = sys.argv[1]
-    dtypes = sys.argv[2].split(",")
-    facts = [fact for dtype in dtypes for fact in matmul_facts(name, dtype)]
-    facts += other_facts(name)
-    print(json.dumps([dataclasses.asdict(fact) for fact in facts]))
+def main(arguments: list[str]) -> None:
+    one_a_regime = arguments[0] == "--one-a-regime"
+    asked = arguments[one_a_regime:]
+    facts: dict[str, list[dict[str, Any]]] = {}
+    for name, dtypes in zip(asked[0::2], asked[1::2], strict=True):
+        made = [f for dtype in dtypes.split(",") for f in matmul_facts(name, dtype, one_a_regime)]
+        made += other_facts(name, one_a_regime)
+        facts[name] = [dataclasses.asdict(fact) for fact in made]
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -92,6 +92,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
         is_routing = metafunc.module.__name__.rpartition(".")[2] == "test_routing"
         specs = implementations.ROUTING if is_routing else implementations.ALL
+        if metafunc.definition.get_closest_marker("any_layout"):
+            specs = implementations.ANY_LAYOUT
         metafunc.parametrize("kernels", specs, indirect=True)
 
 

@@ -1,6 +1,7 @@
 """What the compilers of Triton's oldest and newest supported version make of the kernels.
 
-Compiled for GPUs that need not be there (``aot.py``), with every tile that the launcher may choose.
+Compiled for GPUs that need not be there (``aot.py``): with one tile of a regime of each layout, and
+exhaustively with those that the launcher may choose, for other targets, by the oldest version.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aot import TARGETS, TERMS
+from aot import TARGETS
 
 pytest.importorskip("triton")
 
@@ -22,40 +23,59 @@ ROOT = Path(__file__).parent.parent
 # Where `make` installs it beside the newest.
 OLDEST = Path(os.environ.get("MXFP4_FX_OLDEST_TRITON", ROOT / "build" / "triton-3.6"))
 
-# bfloat16 activations for all, other types once for each layout with the newest.
-ALL_DTYPES = ("sm_80", "sm_90", "sm_100")
+# What a run of aot.py compiles: target -> dtypes of activations. Its facts are made once a process.
+ONE_A_REGIME = "--one-a-regime"
+RUNS: dict[str, tuple[str, dict[str, str]]] = {
+    "newest": (ONE_A_REGIME, dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), "bf16")),
+    "all tiles": ("", dict.fromkeys(("sm_90", "sm_100", "sm_120", "gfx942"), "bf16")),
+    "more targets": (ONE_A_REGIME, dict.fromkeys(("sm_89", "gfx950"), "bf16")),
+    "more terms": (ONE_A_REGIME, {"sm_80": "fp32", "sm_90": "fp16,fp32", "sm_100": "fp32"}),
+    "oldest": (ONE_A_REGIME, dict.fromkeys(TARGETS, "bf16")),
+}
 
-# Tests of one target run in one worker, which compiles once.
-BY_TARGET = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TARGETS]
+
+def of_runs(*targets: str, terms: bool = True) -> pytest.MarkDecorator:
+    """Parametrizes a test by all runs and their targets, or those of these that there are.
+
+    Those of a run are tested by one worker, which compiles once; without ``terms`` activations are
+    bfloat16.
+    """
+    cases = []
+    for run, (_, asked) in RUNS.items():
+        marks = [pytest.mark.xdist_group(run)] + [pytest.mark.exhaustive] * (run != "newest")
+        if terms or set(asked.values()) == {"bf16"}:
+            found = [target for target in asked if not targets or target in targets]
+            cases += [pytest.param(run, target, marks=marks) for target in found]
+    return pytest.mark.parametrize(("run", "target"), cases)
 
 
-@pytest.fixture(params=["newest", "oldest"])
-def triton(request: pytest.FixtureRequest) -> str:
-    if request.param == "oldest" and not OLDEST.exists():
+def facts(run: str, target: str) -> list[dict[str, Any]]:
+    if run == "oldest" and not OLDEST.exists():
         pytest.skip(f"needs Triton 3.6 in {OLDEST.name}: make test installs it")
-    return str(request.param)
+    return compiled(run)[target]
 
 
 @functools.cache
-def facts(triton: str, target: str) -> list[dict[str, Any]]:
-    path = [str(OLDEST)] if triton == "oldest" else []
-    dtypes = list(TERMS) if triton == "newest" and target in ALL_DTYPES else ["bf16"]
+def compiled(run: str) -> dict[str, list[dict[str, Any]]]:
+    path = [str(OLDEST.absolute())] if run == "oldest" else []
+    option, targets = RUNS[run]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([*path, str(ROOT)])
+    arguments = [word for pair in targets.items() for word in pair]
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "aot.py", target, ",".join(dtypes)],
+        [sys.executable, ROOT / "tests" / "aot.py", *filter(None, [option]), *arguments],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    made: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    made: dict[str, list[dict[str, Any]]] = json.loads(done.stdout.splitlines()[-1])
     return made
 
 
-def wgmma_facts(triton: str) -> list[dict[str, Any]]:
+def wgmma_facts(run: str, target: str) -> list[dict[str, Any]]:
     """The matmuls of bfloat16 activations on sm_90."""
-    found = [f for f in facts(triton, "sm_90") if f["regime"] and f["kernel"].endswith("bf16")]
+    found = [f for f in facts(run, target) if f["regime"] and f["kernel"].endswith("bf16")]
     assert {fact["regime"] for fact in found} == {"decode", "streaming", "prefill"}
     return found
 
@@ -64,28 +84,28 @@ def told(fact: dict[str, Any], *names: str) -> str:
     return f"{fact['kernel']} {fact['tile']}: " + ", ".join(f"{n} {fact[n]}" for n in names)
 
 
-@pytest.mark.parametrize("target", BY_TARGET)
-def test_nothing_spills_to_local_memory(triton: str, target: str) -> None:
-    assert not [told(f, "stack", "registers") for f in facts(triton, target) if f["stack"]]
+@of_runs()
+def test_nothing_spills_to_local_memory(run: str, target: str) -> None:
+    assert not [told(f, "stack", "registers") for f in facts(run, target) if f["stack"]]
 
 
-@pytest.mark.parametrize("target", BY_TARGET)
-def test_shared_memory_is_within_the_target(triton: str, target: str) -> None:
+@of_runs()
+def test_shared_memory_is_within_the_target(run: str, target: str) -> None:
     limit = TARGETS[target][1]
-    assert not [told(f, "shared") for f in facts(triton, target) if f["shared"] > limit]
+    assert not [told(f, "shared") for f in facts(run, target) if f["shared"] > limit]
 
 
-@pytest.mark.xdist_group("sm_90")
-def test_wgmma_is_used_and_not_waited_for_one_by_one(triton: str) -> None:
+@of_runs("sm_90", terms=False)
+def test_wgmma_is_used_and_not_waited_for_one_by_one(run: str, target: str) -> None:
     """The compiler that loses track of its pipeline puts a wait after each instruction."""
-    for fact in wgmma_facts(triton):
+    for fact in wgmma_facts(run, target):
         waits = fact["instructions"].get("WARPGROUP.DEPBAR.LE", 0)
         assert fact["wgmma"] == fact["mma"] > 2 * waits, told(fact, "mma", "wgmma", "instructions")
 
 
-@pytest.mark.xdist_group("sm_90")
-def test_weights_are_loaded_sixteen_bytes_at_a_time(triton: str) -> None:
-    for fact in wgmma_facts(triton):
+@of_runs("sm_90", terms=False)
+def test_weights_are_loaded_sixteen_bytes_at_a_time(run: str, target: str) -> None:
+    for fact in wgmma_facts(run, target):
         assert fact["load_bytes"] == 16, told(fact, "load_bytes")
         threads = 32 * fact["tile"]["warps"]
         tile = fact["tile"]["block_n"] * fact["tile"]["block_k"] // 2  # bytes of codes
@@ -94,47 +114,35 @@ def test_weights_are_loaded_sixteen_bytes_at_a_time(triton: str) -> None:
         assert wide * threads * 16 >= tile + activations, told(fact, "instructions")
 
 
-@pytest.mark.xdist_group("sm_90")
-def test_instructions_per_weight(triton: str) -> None:
-    for fact in wgmma_facts(triton):
+@of_runs("sm_90", terms=False)
+def test_instructions_per_weight(run: str, target: str) -> None:
+    for fact in wgmma_facts(run, target):
         limit = 3.5 if fact["regime"] == "decode" else 3.2
         assert fact["per_weight"] <= limit, told(fact, "per_weight")
 
 
-FRAGMENT_TARGETS = [
-    pytest.param(name, marks=pytest.mark.xdist_group(name))
-    for name in ("sm_80", "sm_89", "sm_90", "sm_120")
-]
-
-
-@pytest.mark.parametrize("target", FRAGMENT_TARGETS)
-def test_subnormal_codes_are_not_flushed(triton: str, target: str) -> None:
+@of_runs("sm_80", "sm_89", "sm_90", "sm_120")
+def test_subnormal_codes_are_not_flushed(run: str, target: str) -> None:
     """The code of 0.5 in its place is a subnormal bfloat16 number until the scale is multiplied."""
-    for fact in facts(triton, target):
+    for fact in facts(run, target):
         products = [n for n in fact["instructions"] if n.startswith(("HMUL2.BF16", "HFMA2.BF16"))]
         assert bool(products) == bool(fact["regime"]), told(fact, "instructions")
         assert not [name for name in products if "FTZ" in name], told(fact, "instructions")
 
 
-@pytest.mark.xdist_group("sm_90")
-def test_each_weight_is_decoded_by_one_thread(triton: str) -> None:
-    assert {fact["copies"] for fact in wgmma_facts(triton)} == {1}
+@of_runs("sm_90", terms=False)
+def test_each_weight_is_decoded_by_one_thread(run: str, target: str) -> None:
+    assert {fact["copies"] for fact in wgmma_facts(run, target)} == {1}
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param(name, marks=pytest.mark.xdist_group(name))
-        for name in ("sm_80", "sm_89", "sm_120")
-    ],
-)
-def test_few_rows_on_mma_sync_decode_each_weight_once(triton: str, target: str) -> None:
+@of_runs("sm_80", "sm_89", "sm_120", terms=False)
+def test_few_rows_on_mma_sync_decode_each_weight_once(run: str, target: str) -> None:
     """And take no more instructions than when this was written: the limit follows from nothing."""
     found = [
-        f for f in facts(triton, target)
+        f for f in facts(run, target)
         if f["kernel"].endswith("bf16") and f["tile"]["block_m"] <= 32
     ]  # fmt: skip
-    assert len(found) == 6
+    assert len(found) >= 2
     for fact in found:
         assert fact["mma"] > 0, told(fact, "mma")
         assert fact["copies"] == 1, told(fact, "copies")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
+from combinations import covering
 from implementations import ALPHA, LIMIT, Kernels
 from oracle import (
     Matrices,
@@ -106,9 +106,8 @@ def test_the_mlp_is_clamped_on_both_sides_and_never_near() -> None:
         assert ((part.abs() - LIMIT).abs() > 0.5).all()
 
 
-@pytest.mark.parametrize("t", [0, 1, T])
-@pytest.mark.parametrize("a", [1, A, E])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.any_layout
+@pytest.mark.parametrize(("a", "t", "dtype"), covering((1, A, E), (0, 1, T), DTYPES))
 def test_hidden_and_logits(kernels: Kernels, dtype: torch.dtype, a: int, t: int) -> None:
     mlp = clamped_mlp(dtype)
     logits = random_logits(t, E, dtype)
@@ -124,6 +123,7 @@ def test_hidden_and_logits(kernels: Kernels, dtype: torch.dtype, a: int, t: int)
     check_gradients(f, plain, [random_hidden(t, dtype), logits])
 
 
+@pytest.mark.any_layout
 @pytest.mark.parametrize("t", [0, 1, T])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hidden_and_given_weights(kernels: Kernels, dtype: torch.dtype, t: int) -> None:
@@ -139,10 +139,9 @@ def test_hidden_and_given_weights(kernels: Kernels, dtype: torch.dtype, t: int) 
 
 
 @pytest.mark.parametrize(
-    ("gather", "scatter", "gammas", "activation"),
-    list(itertools.product((False, True), (False, True), (False, True), ("none", "swiglu"))),
+    ("dtype", "gather", "scatter", "gammas", "activation"),
+    covering(DTYPES, *[(False, True)] * 3, ("none", "swiglu")),
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_matmul_with_and_without_each_of_its_parts(
     kernels: Kernels, dtype: torch.dtype, gather: bool, scatter: bool, gammas: bool, activation: str
 ) -> None:

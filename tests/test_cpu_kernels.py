@@ -9,12 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
+from combinations import covering, exhaustive
 from implementations import CPU_PATHS, Kernels, check_matmul, chosen, int32, randn
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_routes
@@ -55,17 +55,18 @@ def test_any_number_of_rows_of_an_expert(cpu: Kernels, rows: int, dtype: torch.d
     check_matmul(cpu, randn(rows, 96, dtype=dtype), Matrices.random(1, 66, 96, dtype), indices)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [32, 64, 288, 3104, 6240])
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize(
+    ("dtype", "k", "rows"), covering(DTYPES, (32, 64, 288, 3104, 6240), (1, 5, 40))
+)
 def test_any_number_of_columns(cpu: Kernels, rows: int, k: int, dtype: torch.dtype) -> None:
     indices = torch.zeros((rows, 1), dtype=torch.long)
     check_matmul(cpu, randn(rows, k, dtype=dtype), Matrices.random(1, 34, k, dtype), indices)
 
 
-@pytest.mark.parametrize("activation", ["none", "swiglu"])
-@pytest.mark.parametrize("n", [2, 30, 32, 34, 62, 64, 66, 200])
-@pytest.mark.parametrize("t", [1, 30])
+@pytest.mark.parametrize(
+    ("t", "n", "activation"),
+    covering((1, 30), (2, 30, 32, 34, 62, 64, 66, 200), ("none", "swiglu")),
+)
 def test_any_number_of_output_columns(cpu: Kernels, t: int, n: int, activation: str) -> None:
     matrices, indices = Matrices.random(3, n, 64), random_routes(t, 3, 2)[0]
     check_matmul(cpu, randn(t, 64), matrices, indices, activation=activation)
@@ -74,9 +75,10 @@ def test_any_number_of_output_columns(cpu: Kernels, t: int, n: int, activation: 
 # ---- scales
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("exponent", [0, -20])
-@pytest.mark.parametrize("rows", [1, 2, 20])
+@pytest.mark.parametrize(
+    ("dtype", "exponent", "rows"),
+    covering((torch.float32, torch.bfloat16), (0, -20), (1, 2, 20)),
+)
 def test_every_scale(cpu: Kernels, rows: int, exponent: int, dtype: torch.dtype) -> None:
     """Expert e has scale byte e, and tokens so small or large that results are near 2^exponent."""
     blocks = Matrices.random(255, 2, 64).blocks
@@ -110,9 +112,7 @@ def test_a_flag_holds_for_its_panel_alone(cpu: Kernels, rows: int) -> None:
 SPREADS = {"moderate": (-8, 8), "wide": (-45, 40), "tiny": (-149, -110), "all": (-149, 60)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("rows", [1, 2, 20])
+@pytest.mark.parametrize(("dtype", "spread", "rows"), covering(DTYPES, list(SPREADS), (1, 2, 20)))
 def test_activations_of_any_magnitude(
     cpu: Kernels, rows: int, spread: str, dtype: torch.dtype
 ) -> None:
@@ -129,9 +129,9 @@ def test_activations_of_any_magnitude(
     check_matmul(cpu, x, matrices, indices, gammas=False, activation="none")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("rows", [1, 2, 20])
+@pytest.mark.parametrize(
+    ("dtype", "value", "rows"), covering(DTYPES, (torch.nan, torch.inf, -torch.inf), (1, 2, 20))
+)
 def test_a_row_with_nan_or_infinity(
     cpu: Kernels, rows: int, value: float, dtype: torch.dtype
 ) -> None:
@@ -204,8 +204,7 @@ def test_rows_with_gaps_and_experts_from_a_slice(cpu: Kernels) -> None:
 # ---- threads and processes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("t", "scatter"), [*product((1, 9, 200), (False, True))])
+@pytest.mark.parametrize(("dtype", "t", "scatter"), covering(DTYPES, (1, 9, 200), (False, True)))
 def test_same_bits_for_any_number_of_threads(
     cpu: Kernels, t: int, scatter: bool, dtype: torch.dtype, threads: None
 ) -> None:
@@ -259,7 +258,7 @@ class Outputs(Dataset[Tensor]):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", exhaustive("spawn")])
 def test_in_the_workers_of_a_data_loader(method: str) -> None:
     """Forked from a process whose threads have worked already, and new ones."""
     here = torch.stack([Outputs()[i] for i in range(4)])
@@ -441,6 +440,7 @@ def test_kernels_that_compute_wrong_results_are_refused(
     assert "3.f,  4.f" in numbers
     (sources / "numbers.h").write_text(numbers.replace("3.f,  4.f", "3.f,  5.f"))
     monkeypatch.setenv(native.CACHE_DIR_VARIABLE, str(tmp_path / "libraries"))
+    monkeypatch.setenv("MXFP4_FX_CXXFLAGS", "-O0")  # compiles in a third of the time
     monkeypatch.setattr(native, "_SOURCES", sources)
     monkeypatch.setattr(native, "libraries", native.libraries.anew())
     with pytest.raises(NativeBuildError, match="portable CPU kernels compute wrong results"):
@@ -460,6 +460,7 @@ def test_pytorch_on_request_compiles_nothing(fresh_choice: pytest.MonkeyPatch) -
     assert target.choose(CPU, "pytorch").layout == "row_major"
 
 
+@pytest.mark.exhaustive
 def test_importing_and_choosing_pytorch_loads_no_library() -> None:
     code = (
         "import torch, mxfp4_fx; from mxfp4_fx.ops import native, target; "

@@ -16,6 +16,7 @@ import oracle
 import processes
 import pytest
 import torch
+from combinations import covering, exhaustive
 from models import DTYPES
 from oracle import assert_within, random_logits, random_routes
 from torch import Tensor
@@ -250,8 +251,15 @@ def test_flags_are_those_of_the_layout_for_every_scale(library: Library, by: str
 # ---- routing
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("e", [1, 2, 3, 5, 8, 17, 32, 64, 128, 200, 513])
+@pytest.mark.parametrize(
+    ("e", "dtype"),
+    [
+        *((e, torch.float32) for e in (1, 2, 3, 8, 17, 32, 64, 128, 513)),
+        *((32, dtype) for dtype in DTYPES[1:]),
+        *(exhaustive(e, torch.float32) for e in (5, 200)),
+        *(exhaustive(e, dtype) for e in (1, 2, 3, 5, 8, 17, 64, 128, 200) for dtype in DTYPES[1:]),
+    ],
+)
 def test_equal_logits_choose_the_experts_of_topk(
     library: Library, e: int, dtype: torch.dtype
 ) -> None:
@@ -319,10 +327,15 @@ def test_given_routes_to_fewer_than_no_experts_are_refused(library: Library) -> 
 # ---- routing.routes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("t", "e", "a"), [(0, 3, 2), (5, 4, 0), (1, 1, 1), (9, 5, 3), (257, 7, 4)])
-@pytest.mark.parametrize(("first", "less"), [(0, 0), (1, 1), (2, 0), (-1, 0)])
+@pytest.mark.parametrize(
+    ("t", "e", "a", "first", "less", "index_dtype", "dtype"),
+    covering(
+        [(0, 3, 2), (5, 4, 0), (1, 1, 1), (9, 5, 3), (257, 7, 4)],
+        [(0, 0), (1, 1), (2, 0), (-1, 0)],
+        (torch.int32, torch.int64),
+        DTYPES,
+    ),
+)
 def test_given_routes_are_sorted_as_the_reference_does(
     library: Library, t: int, e: int, a: int, first: int, less: int, index_dtype: torch.dtype,
     dtype: torch.dtype,

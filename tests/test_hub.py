@@ -24,8 +24,9 @@ import hub_package
 import hub_repository
 import pytest
 import torch
+from combinations import covering
 from implementations import Kernels, check_matmul, int32, randn
-from models import Graphs, compile_with, hidden, mlp, model, tokens
+from models import DTYPES, Graphs, compile_with, hidden, mlp, model, tokens
 from oracle import Matrices, assert_as_accurate, random_routes
 from test_imports import HIDE, run
 from torch import Tensor
@@ -190,6 +191,7 @@ def test_offline_the_cache_is_enough(offline: Path, tmp_path: Path) -> None:
 
 
 @needs_library
+@pytest.mark.exhaustive
 def test_offline_with_nothing_in_the_cache(offline: Path, tmp_path: Path) -> None:
     assert re.match(
         r"KernelsUnavailableError: .*cannot be loaded: ValueError: .*offline mode.*"
@@ -198,19 +200,21 @@ def test_offline_with_nothing_in_the_cache(offline: Path, tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("name", ["auto", "cpu", "pytorch", "reference"])
-def test_other_kernels_do_not_import_the_library(tmp_path: Path, name: str) -> None:
-    code = f"""
+def test_other_kernels_do_not_import_the_library(tmp_path: Path) -> None:
+    code = """
 import sys, torch
 from mxfp4_fx.ops import target
-for device in ("cpu", "cuda"):
-    try:
-        target.choose(torch.device(device), {name!r})
-    except target.KernelsUnavailableError as error:
-        print(error)
-print("kernels" in sys.modules, "huggingface_hub" in sys.modules)
+for name in ("auto", "cpu", "pytorch", "reference"):
+    for device in ("cpu", "cuda"):
+        try:
+            target.choose(torch.device(device), name)
+        except target.KernelsUnavailableError as error:
+            print(error)
+        print("after", name, "kernels" in sys.modules, "huggingface_hub" in sys.modules)
 """
-    assert run(code, tmp_path).splitlines()[-1] == "False False"
+    said = [line.split() for line in run(code, tmp_path).splitlines()]
+    after = [words[2:] for words in said if words[0] == "after"]
+    assert after == [["False", "False"]] * 8
 
 
 # ---- what the package is handed
@@ -240,10 +244,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("activation", ["none", "swiglu"])
-@pytest.mark.parametrize("a", [1, 3, 4])
-@pytest.mark.parametrize("k", [0, 64])
+@pytest.mark.parametrize(
+    ("k", "a", "activation", "dtype"), covering((0, 64), (1, 3, 4), ("none", "swiglu"), DTYPES)
+)
 def test_nothing_is_read_back_from_the_device(
     seen: dict[str, Any], k: int, a: int, activation: str, dtype: torch.dtype
 ) -> None:

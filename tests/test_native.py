@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from combinations import exhaustive
 from processes import LAST_RESORT, is_alive, is_written, until_there, wait_until
 
 from mxfp4_fx.core.errors import NativeBuildError
@@ -286,7 +287,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_finished(workshop: Work
     assert left == ["portable", "portable.lock"]
 
 
-@pytest.mark.parametrize("length", [0, 20, 0.5, -1])
+@pytest.mark.parametrize("length", [0, exhaustive(20), exhaustive(0.5), -1])
 def test_a_library_that_was_cut_short_is_built_again(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, length: float
 ) -> None:

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from combinations import exhaustive
 from torch import Tensor
 
 from mxfp4_fx.core import formats
@@ -90,10 +91,16 @@ RANDOM: dict[str, Callable[[int], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in RANDOM),
+        *(("heavy-tailed", dtype) for dtype in DTYPES[1:]),
+        *(exhaustive(n, dtype) for n in RANDOM if n != "heavy-tailed" for dtype in DTYPES[1:]),
+    ],
+)
 def test_no_scale_byte_has_a_smaller_error(name: str, dtype: torch.dtype) -> None:
-    values = RANDOM[name](24).to(dtype)
+    values = RANDOM[name](12).to(dtype)
     assert_best(values[values.isfinite().all(1)])
 
 
@@ -133,8 +140,18 @@ MEETING_POINTS = [
 ]
 
 
-@pytest.mark.parametrize("factor", [2.0**-126, 2.0**-20, 1.0, 2.0**100])
-@pytest.mark.parametrize(("largest", "others", "count"), MEETING_POINTS)
+@pytest.mark.parametrize(
+    ("largest", "others", "count", "factor"),
+    [
+        *((*point, 1.0) for point in MEETING_POINTS),
+        *((*MEETING_POINTS[-1], factor) for factor in (2.0**-126, 2.0**-20, 2.0**100)),
+        *(
+            exhaustive(*point, factor)
+            for point in MEETING_POINTS[:-1]
+            for factor in (2.0**-126, 2.0**-20, 2.0**100)
+        ),
+    ],
+)
 def test_a_tie_is_decided_exactly(largest: float, others: float, count: int, factor: float) -> None:
     """At the tie the scale is that of "max", one bit below it is the half."""
     tie = block_of(largest, others, count, factor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from combinations import exhaustive
 from models import DTYPES, Graphs, compile_with, hidden, mlp, model, tokens
 from oracle import assert_as_accurate
 
@@ -17,8 +18,13 @@ TRITON = {"kernels": "triton"}
 
 
 @pytest.mark.usefixtures("no_gradients")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [
+        *((torch.float32, 9), (torch.bfloat16, 1), (torch.float16, 9)),
+        *(exhaustive(*case) for case in zip(DTYPES, (1, 9, 1), strict=True)),
+    ],
+)
 def test_an_mlp(dtype: torch.dtype, length: int) -> None:
     module, x = mlp(dtype).to(DEVICE), hidden(length, dtype=dtype).to(DEVICE)
     compiled = compile_with(module, options=TRITON)(x)

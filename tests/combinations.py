@@ -1,0 +1,48 @@
+"""Products of parameters, thinned: enough of them for ``make test``, the rest exhaustive."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+
+def covering(*axes: Sequence[Any], strength: int = 2) -> list[Any]:
+    """All combinations of the axes' values, for ``pytest.mark.parametrize``.
+
+    Not exhaustive are so many that any values of any ``strength`` axes meet in one of them: a fault
+    that needs no more than so many things at once shows. A value that is a tuple gives several
+    arguments. The same axes always give the same choice.
+    """
+    combinations = list(itertools.product(*axes))
+    met = [set(itertools.combinations(enumerate(values), strength)) for values in _places(axes)]
+    missing = set().union(*met)
+    chosen = set()
+    while missing:
+        best = max(range(len(met)), key=lambda at: len(met[at] & missing))
+        chosen.add(best)
+        missing -= met[best]
+    return [
+        pytest.param(
+            *(argument for value in values for argument in _arguments(value)),
+            id="-".join(str(a) for v in values for a in _arguments(v)).replace("torch.", ""),
+            marks=[] if at in chosen else [pytest.mark.exhaustive],
+        )
+        for at, values in enumerate(combinations)
+    ]
+
+
+def _places(axes: Sequence[Sequence[Any]]) -> list[tuple[int, ...]]:
+    """Where each combination's values stand in their axes: values need not be hashable."""
+    return list(itertools.product(*(range(len(axis)) for axis in axes)))
+
+
+def _arguments(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def exhaustive(*values: Any) -> Any:
+    """A set of parameters that adds to another what only ``make test-all`` asks for."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
