@@ -128,7 +128,7 @@ def other_facts(name: str, few: bool = False) -> Iterator[Fact]:
     """Routing of few and many tokens, and the sum over a token's rows; with ``few`` one routing."""
     from mxfp4_fx.ops import tiles
     from mxfp4_fx.ops import triton as launcher
-    from mxfp4_fx.ops.triton_kernels import matmul, routing
+    from mxfp4_fx.ops.triton_kernels import epilogue, routing
 
     target = TARGETS[name][0]
     pointers = {
@@ -145,7 +145,7 @@ def other_facts(name: str, few: bool = False) -> Iterator[Fact]:
         "SPLITS": (3,), "BT": (bt,), "BN": (bn,),
     }  # fmt: skip
     kernels: list[tuple[str, Any, dict[str, Any], int]] = [
-        ("combine", matmul.combine_kernel, combine, 4)
+        ("combine", epilogue.combine_kernel, combine, 4)
     ]
     all_names = (1, ["routing"]), (512, ["routing"]), (16384, ["decide", "scan", "place"])
     for tokens, names in all_names[1:2] if few else all_names:

@@ -24,8 +24,6 @@ pytest.importorskip("triton")
 from mxfp4_fx.core import hardware
 from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops import triton as launcher
-from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
-from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
 
 LAYOUTS = [spec.partition(":")[2] for spec in TRITON]
 
@@ -410,11 +408,10 @@ class launches:
         self.patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> Counter[str]:
-        for module in (matmul_kernels, routing_kernels):
-            for name, kernel in vars(module).items():
-                if name.endswith("_kernel"):
-                    counting = _Counting(name, kernel if self.run else None, self.counted)
-                    self.patch.setattr(module, name, counting)
+        for name, kernel in vars(launcher).items():
+            if name.endswith("_kernel"):
+                counting = _Counting(name, kernel if self.run else None, self.counted)
+                self.patch.setattr(launcher, name, counting)
         return self.counted
 
     def __exit__(self, *_: object) -> None:

@@ -83,7 +83,7 @@ def rows_and_k(x: Tensor) -> tuple[int, int]:
     """The shape of x.
 
     Raises:
-        TypeError: its dtype is none of ``target.DTYPES``.
+        TypeError: its dtype is none of ``hardware.DTYPES``.
         ValueError: it is not [rows, K] with whole blocks of K.
     """
     if x.dtype not in DTYPES:

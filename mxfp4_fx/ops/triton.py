@@ -19,8 +19,14 @@ from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import Routes
-from mxfp4_fx.ops.triton_kernels import matmul as matmul_kernels
-from mxfp4_fx.ops.triton_kernels import routing as routing_kernels
+from mxfp4_fx.ops.triton_kernels.epilogue import combine_kernel
+from mxfp4_fx.ops.triton_kernels.matmul import matmul_ogs_kernel
+from mxfp4_fx.ops.triton_kernels.routing import (
+    decide_kernel,
+    place_kernel,
+    routing_kernel,
+    scan_kernel,
+)
 
 # Target and terms. gfx942 has no such instruction, and Triton 3.6 cannot compile tl.dot_scaled for
 # it; the interpreter takes its bfloat16 operand through float16, where small terms are lost.
@@ -63,7 +69,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     grid = (-(-n // tile.block_n) * row_tiles, tile.splits)
     alpha, limit = (0.0, 0.0) if activation is None else (activation.alpha, activation.limit)
     with _on(x.device):
-        matmul_kernels.matmul_ogs_kernel[grid](
+        matmul_ogs_kernel[grid](
             x, blocks, scales, None if bias is None else bias.contiguous(), _int32(rows.offsets),
             None if rows.gather is None else _int32(rows.gather),
             None if rows.scatter is None else _int32(rows.scatter),
@@ -83,7 +89,7 @@ def _combine(parts: Tensor, y: Tensor, per_token: int, splits: int) -> None:
     """Sum parts [splits, R, N] of a token's rows into y [T, N]."""
     tokens, columns = y.shape
     bt, bn = _COMBINE_TILE
-    matmul_kernels.combine_kernel[(-(-tokens // bt), -(-columns // bn))](
+    combine_kernel[(-(-tokens // bt), -(-columns // bn))](
         parts, y, tokens, N=columns, A=per_token, SPLITS=splits, BT=bt, BN=bn, **tiles.OPTIONS
     )
 
@@ -140,19 +146,19 @@ def _route(
     blocks = -(-t // bt)
     with _on(device):
         if rows <= _ONE_PROGRAM_ROUTES:
-            routing_kernels.routing_kernel[(1,)](
+            routing_kernel[(1,)](
                 *inputs, *routes, t, e, first_expert, GIVEN=given, **shape, num_warps=warps
             )
             return routes
         block_counts, counts = empty(blocks, groups), empty(groups)
-        routing_kernels.decide_kernel[(blocks,)](
+        decide_kernel[(blocks,)](
             *inputs, block_counts, t, e, first_expert, GIVEN=given, **shape, num_warps=warps
         )
         bb, bg = _SCAN_TILE[0], min(_SCAN_TILE[1], groups)
-        routing_kernels.scan_kernel[(groups // bg,)](
+        scan_kernel[(groups // bg,)](
             block_counts, counts, blocks, BB=bb, BG=bg, GROUPS=groups, **tiles.OPTIONS
         )
-        routing_kernels.place_kernel[(blocks,)](
+        place_kernel[(blocks,)](
             *notes, block_counts, counts, *routes, t, e, **shape, num_warps=warps
         )
     return routes

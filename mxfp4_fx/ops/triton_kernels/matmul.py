@@ -1,4 +1,4 @@
-"""The grouped matmul with outer gather and scatter, and the sum over a token's rows.
+"""The grouped matmul with outer gather and scatter.
 
 The weight tile is the left operand: ``acc[n, m] = weight[n, k] x[m, k]^T``. It comes out of
 registers, where it was decoded, and the activations out of shared memory.
@@ -12,19 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxfp4_fx.ops.triton_kernels.arithmetic import (
-    UNIT,
-    rounded,
-    swiglu,
-    take_term,
-    uniform,
-)
+from mxfp4_fx.ops.triton_kernels.arithmetic import UNIT, take_term, uniform
 from mxfp4_fx.ops.triton_kernels.decode import (
     TILE_SCALE_WORDS,
     TILE_WORDS,
     decode_fragments,
     decode_rows,
 )
+from mxfp4_fx.ops.triton_kernels.epilogue import finish, put, tile_rows
 
 
 @triton.jit
@@ -62,13 +57,6 @@ def _multiply(acc, weight, x, TERMS: tl.constexpr):
         term, rest = take_term(rest)
         acc = tl.dot(weight, term.T, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def _rows(first_row, stop, BM: tl.constexpr):
-    """The rows of a tile, and which of them are its own; the others repeat the last."""
-    row = first_row + tl.arange(0, BM)
-    return tl.minimum(row, stop - 1), row < stop
 
 
 @triton.jit
@@ -169,82 +157,6 @@ def _has_extreme_scale(scales, in_n, K: tl.constexpr, BN: tl.constexpr, BK: tl.c
 
 
 @triton.jit
-def _put(
-    value, first_row, stop, split, scatter_index, y, rows, n_tile, N: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Store ``value`` [BN, BM] as a tile of y's columns, in rows [first_row, stop) or slots."""
-    row, in_rows = _rows(first_row, stop, BM)
-    if scatter_index is None:
-        to = row.to(tl.int64)
-    else:
-        to = split.to(tl.int64) * rows + tl.load(scatter_index + row)
-    n = n_tile * BN + tl.arange(0, BN)
-    at = y + to[None, :] * N + n[:, None]
-    tl.store(at, rounded(value, y.dtype.element_ty), mask=(n < N)[:, None] & in_rows[None, :])
-
-
-@triton.jit
-def _finish_part(
-    acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
-    N: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """:func:`_finish` for no more elements than registers hold beside their addresses."""
-    COLUMNS: tl.constexpr = BN // 2 if SWIGLU else BN
-    n = n_tile * COLUMNS + tl.arange(0, COLUMNS)
-    biased = tl.where(split == 0, N, 0)  # columns that get a bias
-    if SWIGLU:
-        if LAYOUT == "row_major":
-            gate, up = acc.reshape(BN // 2, 2, BM).permute(0, 2, 1).split()
-        else:  # a tile's rows: eight gates, then their eight ups
-            gate, up = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1).split()
-            gate, up = gate.reshape(COLUMNS, BM), up.reshape(COLUMNS, BM)
-        if bias is not None:
-            has_bias = 2 * n < biased
-            gate += tl.load(bias + 2 * n, mask=has_bias, other=0.0).to(tl.float32)[:, None]
-            up += tl.load(bias + 2 * n + 1, mask=has_bias, other=0.0).to(tl.float32)[:, None]
-        value = swiglu(gate, up, alpha, limit)
-    else:
-        value = acc
-        if LAYOUT != "row_major":
-            value = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 1, 3).reshape(BN, BM)
-        if bias is not None:
-            value += tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)[:, None]
-    if gammas is not None:
-        row, _in_rows = _rows(first_row, stop, BM)
-        value *= tl.load(gammas + row)[None, :]
-    _put(
-        value, first_row, stop, split, scatter_index, y, rows, n_tile, N // 2 if SWIGLU else N, BM,
-        COLUMNS,
-    )  # fmt: skip
-
-
-@triton.jit
-def _finish(
-    acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
-    N: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """Bias, SwiGLU and gammas for ``acc`` [BN, BM], then :func:`_put`. ``bias``: the expert's."""
-    if BN * BM > 16384:
-        first, second = acc.reshape(BN, 2, BM // 2).permute(0, 2, 1).split()
-        _finish_part(
-            first, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha,
-            limit, N, LAYOUT, SWIGLU, BM // 2, BN,
-        )  # fmt: skip
-        _finish_part(
-            second, bias, first_row + BM // 2, stop, split, scatter_index, gammas, y, rows, n_tile,
-            alpha, limit, N, LAYOUT, SWIGLU, BM // 2, BN,
-        )  # fmt: skip
-    else:
-        _finish_part(
-            acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
-            N, LAYOUT, SWIGLU, BM, BN,
-        )  # fmt: skip
-
-
-@triton.jit
 def _exact_fragments(
     blocks, scales, bias, x, first_row, stop, first, split, scatter_index, gammas, y, rows,
     n_tile, alpha, limit, N: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
@@ -257,14 +169,14 @@ def _exact_fragments(
     instruction before the next.
     """
     PART: tl.constexpr = 32
-    _row, in_rows = _rows(first_row, stop, BM)
+    _row, in_rows = tile_rows(first_row, stop, BM)
     for part in range(n_tile * (BN // PART), (n_tile + 1) * (BN // PART)):
         words, w_scales, _is_wide = _fragments(blocks, scales, part, N, K, PART)
         acc = _multiply_fragments(
             tl.zeros((PART, BM), tl.float32), words, w_scales, x, in_rows, first, K, PART, STEPS,
             1, LAYOUT == "wgmma_fragments", True, TERMS,
         )  # fmt: skip
-        _finish(
+        finish(
             acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, part, alpha, limit,
             N, LAYOUT, SWIGLU, BM, PART,
         )  # fmt: skip
@@ -311,7 +223,7 @@ def matmul_ogs_kernel(
     first_row = start + row_tile * BM
     if uniform(expert == experts, IS_FRAGMENTS):
         COLUMNS: tl.constexpr = BN // 2 if SWIGLU else BN
-        _put(
+        put(
             tl.zeros((COLUMNS, BM), tl.float32), first_row, stop, split, scatter_index, y, rows,
             n_tile, N // 2 if SWIGLU else N, BM, COLUMNS,
         )  # fmt: skip
@@ -319,7 +231,7 @@ def matmul_ogs_kernel(
     expert = expert.to(tl.int64)
     if bias is not None:
         bias += expert * N
-    row, in_rows = _rows(first_row, stop, BM)
+    row, in_rows = tile_rows(first_row, stop, BM)
     token = row if gather_index is None else tl.load(gather_index + row)
     x_rows = x + token.to(tl.int64)[:, None] * x_stride
     first = split * STEPS if SPLITS > 1 else 0
@@ -361,29 +273,7 @@ def matmul_ogs_kernel(
             acc = _multiply_rows(
                 acc, codes, w_scales, x_rows, in_rows, in_n, first, K, BN, BK, STEPS, False, TERMS
             )
-    _finish(
+    finish(
         acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
         N, LAYOUT, SWIGLU, BM, BN,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def combine_kernel(
-    parts, y, tokens, N: tl.constexpr, A: tl.constexpr, SPLITS: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """``y[t] = sum over a of (sum over s of parts[s, t A + a])``, in this order.
-
-    parts: [SPLITS, T A, N] float32; y: [T, N]. Grid: (T / BT, N / BN), rounded up.
-    """
-    t = tl.program_id(0) * BT + tl.arange(0, BT).to(tl.int64)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask = (t < tokens)[:, None] & (n < N)[None, :]
-    total = tl.zeros((BT, BN), tl.float32)
-    for a in range(A):
-        slot = parts + (t * A + a)[:, None] * N + n[None, :]
-        row = tl.load(slot, mask=mask, other=0.0)
-        for s in range(1, SPLITS):
-            row += tl.load(slot + s * tokens.to(tl.int64) * A * N, mask=mask, other=0.0)
-        total += row
-    tl.store(y + t[:, None] * N + n[None, :], rounded(total, y.dtype.element_ty), mask=mask)
