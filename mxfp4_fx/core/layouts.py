@@ -38,7 +38,7 @@ class Layout(ABC):
         """Invert :meth:`swizzle`."""
 
     def extremes(self, scales: Tensor) -> Tensor | None:
-        """The flags in swizzled ``scales`` (of one expert, or of many): nonzero for extreme ones.
+        """Return the flags in swizzled ``scales`` of one or more experts: nonzero if extreme.
 
         A layout says what is extreme; NaN, 255, always is. None: this one has no flags.
         """

@@ -55,7 +55,10 @@ def check_region(
 
 
 def is_parameter(node: fx.Node, value: object) -> bool:
-    """A parameter, a buffer or another tensor that Dynamo knows to stay the same object."""
+    """Return whether an input is a parameter, or a tensor that Dynamo marks as static.
+
+    Dynamo marks buffers and other tensors that are the same object at every call.
+    """
     return isinstance(value, torch.nn.Parameter) or torch_private.is_noted_as_weight(node)
 
 

@@ -1,4 +1,4 @@
-"""What every pass is given besides the graph."""
+"""The arguments of every pass besides the graph."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class Context:
     """The state of one run of the pipeline.
 
     Attributes:
-        options: what the user asked for.
+        options: the user's options.
         inputs: the captured graph's example inputs; parameters are the model's own.
-        left: for inputs that are weights of experts whose module is known: why the user wants them
-            left as they are, or None. Of other experts only the name in the graph is known.
+        left: index of an input -> why the user wants its experts left as they are, or None if they
+            may be rewritten. It holds the weights of experts whose module is known. For all others
+            the name in the graph decides.
         report: what the passes found: misses by ``fuse_moe``, rewrites by ``lower_moe``.
-        verifying: keep each original region beside its rewrite and compare the two; the graph is
-            then for one eager call.
+        verifying: keep each original region beside its rewrite and compare their results. Such a
+            graph is for one eager call.
         bindings: filled by ``lower_moe``: the weights that the graph reads swizzled.
         targets: what :meth:`target_for` has chosen so far.
     """

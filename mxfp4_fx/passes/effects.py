@@ -66,7 +66,7 @@ _OPERATORS: dict[Any, Effect] = {
 
 
 def _aten(node: fx.Node) -> list[OpOverload]:
-    """The ATen ops that a method, or a builtin function of torch's, may be without ``out``."""
+    """Return the ATen ops that a Tensor method or a builtin of torch may call without ``out``."""
     if node.op == "call_method":
         name = str(node.target)
     elif isinstance(node.target, types.BuiltinFunctionType):
@@ -77,7 +77,7 @@ def _aten(node: fx.Node) -> list[OpOverload]:
         return []
     packet = getattr(torch.ops.aten, name, None)
     found = [op for op in overloads(packet) if not _is_out(op)] if packet else []
-    # Python's lists have methods of the same names (``sort``) in TorchScript.
+    # Some overloads are TorchScript's methods of Python lists, such as ``sort``.
     of_tensors = [op for op in found if str(schema_of(op).arguments[0].type) == "Tensor"]
     return of_tensors or found
 

@@ -108,7 +108,7 @@ _FUNCTIONS: dict[Any, str] = {
 _SAME_NAME = set(_SIGNATURES) - {"getitem", "cast", "grouped_mm", "linear", "floordiv"}
 _FUNCTIONS |= {getattr(torch, n): n for n in _SAME_NAME | _VIEWS if hasattr(torch, n)}
 _METHODS = {n: n for n in _SAME_NAME | _VIEWS} | {"floor_divide": "floordiv", "clip": "clamp"}
-# Which grouped matmuls there are depends on the versions installed.
+# The grouped matmuls that the installed torch has.
 _GROUPED_MM = {
     torch_private.grouped_mm,
     getattr(torch.nn.functional, "grouped_mm", None),
@@ -200,7 +200,7 @@ def _read_cast(node: fx.Node) -> Call | None:
 
 
 def _read_own(node: fx.Node) -> Call | None:
-    """An op of this package, by its schema."""
+    """Read a call of an op of this package, by its schema."""
     assert is_op(node.target)
     args = {a.name: a.default_value for a in schema_of(overloads(node.target)[0]).arguments}
     args |= dict(zip(args, node.args, strict=False)) | node.kwargs
@@ -254,14 +254,14 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def is_op(target: object) -> TypeGuard[OpOverload | OpOverloadPacket]:
-    """Whether a call's target is an op of torch's dispatcher, so that it has schemas."""
+    """Return whether a call's target is an op of torch's dispatcher, and so has schemas."""
     return isinstance(target, OpOverload | OpOverloadPacket)
 
 
 def overloads(
     target: OpOverload | OpOverloadPacket,
 ) -> list[OpOverload]:
-    """The op itself, or all that a call of the packet may mean."""
+    """Return the overload itself, or all overloads of a packet."""
     if isinstance(target, OpOverload):
         return [target]
     return [getattr(target, name) for name in target.overloads()]

@@ -1,4 +1,4 @@
-"""Third pass: logical ops become device ops, expert weights become swizzled MXFP4 inputs.
+"""Third pass: lower logical ops to device ops, and expert weights to swizzled MXFP4 inputs.
 
 ``mxfp4::moe`` -> ``routing`` -> ``matmul_ogs`` (SwiGLU) -> ``matmul_ogs`` (gammas, scatter). The
 parameters that only the experts read leave the graph's inputs; in their place come blocks and
@@ -30,7 +30,7 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
     """Expand every ``mxfp4::moe`` for its device; report it with kernels, layout and bytes."""
     slots = {node: at for at, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     swizzled: dict[tuple[fx.Node, ...], tuple[fx.Node, fx.Node]] = {}
-    # Not those that the model itself calls: about them nothing is proven.
+    # A node without REWRITE is one that the model itself calls. Nothing is proven about it.
     for node in [node for node in gm.graph.nodes if REWRITE in node.meta]:
         rewrite = node.meta.pop(REWRITE)
         values = _arguments(node)
@@ -81,7 +81,8 @@ def _swizzled_inputs(
         with first.graph.inserting_after(after):
             stem = first.name.rstrip("_").removesuffix("_blocks")
             node = first.graph.placeholder(f"{stem}_{end}")
-        node.target = node.name  # the argument's name, which two pairs with common blocks share
+        # Two weights with the same blocks give the same stem; only the node's name is unique.
+        node.target = node.name
         node.meta["example_value"] = value
         torch_private.note_as_weight(node)
         nodes.append(after := node)
@@ -103,8 +104,8 @@ def _expand(
         made = graph.call_function(function, args, kwargs)
         made.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
         fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
-        # The graph may switch gradients off around the experts. Hooks on saved tensors are for the
-        # run (activation checkpointing counts them).
+        # The graph may switch gradients off around the experts, so the node's own mode is set.
+        # Hooks on saved tensors must not run now: activation checkpointing counts their calls.
         recorded = torch.set_grad_enabled(_fake(node).requires_grad)
         unhooked = torch_private.without_saved_tensor_hooks()
         with recorded, unhooked, _fake(node).fake_mode:  # type: ignore[attr-defined]

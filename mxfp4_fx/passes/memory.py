@@ -41,7 +41,7 @@ def _storage(value: Tensor) -> object:
 
 
 def is_transformed(value: Tensor) -> bool:
-    """Whether a value is inside a function transform (``torch.func``: vmap, grad)."""
+    """Return whether a value is inside a function transform (``torch.func``: vmap, grad)."""
     return bool(torch_private.is_transformed(value))
 
 

@@ -180,7 +180,7 @@ FOREIGN_EXPERTS = "transformers/integrations/mxfp4.py"
 def matmul_ogs(
     x: Expr, blocks: Expr, scales: Expr, bias: Expr, n: Scalar, offsets: Expr, **changes: Any
 ) -> Op:
-    """With the op's defaults where nothing else is said, but for constants that are not used."""
+    """Build the op with its defaults for what is not given; constants without effect may be any."""
     args = {"blocks": blocks, "scales": scales, "bias": bias, "n": n, "expert_offsets": offsets}
     defaults: dict[str, Any] = {"gather_index": None, "scatter_index": None, "gammas": None}
     defaults |= {"experts_per_token": 1, "activation": "none"}

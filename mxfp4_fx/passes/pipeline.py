@@ -82,7 +82,7 @@ def run_pass(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy with a graph of its own and the same submodules; keeps what Dynamo noted on it."""
+    """Copy a graph module: a new graph, the same submodules, and what Dynamo recorded on it."""
     graph = torch_private.empty_graph_like(gm.graph)
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
