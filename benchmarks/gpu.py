@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import random
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,26 +34,23 @@ from benchmarks.contenders import (
 from benchmarks.gpu_compile import Compiler, Job
 from benchmarks.gpu_device import Device
 from benchmarks.gpu_measure import measure, measure_parts
-from benchmarks.gpu_report import Results, Row, text
+from benchmarks.gpu_options import SETTINGS, parse
+from benchmarks.gpu_report import text, with_ratios
 from benchmarks.gpu_tune import tune
 from benchmarks.moe import Problem, Sizes
 from benchmarks.timing import Clock, milliseconds
 from mxfp4_fx.ops import tiles
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-EXPERTS = (32, 128)
-PEERS = ("triton_kernels", "grouped_mm", "batched_mm")
 BATCHED_TOKENS = 16  # batched_mm copies an expert's weights for every routed row: 33 MB each
 BF16_LAYERS = 3  # of which one token reads 200 MB
 KERNELS = "triton"
-MODES = ("default", "max-autotune-no-cudagraphs")
 SPARE_BYTES = 4 << 30  # for activations and graphs
 COMPILE_SECONDS = 120.0
 SLOW_CALL = 1.0  # seconds of one MLP; what may take longer is not measured
 
 
 def main(argv: list[str] | None = None, clock: Clock = time.perf_counter) -> int:
-    args = parse(argv)
+    args = parse(argv, __doc__)
     log = command.start(args, clock)
     device = Device(args.device, clock)
     limit = torch._dynamo.config.patch(recompile_limit=64)
@@ -91,23 +85,35 @@ class Run:
             "layout": self.layout,
             "error_bound": next(iter(self.problems.values())).error_bound,
         }
-        self.results = Results({"machine": device.facts(), "settings": settings}, args.output)
+        self.results: dict[str, Any] = {
+            "complete": False,
+            "stopped": "interrupted",
+            "machine": device.facts(),
+            "settings": settings,
+            **{name: {} for name in ("floors", "contenders", "unavailable")},
+            **{name: [] for name in ("rows", "skipped", "notes")},
+        }
 
     def all(self) -> int:
         """Measure everyone, most important first; the exit status."""
         results = self.results
         try:
             self._measure_everyone()
-            results.complete, results.stopped = True, None
+            results |= {"complete": True, "stopped": None}
         except WrongResult as error:
-            results.stopped = f"wrong result: {error}"
+            results["stopped"] = _first_line(error)
         finally:  # an interrupted run leaves what it has
-            results.head["seconds"] = self.device.clock() - self.started
-            results.write()
-        command.finish(self.args, results.data(), text(results.data()))
-        if results.stopped:
-            print(results.stopped, file=sys.stderr)
-        return 0 if results.complete else 1
+            results["seconds"] = self.device.clock() - self.started
+            self._write()
+        found = with_ratios(results)
+        command.finish(self.args, found, text(found))
+        if results["stopped"]:
+            print(results["stopped"], file=sys.stderr)
+        return 0 if results["complete"] else 1
+
+    def _write(self) -> None:
+        """What there is by now; a run that is cut off leaves it, marked as incomplete."""
+        command.write(self.args.output, with_ratios(self.results))
 
     def _measure_everyone(self) -> None:
         self._measure_floors()
@@ -130,7 +136,7 @@ class Run:
         self.log("measuring floors")
         self.device.measure_floors()
         self.device.release()
-        self.results.floors = self.device.floors()
+        self.results["floors"] = self.device.floors()
 
     def _measure_ours(self, experts: int) -> None:
         try:
@@ -142,10 +148,10 @@ class Run:
             self._cells(name, ours)
         for tokens in self.args.tokens:
             row = self._row(experts, tokens)
-            if "ours" in row.ms and not self._is_late():
+            if "ours" in row["ms"] and not self._is_late():
                 times = measure_parts(ours, tokens, self.device, self.args.cell_seconds / 4)
-                row.parts_ms = {name: milliseconds(samples) for name, samples in times.items()}
-        self.results.write()
+                row["parts_ms"] = {name: milliseconds(samples) for name, samples in times.items()}
+        self._write()
 
     def _count_launches(self) -> None:
         """Of ours. Profilers leave traces in the times of what comes after them: hence last."""
@@ -156,12 +162,12 @@ class Run:
             for tokens in self.args.tokens:
                 call = partial(ours.run, 0, problem.inputs(tokens))
                 call()
-                self._row(experts, tokens).launches["ours"] = self.device.launches(call)
+                self._row(experts, tokens)["launches"]["ours"] = self.device.launches(call)
 
     def _measure_peer(self, peer: str, experts: int) -> None:
         if self._is_late():
             for tokens in self.args.tokens:
-                self.results.skip(peer, experts, tokens, "the time was up")
+                self._skip(peer, experts, tokens, "the time was up")
             return
         try:
             contenders = list(self._made(peer, experts))
@@ -231,7 +237,7 @@ class Run:
                 f"two layers of {bytes_ / 1e9:.1f} GB do not fit into {(free or 0) / 1e9:.0f} GB"
             )
         if fit < wanted:
-            self.results.notes.append(
+            self.results["notes"].append(
                 f"{kind}, {sizes.experts} experts: {fit} layers, not {wanted}"
             )
         self.log(f"making {min(wanted, fit)} layers of {sizes.experts} experts for {kind}")
@@ -254,120 +260,84 @@ class Run:
                     reason = self._forgivable(contender, error)
                 self.device.release()
             if reason:
-                self.results.skip(name, experts, tokens, reason)
-            self.results.write()
+                self._skip(name, experts, tokens, reason)
+            self._write()
 
     def _measure(self, name: str, contender: Contender, tokens: int) -> float:
         """Seconds of one MLP, once all that was found out stands in the results."""
         found = measure(contender, tokens, self.device, self.args.cell_seconds)
         row = self._row(contender.problem.sizes.experts, tokens)
-        row.ms[name] = milliseconds(found.samples)
-        row.uncaptured_ms[name] = milliseconds(found.uncaptured)
-        row.relative_error[name] = found.error
-        row.captured[name] = self.device.is_gpu and not found.why_uncaptured
+        row["ms"][name] = milliseconds(found.samples)
+        row["uncaptured_ms"][name] = milliseconds(found.uncaptured)
+        row["relative_error"][name] = found.error
+        row["captured"][name] = self.device.is_gpu and not found.why_uncaptured
         if found.why_uncaptured:
             where = contender.where(tokens)
-            self.results.notes.append(f"{where} cannot be captured: {found.why_uncaptured}")
+            self.results["notes"].append(f"{where} cannot be captured: {found.why_uncaptured}")
         least = min(found.samples)
-        self.log(f"{name}, {row.experts} experts, T={tokens}: {1e6 * least:.1f} us")
+        self.log(f"{name}, {row['experts']} experts, T={tokens}: {1e6 * least:.1f} us")
         return least
 
     def _forgivable(self, contender: Contender, error: Exception) -> str:
         """Why there is no time, if the run may go on without; otherwise the error is raised."""
         if isinstance(error, torch.OutOfMemoryError):
-            return "out of memory"
+            return _first_line(error)
         if isinstance(contender, Ours):
             raise error
-        if isinstance(error, WrongResult):
-            if not self.args.drop_wrong:
-                raise error
-            return f"wrong result: {error}"
+        if isinstance(error, WrongResult) and not self.args.drop_wrong:
+            raise error
         self.device.synchronize()  # raises if the device itself failed
         return _first_line(error)
 
     def _is_late(self) -> bool:
         return self.device.clock() > self.started + self.args.seconds
 
-    def _row(self, experts: int, tokens: int) -> Row:
-        rows, problem = self.results.rows, self.problems[experts]
-        if (experts, tokens) not in rows:
-            routed = tokens * problem.sizes.top_k
-            tile = dataclasses.asdict(tiles.serving(self.tiles, routed, experts))
-            facts = problem.hit(tokens), problem.work(tokens), tile
-            rows[experts, tokens] = Row(experts, tokens, *facts)
-        return rows[experts, tokens]
+    def _row(self, experts: int, tokens: int) -> dict[str, Any]:
+        """One number of experts and of tokens. Times are milliseconds of one MLP, by contender:
+        ms of replayed CUDA graphs unless ``captured`` says otherwise, uncaptured_ms launched one by
+        one; parts_ms of ours, each part in a graph of its own.
+        """
+        rows: list[dict[str, Any]] = self.results["rows"]
+        problem = self.problems[experts]
+        for row in rows:
+            if (row["experts"], row["tokens"]) == (experts, tokens):
+                return row
+        tile = tiles.serving(self.tiles, tokens * problem.sizes.top_k, experts)
+        by_contender = ("ms", "uncaptured_ms", "parts_ms", "relative_error", "captured", "launches")
+        row = {
+            "experts": experts,
+            "tokens": tokens,
+            "experts_hit": problem.hit(tokens),
+            **problem.work(tokens),
+            "tiles": dataclasses.asdict(tile),
+            **{name: {} for name in by_contender},
+        }
+        rows.append(row)
+        return row
+
+    def _skip(self, name: str, experts: int, tokens: int, reason: str) -> None:
+        where = {"contender": name, "experts": experts, "tokens": tokens}
+        self.results["skipped"].append({**where, "reason": reason})
 
     def _introduce(self, name: str, contender: Contender) -> None:
         kind = contender.kind if name != "ours_again" else "again"
         about: dict[str, Any] = {"label": contender.label, "kind": kind, "layers": {}}
-        about = self.results.contenders.setdefault(name, about)
+        about = self.results["contenders"].setdefault(name, about)
         about["layers"][str(contender.problem.sizes.experts)] = contender.layers
 
     def _unavailable(self, name: str, experts: int, error: Exception) -> None:
         reason = str(error) if isinstance(error, Unavailable) else _first_line(error)
-        self.results.unavailable[f"{name}, {experts} experts"] = reason
+        self.results["unavailable"][f"{name}, {experts} experts"] = reason
         self.log(f"{name}, {experts} experts: {reason}")
 
 
-SETTINGS = (
-    *("hidden", "intermediate", "top_k", "seed", "seconds", "cell_seconds", "compiler", "mode"),
-)
-
-
 def _first_line(error: Exception) -> str:
+    """What a reader needs of an error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
+    if isinstance(error, WrongResult):
+        return f"wrong result: {error}"
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.parser(__doc__)
-    numbers, names = command.numbers, command.names
-    add = parser.add_argument
-    add("--plot", type=Path, help="PNG or SVG; needs matplotlib")
-    add("--quick", action="store_true", help="small random sizes, little time")
-    add("--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1")
-    add("--tokens", type=numbers, help=f"T, separated by commas; {','.join(map(str, TOKENS))}")
-    add("--experts", type=numbers, help=f"E; {','.join(map(str, EXPERTS))}")
-    for name in ("hidden", "intermediate", "top_k"):
-        add(f"--{name.replace('_', '-')}", type=int)
-    add("--layers", type=int, help="to rotate over; enough for several times the L2 cache")
-    add("--layout", choices=sorted(tiles.LAYOUTS), help="the device's own")
-    add("--peers", type=names, default=PEERS, help=f"of {','.join(PEERS)}; ours is always there")
-    add("--triton-kernels", type=Path, metavar="FOLDER", help="where triton_kernels is")
-    add("--compiler", default="inductor", help="the Dynamo backend that bfloat16 is compiled with")
-    add("--mode", choices=MODES, default=MODES[0], help="of Inductor")
-    add("--compilers", type=int, help="processes that compile ahead; as many as cores, up to 12")
-    add("--seconds", type=float, default=420.0, help="nothing is begun afterwards")
-    add("--cell-seconds", type=float, help="for the samples of one time: 0.12")
-    add("--seed", type=int, help="of weights and inputs; a fresh one")
-    add("--tune", action="store_true", help="find tiles and write the target's table instead")
-    add("--tune-seconds", type=float, default=420.0)
-    add("--table-folder", type=Path, help="where --tune writes; the package's tables")
-    add("--drop-wrong", action="store_true", help="a wrong peer is left out, not the run's end")
-    args = parser.parse_args(argv)
-
-    if args.seed is None:
-        args.seed = random.SystemRandom().randrange(1 << 31)
-    drawn, quick, full = random.Random(args.seed), args.quick, Sizes()
-    args.hidden = args.hidden or (32 * drawn.randint(1, 3) if quick else full.hidden)
-    args.intermediate = args.intermediate or (32 * drawn.randint(1, 3) if quick else full.hidden)
-    args.top_k = args.top_k or (2 if quick else full.top_k)
-    args.tokens = args.tokens or ((1, drawn.randint(2, 6)) if quick else TOKENS)
-    args.experts = args.experts or ((3, 5) if quick else EXPERTS)
-    args.cell_seconds = args.cell_seconds or (0.01 if quick else 0.12)
-    if unknown := set(args.peers) - set(PEERS):
-        parser.error(f"--peers: {', '.join(sorted(unknown))}: not of {', '.join(PEERS)}")
-    args.peers = [peer for peer in PEERS if peer in args.peers]
-    if args.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error(
-            "on a CPU Triton's kernels run in its interpreter only: set TRITON_INTERPRET=1"
-        )
-    if args.device != "cpu" and not torch.cuda.is_available():
-        parser.error("there is no CUDA GPU; --device cpu runs Triton's interpreter, to test this")
-    if args.tune and args.device == "cpu" and args.table_folder is None:
-        parser.error("what is tuned in the interpreter is no table: name a --table-folder")
-    return args
 
 
 if __name__ == "__main__":

@@ -215,11 +215,11 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     return ((result.double() - truth).norm() / truth.norm()).item()
 
 
-def floor(work: dict[str, float], memory: float, matrix: float) -> dict[str, Any]:
+def floor(work: dict[str, Any], memory: float, matrix: float) -> dict[str, Any]:
     """The larger of two times in milliseconds, and which it is.
 
     Args:
-        work: of :meth:`Problem.work`.
+        work: bytes and flops, as :meth:`Problem.work` tells them.
         memory: bytes a second.
         matrix: floating-point operations a second.
     """

@@ -2,8 +2,8 @@
 
 ``python tests/aot.py TARGET DTYPE,... [TARGET DTYPE,... ...]`` compiles every tile of a target's
 table, for both matmuls of an MLP of GPT-OSS's sizes, and the other kernels, and prints a JSON
-object: a target's list of :class:`Fact` objects, one for each compilation. After ``--one-a-regime``
-it is one tile of a regime, in one of the matmuls, and of the other kernels the first of each kind.
+object: a target's list of :class:`Fact` objects, one for each compilation. ``TARGET:REGIME,...``
+compiles one tile of each of these regimes, for one of the matmuls, and of routing one kernel.
 No GPU is needed. It is a program of its own because tests run with Triton's interpreter switched
 on, which cannot compile.
 """
@@ -99,7 +99,7 @@ def matmul_values(
     }  # fmt: skip
 
 
-def matmul_facts(name: str, dtype: str = "bf16", one_a_regime: bool = False) -> Iterator[Fact]:
+def matmul_facts(name: str, dtype: str = "bf16", regimes: str = "") -> Iterator[Fact]:
     from mxfp4_fx.ops import tiles
     from mxfp4_fx.ops.triton import _WITHOUT_DOT_SCALED as WITHOUT_DOT_SCALED
     from mxfp4_fx.ops.triton_kernels.matmul import matmul_ogs_kernel
@@ -108,12 +108,12 @@ def matmul_facts(name: str, dtype: str = "bf16", one_a_regime: bool = False) -> 
     matmuls = (False, 2 * INTERMEDIATE, HIDDEN), (True, HIDDEN, INTERMEDIATE)
     seen: set[str] = set()
     for entry in tiles.table(tiles.table_name(name, layout)):
-        if one_a_regime and entry.regime in seen:
+        if regimes and (entry.regime in seen or entry.regime not in regimes.split(",")):
             continue
         seen.add(entry.regime)
         for down, n, k in matmuls:
             # Of decode the one that splits K, of the others the one that has an activation.
-            if one_a_regime and down != (entry.regime == "decode"):
+            if regimes and down != (entry.regime == "decode"):
                 continue
             tile = tiles.fit(entry, layout, k, TERMS[dtype], down)
             scaled = (name, TERMS[dtype]) not in WITHOUT_DOT_SCALED
@@ -231,12 +231,11 @@ def loops(code: str) -> list[list[str]]:
 
 
 def main(arguments: list[str]) -> None:
-    one_a_regime = arguments[0] == "--one-a-regime"
-    asked = arguments[one_a_regime:]
     facts: dict[str, list[dict[str, Any]]] = {}
-    for name, dtypes in zip(asked[0::2], asked[1::2], strict=True):
-        made = [f for dtype in dtypes.split(",") for f in matmul_facts(name, dtype, one_a_regime)]
-        made += other_facts(name, one_a_regime)
+    for asked, dtypes in zip(arguments[0::2], arguments[1::2], strict=True):
+        name, _, regimes = asked.partition(":")
+        made = [f for dtype in dtypes.split(",") for f in matmul_facts(name, dtype, regimes)]
+        made += other_facts(name, few=bool(regimes))
         facts[name] = [dataclasses.asdict(fact) for fact in made]
     print(json.dumps(facts))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from combinations import covering
+from combinations import covering, exhaustive
 from implementations import ALPHA, LIMIT, Kernels
 from oracle import (
     Matrices,
@@ -124,8 +124,14 @@ def test_hidden_and_logits(kernels: Kernels, dtype: torch.dtype, a: int, t: int)
 
 
 @pytest.mark.any_layout
-@pytest.mark.parametrize("t", [0, 1, T])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "t"),
+    [
+        *((torch.float32, 1), (torch.bfloat16, 0), (torch.bfloat16, T)),
+        *(exhaustive(*case) for case in zip(DTYPES, (0, 1), strict=True)),
+        exhaustive(torch.float32, T),
+    ],
+)
 def test_hidden_and_given_weights(kernels: Kernels, dtype: torch.dtype, t: int) -> None:
     mlp = clamped_mlp(dtype)
     indices, weights = random_routes(t, E, A)
@@ -138,6 +144,7 @@ def test_hidden_and_given_weights(kernels: Kernels, dtype: torch.dtype, t: int) 
     check_gradients(f, plain, [random_hidden(t, dtype), weights.to(dtype)])
 
 
+@pytest.mark.any_layout
 @pytest.mark.parametrize(
     ("dtype", "gather", "scatter", "gammas", "activation"),
     covering(DTYPES, *[(False, True)] * 3, ("none", "swiglu")),

@@ -230,6 +230,14 @@ def test_weights_in_one_memory_that_do_not_overlap_are_separate() -> None:
     assert STORE.get(source(second), LAYOUT) is parts
 
 
+def test_another_place_in_the_same_memory() -> None:
+    flat = values(0, 4, 64, 64)
+    weight = nn.Parameter(flat[:2].detach())
+    assert is_right(weight)
+    weight.data = flat[2:]
+    assert is_right(weight)
+
+
 def test_views_that_are_made_anew_are_swizzled_once() -> None:
     flat, before = values(0, 4, 64, 64), STORE.swizzled
     for part in (flat[:2], flat[2:], flat[:2], flat[2:]):

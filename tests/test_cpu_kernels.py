@@ -92,17 +92,16 @@ def test_every_scale(cpu: Kernels, rows: int, exponent: int, dtype: torch.dtype)
     check_matmul(cpu, x, matrices, indices, gammas=False, activation="none")
 
 
-@pytest.mark.parametrize("rows", [1, 20])
-def test_a_flag_holds_for_its_panel_alone(cpu: Kernels, rows: int) -> None:
-    """One scale in one of five panels is outside of what the fast kernels can hold."""
-    matrices = Matrices.random(1, 160, 128)
-    scales = matrices.scales.clone()
-    scales[0, 70, 1] = 254
-    blocks = matrices.blocks.clone()
-    blocks[0, 70, 1] &= 0b1011_1011
-    x = randn(rows, 128)
+@pytest.mark.parametrize(("rows", "scale"), [(1, 254), (20, 254), (1, 255)])
+def test_a_flag_holds_for_its_panel_alone(cpu: Kernels, rows: int, scale: int) -> None:
+    """One scale in one of ten panels is outside of what the fast kernels can hold."""
+    matrices = Matrices.random(2, 160, 128)
+    scales, blocks = matrices.scales.clone(), matrices.blocks.clone()
+    scales[1, 70, 1] = scale
+    blocks[1, 70, 1] &= 0b1011_1011
+    x = randn(2 * rows, 128)
     x[:, 32:64] *= 2.0**-126  # what meets that scale
-    indices = torch.zeros((rows, 1), dtype=torch.long)
+    indices = torch.arange(2 * rows)[:, None] % 2
     check_matmul(cpu, x, Matrices(blocks, scales, matrices.bias), indices, activation="none")
 
 

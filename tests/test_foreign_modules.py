@@ -51,6 +51,7 @@ def test_strict_makes_it_an_error(loaded: Any) -> None:
         compile_with(mlp, options={"strict": True})(hidden(dtype=torch.bfloat16))
 
 
+@pytest.mark.exhaustive
 def test_explain_lists_each_layer(loaded: Any) -> None:
     told = mxfp4_fx.explain(loaded, tokens())
     assert [m.layer for m in told.misses] == [f"model.layers.{i}.mlp" for i in range(2)]

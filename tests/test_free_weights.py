@@ -212,7 +212,7 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def freed() -> Any:
+def freed_mlp() -> Any:
     """An MLP whose weights are freed: what is refused leaves it as it is."""
     module = dense()
     with torch.no_grad():
@@ -221,20 +221,20 @@ def freed() -> Any:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_other_uses_of_a_freed_weight_are_an_error(use: str, freed: Any) -> None:
+def test_other_uses_of_a_freed_weight_are_an_error(use: str, freed_mlp: Any) -> None:
     # Dynamo, and load_state_dict, wrap what is raised.
     with pytest.raises(RuntimeError) as caught:
-        USES[use](freed)
+        USES[use](freed_mlp)
     told = r"FreedParameter\(\(6, .*given back.*mxfp4_fx\.restore\(model\)"
     assert re.search(told, str(caught.value))
 
 
-def test_what_it_is_can_still_be_asked(freed: Any) -> None:
-    weight = freed.experts.down_proj
+def test_what_it_is_can_still_be_asked(freed_mlp: Any) -> None:
+    weight = freed_mlp.experts.down_proj
     assert (weight.shape, weight.dtype, weight.device.type) == ((6, 96, 64), torch.float32, "cpu")
     assert (weight.numel(), weight.ndim, weight.stride()) == (6 * 96 * 64, 3, (96 * 64, 64, 1))
     assert repr(weight) == "FreedParameter((6, 96, 64), dtype=torch.float32, device='cpu')"
-    assert sum(p.numel() for p in freed.parameters()) == sum(
+    assert sum(p.numel() for p in freed_mlp.parameters()) == sum(
         p.numel() for p in dense().parameters()
     )
 

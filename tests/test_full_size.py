@@ -139,15 +139,23 @@ def test_the_peak_is_the_most_since_it_began_anew() -> None:
     assert process_memory.peak() < peak - room // 2
 
 
-def test_mapped_bytes_are_those_of_the_files_that_are_read(tmp_path: Path) -> None:
+def test_mapped_bytes_are_files_and_anonymous_ones_are_not(tmp_path: Path) -> None:
     count = 8 << 20
     path = tmp_path / "some.mapped"
     path.write_bytes(bytes(count))
+    process = psutil.Process()
     assert process_memory.mapped_bytes(".mapped") == 0
+    before = process_memory.memory(process)
     mapped = torch.from_file(str(path), shared=True, size=count, dtype=torch.uint8)
     mapped.sum()
     assert process_memory.mapped_bytes(".mapped") == pytest.approx(count, rel=0.1)
     assert process_memory.mapped_bytes(".other") == 0
+    read = process_memory.memory(process)
+    assert read["mapped"] - before["mapped"] > count // 2 > read["anonymous"] - before["anonymous"]
+    room = bytearray(b"x") * (8 * count)
+    filled = process_memory.memory(process)
+    assert filled["anonymous"] - read["anonymous"] > len(room) // 2
+    assert filled["mapped"] - read["mapped"] < len(room) // 2
 
 
 def test_child_processes_count(tmp_path: Path) -> None:
@@ -283,7 +291,7 @@ def test_a_whole_run_tells_all_phases_and_no_paths(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     with pytest.raises(SystemExit, match="make room there"):
-        full_size.main(["--layers", "20000", "--silent", "--checkpoint", str(path)])
+        full_size.main(["--layers", "2000", "--silent", "--checkpoint", str(path)])
     assert not path.exists()
 
 

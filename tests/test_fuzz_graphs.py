@@ -6,12 +6,11 @@ import pytest
 from fuzz.graphs import fuzz, quiet, run_case
 from fuzz.self_check import deleted, deletions
 
-CASES = 100
 CHUNKS = [
     range(50),
     *(
-        pytest.param(range(seed, seed + CASES), marks=pytest.mark.exhaustive)
-        for seed in range(0, 5 * CASES, CASES)
+        pytest.param(range(seed, seed + 150), marks=pytest.mark.exhaustive)
+        for seed in range(50, 500, 150)
     ),
 ]
 

@@ -291,10 +291,16 @@ def check_all(
     inputs: list[Any],
     every: int,
 ) -> tuple[int, list[str]]:
-    """Apply every n-th change to a copy of its own; how many refused, and which rewritten."""
+    """Apply every n-th change, and every swap, each to a copy of its own.
+
+    Returns:
+        How many were refused, and which were rewritten.
+    """
     assert is_rewritten(gm, inputs)
     refused, rewritten, wrong = 0, [], []
-    for text, change in itertools.islice(changes(gm), 0, None, every):
+    for at, (text, change) in enumerate(changes(gm)):
+        if at % every and " <-> " not in text:
+            continue
         edited = copy_graph(gm)
         try:
             propagate(edited.graph, change({node.name: node for node in edited.graph.nodes}))

@@ -24,7 +24,7 @@ import hub_package
 import hub_repository
 import pytest
 import torch
-from combinations import covering
+from combinations import covering, exhaustive
 from implementations import Kernels, check_matmul, int32, randn
 from models import DTYPES, Graphs, compile_with, hidden, mlp, model, tokens
 from oracle import Matrices, assert_as_accurate, random_routes
@@ -382,7 +382,7 @@ def test_infinity_and_nan_are_in_the_first_term_only(dtype: torch.dtype) -> None
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [exhaustive(torch.float32), torch.bfloat16])
 def test_a_whole_model(served: None, dtype: torch.dtype) -> None:
     graphs = Graphs()
     exact = model(dtype, "eager").double()(tokens()).logits
@@ -400,6 +400,7 @@ def test_a_whole_model(served: None, dtype: torch.dtype) -> None:
 
 
 @needs_library
+@pytest.mark.exhaustive
 def test_through_inductor(served: None) -> None:
     module, x = mlp(), hidden()
     with torch.no_grad():

@@ -33,6 +33,7 @@ def test_an_mlp(dtype: torch.dtype, length: int) -> None:
         assert_as_accurate(actual.cpu(), reference.cpu(), truth)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("no_gradients")
 def test_a_whole_model_through_inductor() -> None:
     ids = tokens()
