@@ -1,7 +1,7 @@
 # make demo    compile a GPT-OSS model with backend="mxfp4" (CHECKPOINT: where its files are)
-# make test    run the tests, in six minutes on two cores
-# make test-all  then also those that are marked exhaustive: all tiles, both Tritons, all dtypes
-# make lint    check style, types and which room imports which
+# make test    run the tests, within six minutes on two cores
+# make test-all  run them and those marked exhaustive: all tiles, both Tritons, all dtypes
+# make lint    check style, types and the imports between rooms
 # make bench   measure the CPU's kernels beside others: build/cpu.json and a plot
 # make bench-gpu  measure a GPU's kernels beside others: build/gpu.json and a plot
 # make bench-full-size  gpt-oss-20b's sizes on two cores: memory and tokens a second, in a quarter of
@@ -9,9 +9,9 @@
 # make quality  train a small GPT-OSS and measure what MXFP4 costs it: build/quality.json and a plot
 # make clean   remove build/ and the caches; make distclean removes .venv too
 #
-# The first of them sets up .venv, which takes python3 (3.10 or newer, with venv and its headers) and
-# a C++ compiler: torch.compile and the CPU kernels build C++ on first use. `make PYTHON=...` chooses
-# the Python.
+# The first of these commands sets up .venv. It needs python3 (3.10 or newer, with venv and headers)
+# and a C++ compiler, because torch.compile and the CPU kernels build C++ on first use.
+# `make PYTHON=...` chooses the Python.
 
 PYTHON ?= python3
 CHECKPOINT ?= build/gpt-oss-2-layers
@@ -20,14 +20,14 @@ CXX_FILES := $(wildcard mxfp4_fx/ops/cpu_kernels/*.h mxfp4_fx/ops/cpu_kernels/*.
 TORCH := $(shell grep '^torch==' constraints.txt)
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/torchinductor
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
-# The oldest Triton that is supported, beside the newest: tests compile the kernels with both.
+# The oldest supported Triton, beside the newest: tests compile the kernels with both.
 OLDEST_TRITON := build/triton-3.6
 
 # A worker is a process with a compiler and threads of its own. The number of threads is the same on
-# every machine, for torch.compile generates other code for one thread than for several.
+# every machine, because torch.compile generates other code for one thread than for several.
 WORKERS = $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
 test test-all: export OMP_NUM_THREADS := 2
-# There are more threads than cores: those that wait give theirs away instead of spinning.
+# There are more threads than cores, so a thread that waits yields its core instead of spinning.
 test test-all: export OMP_WAIT_POLICY := passive
 test test-all: export TORCHINDUCTOR_COMPILE_THREADS := 1
 
@@ -37,8 +37,7 @@ demo: $(STAMP)
 	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
 
 test test-all: export MXFP4_FX_OLDEST_TRITON := $(OLDEST_TRITON)
-# Each worker takes files in a row, so that what a file sets up is made once, and those that have none
-# left take over from the others.
+# Each worker runs neighbouring tests, so that a file is set up once; an idle one takes from others.
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(STAMP) $(OLDEST_TRITON)/triton/__init__.py
