@@ -27,7 +27,7 @@ def covering(*axes: Sequence[Any], strength: int = 2) -> list[Any]:
     return [
         pytest.param(
             *(argument for value in values for argument in _arguments(value)),
-            id="-".join(str(a) for v in values for a in _arguments(v)).replace("torch.", ""),
+            id="-".join(_name(argument) for value in values for argument in _arguments(value)),
             marks=[] if at in chosen else [pytest.mark.exhaustive],
         )
         for at, values in enumerate(combinations)
@@ -41,6 +41,11 @@ def _places(axes: Sequence[Sequence[Any]]) -> list[tuple[int, ...]]:
 
 def _arguments(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def _name(argument: Any) -> str:
+    # The same in every process, which the text of a function is not.
+    return str(getattr(argument, "__name__", argument)).removeprefix("torch.")
 
 
 def exhaustive(*values: Any) -> Any:

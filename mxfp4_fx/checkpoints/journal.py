@@ -25,7 +25,6 @@ from mxfp4_fx.core.errors import CheckpointError
 def locked(partial: Path) -> Iterator[None]:
     """Keep other processes from working in a directory.
 
-
     Raises:
         CheckpointError: another one does.
     """
