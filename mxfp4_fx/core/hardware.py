@@ -18,7 +18,7 @@ from mxfp4_fx.core.errors import KernelsUnavailableError
 
 # Dtypes that experts compute in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Matrix units multiply bfloat16: an activation of this dtype is the sum of so many bfloat16 terms.
+# Activation dtype -> number of bfloat16 terms whose sum it is, for bfloat16 matrix units.
 BF16_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 

@@ -1,4 +1,4 @@
-"""Values that take long to load: each is loaded once, and a failure is not repeated in vain."""
+"""Values that take long to load: each is loaded once, and not tried again after a failure."""
 
 from __future__ import annotations
 

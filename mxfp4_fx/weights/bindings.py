@@ -103,7 +103,7 @@ class InputPlan:
 
     def inputs(self, args: tuple[Any, ...]) -> list[Any]:
         """Return the lowered graph's inputs for a call of the captured graph with ``args``."""
-        # The class of freed parameters would raise here.
+        # As plain tensors: the class of freed parameters would raise an error.
         with torch_private.as_plain_tensors():
             before = STORE.swizzled
             parts = self._look_up(args)

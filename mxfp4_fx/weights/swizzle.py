@@ -1,4 +1,4 @@
-"""Swizzle sources into blocks and scales in a kernel's layout, and unswizzle them."""
+"""Swizzling of sources into blocks and scales in a kernel's layout, and unswizzling."""
 
 from __future__ import annotations
 
