@@ -7,10 +7,10 @@ package's own ``routing`` orders a token's experts by their ids and breaks ties 
 
 This module makes up for what the package lacks or does in another way:
 
-- The package has no float32. With float16 activations it converts the weights to float16, too,
-  whose range is too small for their scales. So this module passes float16 as a sum of two bfloat16
-  terms and float32 as a sum of three. That is exact within bfloat16's range, at two and three times
-  the price.
+- The package has no float32. With float16 activations it converts the weights to float16, too, and
+  float16's range is too small for their scales. So this module passes float16 as a sum of two
+  bfloat16 terms and float32 as a sum of three. That is exact within bfloat16's range, and two and
+  three times as expensive.
 - With a scatter, or when it splits K to fill the device, the package applies the activation after
   the gammas, or to a token's sum. So this module applies gammas and scatter itself if there is an
   activation.
@@ -150,7 +150,7 @@ class _Call:
         routing = package.routing.RoutingData(
             self._gammas, data.hist, self._experts, self._experts_per_token, data
         )
-        # A new one each time: the package writes into it.
+        # A new object for each call, because the package writes into it.
         precision = package.matmul_ogs.PrecisionConfig(
             weight_scale=package.tensor.wrap_torch_tensor(self._scales), out_dtype=self._dtype
         )

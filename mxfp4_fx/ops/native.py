@@ -83,7 +83,7 @@ def load(path: str) -> ctypes.CDLL:
             results. Later calls raise the same error until an environment variable of
             :data:`_MATTERS` changes.
     """
-    library = libraries.loaded.get(path)  # the short way, for every call of an op
+    library = libraries.loaded.get(path)  # every call of an op takes this short way
     return libraries(path) if library is None else library
 
 

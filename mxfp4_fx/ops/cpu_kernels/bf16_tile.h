@@ -141,16 +141,18 @@ struct Bf16Tile {
     return _mm512_or_si512(_mm512_slli_epi32(down, 7), _mm512_slli_epi32(down, 23));
   }
 
-  // A tile times weights without their scales, which the sums of each block then meet.
+  // Multiplies a tile with weights without their scales, and the sums of each block with the
+  // scales.
   template <int N>
   static void multiply_direct(const int32_t* x, const uint8_t* panel, int64_t blocks, float* sums) {
-    // One row has two sums for each result, for a product waits for the one before in its sum.
+    // With one row each result has two sums, because a product waits for the one before it in a
+    // sum.
     constexpr int SETS = N == 1 ? 2 : 1;
     Sums<N> sum(sums);
     for (int64_t b = 0; b < blocks; b++, x += BLOCK / 2 * N) {
       const uint8_t* codes = block_codes(panel, b);
       const uint8_t* scales = block_scales(panel, b);
-      // With one row the hardware foresees enough, and more would cost time.
+      // With one row the hardware's prefetcher suffices, and more prefetches would cost time.
       if constexpr (N > 1) prefetch_block(panel, b, DIRECT_PREFETCH);
       __m512 part[SETS][N][2] = {};
 #pragma GCC unroll 4
@@ -214,8 +216,8 @@ struct Bf16Tile {
       _mm512_storeu_si512(out[h][4 * g + pair_of(i)], decode(eight, i, down));
   }
 
-  // A tile with `count` blocks of the buffer; meanwhile the blocks [next, end) are decoded into
-  // `ahead`.
+  // Multiplies a tile with `count` blocks of the buffer. Meanwhile it decodes the blocks [next,
+  // end) into `ahead`.
   template <int N>
   static void multiply_chunk(const int32_t* x, const Weights* weights, int64_t count, float* sums,
                              const uint8_t* panel, int64_t next, int64_t end, Weights* ahead) {

@@ -1,5 +1,5 @@
 // Rows times a panel in float32 FMAs, on every path. This kernel is right for all scale bytes and
-// all activations. The faster kernels leave rows that they cannot multiply to it.
+// all activations. The faster kernels leave the panels and rows that they cannot multiply to it.
 #pragma once
 
 #include <cstdint>
