@@ -34,18 +34,18 @@ def mxfp4(
 ) -> CompiledGraph:
     """Compile a captured graph with its GPT-OSS experts in MXFP4.
 
-    Registered as backend ``"mxfp4"``; call it through ``torch.compile``. There is one object of it,
-    so that compiling again with the same options finds the code that is compiled already.
+    The function is registered as backend ``"mxfp4"``; call it through ``torch.compile``. It is
+    always the same object, so that Dynamo finds code compiled earlier with the same options.
 
     Args:
         gm: the graph as Dynamo captured it.
         example_inputs: real inputs, the model's own parameters among them.
-        mode: ``torch.compile``'s mode; reaches Inductor.
+        mode: the mode of ``torch.compile``, which Inductor gets.
         options: see :class:`mxfp4_fx.options.Options`.
 
     Raises:
         OptionError: an option is unknown or has a bad value.
-        MissedRewriteError: with ``strict=True``, something stays as it was.
+        MissedRewriteError: with ``strict=True``, the passes report a miss.
     """
     parsed = Options.parse(options, mode)
     rewritten, ctx = analyze(gm, example_inputs, parsed)
@@ -64,7 +64,7 @@ def analyze(
     """Run the pipeline for the call that the graph was captured in; see :func:`run_pipeline`.
 
     Raises:
-        OptionError: ``options["skip"]`` names what the model does not have.
+        OptionError: ``options["skip"]`` names experts that the model does not have.
     """
     call = calls.current()
     if call is not None:
@@ -73,7 +73,7 @@ def analyze(
 
 
 def noted(compiled: CompiledGraph, report: GraphReport) -> CompiledGraph:
-    """A compiled graph that tells the call which it runs in of the experts that it has."""
+    """Wrap a compiled graph with experts so that it passes its report to the call it runs in."""
     if not (report.rewrites or report.misses):
         return compiled
 
@@ -87,7 +87,11 @@ def noted(compiled: CompiledGraph, report: GraphReport) -> CompiledGraph:
 
 
 def refuse_freed(captured: fx.GraphModule, rewritten: fx.GraphModule, ctx: Context) -> None:
-    """A graph that reads a freed weight as it was would read memory that is not there."""
+    """Raise if a rewritten graph still reads a freed weight, whose memory is gone.
+
+    Raises:
+        FreedWeightError: an input with users is a freed parameter.
+    """
     reads = {n.name for n in rewritten.graph.find_nodes(op="placeholder") if n.users}
     for node, value in zip(captured.graph.find_nodes(op="placeholder"), ctx.inputs, strict=True):
         if is_freed(value) and node.name in reads:
@@ -109,8 +113,8 @@ def bind(
     if options.free_weights:
 
         def run_and_free(*args: Any) -> Any:
-            # Not while compiling: Dynamo guards a parameter's class, which freeing changes, and the
-            # guards that it is about to make must hold for the other layers, or models, too.
+            # Freeing at compile time would be wrong: it changes a parameter's class, which Dynamo
+            # guards, and its guards must also hold for other layers and models.
             plan.free(args)
             return compiled(*plan.inputs(args))
 
@@ -143,7 +147,7 @@ def bind(
 
 
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:
-    """Where the lowered graph's inputs come from."""
+    """Return the map from the captured graph's inputs to the lowered graph's."""
     return InputPlan(_input_names(captured), _input_names(lowered), ctx.bindings)
 
 
@@ -152,7 +156,7 @@ def _input_names(gm: fx.GraphModule) -> list[str]:
 
 
 def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> CompiledGraph:
-    """Hand a graph to the inner compiler."""
+    """Compile a graph with the inner compiler."""
     if options.inner != "inductor":
         inner = options.inner
         backend = torch_private.backend_named(inner) if isinstance(inner, str) else inner
@@ -165,14 +169,14 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
 
 
 def announce(ctx: Context) -> None:
-    """Log what the passes found; warn of misses, once each, or raise with ``strict``."""
+    """Log rewrites and misses; warn once of each miss, or raise with ``strict``."""
     for rewrite in ctx.report.rewrites:
         log.info("%s: %s -> MXFP4, %s kernels", rewrite.layer, rewrite.form, rewrite.kernels)
     for miss in ctx.report.misses:
         log.info("not rewritten: %s", miss)
-    # Called by hand, the backend has a graph and no model; the graph is then all that is judged.
+    # A backend that is called directly has no call; the report then covers this graph alone.
     (calls.current() or calls.Call(ctx.options)).announce(ctx.report, ctx.inputs)
 
 
-# For those who come without a call: set_stance(force_backend="mxfp4").
+# Each Call prepares the capture, but set_stance(force_backend="mxfp4") compiles without a Call.
 prepare_capture()

@@ -1,4 +1,4 @@
-"""Whose compilation Dynamo is at, whose call this is, and why it left something uncompiled."""
+"""Dynamo's state: the backend it compiles for, the compiled call on the stack, uncompiled code."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ Enter = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 def ours(backend: Backend) -> Backend:
-    """Mark a Dynamo backend as one of this package: it is handed other graphs than others are."""
+    """Mark a Dynamo backend as one of this package; Dynamo captures other graphs for those."""
     setattr(backend, _OURS, True)
     return backend
 
 
 def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
-    """The backend of this package behind torch's wrappers, and what they call it with.
+    """Find the backend of this package inside torch's wrappers.
 
     Returns:
-        None where it is another's.
+        The backend, and the keyword arguments that the wrappers call it with; (None, {}) if the
+        innermost backend is not of this package.
     """
     keywords: dict[str, Any] = {}
-    for _ in range(16):  # torch.compile's own, Dynamo's for debugging, partials
+    for _ in range(16):  # wrappers of torch.compile, of Dynamo for debugging, and partials
         if backend is None or getattr(backend, _OURS, False):
             return backend, keywords
         if isinstance(backend, functools.partial):
@@ -44,19 +45,19 @@ def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
     return None, {}
 
 
-# Dynamo traces what a freed parameter does when it is used, and must answer this, not trace it.
+# Dynamo traces a freed parameter's __torch_function__. It must evaluate this call, not trace it.
 @torch.compiler.assume_constant_result
 def compiling_for() -> bool:
-    """Whether Dynamo captures for a backend of this package now."""
+    """Return whether Dynamo captures for a backend of this package now."""
     return innermost(torch_private.compiled_with())[0] is not None
 
 
 def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
-    """Have a context around each call of what is compiled for this package.
+    """Enter a context around each call of a function that is compiled for this package.
 
     Args:
-        enter_with: is given what the backend is called with (options, mode), once for each
-            ``torch.compile``, and returns what makes the context of a call.
+        enter_with: takes the backend's keyword arguments (options, mode) and returns the factory
+            of a call's context. It is called once for each ``torch.compile``.
     """
 
     def context(wrapper: Any) -> Enter | None:
@@ -67,12 +68,12 @@ def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
 
 
 def compiled_function() -> tuple[Callable[..., Any], list[Any]] | None:
-    """What the innermost compiled call on the stack calls: the function and its arguments."""
+    """Return the function and arguments of the innermost compiled call on the stack, or None."""
     return next((called for f in _frames() if (called := torch_private.called_by(f))), None)
 
 
 def why_uncompiled() -> str:
-    """Why Dynamo left the caller uncompiled, as far as the stack shows, and what helps."""
+    """Return why Dynamo left the caller uncompiled, as far as the stack shows, and the remedy."""
     if is_eager_by_stance():
         return f"torch.compiler.set_stance({torch_private.stance()!r}) is on"
     for frame in _frames():
@@ -95,7 +96,7 @@ def why_uncompiled() -> str:
 
 
 def is_eager_by_stance() -> bool:
-    """Whether the user has asked, by ``torch.compiler.set_stance``, for uncompiled calls."""
+    """Return whether ``torch.compiler.set_stance`` makes calls run uncompiled."""
     return "eager" in torch_private.stance()
 
 

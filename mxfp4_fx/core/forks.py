@@ -1,4 +1,4 @@
-"""What a forked process lacks: the threads of its parent, whatever locks these held."""
+"""Forked processes: the threads of the parent are missing, and locks that they held stay locked."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-# Owner of a lock -> the attribute that it is, and what makes one.
+# Owner of a lock -> the attribute that holds the lock, and the factory of the lock.
 _owners: weakref.WeakKeyDictionary[Any, tuple[str, Callable[[], Any]]] = weakref.WeakKeyDictionary()
 _forked = False
 
 
 def renew_lock(owner: Any, name: str, make: Callable[[], Any]) -> None:
-    """Give a lock to ``owner`` as its attribute ``name``, and a new one in each forked child.
+    """Set attribute ``name`` of ``owner`` to a lock, and to a new lock in each forked child.
 
-    A thread that holds the parent's is not there to release it. Without this the child waits for
-    ever. The owner, an object or a module, is kept weakly and has one such lock.
+    A thread of the parent may hold the lock during the fork. The child lacks that thread, so
+    nothing would ever release the child's copy of the lock.
 
     Args:
+        owner: an object or a module; the reference to it is weak. It can have one such lock.
+        name: the attribute.
         make: ``threading.Lock`` or ``threading.RLock``.
     """
     setattr(owner, name, make())
@@ -26,7 +28,7 @@ def renew_lock(owner: Any, name: str, make: Callable[[], Any]) -> None:
 
 
 def is_forked() -> bool:
-    """Whether this process is a child that was forked after this module was imported."""
+    """Return whether this process was forked after the parent imported this module."""
     return _forked
 
 

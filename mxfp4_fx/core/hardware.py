@@ -1,6 +1,6 @@
-"""What machines can: the CPU's instruction-set paths, the GPUs' architectures, dtypes.
+"""Facts about machines: the CPU's instruction-set paths, the GPUs' architectures, dtypes.
 
-Facts only. Which kernels a device gets is `ops/target.py`'s choice.
+`ops/target.py` chooses which kernels a device gets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mxfp4_fx.core.errors import KernelsUnavailableError
 
 # Dtypes that experts compute in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# bfloat16 numbers whose sum is an activation, for matrix units that multiply bfloat16.
+# Activation dtype -> number of bfloat16 terms whose sum it is, for bfloat16 matrix units.
 BF16_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -27,13 +27,13 @@ BF16_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 @dataclasses.dataclass(frozen=True)
 class CpuPath:
-    """A set of instructions that the CPU's kernels are compiled for.
+    """An instruction set that the native CPU kernels are compiled for.
 
     Attributes:
         features: flag of ``/proc/cpuinfo`` -> the compiler's flag for the same instructions.
-        reason: why a CPU gets it, in words for ``explain`` and ``doctor``.
-        pays_on: the vendor on whose CPUs alone it is the best; None stands for all.
-        for_tests: no CPU gets it unless it is named.
+        reason: why a CPU gets this path, in words for ``explain`` and ``doctor``.
+        pays_on: the path is the best only on this vendor's CPUs; None stands for all vendors.
+        for_tests: a CPU gets this path only if ``MXFP4_FX_CPU`` names it.
     """
 
     features: Mapping[str, str]
@@ -75,18 +75,20 @@ CPU_PATHS: dict[str, CpuPath] = {
     ),
 }
 
-# Forces one of them, for tests and benchmarks.
+# The environment variable that forces a path, for tests and benchmarks.
 CPU_PATH_VARIABLE = "MXFP4_FX_CPU"
 
 
 @functools.cache
 def cpu_path() -> str:
-    """The instruction-set path of the CPU's native kernels, a key of :data:`CPU_PATHS`.
+    """Return the instruction-set path of the native CPU kernels, a key of :data:`CPU_PATHS`.
 
-    The best that this CPU runs, unless the environment variable ``MXFP4_FX_CPU`` names one.
+    It is the best path that this CPU runs, unless the environment variable ``MXFP4_FX_CPU`` names
+    one.
 
     Raises:
-        KernelsUnavailableError: the variable names a path that is not there or cannot run here.
+        KernelsUnavailableError: the variable names an unknown path, or one that this CPU cannot
+            run.
     """
     forced = os.environ.get(CPU_PATH_VARIABLE)
     if not forced:
@@ -106,14 +108,14 @@ def cpu_path() -> str:
 
 
 def why_cpu_path(path: str) -> str:
-    """Why the CPU's kernels take that path, in words."""
+    """Return why the native CPU kernels take ``path``, in words."""
     forced = os.environ.get(CPU_PATH_VARIABLE)
     return f"{CPU_PATH_VARIABLE} says so" if forced else CPU_PATHS[path].reason
 
 
 @functools.cache
 def runnable_paths() -> tuple[str, ...]:
-    """The instruction-set paths that this CPU can run, the best first; not those for tests."""
+    """Return the instruction-set paths that this CPU can run, best first, without test paths."""
     return tuple(name for name, path in CPU_PATHS.items() if not path.for_tests and _can_run(name))
 
 
@@ -124,7 +126,7 @@ def _can_run(path: str) -> bool:
 
 @functools.cache
 def _cpu_facts() -> tuple[str, frozenset[str]]:
-    """Vendor and instruction-set flags of an x86 CPU, as Linux tells them."""
+    """Return an x86 CPU's vendor and instruction-set flags, from ``/proc/cpuinfo``."""
     facts: dict[str, str] = {}
     if platform.machine() in ("x86_64", "AMD64"):
         try:
@@ -138,7 +140,10 @@ def _cpu_facts() -> tuple[str, frozenset[str]]:
 
 
 def _amx_is_permitted() -> bool:
-    """Whether Linux lets this process use AMX: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)."""
+    """Ask Linux for the use of AMX and return whether it permits it.
+
+    The call is arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+    """
     return ctypes.CDLL(None, use_errno=True).syscall(158, 0x1023, 18) == 0
 
 
@@ -147,11 +152,11 @@ def _amx_is_permitted() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class GpuLayout:
-    """What weights look like for a GPU.
+    """The layout of the weights for a GPU.
 
     Attributes:
         name: a key of ``layouts.LAYOUTS``.
-        reason: why a GPU gets it, in words for ``explain`` and ``doctor``.
+        reason: why a GPU gets this layout, in words for ``explain`` and ``doctor``.
     """
 
     name: str
@@ -161,20 +166,20 @@ class GpuLayout:
 _MMA = GpuLayout("mma_fragments", "weights in the order of mma.sync's registers")
 _WGMMA = GpuLayout("wgmma_fragments", "weights in the order of wgmma's registers")
 _PLAIN = GpuLayout("row_major", "no order of its own is known for its matrix instructions")
-# The major compute capability of NVIDIA's GPUs -> the layout. Other GPUs get the plain one.
+# Major compute capability of an NVIDIA GPU -> layout. Other GPUs get the plain one.
 _LAYOUTS = {8: _MMA, 9: _WGMMA, 12: _MMA}
-# Of NVIDIA's, those that multiply bfloat16 in matrix units.
+# NVIDIA's matrix units multiply bfloat16 from this major compute capability on.
 OLDEST_CAPABILITY = 8
 
-# The oldest version that compiles the kernels.
+# The oldest Triton that compiles the kernels.
 OLDEST_TRITON = (3, 6)
 
 
 @functools.cache
 def gpu_name(device: torch.device) -> str:
-    """The compiler's name of a GPU's architecture, such as ``sm_90`` or ``gfx942``.
+    """Return the compiler's name of a GPU's architecture, such as ``sm_90`` or ``gfx942``.
 
-    A CPU, where Triton's interpreter runs, has the name ``interpreter``.
+    For a CPU, on which Triton's interpreter runs, the name is ``interpreter``.
     """
     if device.type == "cpu":
         return "interpreter"
@@ -185,10 +190,10 @@ def gpu_name(device: torch.device) -> str:
 
 
 def gpu_layout(name: str) -> GpuLayout | None:
-    """The layout for a GPU of that architecture, or None if the kernels cannot run on it.
+    """Return the layout for a GPU architecture, or None if the kernels cannot run on it.
 
     Args:
-        name: as :func:`gpu_name` says.
+        name: what :func:`gpu_name` returns.
     """
     if not name.startswith("sm_"):
         return _PLAIN
@@ -197,7 +202,7 @@ def gpu_layout(name: str) -> GpuLayout | None:
 
 
 def is_interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter, on the CPU."""
+    """Return whether Triton runs its kernels in its interpreter, on the CPU."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)

@@ -1,4 +1,4 @@
-"""What takes long to load: it is loaded once, and what failed is not tried again and again."""
+"""Values that take long to load: each is loaded once, and not tried again after a failure."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Value = TypeVar("Value")
 
 
 class LoadedOnce(Generic[Key, Value]):
-    """Values that are loaded when they are first asked for, each once, by one thread at a time.
+    """Values that are loaded on first use, each once, by one thread at a time.
 
-    They stay for the process's life, and are there in forked children, too. What failed fails
-    again with the same message, without another try, until one of the environment variables
-    changes that decide: a model has many layers, and each of them would wait again.
+    A value stays until the process ends, and forked children have it too. After a failure, every
+    call raises the same message without another try, until one of the environment variables in
+    ``while_same`` changes. Without that, each layer of a model would wait for the same failure.
 
     Attributes:
-        loaded: key -> value, of what was loaded already.
+        loaded: key -> value, for the keys loaded so far.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class LoadedOnce(Generic[Key, Value]):
         """
         Args:
             load: makes the value for a key.
-            failure: what ``load`` raises where it is of no use to try again.
-            while_same: the environment variables that decide whether it is.
+            failure: the error of ``load`` after which another try is useless.
+            while_same: the environment variables whose change makes another try useful.
         """
         self.loaded: dict[Key, Value] = {}
         self._load, self._failure, self._while_same = load, failure, tuple(while_same)
@@ -45,15 +45,15 @@ class LoadedOnce(Generic[Key, Value]):
         forks.renew_lock(self, "_lock", threading.Lock)
 
     def __call__(self, key: Key) -> Value:
-        """The value for a key, loaded now if it is not.
+        """Return the value for a key; load it if it is not loaded.
 
         Raises:
-            Mxfp4Error: the ``failure`` of ``__init__``.
+            Mxfp4Error: of class ``failure``, when loading fails or has failed before.
         """
         if key in self.loaded:
             return self.loaded[key]
         with self._lock:
-            if key in self.loaded:  # another thread has loaded it meanwhile
+            if key in self.loaded:  # another thread loaded it while this one waited
                 return self.loaded[key]
             environment = tuple(map(os.environ.get, self._while_same))
             failed_in, message = self._failed.get(key, (None, ""))
@@ -67,5 +67,5 @@ class LoadedOnce(Generic[Key, Value]):
             return self.loaded[key]
 
     def anew(self) -> LoadedOnce[Key, Value]:
-        """One of the same kind, as a new process has it: nothing was loaded, nothing has failed."""
+        """Return a new object with the same arguments: nothing is loaded, nothing has failed."""
         return LoadedOnce(self._load, self._failure, self._while_same)

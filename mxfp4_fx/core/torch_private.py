@@ -1,10 +1,12 @@
-"""All that is taken of torch beyond its public API: each name once, under a plain one.
+"""The private names of torch that the package uses: each of them once, under a plain name.
 
-A new torch may lack any of it. This file then says which, and ``tests/test_torch_private.py``
-fails: it pins what each is trusted to do. What takes long to import is looked up when it is needed.
+A new torch may lack any of them. This file then raises ``TorchVersionError`` with the missing name.
+``tests/test_torch_private.py`` pins the behaviour that the package relies on. Names in modules that
+take long to import are looked up on first use.
 
-Only what is read in every call stands where it is used: ``_base``, ``_cdata`` and ``_version`` of
-tensors, and a module's dictionaries (``_modules``, ``_parameters``, ``_buffers`` and its hooks).
+A few private attributes are used outside this file, because every call reads them: ``_base``,
+``_cdata`` and ``_version`` of tensors, and a module's dictionaries (``_modules``, ``_parameters``,
+``_buffers`` and its hooks).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ Backend = Callable[..., Any]
 
 @contextlib.contextmanager
 def _trusted() -> Iterator[None]:
-    """Within, a name that this torch lacks is told by name."""
+    """Raise ``TorchVersionError`` if the block uses a name that this torch lacks."""
     try:
         yield
     except (ImportError, AttributeError) as error:
@@ -38,7 +40,7 @@ def _trusted() -> Iterator[None]:
 
 
 def _found(module: str, name: str) -> Any:
-    """What has a private name now, in a module that is imported if it is not."""
+    """Import a module and return the present value of a private name in it."""
     try:
         return operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError) as error:
@@ -47,8 +49,8 @@ def _found(module: str, name: str) -> Any:
 
 def _lacks(error: Exception) -> TorchVersionError:
     return TorchVersionError(
-        f"mxfp4_fx takes of torch what torch {torch.__version__} does not have: {error}. Install "
-        "another torch (2.11 or newer; 2.13 is tested), or a newer mxfp4_fx"
+        f"mxfp4_fx uses a private name that torch {torch.__version__} does not have: {error}. "
+        "Install another torch (2.11 or newer; 2.13 is tested), or a newer mxfp4_fx"
     )
 
 
@@ -69,36 +71,36 @@ with _trusted():
     LIBRARY = str(torch._C.__file__)  # the file that calls OpenMP
     OpOverload = torch._ops.OpOverload
     OpOverloadPacket = torch._ops.OpOverloadPacket
-    # A context in which an op calls what lies below its gradient.
+    # A context in which the dispatcher skips an op's autograd kernel.
     below_autograd = torch._C._AutoDispatchBelowAutograd
-    # Whether one of an op's arguments, which may be lists, wants a gradient.
+    # Whether one of an op's arguments, which may be lists, requires a gradient.
     any_requires_grad = torch._C._any_requires_grad
     are_transforms_active = torch._C._are_functorch_transforms_active
-    # A context in which ops are not dispatched to these keys: autocast casts nothing.
+    # A context in which the dispatcher skips the given keys, such as autocast's.
     without_keys = torch._C._ExcludeDispatchKeyGuard
     AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCUDA
     )
-    # Fails when the device comes to it, and not the host.
+    # An assertion that the device checks; the host does not wait for it.
     assert_async = torch._assert_async
 
     # ---- tensors
 
     FakeTensor = torch._subclasses.FakeTensor
     FakeTensorMode = torch._subclasses.FakeTensorMode
-    # A context in which ``__torch_function__`` of tensors' classes is not asked.
+    # A context in which torch does not call ``__torch_function__`` of tensor subclasses.
     as_plain_tensors = torch._C.DisableTorchFunctionSubclass
     # Compares class, dtype, device, shape, strides and modes of tensors in one call.
     TensorGuards = torch._C._dynamo.guards.TensorGuards
-    # Whether a tensor is made of other tensors, as a DTensor is.
+    # Whether a tensor wraps other tensors, as a DTensor does.
     is_wrapper = torch.utils._python_dispatch.is_traceable_wrapper_subclass
-    # Whether a value is inside a function transform.
+    # Whether a value is a wrapper of one of ``torch.func``'s transforms.
     is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
     tree_map_only = torch.utils._pytree.tree_map_only
-    # A tensor of a subclass that has another one's memory.
+    # Makes a tensor of a subclass that shares another tensor's memory.
     make_subclass = torch.Tensor._make_subclass
 
-    # ---- what Dynamo writes into a graph
+    # ---- functions that Dynamo writes into a graph
 
     set_grad_enabled = torch._C._set_grad_enabled
     enter_autocast = torch.amp.autocast_mode._enter_autocast
@@ -106,7 +108,7 @@ with _trusted():
     enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
     exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
     linear = torch._C._nn.linear
-    grouped_mm = getattr(torch, "_grouped_mm", None)  # which some versions have
+    grouped_mm = getattr(torch, "_grouped_mm", None)  # None if this torch lacks it
     # Modules whose builtins are ATen's ops of the same names.
     BUILTINS = (torch, *operator.attrgetter("_nn", "_special", "_linalg", "_fft")(torch._C))
     # Writes an artifact for TORCH_TRACE.
@@ -121,19 +123,19 @@ with _trusted():
 
 
 def schema_of(op: OpOverload) -> Any:
-    """An op's schema: ``name``, and ``arguments`` with names, types, defaults and aliases."""
+    """Return an op's schema: ``name``, and ``arguments`` (names, types, defaults, aliases)."""
     return op._schema
 
 
 def in_forward_mode() -> bool:
-    """Whether a level of forward-mode derivatives is entered."""
+    """Return whether a level of forward-mode differentiation is active."""
     return forward_ad._current_level >= 0
 
 
 def as_python_calls() -> Any:
-    """A context in which ``torch.func``'s transforms, which have begun with an op, begin anew.
+    """Return a context in which ``torch.func``'s transforms start anew while they handle an op.
 
-    They then see the ``autograd.Function`` that is called in its place.
+    In it they see the ``autograd.Function`` that is called in the op's place.
     """
     key = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
     return torch._C._ForceDispatchKeyGuard(
@@ -146,12 +148,15 @@ def as_python_calls() -> Any:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same for all tensors of one storage, fake or real."""
+    """Return a key that all tensors of one storage share, whether fake or real."""
     return tensor.untyped_storage()._cdata
 
 
 def is_filled_by_fsdp(tensor: Tensor) -> bool:
-    """Whether FSDP2 fills it anew for each forward: the same object, version and maybe address."""
+    """Return whether FSDP2 fills the tensor anew for each forward.
+
+    Object and version stay the same then, and maybe the address.
+    """
     if "torch.distributed.fsdp" not in sys.modules:
         return False
     mapping = _found("torch.distributed._composable_state", "_module_state_mapping")
@@ -165,18 +170,18 @@ def is_filled_by_fsdp(tensor: Tensor) -> bool:
 
 
 def has_parameter_mark(tensor: Tensor) -> bool:
-    """Whether ``nn.Parameter`` made a parameter of it and left it its class."""
+    """Return whether ``nn.Parameter`` made the tensor a parameter and kept its class."""
     return hasattr(tensor, "_is_param")
 
 
 def unwrapped(function: Any) -> Any:
-    """What ``torch.compile`` has wrapped, or the thing itself."""
+    """Return the module that ``torch.compile`` wrapped, or ``function`` itself."""
     return getattr(function, "_orig_mod", function)
 
 
 @contextlib.contextmanager
 def without_compiled_calls(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, modules that ``module.compile()`` has compiled are called as they were before."""
+    """Within the context, modules that ``module.compile()`` compiled are called uncompiled."""
     compiled = {m: m._compiled_call_impl for m in modules if m._compiled_call_impl is not None}
     for module in compiled:
         module._compiled_call_impl = None
@@ -194,18 +199,18 @@ _STATIC_INPUT = "_dynamo_static_input_type"
 
 
 def empty_graph_like(graph: fx.Graph) -> fx.Graph:
-    """A graph of the kind that Dynamo makes."""
+    """Return an empty graph with the tracer class of ``graph``, as Dynamo makes them."""
     return fx.Graph(tracer_cls=graph._tracer_cls)
 
 
 def copy_notes(old: fx.GraphModule, new: fx.GraphModule, nodes: Mapping[fx.Node, fx.Node]) -> None:
-    """Copy what Dynamo noted on a graph, which guards and Inductor go by.
+    """Copy Dynamo's notes on a graph, which guards and Inductor read.
 
     Args:
-        nodes: the old graph's -> the new one's.
+        nodes: node of the old graph -> node of the new graph.
     """
     for before, after in nodes.items():
-        after.meta.pop("grapharg", None)  # refers weakly to a tensor that may then not be swapped
+        after.meta.pop("grapharg", None)  # its weak reference would forbid swap_tensors
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
@@ -214,18 +219,21 @@ def copy_notes(old: fx.GraphModule, new: fx.GraphModule, nodes: Mapping[fx.Node,
 
 
 def is_noted_as_weight(placeholder: fx.Node) -> bool:
-    """Whether Dynamo knows an input to stay the same object: a parameter, a buffer, a constant."""
+    """Return whether Dynamo notes an input as a fixed object: parameter, buffer or constant."""
     return _STATIC_INPUT in placeholder.meta.get("tensor_dict", {})
 
 
 def note_as_weight(placeholder: fx.Node) -> None:
-    """Say that a new input has a fixed address, as parameters have, and no guard speaks of it."""
+    """Note that a new input has a fixed address, as parameters have, and no guard."""
     placeholder.meta["tensor_dict"] = {_STATIC_INPUT: "unguarded"}
     placeholder._dynamo_source = None
 
 
 def without_saved_tensor_hooks() -> Any:
-    """A context for fake calls: hooks on saved tensors are for the run, which counts them."""
+    """Return a context for fake calls that disables hooks on saved tensors.
+
+    Such hooks may count the tensors of the real run, to which fake calls do not belong.
+    """
     disable: Any = _found("torch._dynamo.utils", "_disable_saved_tensors_hooks_during_tracing")
     return disable()
 
@@ -234,7 +242,7 @@ def without_saved_tensor_hooks() -> Any:
 
 
 def backend_named(name: str) -> Backend:
-    """The Dynamo backend of that name."""
+    """Return the Dynamo backend of that name."""
     found: Backend = _found("torch._dynamo", "lookup_backend")(name)
     return found
 
@@ -242,7 +250,7 @@ def backend_named(name: str) -> Backend:
 def compile_with_inductor(
     gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: Mapping[str, Any]
 ) -> Any:
-    """Compile a graph with Inductor, with the options of a mode of ``torch.compile`` and more."""
+    """Compile a graph with Inductor. ``options`` override those of ``torch.compile``'s ``mode``."""
     of_mode = _found("torch._inductor", "list_mode_options")(mode) if mode else {}
     compile_fx = _found("torch._inductor.compile_fx", "compile_fx")
     return compile_fx(gm, inputs, config_patches={**of_mode, **options} or None)
@@ -252,11 +260,11 @@ def compile_with_inductor(
 
 
 def untraced(function: Callable[..., Any]) -> None:
-    """Keep Dynamo out of a function that C++ calls, and out of whatever that calls.
+    """Keep Dynamo out of a function that C++ calls, and out of all functions below it.
 
-    Dynamo does not see such a call and would take the function for a frame of its own
-    (``torch.compiler.set_stance("eager_then_compile")``). ``torch.compiler.disable`` does the same
-    and costs microseconds a call; this is a mark on the code, which nobody asks for otherwise.
+    Dynamo does not see the call from C++ and would compile the function as a frame of its own
+    (``torch.compiler.set_stance("eager_then_compile")``). ``torch.compiler.disable`` prevents that
+    too, but costs microseconds a call. This sets a mark on the code object and wraps nothing.
     """
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     code: types.CodeType = function.__code__
@@ -264,24 +272,24 @@ def untraced(function: Callable[..., Any]) -> None:
 
 
 def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep Dynamo from compiling a function by itself; where others call it, it is inlined."""
+    """Keep Dynamo from compiling a function as a frame of its own; it still inlines calls of it."""
     _found("torch._dynamo.eval_frame", "skip_code")(function.__code__)
     return function
 
 
 def compiled_with() -> Any:
-    """The backend that Dynamo compiles for now, in its wrappers; None if there is none."""
+    """Return the backend that Dynamo compiles for now, with its wrappers; None if there is none."""
     current = _found("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx")
     try:
         return current().output.compiler_fn
-    except AttributeError:  # none was ever started in this thread, or it is over
+    except AttributeError:  # no compilation runs in this thread
         return None
 
 
 def wrapped_backend(backend: Any) -> Any:
-    """The backend behind a wrapper of Dynamo's or of ``torch.compile``; None if there is none.
+    """Return the backend inside a wrapper of Dynamo or ``torch.compile``; None if there is none.
 
-    What it is called with besides is their ``kwargs``.
+    The wrapper passes its own attribute ``kwargs`` on to the backend.
     """
     return getattr(backend, "compiler_fn", None) or getattr(
         backend, "_torchdynamo_orig_backend", None
@@ -289,13 +297,14 @@ def wrapped_backend(backend: Any) -> Any:
 
 
 def have_context(make: Callable[[Any], Any]) -> None:
-    """Have ``make(backend)`` give what makes the context of each call of what is compiled for it.
+    """Set the factory of the context that Dynamo enters around each compiled call.
 
-    Where it gives None, the context is the backend's own.
+    ``make(backend)`` returns the factory, or None to keep the backend's own.
 
-    Dynamo asks a backend for such a context, ``backend_ctx_ctor``, and enters it before it looks
-    at the called function, in the caller's thread. ``torch.compile`` wraps the backend in objects
-    that do not hand this attribute on; the outermost gets it here.
+    Dynamo reads the factory from the backend's attribute ``backend_ctx_ctor``. It enters the
+    context in the caller's thread, before it looks at the called function. ``torch.compile`` wraps
+    the backend in objects that do not pass this attribute on, so this function sets it on the class
+    of the outermost one.
     """
 
     def context(wrapper: Any) -> Any:
@@ -308,13 +317,13 @@ def have_context(make: Callable[[Any], Any]) -> None:
 
 
 def stance() -> str:
-    """What ``torch.compiler.set_stance`` has set."""
+    """Return the present stance of ``torch.compiler.set_stance``."""
     found: str = _found("torch._dynamo.eval_frame", "_stance.stance")
     return found
 
 
 def reached_limit(code: types.CodeType) -> str | None:
-    """The limit that some code has reached, by its name in ``torch._dynamo.config``."""
+    """Return the name in ``torch._dynamo.config`` of the limit that ``code`` reached, or None."""
     compiled = _found("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         if len(compiled) >= _found("torch._dynamo.config", name):
@@ -323,7 +332,7 @@ def reached_limit(code: types.CodeType) -> str | None:
 
 
 def called_by(frame: types.FrameType) -> tuple[Callable[..., Any], list[Any]] | None:
-    """The function and the arguments of a compiled call, if the frame is one."""
+    """Return the function and arguments of a compiled call, or None if the frame is none."""
     if not _is_dynamos(frame, "compile_wrapper"):
         return None
     found = frame.f_locals
@@ -331,7 +340,7 @@ def called_by(frame: types.FrameType) -> tuple[Callable[..., Any], list[Any]] | 
 
 
 def disabled_by(frame: types.FrameType) -> Any:
-    """The function that ``torch.compiler.disable`` calls in this frame, if the frame is one."""
+    """Return the function that ``torch.compiler.disable`` calls in this frame, or None."""
     return frame.f_locals.get("fn") if _is_dynamos(frame, "_fn") else None
 
 
@@ -346,5 +355,5 @@ def _eval_frame_file() -> str:
 
 
 def can_isolate() -> bool:
-    """Whether ``torch.compile`` can keep one call's recompilations apart from all others."""
+    """Return whether ``torch.compile`` can keep one call's recompilations apart from all others."""
     return "isolate_recompiles" in inspect.signature(torch.compile).parameters

@@ -1,1 +1,1 @@
-"""The ops in namespace ``mxfp4``: what they mean, who computes them, how torch sees them."""
+"""The ops in namespace ``mxfp4``: their meaning, their kernels, and their definitions for torch."""

@@ -1,7 +1,7 @@
-"""How the ops' gradients are registered: for autograd, and for ``torch.func``'s transforms.
+"""Registration of the ops' gradients, for autograd and for ``torch.func``'s transforms.
 
-``torch.library.register_autograd`` would do for the first. Its functions have no ``setup_context``,
-which ``torch.func.grad`` asks for, and forward-mode derivatives are lost in silence there.
+``torch.library.register_autograd`` serves autograd only. Its functions have no ``setup_context``,
+which ``torch.func.grad`` needs, and they drop forward-mode derivatives without an error.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def register(
     backward: Callable[..., Any],
     save: Callable[..., Any],
 ) -> None:
-    """Give an op a gradient.
+    """Register the gradient of an op.
 
     Args:
-        library: that the op is defined in.
+        library: the library that defines the op.
         op: the op.
-        backward, save: an ``autograd.Function``'s ``backward`` and ``setup_context``; ``inputs``
-            there are all of the op's arguments.
+        backward, save: ``backward`` and ``setup_context`` of an ``autograd.Function`` whose
+            ``inputs`` are all of the op's arguments.
     """
     schema = torch_private.schema_of(op)
     name = schema.name.rpartition("::")[2]
@@ -54,7 +54,7 @@ def register(
                 "torch.func.vjp or jacrev"
             )
         if torch.is_grad_enabled() and torch_private.any_requires_grad(*args):
-            # The dispatcher leaves arguments out that are equal to their defaults.
+            # The dispatcher omits trailing arguments that equal their defaults.
             inputs = (*args, *defaults[len(args) :])
             if torch_private.are_transforms_active():
                 with torch_private.as_python_calls():

@@ -1,7 +1,8 @@
 """Gradients through frozen experts: with respect to activations and routing weights.
 
-What fine-tuning the rest of a model (LoRA on attention, say) needs. MXFP4 weights themselves have
-no gradient, and a bias that wants one is an error. Shape letters as in ``reference.py``.
+Fine-tuning the rest of a model (for example LoRA on attention) needs these. MXFP4 weights have no
+gradient, and an expert bias that requires one raises an error. Shape letters as in
+``reference.py``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from mxfp4_fx.ops.reference import matrix, swiglu
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """Gradient of ``reference.swiglu`` with respect to ``gate_up`` [.., 2I], from [.., I]."""
+    """Return the gradient [.., 2I] of ``reference.swiglu``'s input, from ``grad`` [.., I]."""
     gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
     g, u = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     s = torch.sigmoid(alpha * g)
-    # Chosen, not multiplied: what is cut off may be infinite.
+    # where() and no product with a mask: values beyond the limit may be infinite.
     grad_gate = (grad * (u + 1) * (s + alpha * g * s * (1 - s))).where(gate <= limit, 0)
     grad_up = (grad * g * s).where(up.abs() <= limit, 0)
     return torch.stack((grad_gate, grad_up), dim=-1).flatten(-2)
@@ -30,10 +31,12 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, alpha: float, limit: float) -
 def matmul_ogs_backward(
     grad: Tensor, x: Tensor, weight: Weight, rows: Rows, activation: Activation | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``matmul_ogs`` with respect to x and gammas; what it needs is computed again.
+    """Return the gradients of ``matmul_ogs`` with respect to x and gammas.
+
+    The intermediate values of the forward are computed again.
 
     Args:
-        grad: the gradient of the op's result, of its shape.
+        grad: the gradient of the op's result, of the same shape.
         x, weight, rows, activation: the op's operands; ``weight`` may have any layout.
 
     Returns:
@@ -66,25 +69,29 @@ def matmul_ogs_backward(
     return grad_x.index_add_(0, rows.gather, grad_rows).to(x.dtype), grad_gammas
 
 
-# Places among the op's arguments.
+# Positions among the op's arguments.
 _BIAS, _GAMMAS = 3, 8
 
 
 def save_matmul_ogs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """``setup_context`` of matmul_ogs."""
+    """Save the arguments: ``setup_context`` of matmul_ogs.
+
+    Raises:
+        RuntimeError: the bias requires a gradient.
+    """
     bias = inputs[_BIAS]
     if bias is not None and bias.requires_grad:
         raise RuntimeError(
             "mxfp4::matmul_ogs has no gradient for an expert bias; call bias.requires_grad_(False)"
         )
-    flat = inputs[:-1]  # all but the kernels' name: there is one backward
+    flat = inputs[:-1]  # without the kernels' name: all kernels share one backward
     ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in flat))
     ctx.constants = [None if isinstance(value, Tensor) else value for value in flat]
 
 
 def matmul_ogs_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """``backward`` of matmul_ogs: one gradient (or None) for each argument."""
-    saved = ctx.saved_tensors  # activation checkpointing hands them out once
+    """Return one gradient or None for each argument: ``backward`` of matmul_ogs."""
+    saved = ctx.saved_tensors  # read once: activation checkpointing returns them only once
     flat = [b if a is None else a for a, b in zip(saved, ctx.constants, strict=True)]
     grad_x, grad_gammas = torch.ops.mxfp4.matmul_ogs_backward(grad, *flat)
     gradients: list[Tensor | None] = [None] * (len(flat) + 1)
@@ -95,7 +102,7 @@ def matmul_ogs_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def save_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """``setup_context`` of both routings; index outputs have no gradient."""
+    """Save the routes: ``setup_context`` of routing. Index outputs have no gradient."""
     gammas, _, scatter_index, expert_offsets = output
     ctx.save_for_backward(gammas, scatter_index, expert_offsets)
     ctx.mark_non_differentiable(*output[1:])
@@ -104,7 +111,7 @@ def save_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def routing_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """``backward`` of routing: through the softmax to the chosen logits."""
+    """Return the logits' gradient, through the softmax of the chosen: ``backward`` of routing."""
     gammas, scatter_index, expert_offsets = ctx.saved_tensors
     rows = torch.arange(gammas.shape[0], device=gammas.device, dtype=expert_offsets.dtype)
     expert = torch.searchsorted(expert_offsets[1:].contiguous(), rows, right=True)
@@ -115,7 +122,7 @@ def routing_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, .
 
 
 def save_routing_from_routes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """``setup_context`` of routing.routes."""
+    """Save the sorted order: ``setup_context`` of routing.routes."""
     _, _, scatter_index, expert_offsets = output
     ctx.save_for_backward(scatter_index, expert_offsets)
     ctx.mark_non_differentiable(*output[1:])
@@ -123,7 +130,10 @@ def save_routing_from_routes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 
 
 def routing_from_routes_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """``backward`` of routing.routes: back into the slots; rows of nobody here get zero."""
+    """Return the weights' gradient [T, A]: ``backward`` of routing.routes.
+
+    It is zero in slots whose expert is not held here.
+    """
     scatter_index, expert_offsets = ctx.saved_tensors
     rows = torch.arange(grad.shape[0], device=grad.device)
     grad = grad * (rows < expert_offsets[-1])
@@ -131,5 +141,5 @@ def routing_from_routes_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tens
 
 
 def _to_slots(rows: Tensor, scatter_index: Tensor, top_k: int) -> Tensor:
-    """Sorted rows [R] -> [T, A]."""
+    """Bring sorted rows [R] back into their slots [T, A]."""
     return torch.empty_like(rows).index_put((scatter_index,), rows).view(-1, top_k)

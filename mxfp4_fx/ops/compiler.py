@@ -1,4 +1,4 @@
-"""The C++ compiler: which one, and running it with a limit of time and errors one can read."""
+"""The C++ compiler: finding it, and running it with a time limit and readable errors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mxfp4_fx.core.errors import NativeBuildError
 VARIABLE = "CXX"
 
 _NAMES = ("g++", "c++", "clang++")
-_TIMEOUT = 300.0  # seconds for one run, which takes about ten
+_TIMEOUT = 300.0  # seconds for one run; a run takes about ten
 
 
 def command() -> tuple[str, ...]:
-    """The C++ compiler's command, its program as an absolute path.
+    """Return the C++ compiler's command, with the absolute path of its program.
 
     Raises:
-        NativeBuildError: there is none, or the one that is named is not there.
+        NativeBuildError: no compiler is installed, or ``$CXX`` names none.
     """
     named = os.environ.get(VARIABLE, "").strip()
     # $CXX may be a path with spaces, or a program and its arguments.
@@ -40,15 +40,16 @@ def command() -> tuple[str, ...]:
 def run(
     command: Sequence[str], folder: str | None = None, tick: Callable[[], None] = lambda: None
 ) -> str:
-    """What a run of the compiler prints.
+    """Run the compiler and return its output.
 
     Args:
         command: the program and its arguments.
-        folder: where it runs.
-        tick: is called about every second.
+        folder: the working directory.
+        tick: a function to call about every second.
 
     Raises:
-        NativeBuildError: it cannot be run, takes too long or fails; the message has its errors.
+        NativeBuildError: the compiler cannot be run, takes too long or fails. The message has its
+            first errors.
     """
     try:
         process = subprocess.Popen(
@@ -58,7 +59,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that the compiler's own children can be stopped with it
+            start_new_session=True,  # killpg can then stop the compiler's children, too
         )
     except OSError as error:
         raise NativeBuildError(
@@ -97,4 +98,4 @@ def _communicate(process: subprocess.Popen[bytes], tick: Callable[[], None]) -> 
 def _first_errors(output: str) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line] or lines[-5:]
-    return "\n".join(f"    {line.strip()[:200]}" for line in errors[:5]) or "    (it says nothing)"
+    return "\n".join(f"    {line.strip()[:200]}" for line in errors[:5]) or "    (no output)"

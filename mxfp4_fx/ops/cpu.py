@@ -1,7 +1,6 @@
-"""The CPU's native kernels: operands are checked and handed to the C++ under ``ops/cpu/``.
+"""The native CPU kernels: operands are prepared and passed to the C++ in ``ops/cpu_kernels/``.
 
-The library is compiled when it is first needed (``native.py``), for the instruction set that
-``hardware.cpu_path`` names. It works on torch's own threads, as many as
+``cpu_library.py`` loads the library. The kernels run on torch's own threads, as many as
 ``torch.get_num_threads()``.
 """
 
@@ -28,13 +27,13 @@ _MATMUL = struct.Struct("9P7q4i2f")
 
 
 def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
-    """See ``ops.reference.matmul_ogs``; only ``layout="cpu_panels"``.
+    """Compute ``ops.reference.matmul_ogs`` for ``layout="cpu_panels"``.
 
-    A token's rows are summed in the order of their experts, whatever the number of threads.
+    A token's rows are summed in the order of their experts, for any number of threads.
 
     Raises:
-        ValueError: another layout; an index or an offset that points outside its tensor.
-        MemoryError: no memory for the packed activations.
+        ValueError: the weight has another layout, or an index or offset points outside its tensor.
+        MemoryError: there is no memory for the packed activations.
     """
     blocks, scales, bias, n, k, experts, layout = weight
     offsets, gather, scatter, gammas, per_token, total = rows
@@ -45,7 +44,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     y = x.new_empty(result_shape(weight, rows, activation))
     if y.numel() == 0:
         return y
-    # Whatever is converted must stay alive until the call is over.
+    # The names keep converted tensors alive until the native call returns.
     blocks, scales, offsets = blocks.contiguous(), scales.contiguous(), _int32(offsets)
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
@@ -80,7 +79,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
 
 
 def routing(logits: Tensor, top_k: int) -> Routes:
-    """See ``ops.reference.routing``; top-k, softmax and sort in one pass."""
+    """Compute ``ops.reference.routing``: top-k, softmax and sort in one pass."""
     if logits.dtype not in _DTYPES:
         logits = logits.float()
     if logits.stride(1) != 1:
@@ -106,7 +105,7 @@ def routing(logits: Tensor, top_k: int) -> Routes:
 def routing_from_routes(
     indices: Tensor, weights: Tensor, num_experts: int, first_expert: int = 0
 ) -> Routes:
-    """See ``ops.reference.routing_from_routes``."""
+    """Compute ``ops.reference.routing_from_routes``."""
     if indices.dtype not in _INDEX_DTYPES:
         indices = indices.long()
     if weights.dtype not in _DTYPES:
@@ -140,7 +139,7 @@ def _require_panels(layout: str) -> None:
 
 
 def _empty_routes(rows: int, experts: int) -> Routes:
-    # The device is said wherever the user's default could be another.
+    # Explicit, because the user's default device may be another.
     return (
         torch.empty(rows, dtype=torch.float32, device="cpu"),
         torch.empty(rows, dtype=torch.int32, device="cpu"),
@@ -150,8 +149,8 @@ def _empty_routes(rows: int, experts: int) -> Routes:
 
 
 def _int32(index: Tensor) -> Tensor:
-    if index.dtype != torch.int32:  # a conversion that does nothing would cost a microsecond
-        # What does not fit stays outside of any tensor.
+    if index.dtype != torch.int32:  # to() without a conversion would cost a microsecond
+        # Clamped, an index that does not fit int32 still points outside of any tensor.
         info = torch.iinfo(torch.int32)
         index = index.clamp(info.min, info.max).to(torch.int32)
     return index.contiguous()

@@ -1,7 +1,7 @@
-"""How the functions of the CPU's native library are called: by which library, with which operands.
+"""Calls of the native CPU library: the library itself, pointers to tensors, status codes.
 
 ``native.py`` compiles the library on first use, for the instruction set that ``hardware.cpu_path``
-names. It works on torch's own threads, as many as ``torch.get_num_threads()``.
+names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights into the layout ``cpu_panels`` and back, by the CPU's native library."""
+"""Swizzling into the layout ``cpu_panels`` and back, by the native CPU library."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from mxfp4_fx.ops.cpu_library import DTYPES, check, library, pointer
 def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
     """Round a weight [E, K, N] to MXFP4 and swizzle it into ``blocks`` and ``scales``, in one pass.
 
-    The bytes are those of ``formats.quantize`` and ``CpuPanels.swizzle``. No memory besides the
-    result is needed. float32, bfloat16 or float16; any strides.
+    The bytes are the same as those of ``formats.quantize`` and ``CpuPanels.swizzle``. It needs no
+    memory besides the result.
+
+    Args:
+        source: [E, K, N] float32, bfloat16 or float16, with any strides.
+        blocks, scales: the tensors to fill, of ``CpuPanels.shapes`` behind an axis of E.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: ``source`` has another dtype.
     """
     if source.dtype not in DTYPES:
         raise TypeError(f"a weight must be float32, bfloat16 or float16, not {source.dtype}")
-    source = source.resolve_neg()  # its memory is read, where a lazy minus does not stand
+    source = source.resolve_neg()  # the memory of a lazily negated tensor has the other signs
     e, k, n = source.shape
     check(
         library().mxfp4_quantize(
@@ -39,7 +43,7 @@ def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
 
 
 def swizzle(blocks: Tensor, scales: Tensor, panels: Tensor, flags: Tensor) -> None:
-    """Blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint into ``cpu_panels``."""
+    """Swizzle blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint into panels."""
     blocks, scales = (part.resolve_neg().contiguous() for part in (blocks, scales))
     e, n, groups = scales.shape
     check(
@@ -56,7 +60,7 @@ def swizzle(blocks: Tensor, scales: Tensor, panels: Tensor, flags: Tensor) -> No
 
 
 def unswizzle(panels: Tensor, flags: Tensor, blocks: Tensor, scales: Tensor) -> None:
-    """The inverse of :func:`swizzle`, into contiguous ``blocks`` and ``scales``."""
+    """Invert :func:`swizzle`, into contiguous ``blocks`` and ``scales``."""
     e, n, groups = scales.shape
     check(
         library().mxfp4_unswizzle(
@@ -71,7 +75,7 @@ def unswizzle(panels: Tensor, flags: Tensor, blocks: Tensor, scales: Tensor) -> 
 
 
 def empty(e: int, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """``CpuPanels.empty`` on huge pages, where the system has them."""
+    """Return ``CpuPanels.empty``, on huge pages where the system has them."""
     blocks, scales = LAYOUTS["cpu_panels"].empty(e, n, k, torch.device("cpu"))
     library().mxfp4_huge_pages(pointer(blocks), ctypes.c_int64(blocks.numel()))
     return blocks, scales

@@ -2,26 +2,28 @@
 
 Weights stay in checkpoint order and are wrapped, not copied. Nothing is read back from the device,
 so that CUDA graphs can capture a call. Routing is plain PyTorch (``ops/reference.py``): the
-package's own ``routing`` orders a token's experts by their ids and breaks ties otherwise than
+package's own ``routing`` orders a token's experts by their ids and breaks ties in another way than
 ``torch.topk``, so its slots are not those of the op.
 
-What the package cannot do, or does otherwise, is done here:
+This module makes up for what the package lacks or does in another way:
 
-- It knows no float32, and beside float16 it makes float16 of the weights, too, whose scales need a
-  wider range. So float16 goes in as a sum of two bfloat16 numbers and float32 as one of three:
-  exactly, but for what is outside bfloat16's range, and at two and three times the price.
-- With a scatter, or when it cuts K into parts to fill the device, it applies the activation after
-  the gammas, or to a token's sum. So an activation goes in alone, and gammas and scatter follow it.
-- Its scatter takes a power of two of experts a token. It rounds each row before it adds them,
-  unless the result is float32.
-- Rows that belong to nobody are left as they were in memory.
+- The package has no float32. With float16 activations it converts the weights to float16, too, and
+  float16's range is too small for their scales. So this module passes float16 as a sum of two
+  bfloat16 terms and float32 as a sum of three. That is exact within bfloat16's range, and two and
+  three times as expensive.
+- With a scatter, or when it splits K to fill the device, the package applies the activation after
+  the gammas, or to a token's sum. So this module applies gammas and scatter itself if there is an
+  activation.
+- The package's scatter needs a power of two of experts per token. It rounds each row before it adds
+  them, unless the result is float32.
+- The package does not write rows whose expert is not held here. This module makes them zero.
 
-Scales in checkpoint order are loaded with a mask, so K need not fill a tile; it is the swizzled
-ones that the package reads beyond their end (vllm#47303).
+The package loads scales in checkpoint order with a mask, so K need not fill a tile. It reads only
+swizzled scales beyond their end (vllm#47303).
 
 Known limits: Triton decodes the scale bytes. Before Triton 3.9 byte 0 (2^-127) counts as zero
-(triton#11624), and byte 255 (NaN) gives infinity or NaN by the value that it scales. An expert has
-at most 2^15 tiles of rows.
+(triton#11624), and byte 255 (NaN) gives infinity or NaN, depending on the value that it scales. An
+expert has at most 2^15 tiles of rows.
 """
 
 from __future__ import annotations
@@ -38,15 +40,15 @@ from mxfp4_fx.ops import hub_loader
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import combine, swiglu
 
-# Rows of the tiles that the package may choose, 2^4 to 2^8: 256 on AMD only.
+# Rows of the tiles that the package may choose: 2^4 to 2^8, with 2^8 on AMD only.
 _LOG2_HEIGHTS = range(4, 9)
 
 
 def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
-    """See ``ops.reference.matmul_ogs``; only ``layout="row_major"``, on a GPU.
+    """Compute ``ops.reference.matmul_ogs`` for ``layout="row_major"``, on a GPU.
 
     Raises:
-        ValueError: another layout.
+        ValueError: the weight has another layout.
         KernelsUnavailableError: the package cannot be loaded.
     """
     if weight.layout != "row_major":
@@ -61,11 +63,11 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     if rows.gammas is not None:
         rows = rows._replace(gammas=rows.gammas.float().contiguous())
     terms = _bf16_terms(x)
-    # What the package does itself. A limit below zero makes its clamp undefined.
+    # What the package can do itself. Its clamp is undefined for a limit below zero.
     activates = activation is not None and len(terms) == 1 and activation.limit >= 0
     weighs = rows.gammas is not None and activation is None
     scatters = _can_scatter(rows) and activation is None
-    # The only rounding to the activations' dtype is the last one.
+    # Round once: the package may round to bfloat16 only if no sum and no factor follows.
     alone = len(terms) == 1 and rows.scatter is None and (rows.gammas is None or weighs)
     call = _Call(weight, rows, torch.bfloat16 if alone else torch.float32, weighs, scatters)
     if activation is not None and activates:
@@ -91,21 +93,22 @@ def _can_scatter(rows: Rows) -> bool:
 
 
 def _with_a_block_of_zeros(x: Tensor, weight: Weight) -> tuple[Tensor, Weight]:
-    """The package wants K > 0."""
+    """Return x and weight with one block of zeros in K: the package needs K > 0."""
     blocks, scales = pad(weight.blocks, (0, 0, 0, 1)), pad(weight.scales, (0, 1), value=E8M0_BIAS)
     return pad(x, (0, BLOCK)), weight._replace(blocks=blocks, scales=scales, k=BLOCK)
 
 
 class _Call:
-    """A call of the package's ``matmul_ogs``, which has its own words for weights and routes.
+    """A call of the package's ``matmul_ogs``, with weights and routes in the package's own classes.
 
     Args:
-        dtype: of the result.
+        weight, rows: the op's operands.
+        dtype: the dtype of the result.
         weighs: whether the package multiplies rows with gammas.
-        scatters: whether it sums a token's rows.
+        scatters: whether the package sums a token's rows.
 
     Attributes:
-        is_foreign: [R] bool, rows of nobody.
+        is_foreign: [R] bool, the rows whose expert is not held here.
     """
 
     def __init__(
@@ -125,11 +128,11 @@ class _Call:
         self._expert_data = _expert_data(package, rows.offsets, rows.total)
         self._experts_per_token = rows.per_token if scatters else 1
         self._arguments: dict[str, Any] = {}
-        if rows.gather is not None:  # by slot, which it divides by the number of experts a token
+        if rows.gather is not None:  # as slots: the package divides by the experts per token
             source = rows.gather.int() * self._experts_per_token
             self._arguments["gather_indx"] = package.routing.GatherIndx(source, source)
         if rows.scatter is not None and scatters:
-            # The row of each slot beside the slot of each row; -1 for nobody's.
+            # The row of each slot, and the slot of each row; -1 for foreign rows.
             row = row.masked_fill(self.is_foreign, -1)
             row_of = torch.empty_like(row).scatter_(0, rows.scatter.long(), row)
             slot_of = rows.scatter.int().masked_fill(self.is_foreign, -1)
@@ -147,7 +150,7 @@ class _Call:
         routing = package.routing.RoutingData(
             self._gammas, data.hist, self._experts, self._experts_per_token, data
         )
-        # A new one each time: the package writes into it.
+        # A new object for each call, because the package writes into it.
         precision = package.matmul_ogs.PrecisionConfig(
             weight_scale=package.tensor.wrap_torch_tensor(self._scales), out_dtype=self._dtype
         )
@@ -164,17 +167,17 @@ class _Call:
 
 
 def _expert_data(package: Any, expert_offsets: Tensor, rows: int) -> Any:
-    """The package's table of tiles: for each height of tiles, whose rows each program takes.
+    """Return the package's table of tiles: for each tile height, the tile of each program.
 
-    An entry holds (tile of the expert) << 16 | expert, or -1. The package has two functions for
-    this; the one that transformers calls reads counts back from the device.
+    An entry is (tile of the expert) << 16 | expert, or -1. The package has two functions for this,
+    but the one that transformers calls reads counts back from the device.
     """
     device, e = expert_offsets.device, expert_offsets.shape[0] - 1
     counts = expert_offsets.diff()
     log2 = torch.arange(_LOG2_HEIGHTS.start, _LOG2_HEIGHTS.stop, device=device)[:, None]
     ends = (-(-counts >> log2)).cumsum(1)  # [heights, E]: tiles of this expert and those before
     starts = pad(ends, (1, 0))
-    # At least as many as the package launches: R of them if R <= E, else (R-E+1)/height + E - 1.
+    # At least as many programs as the package launches: R if R <= E, else (R-E+1)/height + E - 1.
     programs = (rows >> _LOG2_HEIGHTS.start) + e + 1
     program = torch.arange(programs, device=device).expand(len(_LOG2_HEIGHTS), -1).contiguous()
     expert = torch.searchsorted(ends, program, right=True)
@@ -190,10 +193,10 @@ def _expert_data(package: Any, expert_offsets: Tensor, rows: int) -> Any:
 
 
 def _bf16_terms(x: Tensor) -> list[Tensor]:
-    """bfloat16 numbers whose sum is x, the largest first."""
+    """Split x into bfloat16 terms whose sum is x, the largest first."""
     terms, rest = [x.to(torch.bfloat16).contiguous()], x
     for _ in range(BF16_TERMS[x.dtype] - 1):
-        # Exact in float32. What is infinite or NaN stays so by the first term alone.
+        # Exact in float32. An infinite or NaN element has one term only.
         rest = torch.where(terms[-1].isfinite(), rest.float() - terms[-1].float(), 0)
         terms.append(rest.to(torch.bfloat16).contiguous())
     return terms

@@ -1,9 +1,9 @@
-"""The kernels that the ``kernels`` library serves from its hub: loaded when asked for, and checked.
+"""The loader of the kernel package that the ``kernels`` library downloads from its hub.
 
-``kernels="hub"`` runs the experts with the package that transformers itself uses for GPT-OSS. It is
-fetched the first time, into the cache of huggingface_hub. With ``HF_HUB_OFFLINE=1`` it must lie
-there already; ``LOCAL_KERNELS="kernels-community/gpt-oss-triton-kernels=DIRECTORY"`` takes a local
-copy instead. Both are the library's own mechanisms.
+``kernels="hub"`` runs the experts with the package that transformers itself uses for GPT-OSS. The
+first use downloads it into the cache of huggingface_hub. With ``HF_HUB_OFFLINE=1`` the cache must
+have it already. ``LOCAL_KERNELS="kernels-community/gpt-oss-triton-kernels=DIRECTORY"`` selects a
+local copy instead. Both mechanisms are the library's own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.core.loaded_once import LoadedOnce
 
 REPOSITORY = "kernels-community/gpt-oss-triton-kernels"
-VERSION = 1  # of its interface; the one that transformers 5 asks for
+VERSION = 1  # of the package's interface; transformers 5 loads the same version
 
-# Device types that the package's kernels are launched on; "cuda" is ROCm's name in torch, too.
+# Device types that the package's kernels run on. ROCm's device type in torch is "cuda", too.
 DEVICES: tuple[str, ...] = ("cuda",)
 
-# What ``ops/hub.py`` takes from the package. Other versions of it have renamed some of these.
+# The names that ``ops/hub.py`` uses. Other versions of the package renamed some of these.
 NAMES = (
     "matmul_ogs.FnSpecs",
     "matmul_ogs.FusedActivation",
@@ -40,12 +40,13 @@ _OTHERS = "kernels='auto' takes the best that needs no download"
 
 
 def load() -> Any:
-    """The kernel package, fetched and imported when this is first called.
+    """Return the kernel package; the first call downloads and imports it.
 
     Raises:
-        KernelsUnavailableError: no ``kernels`` library, no such package for this machine (or none
-            in the cache while offline), or one that lacks a name of :data:`NAMES`. The message says
-            what is missing and what to do. It is tried again when ``LOCAL_KERNELS`` changes.
+        KernelsUnavailableError: there is no ``kernels`` library, or no such package for this
+            machine (or none in the cache while offline), or the package lacks a name of
+            :data:`NAMES`. The message has the remedy. Later calls raise the same error until
+            ``LOCAL_KERNELS`` changes.
     """
     return packages(REPOSITORY)
 
@@ -67,7 +68,7 @@ def _get_kernel(repository: str) -> Any:
         ) from error
     try:
         return get_kernel(repository, version=VERSION)
-    except Exception as error:  # of files, network, a build for other hardware, or its own import
+    except Exception as error:  # files, network, a build for other hardware, the package's import
         raise KernelsUnavailableError(
             f"{REPOSITORY}, version {VERSION}, cannot be loaded: {_first_line(error)}. "
             f"Download it once while online (without HF_HUB_OFFLINE), or set {_LOCAL}="

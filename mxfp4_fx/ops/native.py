@@ -1,7 +1,8 @@
-"""Compiles the C++ under ``ops/cpu_kernels/`` on first use, keeps the result, and loads it.
+"""The build of the native CPU library: compiled on first use, cached on disk, loaded.
 
-There is one library for each instruction-set path. It runs on the threads of torch's own OpenMP
-runtime. It includes no header of torch or Python, so that one build serves every version of them.
+There is one library for each instruction-set path, from the C++ in ``ops/cpu_kernels/``. It runs on
+the threads of torch's own OpenMP runtime. It includes no header of torch or Python, so that one
+build serves every version of them.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from mxfp4_fx.ops import compiler
 
 CACHE_DIR_VARIABLE = "MXFP4_FX_CACHE_DIR"
 CXXFLAGS_VARIABLE = "MXFP4_FX_CXXFLAGS"  # more flags, for development: sanitizers, -g, -Werror
-# As long as these stay the same, what has failed is not tried again.
+# After a failure, a build is tried again only if one of these variables has changed.
 _MATTERS = (
     *(compiler.VARIABLE, CXXFLAGS_VARIABLE, "PATH"),
     *(CACHE_DIR_VARIABLE, "XDG_CACHE_HOME", "HOME"),
 )
 
 _COMPILE = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
-# api.h makes its functions visible. The rest has the same names in every library and stays inside.
+# api.h exports its functions. All other names are the same in every library and stay hidden.
 _SHARED = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
 _SOURCES = Path(__file__).parent / "cpu_kernels"
-_UNIT, _LIBRARY = "kernels.cpp", "kernels.so"  # the second while it is being built
+_UNIT, _LIBRARY = "kernels.cpp", "kernels.so"  # the library has this name during the build
 _TORCH = torch_private.LIBRARY
 _SEAL_BYTES = hashlib.sha256().digest_size
 
@@ -52,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """All that a library is made from. The file's name has a hash of it."""
+    """Everything that a library is made from. The name of its file has a hash of it."""
 
     path: str
     sources: dict[str, bytes]
@@ -68,16 +69,21 @@ class _DlInfo(ctypes.Structure):
 
 
 def load(path: str) -> ctypes.CDLL:
-    """The kernels for an instruction-set path, a key of ``CPU_PATHS``; compiled now if need be.
+    """Return the library for an instruction-set path; compile it if there is none.
 
-    Compiling takes seconds and is said on stderr. A loaded library stays for the process's life.
+    Compiling takes seconds and is announced on stderr. A library stays loaded until the process
+    ends.
+
+    Args:
+        path: a key of ``CPU_PATHS``.
 
     Raises:
-        NativeBuildError: no compiler, or it fails; no directory can be written; not Linux; torch
-            without OpenMP; refused by the system; wrong results. The same again, without another
-            try, until one of the environment variables that matter changes.
+        NativeBuildError: there is no compiler, or it fails; no directory can be written; the system
+            is not Linux or refuses the instructions; torch has no OpenMP; the kernels compute wrong
+            results. Later calls raise the same error until an environment variable of
+            :data:`_MATTERS` changes.
     """
-    library = libraries.loaded.get(path)  # as every call of an op asks
+    library = libraries.loaded.get(path)  # every call of an op takes this short way
     return libraries(path) if library is None else library
 
 
@@ -86,7 +92,7 @@ def _load(path: str) -> ctypes.CDLL:
         library = _find_or_build(_recipe(path))
     except OSError as error:
         raise NativeBuildError(str(error)) from error
-    # In a forked process torch's threads, which OpenMP would wait for, are gone.
+    # A forked process lacks torch's threads, and OpenMP would wait for them.
     if status := library.mxfp4_init(forks.is_forked()):
         raise NativeBuildError(_init_failed(path, status))
     return library
@@ -105,7 +111,7 @@ def _init_failed(path: str, status: int) -> str:
 
 
 def is_built(path: str) -> bool:
-    """Whether ``load(path)`` would find a finished library and not compile. Writes nothing."""
+    """Return whether ``load(path)`` would find a finished library. Writes nothing."""
     try:
         name = _recipe(path).file_name
         return any(_is_trusted(d) and _is_whole(d / name) for d in _directories())
@@ -132,9 +138,9 @@ def _recipe(path: str) -> _Recipe:
     link = (*cxx, *more, "kernels.o", "-o", _LIBRARY)
     made_from = (
         *(path, sources, compile_, link, platform.machine()),
-        # A compiler of the same name may have been replaced.
+        # Another compiler may have replaced one of the same name.
         *(os.path.realpath(cxx[0]), compiler.run([*cxx, "--version"])),
-        # Not its place: environments with the same runtime share the library.
+        # The runtime's bytes and not its path: environments with the same runtime share a library.
         *(os.path.basename(openmp), hashlib.sha256(Path(openmp).read_bytes()).digest()),
     )
     key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:32]
@@ -142,10 +148,14 @@ def _recipe(path: str) -> _Recipe:
 
 
 def _openmp_runtime() -> str:
-    """The file of the OpenMP runtime whose threads torch runs on.
+    """Return the file of the OpenMP runtime that torch uses.
 
-    Another runtime would bring a second pool of threads, and the two would wait for each other's
-    cores. Several may be loaded, so this is the one in which torch's own calls end.
+    Another runtime would have a second pool of threads, and the two pools would compete for the
+    cores. The process may have several runtimes loaded, so this looks up where torch's own calls
+    lead.
+
+    Raises:
+        NativeBuildError: torch has no OpenMP.
     """
     try:
         function = ctypes.CDLL(_TORCH, mode=os.RTLD_NOW | os.RTLD_NOLOAD).omp_get_max_threads
@@ -160,9 +170,9 @@ def _openmp_runtime() -> str:
 
 
 def _directories() -> list[Path]:
-    """Where libraries are kept: the first that can be written is used."""
+    """Return the directories for libraries; a build goes to the first that can be written."""
     caches = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(caches):  # the XDG specification: then it does not count
+    if not os.path.isabs(caches):  # the XDG specification says to ignore relative paths
         caches = "~/.cache"
     chosen = os.environ.get(CACHE_DIR_VARIABLE) or os.path.join(caches, "mxfp4_fx")
     chosen = os.path.expanduser(chosen)
@@ -176,7 +186,10 @@ def _fallback() -> Path:
 
 
 def _is_trusted(directory: Path) -> bool:
-    """Whether code may be loaded from there: the one for temporary files may be anybody's."""
+    """Return whether code may be loaded from a directory.
+
+    Any user may have made the one for temporary files.
+    """
     if directory != _fallback():
         return True
     try:
@@ -203,14 +216,14 @@ def _find_or_build(recipe: _Recipe) -> ctypes.CDLL:
         except OSError as error:
             unusable.append(f"{directory} cannot be used ({error.strerror or error})")
     raise NativeBuildError(
-        f"the compiled CPU kernels can be kept nowhere: {'; '.join(unusable)}; "
+        f"there is no directory for the compiled CPU kernels: {'; '.join(unusable)}; "
         f"set {CACHE_DIR_VARIABLE} to a directory that can be written"
     )
 
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Lets one process at a time in. The kernel lets go for a process that is killed."""
+    """Hold the lock of a file, as one process at a time can. A killed process releases it."""
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
@@ -224,16 +237,26 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.CDLL:
-    """Compile into `directory`, whose lock is held; other errors than OSError are final."""
+    """Build a library into ``directory``; the caller holds its lock.
+
+    Args:
+        recipe: what to build.
+        directory: where the library is kept.
+        unusable: why the directories before this one could not be used.
+
+    Raises:
+        OSError: the directory cannot be used, so the caller may try the next.
+        NativeBuildError: no other directory would help.
+    """
     file = directory / recipe.file_name
-    if library := _open_whole(file):  # whoever held the lock before has built it
+    if library := _open_whole(file):  # the last holder of the lock has built it
         return library
-    for left in directory.glob(f"{recipe.path}.*.building"):  # by a process that was killed
+    for left in directory.glob(f"{recipe.path}.*.building"):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(
         prefix=f"{recipe.path}.", suffix=".building", dir=directory, ignore_cleanup_errors=True
     ) as folder:
-        # The bytes that the key was made from, even if somebody edits the files.
+        # The bytes that the key was made from: the files may have been edited since.
         for name, content in recipe.sources.items():
             Path(folder, name).write_bytes(content)
         for reason in unusable:
@@ -256,14 +279,14 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
 
 
 def _seal(file: Path) -> None:
-    """Append the hash of a library to it, where the loader does not look."""
+    """Append a library's hash to its file; the loader ignores bytes after the end."""
     digest = hashlib.sha256(file.read_bytes()).digest()
     with open(file, "ab") as end:
         end.write(digest)
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a library is as it was sealed: one that is cut short would crash the loader."""
+    """Return whether a library matches its seal: one that is cut short would crash the loader."""
     try:
         content = file.read_bytes()
     except OSError:
@@ -272,7 +295,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _open_whole(file: Path) -> ctypes.CDLL | None:
-    """The library if it is there, whole, and loads; otherwise it has to be built (again)."""
+    """Return the library if it exists, is whole and loads; else None, and it must be built."""
     try:
         return _open(file) if _is_whole(file) else None
     except (OSError, AttributeError):

@@ -1,8 +1,9 @@
-"""What kernels take: the operands of ``matmul_ogs``, made of a call's flat arguments and checked.
+"""The operands of ``matmul_ogs``, made from a call's flat arguments and checked.
 
-Torch wants flat schemas; ``schemas.py`` turns one into these once a call, for every implementation,
-the backward and the fake impl. They are tuples: nothing else that is frozen is as cheap to build.
-Shape letters as in ``reference.py``; N' is N, or N/2 with an activation, which halves it.
+Torch needs flat schemas. ``schemas.py`` makes operands from the flat arguments once a call, for
+every implementation, the backward and the fake impl. They are tuples, because no other immutable
+class is as cheap to build. Shape letters as in ``reference.py``; N' is N, or N/2 with an
+activation, which halves it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Weight(NamedTuple):
 
     Attributes:
         blocks, scales: uint8, of ``LAYOUTS[layout].shapes(n, k)`` behind an axis of E.
-        bias: [E, N] float, or None: nothing is added.
-        n, k, experts: N, K and E. Layouts may pad N, so the blocks alone do not say it.
+        bias: [E, N] float, or None for no bias.
+        n, k, experts: N, K and E. Layouts may pad N, so it does not follow from the blocks.
         layout: a key of ``layouts.LAYOUTS``.
     """
 
@@ -39,16 +40,16 @@ class Weight(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The R routed rows: their experts, where they come from and where their results go.
+    """The R routed rows: their experts, their inputs and the places of their results.
 
     Attributes:
-        offsets: [E+1] int32; expert e has the rows ``offsets[e]:offsets[e+1]``, and those from
-            ``offsets[E]`` on are nobody's: their results are zero.
-        gather: [R] int32, the row of x that each reads, or None: row r reads ``x[r]``.
-        scatter: [R] int32, the slot of each result, or None: results stay in the rows' order. The
-            A slots of a token are summed.
+        offsets: [E+1] int32; expert e has the rows ``offsets[e]:offsets[e+1]``. Rows from
+            ``offsets[E]`` on belong to experts that are not held here, and their results are zero.
+        gather: [R] int32, the row of x that each row reads, or None: row r reads ``x[r]``.
+        scatter: [R] int32, the slot of each result, or None: results stay in the rows' order. With
+            it the A slots of a token are summed.
         gammas: [R] float32, the factor of each result, or None.
-        per_token: A; only read with ``scatter``.
+        per_token: A; it matters only with ``scatter``.
         total: R.
     """
 
@@ -61,11 +62,11 @@ class Rows(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """What follows the bias.
+    """The activation after the bias.
 
     Attributes:
-        kind: ``"swiglu"``, the only one: gate in the even columns, up in the odd.
-        alpha, limit: its constants.
+        kind: ``"swiglu"``, the only kind: gate in the even columns, up in the odd.
+        alpha, limit: SwiGLU's constants.
     """
 
     kind: str
@@ -74,17 +75,17 @@ class Activation(NamedTuple):
 
 
 def result_shape(weight: Weight, rows: Rows, activation: Activation | None) -> tuple[int, int]:
-    """The shape of the op's result: [T, N'] with a scatter, otherwise [R, N']."""
+    """Return the shape of the op's result: [T, N'] with a scatter, otherwise [R, N']."""
     height = rows.total if rows.scatter is None else rows.total // rows.per_token
     return height, weight.n if activation is None else weight.n // 2
 
 
 def rows_and_k(x: Tensor) -> tuple[int, int]:
-    """The shape of x.
+    """Return the shape of x.
 
     Raises:
-        TypeError: its dtype is none of ``hardware.DTYPES``.
-        ValueError: it is not [rows, K] with whole blocks of K.
+        TypeError: the dtype of x is none of ``hardware.DTYPES``.
+        ValueError: x is not [rows, K] with K a multiple of the block.
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"mxfp4::matmul_ogs: x must be float32, bfloat16 or float16, not {x.dtype}")
@@ -100,11 +101,11 @@ def rows_and_k(x: Tensor) -> tuple[int, int]:
 def make_weight(
     blocks: Tensor, scales: Tensor, bias: Tensor | None, n: int, k: int, layout: str
 ) -> Weight:
-    """A weight for rows of K values.
+    """Return a weight for rows of K values; E is the length of ``blocks``.
 
     Raises:
-        ValueError: there is no such layout; blocks, scales or bias of another shape than E, N and K
-            want. E is the length of ``blocks``.
+        ValueError: there is no such layout, or blocks, scales or bias do not have the shapes that
+            follow from E, N and K.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"mxfp4::matmul_ogs: layout={layout!r} is not one of {list(LAYOUTS)}")
@@ -135,11 +136,11 @@ def make_rows(
     x_rows: int,
     experts: int,
 ) -> Rows:
-    """Rows of an x with ``x_rows`` rows. Values of indices are not looked at here.
+    """Return the rows of an x with ``x_rows`` rows. The values of indices are not checked.
 
     Raises:
-        ValueError: offsets, scatter or gammas of another length than E or R wants; A does not
-            divide R.
+        ValueError: offsets, scatter or gammas do not have the lengths that follow from E and R, or
+            A does not divide R.
     """
     if offsets.shape != (experts + 1,):
         raise ValueError(
@@ -159,10 +160,10 @@ def make_rows(
 
 
 def make_activation(kind: str, alpha: float, limit: float, n: int) -> Activation | None:
-    """The activation of that name; None for ``"none"``.
+    """Return the activation of that name; None for ``"none"``.
 
     Raises:
-        ValueError: there is no such activation, or it cannot take N columns.
+        ValueError: there is no such activation, or N is odd.
     """
     if kind == "none":
         return None

@@ -1,7 +1,8 @@
-"""``matmul_ogs`` in PyTorch for a CPU without a compiler: hit experts, some output rows at a time.
+"""``matmul_ogs`` in PyTorch, for a CPU without a compiler: some output rows of an expert at a time.
 
-A panel of weights is dequantized into one buffer that stays in the core's cache and multiplied at
-once by the library, so that neither an expert nor a layer ever exists dequantized.
+It dequantizes a panel of weights into one buffer that stays in the core's cache, and multiplies it
+by a library call. So neither an expert nor a layer ever exists dequantized. Experts without rows
+are skipped.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from mxfp4_fx.core.formats import dequantize
 from mxfp4_fx.ops.operands import Activation, Rows, Weight
 from mxfp4_fx.ops.reference import combine, swiglu
 
-# Float32 bytes of a dequantized panel; from 2 to 8 MiB the speed is the same on 2 cores.
+# Bytes of a dequantized panel in float32; from 2 to 8 MiB the speed is the same on 2 cores.
 PANEL_BYTES = 4 << 20
 
 
 def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
-    """See ``ops.reference.matmul_ogs``; only ``layout="row_major"``."""
+    """Compute ``ops.reference.matmul_ogs`` for ``layout="row_major"``."""
     n, k, bias = weight.n, weight.k, weight.bias
     height = max(2, PANEL_BYTES // (4 * max(k, 1)) & ~1)
     panel = x.new_empty((min(n, height), k), dtype=torch.float32)

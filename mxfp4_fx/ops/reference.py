@@ -1,9 +1,9 @@
-"""The readable meaning of every op, in plain PyTorch. All kernels are tested against this file.
+"""The meaning of every op, in plain PyTorch. All kernels are tested against this file.
 
 Shape letters: T tokens, E experts, A experts per token (top-k), R = T*A routed rows, H hidden,
 I intermediate, K contraction, N output. A *slot* t*A + a is token t's a-th choice.
 
-Every sum is accumulated in float32 and rounded to the activations' dtype once, at an op's end.
+Every sum is accumulated in float32. It is rounded to the activations' dtype once, at an op's end.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Routes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def routing(logits: Tensor, top_k: int) -> Routes:
-    """Choose ``top_k`` experts a token, weigh them by a softmax over the chosen logits.
+    """Choose ``top_k`` experts per token and weigh them by a softmax over the chosen logits.
 
     Args:
         logits: [T, E] float. Equal logits are chosen in ``torch.topk``'s own order.
         top_k: A.
 
     Returns:
-        The routes of :func:`routing_from_routes`.
+        The same four tensors as :func:`routing_from_routes`.
     """
     chosen, indices = torch.topk(logits, top_k, dim=-1)
     return routing_from_routes(indices, torch.softmax(chosen.float(), dim=-1), logits.shape[1])
@@ -41,19 +41,20 @@ def routing(logits: Tensor, top_k: int) -> Routes:
 def routing_from_routes(
     indices: Tensor, weights: Tensor, num_experts: int, first_expert: int = 0
 ) -> Routes:
-    """Sort routes that are chosen already by expert; the sort is stable.
+    """Sort given routes by expert; the sort is stable.
 
     Args:
         indices: [T, A] integer expert ids. Ids outside ``[first_expert, first_expert +
-            num_experts)`` belong to someone else: their rows go last and count nothing.
+            num_experts)`` are of experts that are not held here. Their rows go last and have
+            gamma 0.
         weights: [T, A] float, the factor of each route.
-        num_experts: E, the experts held here.
+        num_experts: E, the number of experts held here.
         first_expert: the id of the first of them.
 
     Returns:
-        gammas [R] float32 (0 for rows that belong to someone else), gather_index [R] int32 (the
-        token of a sorted row), scatter_index [R] int32 (its slot), expert_offsets [E+1] int32 (the
-        rows of expert e are ``expert_offsets[e]:expert_offsets[e+1]``).
+        gammas [R] float32 (0 for rows of experts not held here), gather_index [R] int32 (the token
+        of a sorted row), scatter_index [R] int32 (its slot), expert_offsets [E+1] int32 (the rows
+        of expert e are ``expert_offsets[e]:expert_offsets[e+1]``).
     """
     expert = indices.reshape(-1) - first_expert
     expert = torch.where((expert >= 0) & (expert < num_experts), expert, num_experts)
@@ -69,20 +70,20 @@ def routing_from_routes(
 
 
 def expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Tensor:
-    """The ids that a form of the experts takes given ids for.
+    """Map given ids to expert ids, as one of transformers' forms of the experts reads them.
 
     Args:
         indices: [T, A] integers.
         num_experts: E.
-        below: what ids below 0 are: ``"wrap"`` (counted from the end, down to -E), ``"first"``
-            (expert 0), ``"skip"`` (someone else's) or ``"error"``.
-        above: what ids from E on are: ``"skip"`` or ``"error"``.
+        below: the meaning of ids below 0: ``"wrap"`` (counted from the end, down to -E),
+            ``"first"`` (expert 0), ``"skip"`` (an expert that is not held here) or ``"error"``.
+        above: the meaning of ids from E on: ``"skip"`` or ``"error"``.
 
     Returns:
-        [T, A] in the same dtype; what is to be skipped stays outside of [0, E).
+        [T, A] in the same dtype; ids to skip stay outside of [0, E).
 
     Raises:
-        IndexError: an id is an error. On a GPU this is an assertion of the device.
+        IndexError: an id is an error. On a GPU a device assertion fails instead.
     """
     low = {"wrap": -num_experts, "error": 0}.get(below, -math.inf)
     high = {"error": num_experts - 1}.get(above, math.inf)
@@ -100,21 +101,22 @@ def expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Ten
 
 
 def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """GPT-OSS's clamped SwiGLU: [.., 2I] -> [.., I]; gate in the even columns, up in the odd."""
+    """Apply GPT-OSS's clamped SwiGLU: [.., 2I] -> [.., I]; gate in even columns, up in odd ones."""
     gate = gate_up[..., 0::2].clamp(max=limit)
     up = gate_up[..., 1::2].clamp(min=-limit, max=limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
 def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
-    """Grouped matmul with outer gather and scatter.
+    """Multiply rows with their experts' weights: a grouped matmul with outer gather and scatter.
 
-    ``y = act(x[gather] @ W_e^T + b_e) * gammas``, row by row with the expert e that the offsets
-    give; then, with a scatter, put into slots and summed over each token's slots in order.
+    ``y = act(x[gather] @ W_e^T + b_e) * gammas``, where the offsets give the expert e of each row.
+    With a scatter, the rows of y are then put into slots, and each token's slots are summed in
+    order.
 
     Args:
         x: [T, K] with a gather, else [R, K]; float32, bfloat16 or float16.
-        weight, rows, activation: see ``operands.py``. Here, ``weight`` may have any layout.
+        weight, rows, activation: see ``operands.py``. The weight may have any layout here.
 
     Returns:
         [T, N'] with a scatter, else [R, N']; N' = N, or N/2 with SwiGLU; in x's dtype.
@@ -138,7 +140,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
 
 
 def matrix(weight: Weight, expert: int) -> Tensor:
-    """The matrix [N, K] float32 of one expert, of a weight in any layout."""
+    """Dequantize one expert of a weight in any layout to a matrix [N, K] float32."""
     part = weight.blocks[expert], weight.scales[expert]
     order = LAYOUTS[weight.layout].unswizzle(*part, weight.n, weight.k)
     return dequantize(*order, torch.float32)
@@ -152,9 +154,9 @@ def grouped_linear(
     expert_offsets: Tensor,
     act: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """``act(rows @ weight(e)^T + bias[e])`` in float32 for rows [R, K] sorted by expert.
+    """Return ``act(rows @ weight(e)^T + bias[e])`` in float32, for rows [R, K] sorted by expert.
 
-    Only the experts that have rows are asked for their ``weight(e)`` [N, K] float32.
+    ``weight(e)`` returns [N, K] float32. It is called only for experts that have rows.
     """
     y = rows.new_zeros((rows.shape[0], n if act is None else n // 2), dtype=torch.float32)
     for expert, (start, stop) in enumerate(pairwise(expert_offsets.tolist())):
@@ -186,7 +188,9 @@ def moe(
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
 ) -> Tensor:
-    """The logical op: a GPT-OSS MoE MLP from its router logits on, weights as the model has them.
+    """Compute a GPT-OSS MoE MLP from its router logits on: the logical op, without a layout.
+
+    The weights are as the model holds them.
 
     Args:
         hidden: [T, H] float.
@@ -195,11 +199,11 @@ def moe(
         down, down_bias: [E, I, H] and [E, H].
         top_k: A.
         alpha, limit: SwiGLU's constants.
-        gate_up_scales, down_scales: of packed weights, [E, 2I, H/32] and [E, H, I/32] uint8;
-            ``gate_up`` and ``down`` are then blocks, with one more axis of 16 bytes.
+        gate_up_scales, down_scales: for packed weights, [E, 2I, H/32] and [E, H, I/32] uint8.
+            ``gate_up`` and ``down`` are then blocks: the scales' shapes and an axis of 16 bytes.
 
     Returns:
-        [T, H] in hidden's dtype. Nothing is quantized: MXFP4 begins when the op is lowered.
+        [T, H] in hidden's dtype. Floats are not quantized here, but when the op is lowered.
     """
     routes = routing(router_logits, top_k)
     gate_up_of, down_of = _matrices(gate_up, gate_up_scales), _matrices(down, down_scales)
@@ -221,7 +225,7 @@ def moe_from_routes(
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
 ) -> Tensor:
-    """:func:`moe` with routes chosen already: ``indices`` [T, A] and ``weights`` [T, A]."""
+    """Compute :func:`moe` with given routes: ``indices`` [T, A] and ``weights`` [T, A]."""
     routes = routing_from_routes(indices, weights, gate_up.shape[0])
     a = indices.shape[1]
     gate_up_of, down_of = _matrices(gate_up, gate_up_scales), _matrices(down, down_scales)
@@ -229,7 +233,10 @@ def moe_from_routes(
 
 
 def _matrices(weight: Tensor, scales: Tensor | None) -> Callable[[int], Tensor]:
-    """The matrix [N, K] float32 of each expert, of a weight [E, K, N] or a packed one."""
+    """Return a function from an expert to its matrix [N, K] float32.
+
+    The weight is [E, K, N], or packed if there are scales.
+    """
     if scales is None:
         return lambda e: weight[e].T.float()
     return lambda e: dequantize(weight[e], scales[e], torch.float32)

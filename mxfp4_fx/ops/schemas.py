@@ -1,13 +1,14 @@
-"""How torch sees the ops: schema, fake impl, dispatch, autograd. Kernels load when first called.
+"""The ops' definitions for torch: schema, fake impl, dispatch, autograd.
 
-Schemas are strings (``define`` and ``impl``): a call costs a quarter of a ``custom_op``'s. All ops
-are functional. Shape letters as in ``reference.py``.
+Schemas are strings (``define`` and ``impl``), because a call of such an op costs a quarter of a
+``custom_op``'s. All ops are functional. Kernels are imported on first use. Shape letters as in
+``reference.py``.
 
-Behind its flat schema ``matmul_ogs`` has operands (``operands.py``): :func:`operands_of` makes and
-checks them, once a call.
+``matmul_ogs`` has a flat schema. :func:`operands_of` makes its operands (``operands.py``) from the
+flat arguments and checks them, once a call.
 
 To add kernels: write ``matmul_ogs`` (and ``routing``) with the reference's signature in a module of
-their own, enter them in :data:`KERNELS`, and let ``target.choose`` name them.
+their own, enter them in :data:`KERNELS`, and let ``target.choose`` return their name.
 """
 
 from __future__ import annotations
@@ -73,7 +74,11 @@ SCHEMAS = {
 
 @functools.cache
 def kernel(kernels: str, op: str) -> Callable[..., Any]:
-    """The function that computes ``op`` for ``kernels``, imported on first use."""
+    """Return the function that computes ``op`` for ``kernels``; import it on first use.
+
+    Raises:
+        ValueError: ``kernels`` is not a key of :data:`KERNELS`.
+    """
     if kernels not in KERNELS:
         raise ValueError(f"kernels={kernels!r} is not one of {', '.join(KERNELS)}")
     module, name = KERNELS[kernels][op].split(":")
@@ -114,19 +119,22 @@ def operands_of(
     layout: str = "row_major",
     kernels: str = "reference",
 ) -> tuple[Tensor, Weight, Rows, Activation | None, str]:
-    """What an implementation of ``matmul_ogs`` takes, of the op's arguments, and the kernels' name.
+    """Make the operands of ``matmul_ogs`` from the op's arguments, and check them.
 
     Args:
         x: [T, K] with ``gather_index``, else [R, K]; float32, bfloat16 or float16.
         blocks, scales, bias, n, layout: see ``operands.Weight``. ``n`` is the weight's N, before
-            SwiGLU halves it: layouts may pad it, and a bias, which would tell it, may be absent.
+            SwiGLU halves it. It is an argument because layouts may pad N and a bias may be absent.
         expert_offsets, gather_index, scatter_index, gammas, experts_per_token: see
             ``operands.Rows``.
         activation, alpha, limit: see ``operands.Activation``; ``"none"`` or ``"swiglu"``.
         kernels: a key of :data:`KERNELS`.
 
+    Returns:
+        The arguments of an implementation of ``matmul_ogs``, and ``kernels``.
+
     Raises:
-        TypeError, ValueError: an operand that the others do not fit, by name.
+        TypeError, ValueError: an operand has a wrong dtype, shape or value; the message names it.
     """
     x_rows, k = operands.rows_and_k(x)
     weight = operands.make_weight(blocks, scales, bias, n, k, layout)
@@ -237,7 +245,7 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
-    """The ops' arithmetic is float32; an autocast around them must not reach into it."""
+    """Wrap an op so that autocast around it does not change its float32 arithmetic."""
 
     @functools.wraps(impl)
     def run(*args: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The choice: which kernels a device gets, in which layout, and why.
+"""The choice of kernels and layout for a device, and its reason.
 
-It asks what the machine can (`core/hardware.py`), and whether the kernels can be had: `native.py`
-for the CPU's, `hub_loader.py` for the hub's.
+It depends on the machine (`core/hardware.py`) and on whether the kernels are available: `native.py`
+builds those for the CPU, `hub_loader.py` loads those of the hub.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mxfp4_fx.ops import hub_loader, native
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the experts of one device are lowered to.
+    """The kernels and the layout that the experts on a device are lowered to.
 
     Attributes:
         kernels: the implementation that the device ops call, a key of ``ops.schemas.KERNELS``.
         layout: the layout of the swizzled weights that it reads, a key of ``layouts.LAYOUTS``.
-        reason: why these, in words for ``explain`` and ``doctor``.
+        reason: why the device gets these, in words for ``explain`` and ``doctor``.
     """
 
     kernels: str
@@ -36,15 +36,16 @@ class Target:
 def choose(device: torch.device, requested: str = "auto") -> Target:
     """Choose kernels and layout for a device.
 
-    The CPU's kernels are compiled now if need be, the hub's loaded if they were asked for.
+    This compiles the native CPU kernels if the choice needs them and they are not built, and loads
+    the hub's kernels if ``requested`` names them.
 
     Args:
-        device: where the activations live.
+        device: the device of the activations.
         requested: ``Options.kernels``.
 
     Raises:
-        KernelsUnavailableError: nothing serves this device under that request; the message says
-            what would.
+        KernelsUnavailableError: no kernels that ``requested`` allows can run on the device. The
+            message has the remedy.
     """
     if requested == "reference":
         return Target("reference", "row_major", "plain PyTorch was asked for")
@@ -75,7 +76,11 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
 
 
 def kernels_for(layout: str, device: torch.device) -> str:
-    """Kernels that read a layout on a device: the best, or the reference, which reads them all."""
+    """Return kernels that read a layout on a device.
+
+    They are the device's best kernels if these read it, else the reference, which reads all
+    layouts.
+    """
     with contextlib.suppress(KernelsUnavailableError):
         best = choose(device)
         if best.layout == layout:
@@ -127,7 +132,11 @@ def _triton(device: torch.device, requested: str) -> Target:
 
 
 def _triton_version(requested: str) -> str:
-    """Triton's version, if it is one that the kernels compile with."""
+    """Return Triton's version.
+
+    Raises:
+        KernelsUnavailableError: Triton is not installed, or too old to compile the kernels.
+    """
     remedy = "pip install 'mxfp4_fx[triton]'; or kernels='reference', which runs anywhere, slowly"
     try:
         import triton

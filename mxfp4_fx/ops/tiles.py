@@ -1,8 +1,8 @@
-"""Which tile a matmul runs with: a table for each target, in ``tiles/*.json``.
+"""The choice of a matmul's tile, from a table for each target in ``tiles/*.json``.
 
-An entry serves up to ``rows`` routed rows in all and ``rows_per_expert`` of them for each expert;
-the first that serves a problem is taken, the last serves all. ``python -m benchmarks.gpu --tune``
-writes the tables. They are chosen from T and E alone, never from what the device computed.
+An entry serves up to ``rows`` routed rows in all, and up to ``rows_per_expert`` times E. The choice
+is the first entry that serves a problem; the last entry serves all. It depends on shapes alone,
+never on values that the device computed. ``python -m benchmarks.gpu --tune`` writes the tables.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("tiles")
-# Layout -> the table of a target that reads it and has none of its own.
+# Layout -> the table for targets that read it and have no table of their own.
 LAYOUTS = {"wgmma_fragments": "sm_90", "mma_fragments": "sm_80", "row_major": "sm_100"}
-# What all kernels are compiled with, whatever Triton's defaults become.
+# Compiler options of all kernels, set so that they do not depend on Triton's defaults.
 OPTIONS = {"enable_fp_fusion": True}
-# Layout -> rows of a tile times terms of an activation, beyond which registers spill.
+# Layout -> the most rows of a tile times terms of an activation; with more, registers spill.
 _MOST_TERMS = {"wgmma_fragments": 128, "mma_fragments": 64, "row_major": 256}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How a matmul is cut up.
+    """The tile of a matmul, and the problems that a table's entry serves with it.
 
     Attributes:
-        regime: "decode", "streaming" or "prefill": what the entry is meant for.
-        rows, rows_per_expert: the largest problem that it serves; 0 stands for no bound.
-        block_m, block_n, block_k: rows of activations, rows of a weight, and columns of both that a
-            program takes at a time.
-        splits: parts of K with a program each; 1 unless the rows are summed afterwards anyway.
+        regime: "decode", "streaming" or "prefill": the use that the entry is meant for.
+        rows, rows_per_expert: the largest problem that the entry serves; 0 stands for no bound.
+        block_m, block_n, block_k: the rows of activations, rows of a weight, and columns of both
+            that a program computes at a time.
+        splits: the number of parts of K, each with its own program; 1 unless a later launch sums
+            the rows anyway.
         warps, stages: Triton's num_warps and num_stages.
     """
 
@@ -52,7 +53,7 @@ _forced: list[Tile] = []
 
 @contextlib.contextmanager
 def forced(tile: Tile) -> Iterator[None]:
-    """Within, :func:`choose` gives ``tile``, fitted to the problem, in every thread. For tuning."""
+    """Make :func:`choose` return ``tile``, fitted to the problem, in all threads; for tuning."""
     _forced.append(tile)
     try:
         yield
@@ -62,14 +63,14 @@ def forced(tile: Tile) -> Iterator[None]:
 
 @functools.cache
 def table(target: str) -> tuple[Tile, ...]:
-    """The entries of a target, such as ``"sm_90"``, in order."""
+    """Return the entries of a target's table in order; a target is a name such as ``"sm_90"``."""
     document = json.loads((FOLDER / f"{target}.json").read_text(encoding="utf-8"))
     return tuple(Tile(**entry) for entry in document["tiles"])
 
 
 @functools.cache
 def table_name(target: str, layout: str) -> str:
-    """The target itself if it has a table, otherwise the most like it that reads the layout."""
+    """Return the target itself if it has a table, else the target whose table it uses."""
     if (FOLDER / f"{target}.json").exists():
         return target
     return "gfx942" if target.startswith("gfx") else LAYOUTS[layout]
@@ -78,12 +79,15 @@ def table_name(target: str, layout: str) -> str:
 def choose(
     target: str, layout: str, rows: int, experts: int, k: int, terms: int = 1, splits: bool = False
 ) -> Tile:
-    """The tile for ``rows`` routed rows and ``experts`` experts of contraction length ``k``.
+    """Choose the tile for ``rows`` routed rows and ``experts`` experts.
 
     Args:
-        target: as ``hardware.gpu_name`` says.
+        target: what ``hardware.gpu_name`` returns.
         layout: a key of :data:`LAYOUTS`.
-        terms: bfloat16 numbers that make up an activation.
+        rows: R.
+        experts: E.
+        k: K.
+        terms: the number of bfloat16 terms of an activation.
         splits: whether K may be split.
     """
     if _forced:
@@ -93,7 +97,7 @@ def choose(
 
 
 def serving(entries: Sequence[Tile], rows: int, experts: int) -> Tile:
-    """The first of a table's entries that serves a problem."""
+    """Return the first of a table's entries that serves a problem."""
     return next(
         tile
         for tile in entries
@@ -104,9 +108,9 @@ def serving(entries: Sequence[Tile], rows: int, experts: int) -> Tile:
 
 @functools.cache
 def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -> Tile:
-    """The tile with steps that divide K's fragments, and splits that divide the steps.
+    """Fit a tile to K: its steps divide K's fragments, and its splits divide the steps.
 
-    With several terms it has fewer rows: all terms are in registers at once.
+    With several terms the tile gets fewer rows, because all terms are in registers at once.
     """
     block_m, block_k = tile.block_m, tile.block_k
     if terms > 1:
@@ -127,9 +131,9 @@ def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -
 
 
 def compiler_options(tile: Tile, target: str, terms: int) -> dict[str, int]:
-    """Triton's options for a kernel with that tile."""
+    """Return Triton's options for a kernel with that tile."""
     options = {**OPTIONS, "num_warps": tile.warps, "num_stages": tile.stages}
     if terms > 1 and target.startswith("sm_"):
-        # Left to itself, ptxas may spill a few of them for the sake of one more program at a time.
+        # By default ptxas may spill some registers so that one more program fits a multiprocessor.
         options["maxnreg"] = 255
     return options

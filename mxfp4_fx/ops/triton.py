@@ -1,8 +1,8 @@
-"""Launches the Triton kernels: operands are checked, a tile is chosen, grids are set.
+"""Launches of the Triton kernels: the layout is checked, a tile chosen, the grids computed.
 
 Nothing is read back from the device and every grid follows from shapes alone, so that CUDA graphs
-capture the ops. Indices are trusted: one that points outside its tensor is a fault that a GPU may
-not notice, as in any of torch's own kernels.
+capture the ops. Indices are not checked. As with torch's own kernels, a GPU may not notice an index
+that points outside its tensor.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from mxfp4_fx.ops.triton_kernels.routing import (
     scan_kernel,
 )
 
-# Target and terms. gfx942 has no such instruction, and Triton 3.6 cannot compile tl.dot_scaled for
-# it; the interpreter takes its bfloat16 operand through float16, where small terms are lost.
+# Targets and numbers of terms without tl.dot_scaled. gfx942 has no such instruction, and Triton 3.6
+# cannot compile it. The interpreter converts its bfloat16 operand to float16 and loses small terms.
 _WITHOUT_DOT_SCALED = {("gfx942", 1), ("gfx942", 2), ("gfx942", 3)}
 _WITHOUT_DOT_SCALED |= {("interpreter", 2), ("interpreter", 3)}
-# From so many routes on, three launches with many programs are faster than one program.
+# Beyond so many routes, three launches with many programs are faster than one program.
 _ONE_PROGRAM_ROUTES = 2048
 _COMBINE_TILE = (4, 512)  # tokens, columns
 _SCAN_TILE = (256, 8)  # blocks, groups
 
 
 def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
-    """See ``ops.reference.matmul_ogs``; any of ``tiles.LAYOUTS``.
+    """Compute ``ops.reference.matmul_ogs`` for any of ``tiles.LAYOUTS``.
 
-    One launch, and with a scatter a second, which sums a token's rows in slot order. A float32
-    activation is taken as a multiple of 2^-133, the smallest bfloat16 number.
+    There is one launch, and with a scatter a second one, which sums a token's rows in slot order.
+    Float32 activations lose digits below 2^-133, the smallest bfloat16 number.
 
     Raises:
-        ValueError: another layout.
+        ValueError: the weight has another layout.
     """
     blocks, scales, bias, n, k, e, layout = weight
     _require_layout(layout)
@@ -55,7 +55,8 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     if e == 0:
         return y.zero_()
     gpu, terms = hardware.gpu_name(x.device), hardware.BF16_TERMS[x.dtype]
-    can_split = rows.scatter is not None and activation is None  # parts of a sum, summed afterwards
+    # The second launch can sum parts of K, too; an activation needs the whole sum first.
+    can_split = rows.scatter is not None and activation is None
     tile = tiles.choose(gpu, layout, rows.total, e, k, terms, can_split)
     out = y
     if rows.scatter is not None:
@@ -65,7 +66,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     blocks, scales = blocks.contiguous(), scales.contiguous()
     if layout != "row_major":
         blocks, scales = blocks.view(torch.uint32), scales.view(torch.uint32)
-    row_tiles = min(rows.total, e + 1 + rows.total // tile.block_m)  # the most there can be
+    row_tiles = min(rows.total, e + 1 + rows.total // tile.block_m)  # an upper bound
     grid = (-(-n // tile.block_n) * row_tiles, tile.splits)
     alpha, limit = (0.0, 0.0) if activation is None else (activation.alpha, activation.limit)
     with _on(x.device):
@@ -86,7 +87,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
 
 
 def _combine(parts: Tensor, y: Tensor, per_token: int, splits: int) -> None:
-    """Sum parts [splits, R, N] of a token's rows into y [T, N]."""
+    """Sum the parts [splits, R, N] of each token's rows into y [T, N]."""
     tokens, columns = y.shape
     bt, bn = _COMBINE_TILE
     combine_kernel[(-(-tokens // bt), -(-columns // bn))](
@@ -95,9 +96,9 @@ def _combine(parts: Tensor, y: Tensor, per_token: int, splits: int) -> None:
 
 
 def routing(logits: Tensor, top_k: int) -> Routes:
-    """See ``ops.reference.routing``; of equal logits the first expert is taken.
+    """Compute ``ops.reference.routing``; of equal logits it chooses the first expert.
 
-    One launch up to 2048 routes, three beyond.
+    There is one launch up to 2048 routes, and three beyond.
     """
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -107,7 +108,7 @@ def routing(logits: Tensor, top_k: int) -> Routes:
 def routing_from_routes(
     indices: Tensor, weights: Tensor, num_experts: int, first_expert: int = 0
 ) -> Routes:
-    """See ``ops.reference.routing_from_routes``; launches as in :func:`routing`."""
+    """Compute ``ops.reference.routing_from_routes``, with as many launches as :func:`routing`."""
     if indices.dtype == torch.bool:
         indices = indices.to(torch.uint8)
     indices, weights = indices.contiguous(), weights.contiguous()
@@ -165,7 +166,7 @@ def _route(
 
 
 def _tokens_per_block(t: int, ap: int, groups: int) -> int:
-    """A power of 2 such that a block's slots times groups stay in registers."""
+    """Return a power of 2 with which a block's slots times groups stay in registers."""
     room = max(1, min(256 // ap, 16384 // (ap * groups)))
     return min(1 << room.bit_length() - 1, triton.next_power_of_2(t))
 
@@ -179,7 +180,7 @@ def _int32(index: Tensor) -> Tensor:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Return a context in which Triton launches on ``device``: it uses the current device."""
     if device.type == "cpu":  # the interpreter
         return contextlib.nullcontext()
     return torch.cuda.device(device)

@@ -1,1 +1,1 @@
-"""Expert weights at run time: where they come from, swizzled once, found again in each call."""
+"""Expert weights at run time: their sources, swizzled once and looked up in each call."""

@@ -1,4 +1,4 @@
-"""A lowered graph's inputs: what is bound at each call, and the captured graph's own."""
+"""The inputs of a lowered graph: swizzled weights, bound at each call, and captured inputs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _TITLE = "mxfp4: swizzling expert weights"
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """A weight that a lowered graph reads swizzled, and the captured graph as the model holds it.
+    """A weight that the lowered graph reads swizzled and the captured graph as the model holds it.
 
     Attributes:
-        slots: where its source's tensors are among the captured graph's inputs.
-        encoding: how these hold the weight.
-        layout: what it is swizzled to.
-        inputs: the lowered graph's inputs that are bound to its blocks and scales, by name.
-        name: the weight's, in the model that was captured; others may share the graph.
+        slots: the positions of the source's tensors among the captured graph's inputs.
+        encoding: how these tensors hold the weight.
+        layout: the layout that the weight is swizzled to.
+        inputs: the names of the lowered graph's inputs for the blocks and the scales.
+        name: the weight's name in the captured model; other models may share the graph.
     """
 
     slots: tuple[int, ...]
@@ -40,22 +40,25 @@ class Binding:
     name: str
 
     def source(self, inputs: tuple[Any, ...]) -> Source:
-        """What the captured graph's ``inputs`` hold of the weight."""
+        """Return the weight's source among the captured graph's ``inputs``."""
         return Source(self.take(inputs), self.encoding)
 
     @functools.cached_property
     def take(self) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-        """The source's tensors of the captured graph's inputs, in a fraction of a microsecond."""
-        if len(self.slots) == 1:  # by its index alone it would not come as a tuple
+        """A function from the captured graph's inputs to the source's tensors.
+
+        It takes a fraction of a microsecond.
+        """
+        if len(self.slots) == 1:  # itemgetter of one index returns no tuple; of a slice it does
             return operator.itemgetter(slice(self.slots[0], self.slots[0] + 1))
         return operator.itemgetter(*self.slots)
 
 
 class InputPlan:
-    """Where a lowered graph's inputs come from: the captured graph's inputs, swizzled or not.
+    """The map from a captured graph's inputs to the lowered graph's: unchanged, or swizzled.
 
-    Swizzled weights are looked up at every call, by the parameters that the call brings. It lives
-    as long as the compiled code, which may outlive the model: it holds positions, no tensors.
+    Each call looks the swizzled weights up by the parameters among its arguments. The plan holds
+    positions and no tensors: it lives as long as the compiled code, which may outlive the model.
 
     Attributes:
         bindings: the weights that are swizzled.
@@ -64,7 +67,11 @@ class InputPlan:
     def __init__(
         self, captured: Sequence[str], lowered: Sequence[str], bindings: Sequence[Binding]
     ) -> None:
-        """Of both graphs the inputs' names, in order, and what is bound to the lowered one's."""
+        """
+        Args:
+            captured, lowered: the names of both graphs' inputs, in order.
+            bindings: the weights that the lowered graph reads swizzled.
+        """
         self.bindings = tuple(bindings)
         bound = {
             name: (at, part)
@@ -72,21 +79,22 @@ class InputPlan:
             for part, name in enumerate(binding.inputs)
         }
         slots = {name: at for at, name in enumerate(captured)}
-        # For each input: one of the captured graph's as it is, or a swizzled weight and its part.
+        # For each lowered input: (captured input, None), or (binding, part of its weight).
         self._inputs = [bound.get(name) or (slots[name], None) for name in lowered]
         as_they_are = {at for at, part in self._inputs if part is None}
         self._only_swizzled = [b for b in self.bindings if not as_they_are.intersection(b.slots)]
         self._lookups = [(b.take, b.encoding, b.layout, b) for b in self.bindings]
-        # What the last call that had to swizzle was called with, and how many in a row had others.
+        # The marks of the last call that swizzled, and how many such calls in a row found the marks
+        # of the one before gone.
         self._last: list[weakref.ref[Mark]] = []
         self._strangers = 0
 
     def examples(self, inputs: Sequence[Any], fakes: Sequence[Any]) -> list[Any]:
-        """Example inputs for the inner compiler: captured ones, and fake ones of what is swizzled.
+        """Return example inputs for the inner compiler; those of swizzled weights are fake.
 
         Args:
-            inputs: the captured graph's.
-            fakes: one for each of the lowered graph's inputs.
+            inputs: the captured graph's inputs.
+            fakes: a fake tensor for each of the lowered graph's inputs.
         """
         return [
             inputs[at] if part is None else fake
@@ -94,18 +102,18 @@ class InputPlan:
         ]
 
     def inputs(self, args: tuple[Any, ...]) -> list[Any]:
-        """The lowered graph's inputs for a call of the captured one with ``args``."""
-        # Freed parameters go by the road of all others, past their own class's veto.
+        """Return the lowered graph's inputs for a call of the captured graph with ``args``."""
+        # As plain tensors: the class of freed parameters would raise an error.
         with torch_private.as_plain_tensors():
             before = STORE.swizzled
             parts = self._look_up(args)
             if STORE.swizzled != before:
                 self._look_out(args)
-                parts = self._look_up(args)  # what shares memory may have turned out to be stale
+                parts = self._look_up(args)  # swizzling may mark weights that share memory stale
         return [args[at] if part is None else parts[at][part] for at, part in self._inputs]
 
     def swizzle_ahead(self, inputs: tuple[Any, ...]) -> None:
-        """Swizzle while compiling, with a progress bar, rather than in the first call."""
+        """Swizzle the weights while compiling, with a progress bar, not in the first call."""
         for binding in tqdm(self.bindings, _TITLE, leave=False, disable=None):
             source = binding.source(inputs)
             if all(
@@ -115,11 +123,11 @@ class InputPlan:
                 STORE.get(source, binding.layout, binding.name)
 
     def free(self, args: tuple[Any, ...]) -> None:
-        """Swizzle what is not, and give each source's memory back before the next is swizzled."""
+        """Swizzle each weight and free its source's memory before the next one is swizzled."""
         found = [
             binding
             for binding in self._only_swizzled
-            # As it is in every call but the first: no source needs to be made.
+            # In all calls but the first, all tensors are freed, and no source needs to be made.
             if not all(map(is_freed, binding.take(args)))
             and STORE.can_free(binding.source(args), binding.layout)
         ]
@@ -136,7 +144,7 @@ class InputPlan:
         ]
 
     def _look_out(self, args: tuple[Any, ...]) -> None:
-        """Tell if each call brings tensors that no earlier one brought, and that do not last."""
+        """Warn if each call has new tensors and those of the call before are gone."""
         are_gone = bool(self._last) and all(mark() is None for mark in self._last)
         self._strangers = self._strangers + 1 if are_gone else 0
         self._last = [weakref.ref(mark_of(args[b.slots[0]])) for b in self.bindings]

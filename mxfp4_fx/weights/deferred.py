@@ -1,4 +1,4 @@
-"""Tensors whose values are made when they are first asked for."""
+"""Tensors whose values are computed on first use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mxfp4_fx.core import torch_private
 
-# Attributes that show or change values ...
+# Attributes that read or change values.
 _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
-# ... and what is known without them: all other attributes, and these methods.
+# What needs no values: all other attributes, and these methods.
 KNOWN = {
     *("__get__", "__set__", "__len__", "size", "stride", "dim", "ndimension", "numel", "nelement"),
     *("element_size", "storage_offset", "is_contiguous", "is_floating_point", "is_complex"),
@@ -21,18 +21,23 @@ KNOWN = {
 
 
 class DeferredTensor(torch.Tensor):
-    """A tensor on the CPU whose values are made when they are first asked for.
+    """A tensor on the CPU whose values are computed on first use.
 
-    ``state_dict`` has these in the place of freed weights, so that saving, which asks for one shard
-    after the other, never holds them all. Shape, dtype, bytes and identity of the storage are there
-    from the beginning; its memory is not touched before.
+    ``state_dict`` returns these for freed weights. Saving reads one shard after the other, so the
+    values of all weights never exist at once. Shape, dtype, and the storage's size and identity are
+    known from the beginning; the storage's memory is not touched before the first use.
     """
 
     _make: Callable[[], Tensor]
 
     @classmethod
     def of(cls, like: Tensor, make: Callable[[], Tensor]) -> DeferredTensor:
-        """``make()`` gives the values, of the shape and dtype of ``like``, on any device."""
+        """Return a deferred tensor of the shape and dtype of ``like``.
+
+        Args:
+            like: the tensor that it stands for.
+            make: returns the values, of that shape and dtype, on any device.
+        """
         with torch_private.as_plain_tensors():
             room = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         deferred = torch_private.make_subclass(cls, room)
@@ -50,9 +55,10 @@ class DeferredTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     def values(self) -> Tensor:
-        """The same memory as a plain tensor, with its values; this one is plain from now on, too.
+        """Compute the values and return a plain tensor on the same memory.
 
-        (``nn.Parameter`` wants tensors that detach to their own class.)
+        This tensor becomes a plain one, too: ``nn.Parameter`` needs tensors that detach to their
+        own class.
         """
         with torch_private.as_plain_tensors(), torch.no_grad():
             plain = self.as_subclass(torch.Tensor)
@@ -63,7 +69,11 @@ class DeferredTensor(torch.Tensor):
 
 
 def name_of(func: Callable[..., Any]) -> str:
-    """The name of a function or method, "__get__" or "__set__" of an attribute without values."""
+    """Return the name of a function that ``__torch_function__`` receives.
+
+    Access to an attribute that reads values has the name "ATTRIBUTE" or "set ATTRIBUTE"; access to
+    any other attribute has the name "__get__" or "__set__".
+    """
     name = getattr(func, "__name__", "")
     if name not in ("__get__", "__set__"):
         return name

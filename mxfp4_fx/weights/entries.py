@@ -1,4 +1,4 @@
-"""What the store has: swizzled weights, and the states of what they were made from."""
+"""The store's entries: swizzled weights, and the states of the tensors they were made from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mxfp4_fx.weights.state import (
     states_of,
 )
 
-# The ids of the marks of a source's tensors, its encoding, and the layout; geometry of views.
+# The ids of the marks of a source's tensors, its encoding, the layout; for views, their geometry.
 Key = tuple[Any, ...]
 
 
@@ -33,10 +33,14 @@ class Entry:
     """A swizzled weight and the source that it was made from.
 
     Attributes:
-        states: of each of the source's tensors.
-        geometry: of each, too, and ``guards`` that ask for it at a fraction of the price.
+        states: the state of each of the source's tensors.
+        geometry: the geometry of each of them.
+        guards: checks the geometry at a fraction of the cost.
+        encoding: how the tensors hold the weight.
+        layout: the layout of ``parts``.
         sizes: (E, N, K).
-        stale: it must be made again, whatever the tensors look like.
+        parts: blocks and scales in ``layout``.
+        stale: the weight must be swizzled again, even if the tensors' states are current.
     """
 
     states: tuple[TensorState, ...]
@@ -45,11 +49,11 @@ class Entry:
     encoding: Encoding
     layout: str
     sizes: tuple[int, int, int]
-    parts: Parts = ()  # type: ignore[assignment]  # made a little later
+    parts: Parts = ()  # type: ignore[assignment]  # the store sets it after swizzling
     stale: bool = False
 
     def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether nothing has changed."""
+        """Return whether the tensors have not changed; renew the guards if so."""
         pairs = zip(self.states, tensors, strict=True)
         if (
             self.stale
@@ -57,43 +61,47 @@ class Entry:
             or not all(s.is_current(t, owner_of(t)._cdata) for s, t in pairs)
         ):
             return False
-        # They ask for modes and requires_grad, too, which may have changed.
+        # The guards also check modes and requires_grad, which may have changed.
         self.guards = guards_of(tensors)
         return True
 
     def has_state_of(self, new: Entry) -> bool:
-        """Whether nothing has happened to the tensors, which are the same, in between."""
+        """Return whether nothing happened to the tensors between this entry and ``new``.
+
+        Both entries have the same tensors.
+        """
         return self.geometry == new.geometry and all(
             a.storage() is b.storage() and (a.address, a.version) == (b.address, b.version)
             for a, b in zip(self.states, new.states, strict=True)
         )
 
     def was_moved(self, new: Entry) -> bool:
-        """Whether a storage has new memory: whoever gives and takes it may also fill it."""
+        """Return whether a storage has new memory; the code that moved it may also fill it."""
         return self.geometry == new.geometry and any(
             a.storage() is b.storage() and a.address != b.address
             for a, b in zip(self.states, new.states, strict=True)
         )
 
     def is_its_source(self) -> bool:
-        """Whether the parts are the source's very memory."""
+        """Return whether the parts are the source's own memory."""
         return self.encoding.layout == self.layout
 
     def has_freed(self) -> bool:
-        """Whether values of something freed are here."""
+        """Return whether this entry holds the values of a freed tensor."""
         return any(state.is_freed for state in self.states)
 
     def holds(self, mark: Mark) -> bool:
-        """Whether a freed tensor's values are here."""
+        """Return whether this entry holds the values of the freed tensor with this mark."""
         return any(state.is_freed and state.mark() is mark for state in self.states)
 
 
 class Entries:
-    """All entries; who calls holds the store's lock.
+    """All entries of the store. The caller of a method holds the store's lock.
 
     Attributes:
-        by_key: those that a source is looked up in.
-        orphans: they alone have the values of something freed, whose other half was replaced.
+        by_key: the entries that lookups find.
+        orphans: entries without a key that alone hold the values of a freed tensor: the other
+            tensor of their source was replaced.
     """
 
     def __init__(self) -> None:
@@ -101,14 +109,14 @@ class Entries:
         self.orphans: list[Entry] = []
 
     def all(self) -> list[Entry]:
-        # A copy: a tensor that is collected meanwhile takes its entry along.
+        # A copy: if a tensor is collected during the loop, its entry leaves the dictionary.
         return [*self.by_key.values(), *self.orphans]
 
     def holder(self, freed: Tensor) -> Entry:
-        """The entry that holds a freed tensor's values.
+        """Return the entry that holds a freed tensor's values.
 
         Raises:
-            FreedWeightError: there is none any more.
+            FreedWeightError: no entry holds them any more.
         """
         mark = mark_of(freed)
         for entry in self.all():
@@ -120,7 +128,10 @@ class Entries:
         )
 
     def made_from(self, tensors: Iterable[Tensor]) -> list[Entry]:
-        """What was made from the memory of these tensors, whoever shares it; not of freed ones."""
+        """Return the entries made from the memory of these tensors, which others may share.
+
+        Freed tensors have no memory and are skipped.
+        """
         by_storage: dict[int, list[State]] = {}
         for tensor in tensors:
             if not is_freed(tensor):
@@ -137,7 +148,10 @@ class Entries:
         ]
 
     def tied_are_stale(self, changed: Entry) -> None:
-        """A write to what shares memory with others is counted for the one that it went through."""
+        """Mark the entries stale whose tensors share memory with those of a changed entry.
+
+        A write raises the version only of the tensor that it went through.
+        """
         for entry in list(self.by_key.values()):
             if any(
                 mine.mark() is not theirs.mark() and mine.overlaps(theirs)
@@ -147,7 +161,11 @@ class Entries:
                 entry.stale = True
 
     def forget(self, entries: Iterable[Entry]) -> int:
-        """Let go of these but for those that hold values of something freed; how many went."""
+        """Remove these entries, except those that hold a freed tensor's values.
+
+        Returns:
+            How many were removed.
+        """
         found = {id(entry) for entry in entries if not entry.has_freed()}
         keys = [key for key, entry in self.by_key.items() if id(entry) in found]
         for key in keys:
@@ -155,8 +173,11 @@ class Entries:
         return len(keys)
 
     def drop_old(self, tensor: Tensor) -> None:
-        """Of what was made from a tensor that is to be freed, only what has its present values may
-        outlive them, and nothing that is its very memory."""
+        """Remove the entries of a tensor that must not outlive its memory, before it is freed.
+
+        These are entries with values that are not the present ones, and entries whose parts are the
+        tensor's own memory.
+        """
         mark = mark_of(tensor)
         for key, entry in list(self.by_key.items()):
             mine = [state for state in entry.states if state.mark() is mark]
@@ -168,9 +189,9 @@ class Entries:
                 self.let_go(entry)
 
     def drop_dead(self, key: Key, dead: weakref.ref[Mark]) -> None:
-        """A tensor is gone, of which the entry with this key was made."""
+        """Remove the entry with this key after one of its tensors was collected."""
         entry = self.by_key.get(key)
-        # The ids may be those of others by now.
+        # Other marks may have the same ids by now.
         if entry is not None and any(state.mark is dead for state in entry.states):
             del self.by_key[key]
             self.let_go(entry)
@@ -178,17 +199,20 @@ class Entries:
             self.let_go()
 
     def renew(self, tensor: Tensor) -> None:
-        """A tensor's memory was given back, or given again: what was made from it is right."""
+        """Record a tensor's new state after its memory was freed or restored.
+
+        The entries made from it stay current.
+        """
         for state in self._states_of(mark_of(tensor)):
             state.renew(tensor)
 
     def note_freed(self, tensor: Tensor, is_freed: bool) -> None:
-        """Whether a tensor's values are here and nowhere else."""
+        """Record whether only the entries of a tensor hold its values."""
         for state in self._states_of(mark_of(tensor)):
             state.is_freed = is_freed
 
     def let_go(self, *entries: Entry) -> None:
-        """Keep of these, and of the orphans, what alone has the values of something freed."""
+        """Keep, of ``entries`` and the orphans, those that alone hold a freed tensor's values."""
         reachable = list(self.by_key.values())
 
         def is_needed(entry: Entry) -> bool:

@@ -1,9 +1,9 @@
-"""Parameters whose memory was given back: ``options["free_weights"]``.
+"""Parameters whose memory was freed: ``options["free_weights"]``.
 
-A freed parameter stays the object that it was, with its shape, dtype and device, because Dynamo's
-guards and the swizzled weights go by these. Its values are elsewhere. Who moves, converts, saves or
-overwrites it is served; whoever would compute with it gets an error instead of a crash (torch reads
-a storage of no bytes without looking).
+A freed parameter stays the same object with its shape, dtype and device, because Dynamo's guards
+and the store compare these. The store holds its values. Code can move, convert, save and overwrite
+it. Code that computes with it gets a ``FreedWeightError``; without that the process would crash,
+for torch does not check whether a storage has bytes.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ _REMEDY = (
     "ran a part of it uncompiled: see torch._dynamo.config.recompile_limit), give freed weights "
     "their memory again with mxfp4_fx.restore(model), or compile without free_weights"
 )
-_MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, which is no matter
-# What may be asked of a freed parameter besides, or done to it.
+_MADV_PAGEOUT = 21  # linux/mman.h; Linux before 5.4 refuses it, which does no harm
+# Functions that a freed parameter allows: these read no values.
 _ALLOWED = {
     *("data_ptr", "requires_grad_", "empty_like", "_has_compatible_shallow_copy_type"),
     *KNOWN,
 }
-# What makes another tensor of it, of another device or dtype, unless there is nothing to do ...
+# Functions that convert it to another device or dtype, or return it if it has these already.
 _CONVERSIONS = {
     *("to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16"),
 }
-# ... and what overwrites it.
+# Functions that overwrite it.
 _OVERWRITES = {"copy_", "zero_", "fill_"}
 
 _read: Callable[[Tensor], Tensor] | None = None
 
 
 def read_from(values: Callable[[Tensor], Tensor]) -> None:
-    """Have freed parameters find their values by this function."""
+    """Set the function that returns the values of a freed parameter."""
     global _read
     _read = values
 
 
 class FreedParameter(nn.Parameter):
-    """The class that a parameter has while its memory is given back."""
+    """The class of a parameter while its memory is freed."""
 
     @classmethod
     def __torch_function__(
@@ -59,7 +59,7 @@ class FreedParameter(nn.Parameter):
     ) -> Any:
         name, kwargs = name_of(func), kwargs or {}
         with torch_private.as_plain_tensors():
-            # What another compiler makes of a tensor reads its memory without asking.
+            # A graph for another backend would read the memory without this check.
             if name in _ALLOWED or (torch.compiler.is_compiling() and compilation.compiling_for()):
                 return func(*args, **kwargs)
         freed = next(a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
@@ -74,7 +74,7 @@ class FreedParameter(nn.Parameter):
                 return _set_data(freed, args[1])
         return _refuse(freed, name)
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # as it is called, so it is
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # tensor_contents is ignored
         with torch_private.as_plain_tensors():
             shape, dtype, device = tuple(self.shape), self.dtype, self.device
         return f"FreedParameter({shape}, dtype={dtype}, device='{device}')"
@@ -91,13 +91,14 @@ def is_freed(value: object) -> bool:
 
 
 def can_free(value: Tensor) -> bool:
-    """Whether a tensor is a plain parameter: a subclass has its own ways, a buffer has no class.
+    """Return whether a tensor can be freed: whether it is a plain parameter with a version.
 
-    One that was made under ``inference_mode`` has no version, by which a change would be noticed.
+    Subclasses may behave in other ways, and buffers have no class of their own. A parameter that
+    was made under ``inference_mode`` has no version, so the store could not notice a change.
     """
     if isinstance(value, FreedParameter):
         return True
-    # What nn.Parameter makes of a tensor that was deferred is a plain one with a mark.
+    # nn.Parameter(deferred tensor) is a plain tensor with torch's mark of a parameter.
     is_plain = type(value) is nn.Parameter or (
         type(value) is Tensor and torch_private.has_parameter_mark(value)
     )
@@ -105,11 +106,12 @@ def can_free(value: Tensor) -> bool:
 
 
 def free(parameters: Sequence[nn.Parameter]) -> bool:
-    """Give parameters' memory back; a view of one, if somebody has it, keeps the memory.
+    """Free the memory of parameters. While a view of a parameter exists, it keeps the memory.
+
+    A device needs room for a second copy of each parameter for a moment.
 
     Returns:
-        Whether it was; if not, nothing has changed. A device must have room for each of them once
-        more for a moment.
+        Whether the memory was freed; if not, nothing has changed.
     """
     with torch.inference_mode(False), torch.no_grad():
         held = [parameter.detach() for parameter in parameters]
@@ -119,7 +121,7 @@ def free(parameters: Sequence[nn.Parameter]) -> bool:
             return False
         for parameter, old, room in zip(parameters, held, rooms, strict=True):
             _page_out(old)
-            # The class goes first: an interrupt in between leaves nothing that could be read.
+            # The class changes first: an interrupt between the two must leave nothing readable.
             parameter.__class__ = FreedParameter
             with torch_private.as_plain_tensors():
                 parameter.data = room
@@ -127,24 +129,24 @@ def free(parameters: Sequence[nn.Parameter]) -> bool:
 
 
 def restore(parameter: nn.Parameter, values: Tensor) -> None:
-    """Make a freed parameter what it was, with these values of its shape, dtype and device."""
+    """Make a freed parameter a plain one again, with values of its shape, dtype and device."""
     with torch_private.as_plain_tensors():
         parameter.data = values
     parameter.__class__ = nn.Parameter
 
 
 def _no_bytes(like: Tensor) -> Tensor:
-    """A tensor of the shape, strides, dtype and device of ``like``, with a storage of no bytes."""
-    # On a CPU, room that nothing is written to costs nothing.
+    """Return a tensor like ``like`` (shape, strides, dtype, device) with a storage of no bytes."""
+    # On a CPU, memory costs nothing until something writes to it.
     room = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
     room.untyped_storage().resize_(0)
     return room
 
 
 def _page_out(tensor: Tensor) -> None:
-    """Let go of the pages of a file that is mapped: its mapping lives as long as others use it.
+    """Page out a tensor in a mapped file, whose mapping lives as long as other tensors use it.
 
-    Nothing is lost: the system reads pages again, and keeps those that were written to.
+    No data is lost: the system reads the pages again, and keeps pages that were written to.
     """
     storage = tensor.untyped_storage()
     if sys.platform != "linux" or tensor.device.type != "cpu" or storage.resizable():
@@ -167,13 +169,13 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _values(parameter: Tensor) -> Tensor:
-    """What a parameter holds, freed or not."""
-    assert _read is not None  # whoever frees can read
+    """Return the values of a parameter, freed or not."""
+    assert _read is not None  # the store sets it when it is imported
     return _read(parameter)
 
 
 def _converted(freed: FreedParameter, func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
-    """What a conversion makes of it: itself, if it is of that device and dtype already."""
+    """Return the result of a conversion: ``freed`` itself if it has that device and dtype."""
     with torch_private.as_plain_tensors():
         like = torch.empty(0, dtype=freed.dtype, device=freed.device)
     if func(like, *args, **kwargs) is like:
@@ -183,8 +185,8 @@ def _converted(freed: FreedParameter, func: Callable[..., Any], args: Any, kwarg
 
 
 def _overwritten(freed: FreedParameter, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Give it memory and have that written to."""
-    # What is deferred may be its own values.
+    """Give a freed parameter new memory and overwrite that."""
+    # A deferred argument may stand for the values of this very parameter.
     args, kwargs = torch_private.tree_map_only(
         DeferredTensor, DeferredTensor.values, (args, kwargs)
     )
@@ -192,7 +194,7 @@ def _overwritten(freed: FreedParameter, func: Callable[..., Any], args: Any, kwa
         room = torch.empty_strided(
             freed.shape, freed.stride(), dtype=freed.dtype, device=freed.device
         )
-        func(room, *args, **kwargs)  # before anything is changed: it may fail
+        func(room, *args, **kwargs)  # it may fail, so the parameter changes after it
     restore(freed, room)
     return freed
 

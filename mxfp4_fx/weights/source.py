@@ -1,4 +1,4 @@
-"""What a model holds of one expert weight, as one thing: its tensors, and how they are read.
+"""The source of one expert weight: the model's tensors that hold it, and their encoding.
 
 Shape letters: E experts, N output rows, K contraction.
 """
@@ -20,14 +20,14 @@ Parts = tuple[Tensor, Tensor]
 
 
 class Encoding(ABC):
-    """How the tensors of a source hold a weight. There is one object of each class.
+    """How the tensors of a source hold a weight. Each subclass has one object.
 
-    To add one: subclass it, and let ``lower_moe`` bind sources of it. What fills a layout from it
-    natively is entered in ``swizzle.NATIVE``.
+    To add an encoding: subclass this, and let ``lower_moe`` bind sources of it. Enter a native
+    function that fills a layout from it in ``swizzle.NATIVE``.
 
     Attributes:
-        name: its key in ``swizzle.NATIVE``.
-        layout: kernels of this layout read the tensors as they are.
+        name: the encoding's key in ``swizzle.NATIVE``.
+        layout: the layout in which the tensors are already, or None.
     """
 
     name: str
@@ -35,26 +35,28 @@ class Encoding(ABC):
 
     @abstractmethod
     def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
-        """(E, N, K)
+        """Return (E, N, K).
 
         Raises:
-            WeightError: the tensors are not of the shapes that they must have.
+            WeightError: the tensors' shapes do not fit the encoding.
         """
 
     @abstractmethod
     def to_mxfp4(self, tensors: tuple[Tensor, ...], expert: int) -> Parts:
-        """Blocks [N, K/32, 16] and scales [N, K/32] of one expert, in checkpoint order."""
+        """Return one expert's blocks [N, K/32, 16] and scales [N, K/32] in checkpoint order."""
 
     @abstractmethod
     def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
-        """Tensors that hold blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order.
+        """Return tensors in this encoding, on the device of ``parts``.
 
-        Floats are of the shape, strides and dtype of ``like``. The device is that of ``parts``.
+        Args:
+            parts: blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order.
+            like: a weight of floats gets the shape, strides and dtype of this tensor.
         """
 
     @abstractmethod
     def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
-        """The experts with infinite or NaN elements, of which MXFP4 has neither."""
+        """Return the experts with infinite or NaN elements, which MXFP4 cannot represent."""
 
 
 class Floats(Encoding):
@@ -125,11 +127,11 @@ FLOATS, MXFP4 = Floats(), Mxfp4()
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Source:
-    """What a model holds of one expert weight.
+    """The tensors of a model that hold one expert weight.
 
     Attributes:
-        tensors: parameters as a rule.
-        encoding: how they hold it, and in which order.
+        tensors: parameters as a rule, in the order of the encoding.
+        encoding: how they hold the weight.
     """
 
     tensors: tuple[Tensor, ...]

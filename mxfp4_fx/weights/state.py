@@ -1,7 +1,7 @@
-"""Which tensor is which, and the state that it is in.
+"""The identity and the state of a tensor.
 
-A tensor is the same while its `Mark` is; its state is its storage, address and version, and its
-geometry. What neither of them shows, such as writes through numpy, nobody can see.
+A tensor is the same as long as its `Mark` is the same. Its state is its storage, address, version
+and geometry. A change that alters none of these, such as a write through numpy, cannot be noticed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ Geometry = tuple[Any, ...]
 
 
 class Mark:
-    """Stands for a tensor, as an attribute of it, and dies with it.
+    """An attribute of a tensor that identifies it and is collected with it.
 
-    A weak reference to the tensor would keep ``torch.utils.swap_tensors`` from it. Here attributes
-    and implementation change places together, and go on belonging to each other.
+    ``torch.utils.swap_tensors`` refuses tensors that have weak references. It swaps attributes
+    and implementation together, so the mark stays with its implementation.
 
     Attributes:
-        impl: the tensor's implementation: a copy that has the attribute, too, has another.
-        keep: the user had the tensor restored: it is not freed again.
-        told: the user knows that it is swizzled at each call.
+        impl: the address of the tensor's implementation. A copy of a tensor may copy the attribute,
+            but has another implementation.
+        keep: the user restored the tensor, so it is not freed again.
+        told: the store has warned that the weight is swizzled at each call.
     """
 
     __slots__ = ("__weakref__", "impl", "keep", "told")
@@ -38,17 +39,17 @@ class Mark:
         self.impl, self.keep, self.told = impl, False, False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return set, ()  # a parameter that is saved takes nothing of this package along
+        return set, ()  # a pickled parameter refers to nothing of this package
 
 
 def owner_of(tensor: Tensor) -> Tensor:
-    """The tensor itself, or what it is a view of: views may be made anew for each call."""
+    """Return the tensor itself, or the base of a view: each call may make its views anew."""
     base = tensor._base
     return tensor if base is None else base
 
 
 def mark_of(tensor: Tensor) -> Mark:
-    """The mark of a tensor, or of what it is a view of; made if there is none."""
+    """Return the mark of a tensor, or of the base of a view; make it if there is none."""
     owner = owner_of(tensor)
     mark = getattr(owner, MARK, None)
     if type(mark) is not Mark or mark.impl != owner._cdata:
@@ -59,11 +60,13 @@ def mark_of(tensor: Tensor) -> Mark:
 
 @dataclasses.dataclass(slots=True)
 class State:
-    """Where a tensor's values are, and how often autograd saw them change.
+    """Where a tensor's values are, and autograd's count of their changes.
 
     Attributes:
+        storage: the tensor's storage.
+        address: the address of the first element.
         end: the address behind the last element.
-        version: None of an inference tensor, which has none.
+        version: autograd's count; None for an inference tensor, which has none.
     """
 
     storage: weakref.ref[torch.UntypedStorage]
@@ -83,10 +86,12 @@ class State:
 
 @dataclasses.dataclass(slots=True)
 class TensorState(State):
-    """A tensor and the state that it was in.
+    """The state of a certain tensor at one time.
 
     Attributes:
-        is_freed: its values are in what was swizzled from it, and nowhere else.
+        mark: the tensor's mark.
+        impl: the address of the tensor's implementation.
+        is_freed: only the weight swizzled from the tensor holds its values.
     """
 
     mark: weakref.ref[Mark]
@@ -97,19 +102,24 @@ class TensorState(State):
     def of(
         cls, tensor: Tensor, is_freed: bool, forget: Callable[[weakref.ref[Mark]], None]
     ) -> TensorState:
-        """The present state; ``forget`` is called when the tensor is gone."""
+        """Return the present state. Python calls ``forget`` when the tensor is collected."""
         mark = mark_of(tensor)
         return cls(*_state(tensor), weakref.ref(mark, forget), mark.impl, is_freed)
 
     def renew(self, tensor: Tensor) -> None:
-        """The tensor's memory was given back, or given again, and nothing else was changed."""
+        """Take on the tensor's present state after its memory was freed or restored."""
         self.storage, self.address, self.end, self.version = _state(tensor)
 
     def is_current(self, tensor: Tensor, impl: int) -> bool:
-        """Whether this is the state of a tensor; ``impl``: of it, or of what it is a view of."""
+        """Return whether a tensor is in this state.
+
+        Args:
+            tensor: the tensor.
+            impl: the address of its implementation, or of its base's if it is a view.
+        """
         return (
             self.impl == impl
-            # Not by its address, which may be that of an earlier one.
+            # The storage's address would not do: a new storage may have that of an earlier one.
             and self.storage() is tensor.untyped_storage()
             and self.address == tensor.data_ptr()
             and (self.version is None or self.version == tensor._version)
@@ -117,7 +127,7 @@ class TensorState(State):
 
 
 def states_of(tensor: Tensor) -> Iterator[State]:
-    """The state of a tensor, or of those that it wraps, such as a DTensor's part of it."""
+    """Yield the state of a tensor, or of the tensors that it wraps, as a DTensor does."""
     if is_wrapper(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from states_of(getattr(tensor, name))
@@ -126,13 +136,13 @@ def states_of(tensor: Tensor) -> Iterator[State]:
 
 
 def geometry_of(tensor: Tensor) -> Geometry:
-    """How the values are read from memory."""
+    """Return what decides how the values are read from memory, such as strides and dtype."""
     place = (tensor.shape, tensor.stride(), tensor.storage_offset())
     return *place, tensor.dtype, tensor.device, tensor.is_neg(), tensor.is_conj()
 
 
 def guards_of(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
-    """Whether tensors have this geometry, asked at once; and this class, mode and so on."""
+    """Return a fast check that other tensors have the geometry, class and modes of these."""
     check: Callable[..., bool] = TensorGuards(
         *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
     ).check

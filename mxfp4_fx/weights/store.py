@@ -1,8 +1,8 @@
-"""Swizzled expert weights at run time: one for each source, for as long as that lives.
+"""The store of swizzled expert weights: one for each source, as long as the source lives.
 
-Dynamo lifts parameters to graph inputs and uses one compiled graph for many modules, so a weight is
-looked up when the graph is called, by the identity of the parameters that it is called with.
-Nothing here is baked into a graph or enters a cache key.
+Dynamo lifts parameters to graph inputs and uses one compiled graph for many modules. So each call
+of a graph looks its weights up by the identity of the parameters that it gets. Nothing of the store
+is a constant of a graph or enters a cache key.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ from mxfp4_fx.weights.swizzle import nan_experts, swizzle_weight, unswizzle_weig
 
 
 class WeightStore:
-    """Source and layout -> swizzled weight. Safe to use from several threads, but for a weight that
-    one of them changes while another computes with it.
+    """A map from source and layout to the swizzled weight.
 
-    A change in place (``copy_``, ``load_state_dict``, an optimizer) raises a tensor's version,
-    ``p.data = t`` gives it another storage, and optimizers are asked what they step: all are
-    noticed, and the weight is swizzled again, into the same memory. Writes that leave no trace
-    (``p.data.mul_()``, through numpy, or in place on a parameter made under ``inference_mode``)
-    need :meth:`refresh`.
+    Several threads may use it, but no thread may change a weight while another computes with it.
+
+    The store notices a change of a tensor and swizzles the weight again, into the same memory. A
+    change in place (``copy_``, ``load_state_dict``, an optimizer) raises the tensor's version,
+    ``p.data = t`` gives it another storage, and a hook on optimizers names the parameters of each
+    step. Writes that leave no trace (``p.data.mul_()``, through numpy, or in place on a parameter
+    made under ``inference_mode``) need :meth:`refresh`.
 
     Attributes:
-        swizzled: how often something was swizzled because it was new or had changed.
+        swizzled: how many times a weight was swizzled because it was new or had changed.
     """
 
     def __init__(self) -> None:
@@ -58,8 +59,11 @@ class WeightStore:
         self._lock = threading.RLock()
 
     def find(self, tensors: tuple[Tensor, ...], encoding: Encoding, layout: str) -> Parts | None:
-        """What :meth:`get` gives of ``Source(tensors, encoding)``, if there is nothing to do."""
-        # Every weight passes here in every call. Making a source, or a loop over its one or two
+        """Return the result of :meth:`get` for ``Source(tensors, encoding)`` if it is current.
+
+        If not, return None.
+        """
+        # Every call looks every weight up here. Making a source, or a loop over its one or two
         # tensors, would take half as long again.
         if len(tensors) == 1:
             (weight,) = tensors
@@ -79,12 +83,12 @@ class WeightStore:
         return None if entry.stale or not entry.guards(*tensors) else entry.parts
 
     def get(self, source: Source, layout: str, name: str = "") -> Parts:
-        """Blocks and scales in ``layout``; swizzled now if need be.
+        """Return blocks and scales in ``layout``; swizzle the source if they are not current.
 
         Args:
-            source: what the model holds.
+            source: the tensors of the model.
             layout: a key of ``layouts.LAYOUTS``.
-            name: the weight's, for what may have to be said of it.
+            name: the weight's name, for warnings.
         """
         parts = self.find(source.tensors, source.encoding, layout)
         if parts is not None:
@@ -93,10 +97,13 @@ class WeightStore:
             return self._swizzle(source, layout, name)
 
     def refresh(self, tensors: Iterable[Tensor]) -> int:
-        """Forget what was made from these tensors; returns how many swizzled weights that was.
+        """Mark the weights that were swizzled from these tensors stale.
 
-        The next call of a compiled graph swizzles them again. Freed weights are left as they are:
-        nothing could be written to them.
+        The next call of a compiled graph swizzles them again. Freed tensors are skipped: nothing
+        can have written to them.
+
+        Returns:
+            How many swizzled weights are affected.
         """
         with self._lock:
             stale = self._entries.made_from(tensors)
@@ -105,15 +112,19 @@ class WeightStore:
             return len(stale)
 
     def forget(self, tensors: Iterable[Tensor]) -> int:
-        """Let go of what was made from these tensors, but for the values of freed ones."""
+        """Release the weights swizzled from these tensors, except those that hold freed values.
+
+        Returns:
+            How many swizzled weights are released.
+        """
         with self._lock:
             return self._entries.forget(self._entries.made_from(tensors))
 
     def can_free(self, source: Source, layout: str) -> bool:
-        """Whether :meth:`free` would give memory back.
+        """Return whether :meth:`free` would free memory.
 
-        Not where the kernels read the source itself, nor what is no plain parameter, was restored
-        by the user, is freed already, or is FSDP's to fill.
+        It would not if the kernels read the source itself, if a tensor is no plain parameter, was
+        restored by the user or is filled by FSDP, or if all tensors are freed already.
         """
         tensors = source.tensors
         if source.encoding.layout == layout:
@@ -125,7 +136,7 @@ class WeightStore:
         return not is_kept and not any(map(is_filled_by_fsdp, tensors))
 
     def free(self, source: Source, layout: str, name: str = "") -> bool:
-        """Swizzle a source and give its memory back; returns whether that was done."""
+        """Swizzle a source and free its memory; return whether memory was freed."""
         with self._lock:
             self.get(source, layout, name)
             if not self.can_free(source, layout):
@@ -137,7 +148,7 @@ class WeightStore:
             ]
             for tensor in held:
                 self._entries.drop_old(tensor)
-                # Before it is: an interrupt must not leave values that nobody is known to hold.
+                # Noted before it happens: an interrupt must not lose track of where values are.
                 self._entries.note_freed(tensor, True)
             is_done = freed.free(held)
             for tensor in held:
@@ -146,28 +157,31 @@ class WeightStore:
             return is_done
 
     def values(self, source: Source, device: torch.device | None = None) -> tuple[Tensor, ...]:
-        """What a source holds: freed tensors in new memory, any others as they are.
+        """Return the tensors of a source: freed ones in new memory, any others as they are.
 
-        The bytes of a packed weight are the ones it had; a weight of floats has the values that
-        MXFP4 holds of it.
+        A packed weight has its former bytes. A weight of floats has the values that it has in
+        MXFP4.
 
         Args:
-            source: of which something may be freed.
-            device: where to make what is freed; its own if None.
+            source: some of its tensors may be freed.
+            device: where freed tensors get their new memory; None stands for their own device.
 
         Raises:
-            FreedWeightError: what it was swizzled to is gone.
+            FreedWeightError: the swizzled weight that held a freed tensor's values is gone.
         """
         return self._values(source.tensors, device)
 
     def values_of(self, parameter: Tensor) -> Tensor:
-        """The same of one parameter, whatever it is part of."""
+        """Return one parameter as :meth:`values` does, whichever source it belongs to."""
         return self._values((parameter,))[0]
 
     def restore(self, parameters: Iterable[Tensor]) -> int:
-        """Give freed parameters their memory and :meth:`values` again; returns how many were freed.
+        """Give freed parameters memory and their :meth:`values` again.
 
-        One source after the other, and all of its parameters that are among these at once.
+        The sources follow one another; all given parameters of a source are restored together.
+
+        Returns:
+            How many parameters were restored.
         """
         with self._lock:
             waiting = [p for p in parameters if isinstance(p, freed.FreedParameter)]
@@ -185,7 +199,7 @@ class WeightStore:
             return restored
 
     def held(self, source: Source) -> tuple[Parts, str]:
-        """A source of which something is freed, as it is held: parts and their layout."""
+        """Return the swizzled parts of a source with a freed tensor, and their layout."""
         with self._lock, torch_private.as_plain_tensors():
             layout = self._entries.holder(next(filter(freed.is_freed, source.tensors))).layout
             return self.get(source, layout), layout
@@ -201,8 +215,8 @@ class WeightStore:
             key = (*key, *(geometry_of(tensor)[:3] for tensor in tensors))
         old = self._by_key.get(key)
         if old is not None and old.is_current(tensors):
-            return old.parts  # a view, or another mode, or another thread was faster
-        # Read before the values: a write in between is then noticed at the next call.
+            return old.parts  # of a view or in another mode, or another thread swizzled it
+        # The states are read before the values, so the next call notices a write in between.
         new = Entry(
             tuple(
                 TensorState.of(tensor, freed.is_freed(tensor), lambda dead: self._died(key, dead))
@@ -221,12 +235,12 @@ class WeightStore:
                 self._entries.tied_are_stale(new)
         room = old.parts if old is not None and not new.has_freed() else None
         if old is not None:
-            old.stale = True  # an interrupt leaves half of the new values in there
+            old.stale = True  # an interrupt may leave some new values in its memory
         readable = self._readable(source)
         new.parts = swizzle_weight(readable, layout, room)
         self._by_key[key] = new
         for tensor, state in zip(tensors, new.states, strict=True):
-            if not state.is_freed:  # its values may have been given another way
+            if not state.is_freed:  # a freed tensor may have got values in another way
                 self._entries.note_freed(tensor, False)
         if old is not None:
             self._entries.let_go(old)
@@ -237,11 +251,11 @@ class WeightStore:
         return new.parts
 
     def _readable(self, source: Source) -> Source:
-        """The source with memory in place of what is freed; in MXFP4, where all of it is."""
+        """Return the source with memory for its freed tensors; in MXFP4 if all are freed."""
         if all(map(freed.is_freed, source.tensors)):
             entry = self._entries.holder(source.tensors[0])
             if all(entry.holds(mark_of(tensor)) for tensor in source.tensors):
-                with torch.inference_mode(False):  # they may be kept as they are
+                with torch.inference_mode(False):  # the store may keep these parts
                     parts = unswizzle_weight(entry.parts, entry.layout, *entry.sizes)
                 return Source(parts, MXFP4)
         return Source(self._values(source.tensors), source.encoding)
@@ -260,7 +274,10 @@ class WeightStore:
     def _value(
         self, parameter: Tensor, made: dict[Entry, tuple[Tensor, ...]], device: torch.device | None
     ) -> Tensor:
-        """What a freed parameter held; ``made``: what its entry's source did, once it is known."""
+        """Return the values of a freed parameter.
+
+        ``made`` caches the tensors of each entry's source.
+        """
         entry = self._entries.holder(parameter)
         if entry not in made:
             on = entry.parts[0].to(device), entry.parts[1].to(device)
@@ -281,22 +298,22 @@ forks.renew_lock(STORE, "_lock", threading.RLock)
 
 
 def _is_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """An optimizer's kernels may write without raising a version: the fused ones do."""
+    """Mark an optimizer's parameters stale: fused kernels write without raising a version."""
     if len(STORE) and not torch.compiler.is_compiling():
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         STORE.refresh(p for p in parameters if p.requires_grad or p.grad is not None)
 
 
-# Before, too: a step may be interrupted.
+# The hook also runs before a step, because a step may be interrupted.
 register_optimizer_step_pre_hook(_is_stepped)
 register_optimizer_step_post_hook(_is_stepped)
 
 
 def warn_of_repeats(name: str, why: str) -> None:
-    """Say that a weight is swizzled at each call."""
+    """Warn that a weight is swizzled at each call."""
     warnings.warn(
-        f"{name or 'an expert weight'} is swizzled again at each call: {why}. That is right, and "
-        f"takes longer than the experts themselves",
+        f"{name or 'an expert weight'} is swizzled again at each call: {why}. The results are "
+        f"right, but swizzling takes longer than the experts themselves",
         RepeatedSwizzleWarning,
         stacklevel=3,
     )

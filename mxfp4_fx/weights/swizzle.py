@@ -1,4 +1,4 @@
-"""Sources -> blocks and scales in a kernel's layout, and back: encoding and order are undone."""
+"""Swizzling of sources into blocks and scales in a kernel's layout, and unswizzling."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.weights.source import Parts, Source
 
-# (layout, device type) -> what -> "module:function", loaded when it is first asked for:
-#     an encoding's name: fills parts from a source's tensors
-#     unswizzle: parts to checkpoint order
-#     empty: room for parts
-# What is not here the layout does itself, in torch, one expert at a time.
+# (layout, device type) -> task -> "module:function", imported on first use. The tasks:
+#     an encoding's name: fill parts from a source's tensors
+#     unswizzle: bring parts into checkpoint order
+#     empty: allocate parts
+# For a task without an entry, the layout's own methods work in torch, one expert at a time.
 NATIVE: dict[tuple[str, str], dict[str, str]] = {
     ("cpu_panels", "cpu"): {
         "floats": "mxfp4_fx.ops.cpu_panels:quantize",
@@ -28,22 +28,27 @@ NATIVE: dict[tuple[str, str], dict[str, str]] = {
 
 
 def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Parts:
-    """Swizzle a source, quantizing one of floats: an expert at a time (natively: some kilobytes).
+    """Swizzle a source; a source of floats is quantized.
+
+    The temporary memory is one expert's, or some kilobytes with a native function.
 
     Args:
-        source: what a model holds.
-        layout: a key of ``layouts.LAYOUTS``. If kernels of it read the source's tensors as they
-            are, these are the result: nothing is copied.
-        out: an earlier result; its memory is used again if it fits. What autograd saved of it for
-            a backward then counts as modified.
+        source: the tensors of the model.
+        layout: a key of ``layouts.LAYOUTS``. If the source has this layout already, its tensors are
+            the result and nothing is copied.
+        out: an earlier result, whose memory is used again if it fits. If autograd saved it for a
+            backward, that backward then raises: the saved tensor counts as modified.
+
+    Returns:
+        Blocks and scales of ``LAYOUTS[layout].shapes`` behind an axis of E.
 
     Raises:
-        TypeError: floats of another dtype than float32, bfloat16 and float16.
-        WeightError: not of the shapes that the encoding wants, or K no multiple of 32.
+        TypeError: the floats are not float32, bfloat16 or float16.
+        WeightError: the shapes do not fit the encoding, or K is not a multiple of 32.
     """
     encoding = source.encoding
     e, n, k = encoding.sizes(source.tensors)
-    # Neither an inference tensor (it could not be saved for a backward) nor part of a graph.
+    # The result must be neither an inference tensor, which autograd cannot save, nor in a graph.
     with torch.inference_mode(False), torch.no_grad():
         tensors = tuple(tensor.detach() for tensor in source.tensors)
         if encoding.layout == layout:
@@ -55,7 +60,7 @@ def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Par
         fill = _native(layout, device.type, encoding.name)
         if fill is not None:
             fill(*tensors, *out)
-            torch.autograd.graph.increment_version(out)  # torch has not seen the write
+            torch.autograd.graph.increment_version(out)  # torch does not notice a native write
             return out
         for expert in range(e):
             parts = LAYOUTS[layout].swizzle(*encoding.to_mxfp4(tensors, expert))
@@ -65,7 +70,10 @@ def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Par
 
 
 def unswizzle_weight(parts: Parts, layout: str, e: int, n: int, k: int) -> Parts:
-    """The inverse: blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order, new."""
+    """Unswizzle parts into new blocks [E, N, K/32, 16] and scales [E, N, K/32].
+
+    The result is in checkpoint order.
+    """
     device = parts[0].device
     out = _empty(CHECKPOINT_ORDER, e, n, k, device)
     back = _native(layout, device.type, "unswizzle")
@@ -80,11 +88,12 @@ def unswizzle_weight(parts: Parts, layout: str, e: int, n: int, k: int) -> Parts
 
 
 def nan_experts(source: Source, parts: Parts, layout: str) -> list[int]:
-    """The experts that are infinite or NaN somewhere: MXFP4 makes NaN of the whole block of 32.
+    """Return the experts with infinite or NaN elements; MXFP4 makes their whole block of 32 NaN.
 
     Args:
         source: the weight.
-        parts: what it was swizzled to, in ``layout``.
+        parts: the weight swizzled to ``layout``.
+        layout: a key of ``layouts.LAYOUTS``.
     """
     extremes = LAYOUTS[layout].extremes(parts[1])
     if extremes is not None and not extremes.any():

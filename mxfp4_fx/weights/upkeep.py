@@ -1,4 +1,4 @@
-"""What can be asked of a model's expert weights, besides computing with them."""
+"""The user's operations on a model's swizzled expert weights: refresh, forget, restore."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mxfp4_fx.weights.store import STORE
 def refresh(model: nn.Module) -> int:
     """Swizzle the expert weights of ``model`` again at its next call.
 
-    Needed only after writes that torch cannot notice, such as ``p.data.mul_()`` or through numpy.
+    This is needed only after writes that torch cannot notice, such as ``p.data.mul_()`` or writes
+    through numpy.
 
     Returns:
         How many swizzled weights are affected.
@@ -21,30 +22,30 @@ def refresh(model: nn.Module) -> int:
 
 
 def forget(model: nn.Module) -> int:
-    """Let go of the swizzled expert weights of ``model``; its next call would make them again.
+    """Release the swizzled expert weights of ``model``; its next call swizzles them again.
 
-    Those that hold the values of weights that were freed (``free_weights``) stay.
+    Swizzled weights that hold the values of freed weights (``free_weights``) stay.
 
     Returns:
-        How many swizzled weights are let go of.
+        How many swizzled weights are released.
     """
     return STORE.forget(_tensors_of(model))
 
 
 def restore(model: nn.Module) -> int:
-    """Give the expert weights of ``model`` that ``free_weights`` freed their memory again.
+    """Restore the expert weights of ``model`` that ``free_weights`` freed.
 
-    Packed weights (``mxfp4_fx.from_pretrained``) get back their bytes, weights of floats the values
-    that MXFP4 holds of them. The compiled model does not free them again.
+    Packed weights (``mxfp4_fx.from_pretrained``) get their bytes back. Weights of floats get the
+    values that they have in MXFP4. The compiled model does not free restored weights again.
 
     Returns:
-        How many parameters were freed.
+        How many parameters were restored.
     """
     return STORE.restore(model.parameters())
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers and other tensors that are attributes of modules."""
+    """Yield parameters, buffers and other tensors that are attributes of modules."""
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             yield from (value for value in held.values() if isinstance(value, Tensor))

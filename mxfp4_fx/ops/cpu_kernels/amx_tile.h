@@ -1,9 +1,10 @@
-// Rows times a panel on the matrix units of AMX: tiles of rows are their A, weights in bfloat16
-// their B, 16 x 16 float32 sums their C.
+// Rows times a panel on the matrix units of AMX. Operand A is a tile of rows, B the weights in
+// bfloat16, C 16 x 16 float32 sums.
 //
-// Activations keep all their bits: a bfloat16 is one operand, a float16 is the sum of two bfloat16
-// numbers (limbs), a float32 of three, and each limb is multiplied with the same weights. As with
-// vdpbf16ps, subnormals count as zero: a row that has one is left to float32.
+// Activations keep all their bits. A bfloat16 activation is one operand, a float16 the sum of two
+// bfloat16 numbers (limbs), a float32 the sum of three; each limb is multiplied with the same
+// weights. As with vdpbf16ps, the units treat subnormals as zero, so rows that have one are
+// multiplied in float32.
 #pragma once
 
 #if defined(MXFP4_PATH_AMX) || defined(MXFP4_PATH_AMX_EMULATED)
@@ -22,14 +23,14 @@ namespace mxfp4 {
 using AmxWeights = uint16_t[2][BLOCK / 2][LANES][2];
 constexpr int64_t AMX_HALF_BYTES = sizeof(AmxWeights) / 2;
 
-// Codes to bfloat16 with the lookups of bytes, of which these machines do one a cycle.
+// Decodes codes to bfloat16 with byte lookups; CPUs with AMX do one lookup a cycle.
 struct AmxDecoder {
   __m512i low, high, low_bytes, spread, largest;
 
   AmxDecoder() {
-    // The low and the high byte of every code's bfloat16 times 2^125, four times, for the lookup
-    // reads six bits, of which the upper two belong to another code. The scale is then a
-    // subtraction from the exponent, which saturates, so that a zero stays one.
+    // The low and the high byte of each code's bfloat16 times 2^125. The tables repeat four times,
+    // because the lookup reads six bits, and the upper two belong to another code. Scaling then
+    // subtracts from the exponent. The subtraction saturates, so that zero stays zero.
     alignas(64) uint8_t lows[64], highs[64], lanes[64];
     for (int i = 0; i < 64; i++) {
       const uint32_t value = i & 7 ? bits_of(E2M1[i & 15] * 0x1p125f) >> 16 : 0;
@@ -62,7 +63,7 @@ struct AmxDecoder {
           const __m512i code = i ? _mm512_srli_epi16(eight, 4) : eight;
           const __m512i l = _mm512_permutexvar_epi8(code, low);
           const __m512i u = _mm512_permutexvar_epi8(code, high);
-          // 0xca: bits of the second operand where the first is set, else of the third.
+          // 0xca selects bits of the second operand where the first is set, else of the third.
           const __m512i even =
               _mm512_ternarylogic_epi32(low_bytes, l, _mm512_slli_epi16(u, 8), 0xca);
           const __m512i odd =
@@ -81,13 +82,13 @@ template <int LIMBS_OF_X>
 struct AmxTile {
   static constexpr int ROWS = 16;
   static int one_by_one(int32_t) { return 1; }
-  // Blocks of a panel that are decoded together; two such buffers stay in the second cache.
+  // Blocks of a panel that are decoded together; two such buffers fit the L2 cache.
   static constexpr int64_t CHUNK = 96;
 
   struct Scratch {
     AmxWeights weights[2][CHUNK];
     AmxDecoder decoder;
-    // What has been decoded ahead: blocks of a panel from one on, and into which buffer.
+    // The chunk that was decoded ahead: its panel, its first block and its buffer.
     const uint8_t* panel = nullptr;
     int64_t first = 0;
     int buffer = 0;
@@ -97,8 +98,8 @@ struct AmxTile {
     return LIMBS_OF_X * k * static_cast<int64_t>(sizeof(uint16_t));
   }
 
-  // Row `row` of a tile of `rows`: [limb][k / 32][row][k % 32]. Returns whether this kernel can
-  // multiply it.
+  // Packs row `row` into a tile of `rows` rows: [limb][k / 32][row][k % 32]. Returns whether this
+  // kernel can multiply the row.
   static bool pack(const float* values, int64_t k, int64_t row, int64_t rows, char* tile) {
     uint16_t* target = reinterpret_cast<uint16_t*>(tile) + row * BLOCK;
     bool able = true;
@@ -108,19 +109,19 @@ struct AmxTile {
       for (int limb = 0; limb < LIMBS_OF_X; limb++, at += k * rows) {
         const uint32_t bits = bits_of(rest);
         const bool finite = (bits & 0x7f800000) != 0x7f800000;
-        // The upper half of a NaN may be that of an infinity.
+        // The upper half of a NaN may look like an infinity; bit 6 keeps it a NaN.
         const uint32_t upper = bits >> 16 | static_cast<uint32_t>(rest != rest) << 6;
         *at = static_cast<uint16_t>(upper);
         able &= rest == 0.f || (upper & 0x7f80) != 0;
-        // Cutting is exact: a limb has the next eight bits of what the ones before left over.
+        // Truncation is exact: each limb has the next eight bits of the rest.
         rest = finite ? rest - float_of(upper << 16) : 0.f;
       }
     }
     return able;
   }
 
-  // sums [tiles][rows][32] += tiles times the panel. `next` is the panel that is multiplied after
-  // this one, or null: it is decoded meanwhile.
+  // sums [tiles][rows][32] += tiles times the panel. `next` is the panel of the next call, or null.
+  // Its first blocks are decoded meanwhile.
   static void multiply(const Tiles& x, const uint8_t* panel, const uint8_t* next, float* sums,
                        Scratch& scratch) {
     amx::Configuration configuration;
@@ -140,13 +141,13 @@ struct AmxTile {
   // Bytes from one row of sums to the next.
   static constexpr int64_t SUMS = PANEL_ROWS * sizeof(float);
 
-  // Tile t from a block on.
+  // A limb of tile t, from block `block` on.
   static const char* tile(const Tiles& x, int64_t t, int limb, int64_t block) {
     return x.packed + (((t * LIMBS_OF_X + limb) * x.blocks + block) * x.rows) * 64;
   }
 
-  // One tile: memory sets the pace. A block is decoded into a small ring while the one before is
-  // multiplied; even and odd blocks have sums of their own, so that neither waits for the other.
+  // One tile is bound by memory. Each block is decoded into a small ring while the one before is
+  // multiplied. Even and odd blocks have separate sums, so that neither waits for the other.
   static void multiply_single(const Tiles& x, const uint8_t* panel, float* sums, Scratch& scratch) {
     scratch.panel = nullptr;
     AmxWeights* ring = scratch.weights[0];
@@ -183,8 +184,8 @@ struct AmxTile {
     amx::multiply<C1, A, B>();
   }
 
-  // Several tiles: two at a time with both halves of the panel, four sums. Two tiles' sums stay in
-  // the units for a whole chunk.
+  // Several tiles are multiplied two at a time with both halves of the panel. These four sums stay
+  // in the units for a whole chunk.
   static void multiply_many(const Tiles& x, const uint8_t* panel, const uint8_t* next, float* sums,
                             Scratch& scratch) {
     for (int64_t first = 0; first < x.blocks; first += CHUNK) {
@@ -212,8 +213,8 @@ struct AmxTile {
     }
   }
 
-  // Spreads the decoding of the next chunk evenly over the steps of this one, for the units work
-  // beside the lookups.
+  // Spreads the decoding of the next chunk evenly over the steps of this one, because the units
+  // multiply while the CPU does lookups.
   struct Ahead {
     Scratch& scratch;
     int64_t blocks, steps;

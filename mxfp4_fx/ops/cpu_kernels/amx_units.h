@@ -1,5 +1,5 @@
-// The matrix units of AMX, one function for each instruction; or the same in plain C++, for
-// machines without them to run the tests of what is built on them.
+// The matrix units of AMX, one function for each instruction. The path for tests has the same
+// functions in plain C++, so that machines without AMX can test the kernels above them.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,8 @@
 
 namespace mxfp4::amx {
 
-// What ldtilecfg reads: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1, 18.3.
+// The operand of ldtilecfg: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1,
+// 18.3.
 struct alignas(64) Configuration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -25,12 +26,12 @@ struct alignas(64) Configuration {
 
 #if defined(MXFP4_PATH_AMX)
 
-// Linux gives a process the units' registers when it asks:
+// Linux lets a process use the tile registers only after this request:
 // arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
 inline int request() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 0 : errno; }
 
 inline void configure(const Configuration& configuration) {
-  // gcc 12's own intrinsic does not say that memory is read.
+  // gcc 12's intrinsic does not declare that it reads memory.
   asm volatile("ldtilecfg %0" : : "m"(configuration) : "memory");
 }
 
@@ -92,8 +93,8 @@ inline void zero() {
   std::memset(units.data[TILE], 0, sizeof units.data[TILE]);
 }
 
-// As the units do it, subnormals count as zero and become zero. They add in another order and round
-// less often, so the bits may differ from theirs; the bound is the same.
+// Like the units, this reads subnormals as zero and flushes them to zero. The units add in another
+// order and round less often, so the bits may differ; the error bound is the same.
 template <int C, int A, int B>
 inline void multiply() {
   const auto operand = [](const char* at) {

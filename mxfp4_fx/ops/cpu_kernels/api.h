@@ -1,9 +1,10 @@
-// What Python calls through ctypes (ops/cpu.py). One library is built for each instruction-set
-// path; all have these entry points and read the same layout of weights, `cpu_panels` (panels.h).
+// The entry points that Python calls through ctypes (ops/cpu.py, ops/cpu_panels.py). One library is
+// built for each instruction-set path. All libraries have these entry points and read the same
+// layout of weights, `cpu_panels` (panels.h).
 //
-// Shape letters as in ops/reference.py: T tokens, E experts, A experts a token, R = T * A routed
-// rows, K contraction, N output. Functions that can fail return 0 or an errno: EINVAL for an index
-// or an offset that points outside its tensor, ENOMEM.
+// Shape letters as in ops/reference.py: T tokens, E experts, A experts per token, R = T * A routed
+// rows, K contraction, N output. Functions that can fail return 0 or an errno: EINVAL if an index
+// or an offset points outside its tensor, ENOMEM if there is no memory.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,8 @@
 enum mxfp4_dtype : int32_t { MXFP4_F32 = 0, MXFP4_BF16 = 1, MXFP4_F16 = 2 };
 enum mxfp4_index_dtype : int32_t { MXFP4_I32 = 0, MXFP4_I64 = 1 };
 
-// Arguments of mxfp4_matmul_ogs; pointers first, then 8-byte, then 4-byte numbers: no padding.
+// Arguments of mxfp4_matmul_ogs. Pointers first, then 8-byte, then 4-byte numbers, so that there is
+// no padding.
 struct mxfp4_matmul {
   const void* x;                  // [x_rows, K] of x_dtype, x_stride elements apart
   const uint8_t* panels;          // [E, P, Q, 1088]
@@ -29,14 +31,14 @@ struct mxfp4_matmul {
   float alpha, limit;
 };
 
-// Only these are visible outside: libraries of several paths may be loaded side by side, and their
-// other names, which are the same, must not be taken for one another.
+// Only these names are exported. Libraries of several paths may be loaded side by side, and the
+// loader must not resolve a name of one library to the same name in another.
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Call it first: asks the system for what the path's units need (AMX: permission) and computes a
-// small problem. `forked`: whether the process is the fork of one that may have had threads. 0 or
-// an errno; EDOM if the result is wrong.
+// Must be called first. Asks the system for permission that the path needs (AMX) and computes a
+// small problem. `forked` is 1 if this process is the fork of one that may have had threads.
+// Returns 0 or an errno; EDOM if the result is wrong.
 int mxfp4_init(int32_t forked);
 
 int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);
@@ -46,8 +48,8 @@ int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t str
                   int64_t experts, int64_t top_k, float* gammas, int32_t* gather, int32_t* scatter,
                   int32_t* offsets, int32_t threads);
 
-// The same from routes chosen already: ids [T, A] and weights [T, A], contiguous. Ids outside
-// [first, first + experts) go last and weigh 0.
+// The same from given routes: ids [T, A] and weights [T, A], contiguous. Rows with ids outside
+// [first, first + experts) go last and get gamma 0.
 int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const void* weights, int32_t dtype,
                          int64_t tokens, int64_t per_token, int64_t experts, int64_t first,
                          float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,
@@ -60,12 +62,12 @@ int mxfp4_swizzle(const uint8_t* blocks, const uint8_t* scales, int64_t experts,
 int mxfp4_unswizzle(const uint8_t* panels, int64_t experts, int64_t n, int64_t k, uint8_t* blocks,
                     uint8_t* scales, int32_t threads);
 
-// Values of [E, N, K], any strides (in elements), rounded to MXFP4 as formats.quantize does.
+// Values [E, N, K] with any strides (in elements) -> cpu_panels, rounded as formats.quantize does.
 int mxfp4_quantize(const void* source, int32_t dtype, int64_t experts, int64_t n, int64_t k,
                    int64_t stride_e, int64_t stride_n, int64_t stride_k, uint8_t* panels,
                    uint8_t* flags, int32_t threads);
 
-// Asks for huge pages behind [start, start + bytes), which nothing was written to yet. Only a hint.
+// Hints that huge pages should back [start, start + bytes), before the first write to it.
 void mxfp4_huge_pages(void* start, int64_t bytes);
 }
 #pragma GCC visibility pop

@@ -1,12 +1,12 @@
 // Rows times a panel with bfloat16 products and float32 sums (vdpbf16ps).
 //
-// A product of a bfloat16 activation and an MXFP4 weight is exact. But these units take subnormal
-// numbers for zero and flush what becomes subnormal: what underflows here is off by 2^-126, where
-// float32 is off by 2^-150. So a row with extreme values is left to float32.
+// A product of a bfloat16 activation and an MXFP4 weight is exact. But vdpbf16ps reads subnormal
+// numbers as zero and flushes subnormal results to zero: an underflow has an error of 2^-126, in
+// float32 one of 2^-150. So rows with extreme values are multiplied in float32.
 //
-// One or two tiles decode the weights each for itself, in registers, for the lookups go to other
-// units than the products. More tiles share a buffer of decoded weights, and the next chunk is
-// decoded while the first tile is multiplied.
+// With one or two tiles, each tile decodes the weights for itself, in registers: lookups and
+// products run on different units of the CPU. More tiles share a buffer of decoded weights, and the
+// next chunk is decoded while the first tile is multiplied.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -23,10 +23,10 @@
 namespace mxfp4 {
 
 struct Bf16Tile {
-  // Rows of a tile: their sums, a row of the panel and the table fit the registers.
+  // The most rows of a tile whose sums fit the registers, beside a row of the panel and the table.
   static constexpr int ROWS = 12;
   static int one_by_one(int32_t) { return 0; }
-  // Blocks of the buffer: two of these and what they meet stay in the first two caches.
+  // Blocks of a buffer: two buffers and the rows they are multiplied with fit L1 and L2.
   static constexpr int64_t CHUNK = 8;
   // A block of a panel in the buffer: [half][k / 2][lane][k % 2].
   using Weights = uint16_t[2][BLOCK / 2][LANES][2];
@@ -36,8 +36,8 @@ struct Bf16Tile {
 
   static int64_t packed_bytes(int64_t k) { return k * static_cast<int64_t>(sizeof(uint16_t)); }
 
-  // Row `row` of a tile of `rows`: the pair k, k + 1 goes to k * rows + 2 * row. The values are
-  // bfloat16 numbers. Returns whether this kernel can multiply them.
+  // Packs row `row` into a tile of `rows` rows: the pair k, k + 1 goes to k * rows + 2 * row. The
+  // values must be bfloat16 numbers. Returns whether this kernel can multiply them.
   static bool pack(const float* values, int64_t k, int64_t row, int64_t rows, char* tile) {
     uint32_t* target = reinterpret_cast<uint32_t*>(tile) + row;
     bool moderate = true;
@@ -56,7 +56,7 @@ struct Bf16Tile {
   }
 
  private:
-  // How far ahead weights are asked for, in bytes.
+  // How far ahead weights are prefetched, in bytes.
   static constexpr int64_t PREFETCH = 3072, DIRECT_PREFETCH = 8192;
 
   template <int N = ROWS>
@@ -72,7 +72,7 @@ struct Bf16Tile {
     }
   }
 
-  // Tile t from a block on: [k / 2][N] pairs of values.
+  // Tile t from block `block` on: [k / 2][N] pairs of values.
   template <int N>
   static const int32_t* tile(const Tiles& x, int64_t t, int64_t block) {
     return reinterpret_cast<const int32_t*>(x.packed) + (t * x.blocks + block) * (BLOCK / 2) * N;
@@ -103,7 +103,8 @@ struct Bf16Tile {
     }
   };
 
-  // Every code's bfloat16, twice, for the lookup reads five bits; and the same times 2^125.
+  // Each code's bfloat16, and the same times 2^125. Both tables have each code twice, because the
+  // lookup reads five bits.
   // clang-format off
   alignas(64) static constexpr uint16_t VALUES[32] = {
       0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
@@ -117,8 +118,8 @@ struct Bf16Tile {
       0, 0xfd80, 0xfe00, 0xfe40, 0xfe80, 0xfec0, 0xff00, 0xff40};
   // clang-format on
 
-  // 64 bytes of codes are eight weights of 16 rows: nibble i of each 16-bit word makes a row of the
-  // weights of a pair of neighbours in k, the one of this number.
+  // 64 bytes of codes have eight weights of each of 16 rows. Nibble i of each 16-bit word is a
+  // weight of pair pair_of(i) of neighbours in k.
   static constexpr int pair_of(int i) { return i / 2 + i % 2 * 2; }
   static inline __attribute__((always_inline)) __m512i look_up(__m512i eight, int i,
                                                                const uint16_t* table) {
@@ -126,8 +127,8 @@ struct Bf16Tile {
     return _mm512_permutexvar_epi16(code, _mm512_load_si512(table));
   }
 
-  // The same with their scales: these are a subtraction from the exponent, which saturates, so that
-  // a zero stays one.
+  // The same with scales. Scaling subtracts from the exponent. The subtraction saturates, so that
+  // zero stays zero.
   static inline __attribute__((always_inline)) __m512i decode(__m512i eight, int i, __m512i down) {
     return _mm512_subs_epu16(look_up(eight, i, LARGE_VALUES), down);
   }
@@ -140,16 +141,18 @@ struct Bf16Tile {
     return _mm512_or_si512(_mm512_slli_epi32(down, 7), _mm512_slli_epi32(down, 23));
   }
 
-  // A tile times weights without their scales, which the sums of each block then meet.
+  // Multiplies a tile with weights without their scales, and the sums of each block with the
+  // scales.
   template <int N>
   static void multiply_direct(const int32_t* x, const uint8_t* panel, int64_t blocks, float* sums) {
-    // One row has two sums for each result, for a product waits for the one before in its sum.
+    // With one row each result has two sums, because a product waits for the one before it in a
+    // sum.
     constexpr int SETS = N == 1 ? 2 : 1;
     Sums<N> sum(sums);
     for (int64_t b = 0; b < blocks; b++, x += BLOCK / 2 * N) {
       const uint8_t* codes = block_codes(panel, b);
       const uint8_t* scales = block_scales(panel, b);
-      // With one row the hardware foresees enough, and more would cost time.
+      // With one row the hardware's prefetcher suffices, and more prefetches would cost time.
       if constexpr (N > 1) prefetch_block(panel, b, DIRECT_PREFETCH);
       __m512 part[SETS][N][2] = {};
 #pragma GCC unroll 4
@@ -213,8 +216,8 @@ struct Bf16Tile {
       _mm512_storeu_si512(out[h][4 * g + pair_of(i)], decode(eight, i, down));
   }
 
-  // A tile with `count` blocks of the buffer; meanwhile the blocks [next, end) are decoded into
-  // `ahead`.
+  // Multiplies a tile with `count` blocks of the buffer. Meanwhile it decodes the blocks [next,
+  // end) into `ahead`.
   template <int N>
   static void multiply_chunk(const int32_t* x, const Weights* weights, int64_t count, float* sums,
                              const uint8_t* panel, int64_t next, int64_t end, Weights* ahead) {

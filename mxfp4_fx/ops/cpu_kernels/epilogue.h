@@ -1,4 +1,4 @@
-// What follows the sums of a panel: SwiGLU, gammas, and the way to the result.
+// The epilogue of a panel's sums: SwiGLU, gammas, and the order of the result's columns.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,14 @@
 
 namespace mxfp4 {
 
-// e^x within 2 ulp for x >= -87; 2^128 and more is infinite, a NaN stays one.
+// e^x within 2 ulp for x >= -87. Results from 2^128 on are infinite, and a NaN stays a NaN.
 inline float exponential(float x) {
   x = x > 89.f ? 89.f : x;
   x = x < -87.f ? -87.f : x;
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
   const float shifted = x * 1.44269504f + 12582912.f;
   const float n = shifted - 12582912.f;
-  // ln 2 in two parts, of which n times the first is exact (Cody and Waite).
+  // ln 2 in two parts; the product of n and the first part is exact (Cody and Waite).
   float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -25,17 +25,18 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  // 2^128 as two factors, for a float32 has no exponent for it.
+  // Two factors, because 2^128 is no float32.
   const uint32_t power = bits_of(shifted) - bits_of(12582912.f) + 127;
   const uint32_t half = (power + 127) >> 1;
   return p * float_of(half << 23) * float_of((power + 127 - half) << 23);
 }
 
-// As torch.clamp: a NaN stays one, and a bound that is NaN gives NaN.
+// As in torch.clamp, a NaN stays a NaN, and a bound that is NaN gives NaN.
 inline float at_most(float x, float bound) { return x <= bound || x != x ? x : bound; }
 inline float at_least(float x, float bound) { return x >= bound || x != x ? x : bound; }
 
-// The clamped SwiGLU of GPT-OSS. The upper bound comes last: of a negative limit it wins.
+// The clamped SwiGLU of GPT-OSS. The upper bound comes last, so that it wins if the limit is
+// negative.
 inline float swiglu(float gate, float up, float alpha, float limit) {
   gate = at_most(gate, limit);
   up = at_most(at_least(up, -limit), limit);
@@ -43,7 +44,7 @@ inline float swiglu(float gate, float up, float alpha, float limit) {
   return gate * (1.f / (1.f + exponential(-z))) * (up + 1.f);
 }
 
-// sums [32] by position (16 h + r) -> a row's results by column; returns how many a panel has.
+// A row's sums [32] by position (16 h + r) -> its results by column. Returns the number of columns.
 inline int64_t finish_row(const float* sums, bool gated, float alpha, float limit, float gamma,
                           float* out) {
   if (gated) {

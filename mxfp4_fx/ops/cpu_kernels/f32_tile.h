@@ -1,5 +1,5 @@
-// Rows times a panel in float32 FMAs: the kernel that every path has. It takes all scale bytes and
-// all activations, and is what the faster kernels leave their exceptions to.
+// Rows times a panel in float32 FMAs, on every path. This kernel is right for all scale bytes and
+// all activations. The faster kernels leave the panels and rows that they cannot multiply to it.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace mxfp4 {
 
-// Vectors of the machine's width, with operators; the compiler contracts a * b + c to an FMA.
+// Vectors of the path's width; the compiler contracts a * b + c to an FMA.
 #if defined(__AVX512F__)
 constexpr int VECTOR = 16;
 #elif defined(__AVX2__)
@@ -35,7 +35,7 @@ inline void store_vector(float* values, Vector vector) {
   std::memcpy(values, &vector, sizeof vector);
 }
 
-// 2^(b - 127). Bit 22 alone is 2^-127, which is subnormal, and makes a NaN of an infinity.
+// The bits of 2^(b - 127). Bit 22 makes them the subnormal 2^-127 for byte 0 and NaN for byte 255.
 inline uint32_t scale_bits(uint32_t byte) {
   return byte << 23 | static_cast<uint32_t>(byte == 0 || byte == SCALE_NAN) << 22;
 }
@@ -43,7 +43,7 @@ inline uint32_t scale_bits(uint32_t byte) {
 // Weight k of row `position` (16 h + r, see panels.h) is values[k][position].
 using F32Block = float[BLOCK][PANEL_ROWS];
 
-// Codes [512] and scales [32] of a block in a panel -> its weights as float32: exact, or infinite.
+// Codes [512] and scales [32] of a block in a panel -> its weights in float32, exact or infinite.
 inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& values) {
   alignas(64) float factors[PANEL_ROWS];
   for (int i = 0; i < PANEL_ROWS; i++) factors[i] = float_of(scale_bits(scales[i]));
@@ -98,7 +98,7 @@ inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& va
 }
 
 struct F32Tile {
-  // Rows that are multiplied at once: their sums and a row of the panel fit the registers.
+  // The most rows of a tile whose sums fit the registers, beside a row of the panel.
 #if defined(__AVX512F__)
   static constexpr int ROWS = 12;
 #elif defined(__AVX2__) || defined(__aarch64__)
@@ -106,10 +106,10 @@ struct F32Tile {
 #else
   static constexpr int ROWS = 1;
 #endif
-  // Blocks that are decoded before all tiles are multiplied with them: they stay in the L1 cache.
+  // Blocks that are decoded at a time and multiplied with all tiles; they fit the L1 cache.
   static constexpr int64_t CHUNK = 4;
-  // Up to so many rows of an expert are multiplied faster one by one. Values of 16 bits are exact
-  // in single_row.h's integers and take half of the time there.
+  // Up to so many rows of an expert are faster one by one. Values of 16 bits are exact in
+  // single_row.h's integers, which take half of the time.
   static int one_by_one(int32_t dtype) {
 #if defined(__AVX512F__)
     return dtype == MXFP4_F32 ? 3 : 4;
@@ -123,8 +123,8 @@ struct F32Tile {
 
   static int64_t packed_bytes(int64_t k) { return k * static_cast<int64_t>(sizeof(float)); }
 
-  // Row `row` of a tile of `rows`: value k goes to k * rows + row. Returns whether this kernel can
-  // multiply it; this one always can.
+  // Packs row `row` into a tile of `rows` rows: value k goes to k * rows + row. Returns true: this
+  // kernel can multiply every row.
   static bool pack(const float* values, int64_t k, int64_t row, int64_t rows, char* tile) {
     float* target = reinterpret_cast<float*>(tile) + row;
     for (int64_t i = 0; i < k; i++) target[i * rows] = values[i];

@@ -1,5 +1,5 @@
-// The one translation unit of the library; see api.h. MXFP4_PATH_<NAME> and the compiler's flags
-// say which instruction-set path it is built for (native.py).
+// The only translation unit of the library; see api.h. MXFP4_PATH_<NAME> and the compiler's flags
+// select the instruction-set path (native.py).
 #include "amx_tile.h"
 #include "api.h"
 #include "bf16_tile.h"

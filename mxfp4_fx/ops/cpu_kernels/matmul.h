@@ -1,12 +1,12 @@
-// mxfp4_matmul_ogs: who multiplies what, and the one parallel region of a call.
+// mxfp4_matmul_ogs: the division of the work among threads, in one parallel region per call.
 //
-//   pack      all threads: rows are gathered, converted and packed into tiles
-//   multiply  each thread takes ranges of panels. Without a scatter they are of (expert, panel);
-//             with one a thread does its panels for all experts in turn, so that a token's rows are
-//             added in the experts' order whatever the number of threads.
+//   pack      all threads gather rows, convert them and pack them into tiles
+//   multiply  each thread takes ranges of work. Without a scatter, the items are (expert, panel).
+//             With one they are panels, and a thread computes them for one expert after the other,
+//             so that a token's rows are added in the experts' order for any number of threads.
 //
-// An expert's rows are multiplied tile by tile: `Tile` is the path's way to multiply several rows
-// with a panel. Few rows go one by one, through a kernel of their own (single_row.h).
+// `Tile` is the path's kernel, which multiplies a tile of several rows with a panel. If an expert
+// has few rows, another kernel multiplies them one by one (single_row.h).
 #pragma once
 
 #include <algorithm>
@@ -24,11 +24,11 @@
 
 namespace mxfp4 {
 
-// Packed rows of one expert that are multiplied with a panel before its next one: they should stay
-// in the second cache.
+// Bytes of an expert's packed rows that are multiplied with one panel after the other; they should
+// fit the L2 cache.
 constexpr int64_t GROUP_BYTES = 512 << 10;
 
-// One call. `Tile` says how several rows are multiplied.
+// One call. `Tile` is the kernel for several rows.
 template <class Tile>
 class Matmul {
  public:
@@ -52,7 +52,8 @@ class Matmul {
 
     const int threads = std::max(m.threads, 1);
     items = m.scatter_index ? panels : panels * static_cast<int64_t>(plan.experts.size());
-    // Long enough that packed rows are used again, short enough that the last thread is not late.
+    // Ranges are so long that packed rows are used again, and so short that all threads end
+    // together.
     most_items = std::max<int64_t>(1, ceil_div(panels, 2 * threads));
     least_items = std::max<int64_t>(1, panels / (32 * threads));
     tokens = m.scatter_index ? m.rows / m.experts_per_token : 0;
@@ -77,7 +78,7 @@ class Matmul {
   }
 
  private:
-  // What a thread has to itself.
+  // The memory of one thread.
   struct Buffers {
     typename Tile::Scratch& scratch;
     float* sums;     // [rows of a group][32]
@@ -104,7 +105,7 @@ class Matmul {
       const int64_t from = std::max(begin, expert.first_row);
       const int64_t to = std::min(end, expert.first_row + expert.rows);
       for (int64_t row = from; row < to; row++) pack_row(expert, row - expert.first_row, values);
-      // The last tile's missing rows are zero; whoever packs the last row writes them.
+      // The thread that packs the last row also writes zeros for the last tile's missing rows.
       if (expert.one_by_one || from >= to || to < expert.first_row + expert.rows) continue;
       std::memset(values, 0, static_cast<size_t>(m.k) * sizeof(float));
       for (int64_t row = expert.rows; row < expert.tiles * expert.tile_rows; row++)
@@ -135,7 +136,7 @@ class Matmul {
     if (!able) __atomic_store_n(&expert.exceptional, 1, __ATOMIC_RELAXED);
   }
 
-  // Rows that no expert here has are zero. With a scatter, every result is written anyway.
+  // Writes zeros for rows whose expert is not held here. With a scatter, write_results writes all.
   void clear_rows_of_nobody(int thread, int count) {
     if (m.scatter_index) return;
     const int64_t first = m.expert_offsets[0], last = m.expert_offsets[m.experts];
@@ -171,7 +172,7 @@ class Matmul {
     }
   }
 
-  // Panels [first, last) of an expert for all its rows.
+  // Computes panels [first, last) of an expert for all its rows.
   void multiply_range(const Expert& expert, int64_t first, int64_t last, int64_t range_begin,
                       int64_t range_end, const Buffers& buffers) {
     for (int64_t tile = 0; tile < expert.tiles; tile += group_tiles) {
@@ -226,7 +227,7 @@ class Matmul {
                    buffers.scratch);
   }
 
-  // Any weights and activations, block by block in float32; slow.
+  // Multiplies any weights and activations block by block in float32, which is slow.
   void multiply_exceptional(const Expert& expert, int64_t row, int64_t rows, const uint8_t* panel,
                             float* sums) const {
     alignas(LINE) F32Block weights;

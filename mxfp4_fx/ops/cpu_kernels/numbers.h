@@ -1,4 +1,4 @@
-// MXFP4's values; conversions between float32 and the 16-bit dtypes, one value and many at a time.
+// MXFP4's values, and conversions between float32 and the 16-bit dtypes.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace mxfp4 {
 
-// What the codes mean: OCP Microscaling v1.0, table 5; see formats.py.
+// The values of the codes: OCP Microscaling v1.0, table 5; see formats.py.
 constexpr float E2M1[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
                             -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
 
@@ -30,7 +30,7 @@ inline float float_of(uint32_t bits) {
 
 inline float bf16_to_f32(uint16_t value) { return float_of(static_cast<uint32_t>(value) << 16); }
 
-// To nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even. A NaN stays a NaN.
 inline uint16_t f32_to_bf16(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -69,7 +69,7 @@ inline void* element(void* values, int32_t dtype, int64_t index) {
   return static_cast<char*>(values) + index * dtype_bytes(dtype);
 }
 
-// `count` neighbours of any dtype as float32; any alignment.
+// Converts `count` contiguous values of a dtype to float32; any alignment.
 inline void to_f32(const void* values, int32_t dtype, int64_t count, float* out) {
   if (dtype == MXFP4_F32) {
     std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
@@ -92,7 +92,7 @@ inline void to_f32(const void* values, int32_t dtype, int64_t count, float* out)
   }
 }
 
-// The inverse, rounded to nearest.
+// Converts float32 to a dtype, rounded to nearest.
 inline void from_f32(const float* values, int32_t dtype, int64_t count, void* out) {
   if (dtype == MXFP4_F32) {
     std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));

@@ -1,21 +1,22 @@
-// The layout `cpu_panels`: the order in which all kernels here read an expert's MXFP4 weights.
+// The layout `cpu_panels`, in which all kernels here read an expert's MXFP4 weights.
 //
-// An expert [N, K] is cut into P = ceil(N / 32) panels of 32 output rows, and its G = K / 32 blocks
-// into Q = ceil(G / 2) pairs. A panel is one stream of Q pairs, each
+// An expert [N, K] has P = ceil(N / 32) panels of 32 output rows, and its G = K / 32 blocks form
+// Q = ceil(G / 2) pairs. A panel is one stream of Q pairs. A pair is
 //
 //     64 bytes    scales    [block of the pair: 2][row of the panel, as `position` has it: 32]
 //     512 bytes   codes of the first block    [half h: 2][group g: 4][lane r: 16][byte j: 4]
 //     512 bytes   codes of the second block
 //
-// Half h, lane r is output row 32 p + 2 r + h: gates (even rows) and ups (odd rows) of SwiGLU lie
-// in lanes of the same number. Its scale is byte 16 h + r. A dword of group g holds eight weights
-// of a block: byte j has k = 8 g + KORDER[j] in the low nibble, k = 8 g + 4 + KORDER[j] in the high
-// one. So the low nibbles are a dword of VNNI, and a byte lookup that widens them to bfloat16 gives
-// neighbouring pairs, the order that AMX and vdpbf16ps want: nothing is transposed.
+// Half h, lane r is output row 32 p + 2 r + h of panel p, so gates (even rows) and ups (odd rows)
+// of SwiGLU are in the same lane of the two halves. The row's scale is byte 16 h + r. A dword of
+// group g holds eight weights of a block. Byte j has k = 8 g + KORDER[j] in its low nibble, and
+// k = 8 g + 4 + KORDER[j] in its high nibble. So the low nibbles form a dword for VNNI, and a byte
+// lookup that widens them to bfloat16 gives pairs of neighbours in k. AMX and vdpbf16ps read this
+// order, and nothing is transposed.
 //
-// What is not there (rows from N on, the second block of an odd last pair) is code 0, scale 127.
-// A panel's flag is 1 if one of its scale bytes is outside [SCALE_MIN, SCALE_MAX]: within, a weight
-// is a normal bfloat16 number.
+// Padding (rows from N on, the second block of an odd last pair) has code 0 and scale 127. A
+// panel's flag is 1 if one of its scale bytes is outside [SCALE_MIN, SCALE_MAX]. With bytes inside,
+// every weight that is not zero is a normal bfloat16 number.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,7 @@ constexpr int64_t panel_count(int64_t n) { return ceil_div(n, PANEL_ROWS); }
 constexpr int64_t pair_count(int64_t k) { return ceil_div(k / BLOCK, 2); }
 constexpr int64_t panel_bytes(int64_t k) { return pair_count(k) * PAIR_BYTES; }
 
-// Where the codes [512] and the scales [32] of a block lie in its panel.
+// The codes [512] and the scales [32] of a block in its panel.
 inline const uint8_t* block_codes(const uint8_t* panel, int64_t block) {
   return panel + block / 2 * PAIR_BYTES + SCALE_BYTES + block % 2 * CODE_BYTES;
 }
@@ -46,7 +47,7 @@ inline const uint8_t* block_scales(const uint8_t* panel, int64_t block) {
   return panel + block / 2 * PAIR_BYTES + block % 2 * PANEL_ROWS;
 }
 
-// Asks for what lies `ahead` bytes behind a block, so that memory is busy while the block is
+// Prefetches the data `ahead` bytes behind a block, so that memory works while the block is
 // computed.
 inline void prefetch_block(const uint8_t* panel, int64_t block, int64_t ahead) {
   const uint8_t* codes = block_codes(panel, block) + ahead;
@@ -54,7 +55,7 @@ inline void prefetch_block(const uint8_t* panel, int64_t block, int64_t ahead) {
   if (block % 2 == 0) __builtin_prefetch(codes - SCALE_BYTES);
 }
 
-// Packed rows of activations: `tiles` tiles of `rows` rows each, which follow one another.
+// Packed rows of activations: `tiles` contiguous tiles of `rows` rows each.
 struct Tiles {
   const char* packed;
   int64_t tiles, rows, blocks;

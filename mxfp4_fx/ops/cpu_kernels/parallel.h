@@ -1,4 +1,4 @@
-// Threads: one OpenMP region a call, and the handing out of work inside it.
+// Threads: one OpenMP region per call, and the distribution of work inside it.
 #pragma once
 
 #include <omp.h>
@@ -12,16 +12,17 @@
 
 namespace mxfp4 {
 
-// Set in a process that was forked. The threads of OpenMP's pool are not forked with it, and the
-// runtime would wait for them forever. (mxfp4_init is told of forks before the library was loaded.)
+// Whether this process is a forked child. A child lacks the threads of OpenMP's pool, and the
+// runtime would wait for them forever. mxfp4_init sets this for forks before the library was
+// loaded.
 static bool forked = false;
 
 __attribute__((constructor)) static void watch_forks() {
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 }
 
-// Arithmetic as IEEE 754 has it while it lives. torch.set_flush_denormal changes it for one thread
-// and not for another, and results must not depend on the number of threads.
+// IEEE 754's default arithmetic in a scope. torch.set_flush_denormal changes the arithmetic of one
+// thread only, and results must not depend on the number of threads.
 class DefaultArithmetic {
  public:
   DefaultArithmetic() {
@@ -34,9 +35,9 @@ class DefaultArithmetic {
   std::fenv_t before_;
 };
 
-// Runs body(thread, threads) on `threads` threads, or on as many as OpenMP gives, which the body is
-// told; on this one alone, without OpenMP, where that could hang or would be nested. No exception
-// may leave the body.
+// Runs body(thread, count) on `threads` threads, or on fewer if OpenMP gives fewer; `count` is
+// their number. Runs it on this thread alone where OpenMP could hang or would be nested. The body
+// must not throw.
 template <class F>
 void parallel(int threads, F body) {
   const auto run = [&](int thread, int count) {
@@ -51,16 +52,15 @@ void parallel(int threads, F body) {
   run(omp_get_thread_num(), omp_get_num_threads());
 }
 
-// For the body of `parallel`, with its own number of threads: waits until all of them are here.
+// Waits for all threads of `parallel`; its body calls this with its `count`.
 inline void barrier(int threads) {
   if (threads > 1) {
 #pragma omp barrier
   }
 }
 
-// Hands out ranges of [0, count), the longer ones first, so that all threads end at the same time
-// though nobody knows how fast they are. A range has `least` to `most` items, the last may have
-// fewer.
+// Hands out ranges of [0, count), longer ones first, so that threads of different speeds end at the
+// same time. A range has `least` to `most` items; the last may have fewer.
 class Cursor {
  public:
   Cursor(int64_t count, int threads, int64_t least = 1,

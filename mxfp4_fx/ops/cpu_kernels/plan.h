@@ -1,5 +1,5 @@
-// What is to be multiplied: the experts that have rows, how their rows are cut into tiles, and
-// where these lie packed.
+// The plan of a call: the experts that have rows, the tiles of their rows, and the places of the
+// packed tiles.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ using Memory = std::unique_ptr<char, Free>;
 
 inline int64_t line_up(int64_t bytes) { return ceil_div(bytes, LINE) * LINE; }
 
-// Null if there is none left.
+// Returns null if there is no memory left.
 inline Memory allocate(int64_t bytes) {
   const auto size = static_cast<size_t>(std::max(line_up(bytes), LINE));
   return Memory(static_cast<char*>(std::aligned_alloc(LINE, size)));
@@ -32,10 +32,10 @@ inline Memory allocate(int64_t bytes) {
 struct Expert {
   int64_t id;
   int64_t first_row, rows;   // among the rows sorted by expert
-  int64_t tile_rows, tiles;  // all tiles have this height; the last may hold fewer rows
-  int64_t packed;            // offset in bytes of the first tile; tiles follow one another
+  int64_t tile_rows, tiles;  // all tiles have this height; the last may have fewer rows
+  int64_t packed;            // offset in bytes of the first tile; tiles are contiguous
   bool one_by_one;           // few rows, each multiplied by single_row.h
-  int exceptional;           // a row that only float32 can multiply
+  int exceptional;           // 1 if only float32 can multiply one of the rows
 };
 
 // A row for single_row.h: its blocks, then its values.
@@ -52,8 +52,8 @@ struct Plan {
   int64_t packed_bytes = 0;
   int64_t most_rows = 0;  // of one expert
 
-  // Cuts an expert's rows into the fewest tiles of at most `most` rows, and these equally high. Up
-  // to `few` rows are multiplied one by one.
+  // Adds an expert. Its rows form the fewest tiles of at most `most` rows, all of one height. Up to
+  // `few` rows are multiplied one by one.
   void add(int64_t id, int64_t first_row, int64_t rows, int64_t most, int64_t few,
            int64_t row_bytes, int64_t k) {
     Expert expert{};
@@ -61,7 +61,7 @@ struct Plan {
     expert.first_row = first_row;
     expert.rows = rows;
     expert.one_by_one = HAS_ROW_KERNEL && rows <= few;
-    expert.exceptional = k == 0;  // the fast ways need a first block
+    expert.exceptional = k == 0;  // the fast kernels need a first block
     expert.tiles = ceil_div(rows, most);
     expert.tile_rows = ceil_div(rows, expert.tiles);
     expert.packed = packed_bytes;

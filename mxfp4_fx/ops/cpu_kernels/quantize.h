@@ -1,9 +1,9 @@
-// mxfp4_quantize: values of any strides -> `cpu_panels`, bit for bit what formats.quantize gives.
+// mxfp4_quantize: values of any strides -> `cpu_panels`, bit for bit as formats.quantize does.
 //
-// All of it is done on 16-bit integers, the 32 rows of a panel being the lanes. A value becomes the
-// upper half of its float32, the last bit set if anything was cut off: a later rounding to the two
-// significant bits of E2M1 still sees on which side of a midpoint the value was. bfloat16 is that
-// already.
+// It computes with 16-bit integers, and the 32 rows of a panel are the lanes. A value becomes the
+// upper half of its float32, whose last bit is set if the lower half was not zero. So the later
+// rounding to the two significant bits of E2M1 still sees on which side of a midpoint the value
+// was. A bfloat16 value needs no change.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 namespace mxfp4 {
 
 // Panels whose blocks are read together. Where rows are neighbours in memory (the [E, K, N]
-// parameter of a model), that makes pieces of it of 256 bytes and more.
+// parameter of a model), each piece that is read then has 256 bytes or more.
 constexpr int64_t GROUP_PANELS = 4;
 
 // The values of a block in a panel.
@@ -35,14 +35,14 @@ inline uint16_t upper_half(float value) {
 }
 
 // The scale byte of a block: the smallest b for which 6 * 2^(b - 127) is not below the block's
-// largest magnitude. That is its exponent less 2, plus 1 if the fraction is over a half.
+// largest magnitude. It is the magnitude's exponent less 2, plus 1 if the fraction is over a half.
 inline int scale_of(int largest) {
   const int half = 1 << (FRACTION_BITS - 1);
   return std::max(((largest + half - 1) >> FRACTION_BITS) - 2, 0);
 }
 
-// Only below this scale do some subnormal values not become zeros. Such blocks are multiplied by
-// 2^UP before they are encoded, so that all of their values are normal.
+// In blocks with a scale below LEAST_NORMAL_SCALE, some subnormal values have a code other than
+// zero. Such blocks are multiplied by 2^UP before they are encoded, so that all values are normal.
 constexpr int LEAST_NORMAL_SCALE = 3, UP = 64;
 
 inline uint16_t moved_up(uint16_t value) {
@@ -53,29 +53,31 @@ inline uint16_t moved_up(uint16_t value) {
   return static_cast<uint16_t>((value & SIGN) | moved);
 }
 
-// The E2M1 code of a normal value or zero. `down` is what divides it by the scale: a difference of
-// exponents, where they stand. All steps keep to 16 bits, or the compiler would widen them.
+// The E2M1 code of a normal value or zero. Subtracting `down` divides the value by the scale: it is
+// the difference of their exponents, at the exponent's bits. All steps use 16 bits, so that the
+// compiler does not widen them.
 inline int code_of(uint16_t value, int16_t down) {
   const auto scaled = static_cast<int16_t>((value & MAGNITUDE) - down);  // 6 at most
-  // From 1 on, E2M1 is the exponent and one bit of the fraction: to nearest, to even at midpoints.
+  // From 1 on, E2M1 is the exponent and one bit of the fraction, rounded to nearest, ties to even.
   const int shift = FRACTION_BITS - 1, odd = scaled >> shift & 1;
   const auto rounded = static_cast<int16_t>(scaled + (1 << (shift - 1)) - 1 + odd);
   const int large = (rounded >> shift) - 2 * (EXPONENT_BIAS - 1);
-  // Below 1 it is a multiple of 1/2.
+  // Below 1, E2M1 is a multiple of 1/2.
   const int small = (scaled > 0x3e80) + (scaled >= 0x3f40);  // above 1/4, from 3/4 on
   return std::max(large, small) | (value & SIGN) >> 12;
 }
 
-// The values of a block -> its scale bytes [32] and codes [512]; returns whether a scale is
-// outside.
+// The values of a block -> its scale bytes [32] and codes [512]. Returns whether a scale byte is
+// outside [SCALE_MIN, SCALE_MAX].
 inline bool encode_block(BlockValues& values, uint8_t* scales, uint8_t* codes) {
   uint16_t largest[PANEL_ROWS] = {};
   for (int k = 0; k < BLOCK; k++)
     for (int row = 0; row < PANEL_ROWS; row++)
       largest[row] = std::max<uint16_t>(largest[row], values[k][row] & MAGNITUDE);
 
-  // Per row: the scale, as code_of and the panel have it, and what keeps the codes (all bits) or
-  // makes zeros of them. Everything has 16 bits, for the loop to become one of vectors.
+  // Per row: `down` is the scale for code_of, `bytes` the scale for the panel, `keep` a mask of the
+  // codes, which is 0 to make them zero. All have 16 bits, so that the compiler vectorizes the
+  // loop.
   int16_t down[PANEL_ROWS];
   uint16_t keep[PANEL_ROWS], bytes[PANEL_ROWS];
   uint16_t outside = 0, small = 0;
@@ -102,7 +104,7 @@ inline bool encode_block(BlockValues& values, uint8_t* scales, uint8_t* codes) {
   }
 
   for (int group = 0; group < 4; group++) {
-    // A row's eight codes in the order of panels.h, as the halves of a dword.
+    // A row's eight codes in the order of panels.h, as the two halves of a dword.
     alignas(64) uint16_t low[PANEL_ROWS], high[PANEL_ROWS];
     const auto* eight = values + 8 * group;
     for (int row = 0; row < PANEL_ROWS; row++) {
@@ -112,7 +114,7 @@ inline bool encode_block(BlockValues& values, uint8_t* scales, uint8_t* codes) {
       low[row] = static_cast<uint16_t>(a & keep[row]);
       high[row] = static_cast<uint16_t>(b & keep[row]);
     }
-    // Rows 2 r and 2 r + 1 are neighbours, but belong to halves 0 and 1.
+    // Rows 2 r and 2 r + 1 are neighbours here, but belong to halves 0 and 1 of the panel.
     uint32_t halves[2][LANES];
     for (int lane = 0; lane < LANES; lane++) {
       uint32_t lows, highs;
@@ -127,14 +129,14 @@ inline bool encode_block(BlockValues& values, uint8_t* scales, uint8_t* codes) {
   return outside;
 }
 
-// One expert's values, and how they are read.
+// One expert's values and their strides.
 struct Source {
   const void* values;
   int32_t dtype;
   int64_t k, stride_n, stride_k;
 
-  // The block from column `first` on of the panels with rows `row` to `row + rows - 1`. What the
-  // last panel has beyond these is zero.
+  // Reads the block at column `first` of the panels with rows `row` to `row + rows - 1`. The last
+  // panel's missing rows are zero.
   void read(int64_t row, int64_t rows, int64_t first, BlockValues* blocks) const {
     if (rows % PANEL_ROWS) std::memset(blocks[rows / PANEL_ROWS], 0, sizeof *blocks);
     if (stride_n == 1)
@@ -149,7 +151,7 @@ struct Source {
     return element(values, dtype, row * stride_n + column * stride_k);
   }
 
-  // Neighbours in memory.
+  // Converts contiguous values.
   inline __attribute__((always_inline)) void convert(const void* source, int64_t count,
                                                      uint16_t* out) const {
     if (dtype == MXFP4_BF16) {
@@ -164,9 +166,9 @@ struct Source {
     }
   }
 
-  // Asks for values of the next block, which lie in as many pages as it has columns or rows: too
-  // many for the hardware to foresee. They go to the second cache, for the first has no room.
-  // Always inlined, as GCC drops calls of a function that does nothing else.
+  // Prefetches values of the next block. They are in as many pages as it has columns or rows, too
+  // many for the hardware's prefetcher. They go to the L2 cache, because L1 has no room. Always
+  // inlined, because GCC drops calls of a function that only prefetches.
   inline __attribute__((always_inline)) void prefetch(int64_t row, int64_t column,
                                                       int64_t count) const {
     if (column >= k) return;
@@ -174,7 +176,8 @@ struct Source {
     for (int64_t i = 0; i < count * dtype_bytes(dtype); i += 64) __builtin_prefetch(line + i, 0, 2);
   }
 
-  // Where rows are neighbours. All is asked for at once, which is faster than line by line.
+  // Reads rows that are neighbours in memory. Prefetching all lines at once is faster than one by
+  // one.
   void read_lines(int64_t row, int64_t rows, int64_t first, BlockValues* blocks) const {
     for (int64_t i = 0; i < BLOCK; i++) prefetch(row, first + BLOCK + i, rows);
     for (int64_t i = 0; i < BLOCK; i++) {
@@ -182,7 +185,7 @@ struct Source {
         const void* line = at(row + r, first + i);
         uint16_t* out = blocks[r / PANEL_ROWS][i];
         if (rows - r >= PANEL_ROWS)
-          convert(line, PANEL_ROWS, out);  // a constant number: no loop
+          convert(line, PANEL_ROWS, out);  // a constant count, so the compiler needs no loop
         else
           convert(line, rows - r, out);
       }
@@ -190,7 +193,7 @@ struct Source {
   }
 
   void read_rows(int64_t row, int64_t rows, int64_t first, BlockValues& block) const {
-    BlockValues by_row;  // here [row][column]
+    BlockValues by_row;  // transposed: [row][column]
     for (int64_t r = 0; r < rows; r++) {
       if (stride_k == 1) {
         prefetch(row + r, first + BLOCK, BLOCK);
@@ -199,7 +202,7 @@ struct Source {
         for (int64_t i = 0; i < BLOCK; i++) convert(at(row + r, first + i), 1, by_row[r] + i);
       }
     }
-    // Two rows at a time (little-endian); one that is not there was not written.
+    // Two rows at a time (little-endian). An odd last row gets a partner of zeros.
     if (rows % 2) std::memset(by_row[rows], 0, sizeof by_row[rows]);
     for (int64_t r = 0; r < rows; r += 2) {
       for (int64_t i = 0; i < BLOCK; i++) {
@@ -210,13 +213,14 @@ struct Source {
   }
 };
 
-// The panels with rows `row` to `row + rows - 1`, GROUP_PANELS at most.
+// Quantizes the panels with rows `row` to `row + rows - 1`, at most GROUP_PANELS of them.
 inline void quantize_panels(const Source& source, int64_t row, int64_t rows, uint8_t* target,
                             uint8_t* flags) {
   alignas(64) BlockValues values[GROUP_PANELS];
   const int64_t panels = panel_count(rows), stride = panel_bytes(source.k);
   const int64_t blocks = source.k / BLOCK;
-  // Stored at the end: another thread may compute with what is made again, of the same values.
+  // Flags are stored at the end: another thread may compute with the panels while they are made
+  // again from the same values.
   uint8_t outside[GROUP_PANELS] = {};
   for (int64_t block = 0; block < blocks; block++) {
     source.read(row, rows, block * BLOCK, values);

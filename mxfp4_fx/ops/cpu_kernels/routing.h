@@ -1,8 +1,8 @@
-// mxfp4_routing and mxfp4_routing_routes: which rows an expert has, in the order of their slots
+// mxfp4_routing and mxfp4_routing_routes: the rows of each expert, in the order of their slots
 // (token * A + choice). See ops/reference.py.
 //
-// Both are a counting sort. Each thread has a range of tokens and counts how many of its slots go
-// to each expert; what earlier experts and threads have then says where its slots go. The result is
+// Both are a counting sort. Each thread has a range of tokens and counts its slots for each expert.
+// The counts of smaller experts and of earlier threads give the rows of its slots. The result is
 // the same for any number of threads.
 #pragma once
 
@@ -20,7 +20,7 @@
 
 namespace mxfp4 {
 
-// A thread should have this many logits, or routes, to be worth waking.
+// The fewest logits, or routes, per thread: with fewer, waking the thread does not pay.
 constexpr int64_t LOGITS_OF_THREAD = 2048, ROUTES_OF_THREAD = 8192;
 
 struct Candidate {
@@ -35,8 +35,8 @@ struct IsLarger {
   }
 };
 
-// Brings the `top_k` largest candidates to the front, in order. Among equals the algorithm decides;
-// this is the one of torch.topk on the CPU (topk_impl_loop), so the same experts are chosen.
+// Moves the `top_k` largest candidates to the front, in order. The algorithm decides among equal
+// ones. It is that of torch.topk on the CPU (topk_impl_loop), so both choose the same experts.
 inline void select_largest(Candidate* candidates, int64_t count, int64_t top_k) {
   Candidate* end = candidates + count;
   if (top_k * 64 <= count) {
@@ -47,7 +47,7 @@ inline void select_largest(Candidate* candidates, int64_t count, int64_t top_k) 
   }
 }
 
-// The softmax of candidates of which the first is the largest, or a NaN if there is one.
+// The softmax of candidates. The first must be the largest, or a NaN if there is one.
 inline void softmax(const Candidate* candidates, int64_t count, float* weights) {
   float sum = 0.f;
   for (int64_t i = 0; i < count; i++) {
@@ -57,7 +57,7 @@ inline void softmax(const Candidate* candidates, int64_t count, float* weights) 
   for (int64_t i = 0; i < count; i++) weights[i] /= sum;
 }
 
-// Memory for one call: on the stack while it is small, as one token's is.
+// Memory for one call. It is on the stack if it is small, as for one token.
 class CallMemory {
  public:
   explicit CallMemory(int64_t bytes) {
@@ -88,8 +88,8 @@ struct Routes {
 
   int64_t first_token(int thread, int threads) const { return tokens * thread / threads; }
 
-  // How many slots, counts[thread][expert] -> the row at which these start. The entry after the
-  // last expert's is for slots that belong to none.
+  // Replaces counts[thread][expert], a number of slots, by the row of the first of them. The entry
+  // after the last expert counts slots whose expert is not held here.
   void start_rows(int32_t* counts, int threads) const {
     int32_t row = 0;
     for (int64_t expert = 0; expert <= experts; expert++) {
@@ -103,7 +103,7 @@ struct Routes {
     }
   }
 
-  // The part of one thread of those that run. expert_of(slot) is `experts` for a slot of none.
+  // Sorts the slots of one thread. expert_of(slot) is `experts` if the expert is not held here.
   template <class Expert, class Weight>
   void sort(int thread, int threads, int32_t* counts, Expert expert_of, Weight weight_of) const {
     const int64_t begin = first_token(thread, threads), end = first_token(thread + 1, threads);
@@ -138,7 +138,7 @@ extern "C" int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, 
   const Routes routes{tokens, top_k, experts, gammas, gather, scatter, offsets};
   if (top_k < 1 || top_k > experts || !routes.fits()) return EINVAL;
 
-  // A thread's candidates and their values; all slots' weights and experts; the threads' counts.
+  // Candidates and values of each thread, weights and experts of all slots, counts of each thread.
   const int most = threads_for(tokens * experts, LOGITS_OF_THREAD, threads);
   const int64_t slots = tokens * top_k, candidates = most * experts;
   CallMemory memory(candidates * static_cast<int64_t>(sizeof(Candidate) + sizeof(float)) +
@@ -185,7 +185,7 @@ extern "C" int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const 
   const auto expert_of = [&](int64_t slot) {
     const int64_t id = index_dtype == MXFP4_I64 ? static_cast<const int64_t*>(ids)[slot]
                                                 : static_cast<const int32_t*>(ids)[slot];
-    // Unsigned, for the difference of any two ids has a value then.
+    // Unsigned, because a signed difference of two ids could overflow.
     const uint64_t expert = static_cast<uint64_t>(id) - static_cast<uint64_t>(first);
     return static_cast<int64_t>(std::min(expert, static_cast<uint64_t>(experts)));
   };

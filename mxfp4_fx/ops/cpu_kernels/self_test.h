@@ -1,5 +1,5 @@
-// Whether the kernels compute what they should on this machine, as this compiler has built them: a
-// small problem whose sums are exact in float32 in any order, so that every bit is known.
+// A self-test of the kernels on this machine, as this compiler has built them. It computes a small
+// problem whose sums are exact in float32 in any order, so every bit of the result is known.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace mxfp4 {
 
 class SelfTest {
  public:
-  // Few rows and several tiles, in every dtype. All scales are 1.
+  // Tests few rows and several tiles, in every dtype. All scales are 1.
   bool passes() {
     for (auto& byte : blocks_) byte = static_cast<uint8_t>(random());
     mxfp4_swizzle(blocks_.data(), scales_.data(), 1, N, K, panels_.data(), flags_.data(), 1);
@@ -36,15 +36,15 @@ class SelfTest {
 
   uint32_t random() { return state_ = state_ * 1664525 + 1013904223, state_ >> 8; }
 
-  // Below 1, with as many bits as the dtype has, but 15 of float32's: products are multiples of
-  // 2^-16 then, and the magnitudes of a sum's products add up to less than 2^8.
+  // A random number below 1 with all of the dtype's significant bits, or 15 for float32. Products
+  // are then multiples of 2^-16, and the magnitudes of a sum's products add up to less than 2^8.
   float activation(int32_t dtype) {
     const int bits = dtype == MXFP4_BF16 ? 8 : dtype == MXFP4_F16 ? 11 : 15;
     const auto size = static_cast<float>(random() % (1 << bits));
     return std::ldexp(random() & 1 ? size : -size, -bits);
   }
 
-  // From table 5 of OCP Microscaling v1.0 once more, not from the table of the kernels.
+  // Follows table 5 of OCP Microscaling v1.0 and not the kernels' table, which it tests.
   float weight(int64_t n, int64_t k) const {
     const uint8_t byte = blocks_[static_cast<size_t>((n * K + k) / 2)];
     const int code = k % 2 ? byte >> 4 : byte & 15, size = code & 7;

@@ -1,12 +1,12 @@
-// One row times a panel in integers, exactly: what is fastest while memory sets the pace.
+// One row times a panel in exact integers: the fastest way while memory bounds the speed.
 //
-// A block of activations becomes fixed-point numbers of 24 bits, three signed bytes (limbs) each,
-// so that a value is (limb 0 + 2^8 limb 1 + 2^16 limb 2) times a power of two. Weights are the
-// bytes 2 w + 12, which are unsigned as the dot product of bytes wants them; what the 12 adds is
-// taken off in the sums' starting values. Block sums are exact and meet float32 only then.
+// A block of activations becomes fixed-point numbers of 24 bits. Each has three signed bytes
+// (limbs), and its value is (limb 0 + 2^8 limb 1 + 2^16 limb 2) times a power of two. A weight w
+// becomes the byte 2 w + 12, because the dot product of bytes needs unsigned weights. The sums'
+// starting values subtract what the 12 adds. A block's sum is exact before it becomes float32.
 //
-// A block whose values are not all exact in that form, be it one tiny value beside a large one or a
-// float32 with all its bits, is multiplied in float32, straight from the codes as well.
+// Some blocks are not exact in that form: one value may be tiny beside a large one, or a float32
+// may use all its bits. They are multiplied in float32, also directly from the codes.
 #pragma once
 
 #include <algorithm>
@@ -29,16 +29,16 @@ constexpr int LIMBS = 3;
 
 enum class BlockKind : int32_t { EXACT, FLOAT, EXTREME };
 
-// A block of activations. Dword 2 g of a limb meets the low nibbles of group g, dword 2 g + 1 the
-// high ones.
+// A block of activations. Dword 2 g of a limb is multiplied with the low nibbles of group g, dword
+// 2 g + 1 with the high ones.
 struct RowBlock {
   int8_t limbs[LIMBS][BLOCK];
   int32_t start[LIMBS];
-  float unit;  // half of what limb 0 counts in, for the weights count in halves
+  float unit;  // half of limb 0's unit, because weights count in halves
   BlockKind kind;
 };
 
-// In this range products with codes and their sums can neither over- nor underflow.
+// In this range, products with codes and sums of them neither overflow nor underflow.
 constexpr float ROW_SMALLEST = 0x1p-100f, ROW_LARGEST = 0x1p90f;
 
 inline bool is_moderate(float value) {  // false for a NaN
@@ -46,15 +46,15 @@ inline bool is_moderate(float value) {  // false for a NaN
   return size == 0 || (size >= ROW_SMALLEST && size <= ROW_LARGEST);
 }
 
-// All of its loops have a fixed length, no branch and integer reductions: the compiler makes
-// vectors of them.
+// All loops have a fixed length, no branch and only integer reductions, so that the compiler
+// vectorizes them.
 inline RowBlock row_block(const float* values) {
   RowBlock block{};
-  uint32_t largest = 0, smallest = UINT32_MAX;  // of the magnitudes' bits; of those less 1
+  uint32_t largest = 0, smallest = UINT32_MAX;  // of the magnitudes' bits; `smallest` is less 1
   for (int k = 0; k < BLOCK; k++) {
     const uint32_t size = bits_of(values[k]) & 0x7fffffff;
     largest = std::max(largest, size);
-    smallest = std::min(smallest, size - 1);  // a zero is out of the way
+    smallest = std::min(smallest, size - 1);  // a zero wraps around and does not count
   }
   if (largest == 0) return block;  // EXACT
   if (smallest < bits_of(ROW_SMALLEST) - 1 || largest > bits_of(ROW_LARGEST)) {
@@ -95,7 +95,7 @@ inline void multiply_row(const RowBlock* row, const float* values, const uint8_t
 #if defined(__AVX2__)
 constexpr bool HAS_ROW_KERNEL = true;
 
-// Four neighbours of a limb.
+// Four contiguous bytes of a limb.
 inline int32_t dword(const RowBlock& x, int limb, int index) {
   int32_t four;
   std::memcpy(&four, x.limbs[limb] + 4 * index, sizeof four);
@@ -124,7 +124,7 @@ inline __attribute__((always_inline)) RowVector limb_products(const uint8_t* cod
   for (int g = 0; g < 4; g++) {
     const __m512i eight = _mm512_loadu_si512(codes + 64 * g);
 #if defined(__AVX512VBMI__)
-    // This lookup reads six bits and the table repeats, so nothing need be masked.
+    // This lookup reads six bits and the table repeats, so no mask is needed.
     const __m512i low = _mm512_permutexvar_epi8(eight, table);
     const __m512i high = _mm512_permutexvar_epi8(_mm512_srli_epi16(eight, 4), table);
 #else
@@ -225,10 +225,11 @@ inline __attribute__((always_inline)) RowVector row_scales(const uint8_t* scales
 #endif
 }
 
-// How far ahead weights are asked for, in bytes.
+// How far ahead weights are prefetched, in bytes.
 constexpr int64_t ROW_PREFETCH = 2048;
 
-// Values that may over- or underflow on the way, infinities and NaNs.
+// Adds the products of a block with values that may overflow or underflow in the fast kernels, are
+// infinite or NaN.
 inline void add_extreme(const float* values, const uint8_t* codes, const uint8_t* scales,
                         RowVector* sum) {
   alignas(LINE) F32Block weights;
@@ -255,7 +256,7 @@ inline void multiply_row(const RowBlock* row, const float* values, const uint8_t
     for (int p = 0; p < PARTS; p++) {
       const int position = p * ROW_LANES;
       const uint8_t* part = codes + position / LANES * (CODE_BYTES / 2) + position % LANES * 4;
-      // The unit first: times the scale it might underflow where the sum does not.
+      // The unit is applied first: unit times scale may underflow although the sum does not.
       const RowVector products = __builtin_expect(row[b].kind == BlockKind::EXACT, 1)
                                      ? limb_products(part, row[b]) * row[b].unit
                                      : float_products(part, values + b * BLOCK);

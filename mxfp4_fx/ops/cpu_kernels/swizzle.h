@@ -1,7 +1,7 @@
-// mxfp4_swizzle and mxfp4_unswizzle: between checkpoint order and `cpu_panels` (panels.h).
+// mxfp4_swizzle and mxfp4_unswizzle: checkpoint order <-> `cpu_panels` (panels.h).
 //
-// Eight neighbours along K are a dword in both, with the nibbles in another order. So a block of a
-// panel is 32 rows of 4 dwords on one side and 8 lines of 16 dwords on the other.
+// In both orders a dword has eight neighbours along K, but the nibbles have another order. A block
+// of a panel is 32 rows of 4 dwords in checkpoint order, and 8 lines of 16 dwords in `cpu_panels`.
 #pragma once
 
 #include <algorithm>
@@ -22,12 +22,12 @@ namespace mxfp4 {
 constexpr int64_t BLOCK_BYTES = BLOCK / 2;  // codes of a block in checkpoint order
 constexpr int64_t BLOCK_DWORDS = BLOCK_BYTES / 4;
 
-// A block of a panel on either side.
+// A block of a panel in checkpoint order, and in `cpu_panels`.
 using RowDwords = uint32_t[PANEL_ROWS][BLOCK_DWORDS];
 using LaneDwords = uint32_t[2][BLOCK_DWORDS][LANES];
 
-// Checkpoint order <-> the order of panels.h, which reverses the three bits of a nibble's place: 1
-// and 4 change places, and 3 and 6.
+// Checkpoint order <-> the order of panels.h. The permutation reverses the three bits of a nibble's
+// position: it swaps nibbles 1 and 4, and nibbles 3 and 6.
 inline uint32_t reorder_nibbles(uint32_t dword) {
   const uint32_t differences = (dword ^ dword >> 12) & 0xf0f0;
   return dword ^ differences ^ differences << 12;
@@ -36,13 +36,13 @@ inline uint32_t reorder_nibbles(uint32_t dword) {
 // Whether the scale sets its panel's flag.
 inline bool is_outside(uint8_t scale) { return scale < SCALE_MIN || scale > SCALE_MAX; }
 
-// The block that an odd K / 32 leaves without one.
+// Writes the padding after the last block if K / 32 is odd.
 inline void pad_block(uint8_t* scales, uint8_t* codes) {
   std::memset(scales, SCALE_PADDING, PANEL_ROWS);
   std::memset(codes, 0, CODE_BYTES);
 }
 
-// `rows` rows of a panel, of `blocks` blocks each -> the panel; returns its flag.
+// Swizzles `rows` rows of `blocks` blocks each into a panel; returns the panel's flag.
 inline uint8_t swizzle_panel(const uint8_t* codes, const uint8_t* scales, int64_t rows,
                              int64_t blocks, uint8_t* panel) {
   alignas(64) RowDwords by_row = {};
@@ -91,8 +91,8 @@ inline void unswizzle_panel(const uint8_t* panel, int64_t rows, int64_t blocks, 
   }
 }
 
-// body(panel, first_row, rows) for all panels of all experts; `panel` and `first_row` count on from
-// expert to expert.
+// Calls body(panel, first_row, rows) for all panels of all experts. `panel` and `first_row` count
+// across experts.
 template <class F>
 void for_each_panel(int64_t experts, int64_t n, int threads, F body) {
   const int64_t panels = panel_count(n);

@@ -1,5 +1,6 @@
-"""Kernels in Triton: what runs on a GPU. ``ops/triton.py`` launches them.
+"""Triton kernels for GPUs. ``ops/triton.py`` launches them.
 
-One file a concern: ``arithmetic`` (exact numbers), ``decode`` (MXFP4 bytes -> numbers, for each
-layout), ``matmul`` (the grouped matmul and the sum over a token's rows), ``routing``.
+Each file has one task: ``arithmetic`` (exact numbers), ``decode`` (MXFP4 bytes -> numbers, for each
+layout), ``matmul`` (the grouped matmul), ``epilogue`` (bias, SwiGLU, gammas and the sum over a
+token's rows), ``routing``.
 """

@@ -1,14 +1,14 @@
-"""Numbers in kernels: exponentials, SwiGLU, and activations as sums of bfloat16 numbers."""
+"""Arithmetic in kernels: exponential, SwiGLU, rounding, and splitting into bfloat16 terms."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# In Triton's interpreter bfloat16 arithmetic works on raw bits and there is no inline assembly, so
-# there float32 stands for bfloat16, and plain operations for assembly. One switch, here.
+# Triton's interpreter does bfloat16 arithmetic on raw bits and has no inline assembly. There the
+# kernels use float32 instead of bfloat16, and plain operations instead of assembly.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-UNIT = tl.constexpr(tl.float32 if INTERPRETED.value else tl.bfloat16)  # what matrix units are fed
+UNIT = tl.constexpr(tl.float32 if INTERPRETED.value else tl.bfloat16)  # of matrix units' operands
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOG2_E_REST = tl.constexpr(1.925963033500e-08)  # log2(e) minus its float32 neighbour
@@ -17,20 +17,26 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def exponential(x):
-    """exp(x) in float32 within 2 ulp: exp2 of the product's upper part, times 1 + the lower."""
+    """Return exp(x) in float32 within 2 ulp.
+
+    x log2(e) is split into a float32 product and its rest: exp2(product) (1 + rest ln 2).
+    """
     if INTERPRETED:
         return tl.exp(x)
     product = x * _LOG2_E
     rest = tl.fma(x, _LOG2_E, -product) + x * _LOG2_E_REST
     power = tl.exp2(product)
     exact = tl.fma(power, rest * _LN_2, power)
-    # Beyond float32's range `rest` is inf - inf and the power is right by itself.
+    # Beyond float32's range `rest` is inf - inf, and the power alone is right.
     return tl.where((power == 0) | (power == float("inf")), power, exact)
 
 
 @triton.jit
 def swiglu(gate, up, alpha, limit):
-    """GPT-OSS's clamped SwiGLU. NaN stays NaN, as in PyTorch's clamp; a negative limit wins."""
+    """Return GPT-OSS's clamped SwiGLU; as in PyTorch's clamp, NaN stays NaN.
+
+    With a negative limit, the upper bound of ``up`` wins.
+    """
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
@@ -39,7 +45,7 @@ def swiglu(gate, up, alpha, limit):
 
 @triton.jit
 def take_term(rest):
-    """Split float32 into its upper 8 bits of significand, a bfloat16 number, and what remains.
+    """Split float32 numbers into bfloat16 terms, their upper 8 bits of significand, and the rest.
 
     Three such terms hold every float32 number, two every float16 number. Infinity is one term.
     """
@@ -50,7 +56,10 @@ def take_term(rest):
 
 @triton.jit
 def rounded(value, TO: tl.constexpr):
-    """float32 to a result's dtype, to nearest, ties to even; the interpreter cuts bfloat16 off."""
+    """Round float32 to a result's dtype, to nearest, ties to even.
+
+    The interpreter's own conversion to bfloat16 truncates.
+    """
     if INTERPRETED and tl.bfloat16 == TO:
         bits = value.to(tl.uint32, bitcast=True)
         up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -60,7 +69,7 @@ def rounded(value, TO: tl.constexpr):
 
 @triton.jit
 def uniform(condition, NVIDIA: tl.constexpr):
-    """A condition that all threads share, in a form in which NVIDIA's compiler knows that."""
+    """Return a condition that is the same in all threads, so that NVIDIA's compiler knows it is."""
     if INTERPRETED or not NVIDIA:
         return condition
     votes = tl.inline_asm_elementwise(

@@ -1,8 +1,8 @@
-"""MXFP4 weights as the matrix units want them, from the bytes of each layout (``layouts.py``).
+"""Decoding of MXFP4 weights into operands of matrix units, for each layout (``layouts.py``).
 
-A *fragment* tile holds 16 rows and 64 of K: 128 words of 32 bits, eight codes each. Every word
-stands for four registers of a matrix instruction's operand, so that decoding needs no exchange
-between threads. Shape letters: R tiles of 16 rows, BN = 16 R rows.
+A *fragment* tile has 16 rows and 64 columns of K: 128 words of 32 bits with eight codes each. A
+word decodes to four registers of a matrix instruction's operand, so threads exchange no data.
+Shape letters: R tiles of 16 rows, BN = 16 R rows.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import triton.language as tl
 
 from mxfp4_fx.ops.triton_kernels.arithmetic import INTERPRETED, UNIT
 
-TILE_WORDS = tl.constexpr(128)  # of codes in a fragment tile
-TILE_SCALE_WORDS = tl.constexpr(8)  # of scales beside it: for each g the bytes (kb, r)
-# A code in a bfloat16's place, once in each half of a word: sign, two exponent bits, mantissa bit.
+TILE_WORDS = tl.constexpr(128)  # words of codes in a fragment tile
+TILE_SCALE_WORDS = tl.constexpr(8)  # words of its scales: for each g the bytes (kb, r)
+# The bits of a code as a bfloat16, in both halves of a word: sign, two exponent bits, mantissa bit.
 _PLACES = tl.constexpr(0x81C081C0)
-_STORED_BIAS = tl.constexpr(126)  # a code in its place lacks a factor 2^126, which the scale brings
+_STORED_BIAS = tl.constexpr(126)  # a code in its place lacks a factor 2^126; its scale includes it
 
 
 @triton.jit
 def _in_place(words):
-    """[R, 128] words -> [R, 128, 2, 2]: the two codes of a pair (j = 2 a + b) in their places."""
+    """Split words [R, 128] into pairs [R, 128, 2, 2], pair j = 2 a + b with both codes in place."""
     first = words & _PLACES
     second = (words << 3) & _PLACES
     third = (words << 6) & _PLACES
@@ -33,7 +33,10 @@ def _in_place(words):
 
 @triton.jit
 def _multiply_pairs(pairs, scales):
-    """bfloat16 products, two a word. The addend -0 changes nothing, and sm_80 only has fma."""
+    """Multiply bfloat16 numbers, two in each word.
+
+    sm_80 only has an fma for this; its addend -0 changes nothing.
+    """
     return tl.inline_asm_elementwise(
         "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
         "=r,r,r",
@@ -46,9 +49,10 @@ def _multiply_pairs(pairs, scales):
 
 @triton.jit
 def _exact(code, scale):
-    """A code, its bits at 15 and 8:6, times 2^(scale - 127), for every scale byte; 255 is NaN.
+    """Return a code times 2^(scale - 127), exact for every scale byte; byte 255 gives NaN.
 
-    The factor is applied in two halves, for neither it nor a product may be subnormal on the way.
+    The code's bits are 15 and 8:6. The scale is applied as two factors, so that neither factor nor
+    the first product is subnormal.
     """
     exponent_mantissa = ((code >> 6) & 7).to(tl.int32)
     shift = tl.maximum((exponent_mantissa >> 1) - 1, 0)
@@ -66,9 +70,9 @@ def _exact(code, scale):
 
 @triton.jit
 def decode_fragments(words, scale_words, R: tl.constexpr, WGMMA: tl.constexpr, EXACT: tl.constexpr):
-    """Weights [16 R, 64] of fragment tiles: ``words`` [R, 128], ``scale_words`` [R, 8].
+    """Decode fragment tiles, ``words`` [R, 128] and ``scale_words`` [R, 8], to weights [16 R, 64].
 
-    Rows come in the order of a tile: row 8 r + g of it is the matrix's row 2 g + r. Without
+    The rows have a tile's order: row 8 r + g of a tile is row 2 g + r of the matrix. Without
     ``EXACT`` the scale bytes must be at most 128; see ``layouts.Fragments``.
     """
     pairs = _in_place(words).reshape(R, 8, 4, 2, 2, 2, 2)
@@ -78,7 +82,7 @@ def decode_fragments(words, scale_words, R: tl.constexpr, WGMMA: tl.constexpr, E
         scales = (scales - _STORED_BIAS) & 0xFF
         even = _exact(pairs & 0xFFFF, scales)
         odd = _exact(pairs >> 16, scales)
-    elif INTERPRETED:  # the same products, of the same bits, in float32
+    elif INTERPRETED:  # the same products in float32
         factors = (scales << 23).to(tl.float32, bitcast=True)
         even = (pairs << 16).to(tl.float32, bitcast=True) * factors
         odd = (pairs & 0xFFFF0000).to(tl.float32, bitcast=True) * factors
@@ -88,15 +92,15 @@ def decode_fragments(words, scale_words, R: tl.constexpr, WGMMA: tl.constexpr, E
         even = (products & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         odd = (products >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     both = tl.join(even, odd)
-    # R, g, t, kb, s, a, r, h -> rows (R, r, g), K (kb, s, a, t, h); or, of mma.sync,
-    # R, g, t, kb, r, d, c, h -> rows (R, r, g), K (kb, d, t, c, h)
+    # wgmma: R, g, t, kb, s, a, r, h -> rows (R, r, g), K (kb, s, a, t, h)
+    # mma.sync: R, g, t, kb, r, d, c, h -> rows (R, r, g), K (kb, d, t, c, h)
     both = both.permute((0, 6, 1, 3, 4, 5, 2, 7) if WGMMA else (0, 4, 1, 3, 5, 2, 6, 7))
     return both.reshape(16 * R, 64)
 
 
 @triton.jit
 def decode_rows(codes, scales, BN: tl.constexpr, BK: tl.constexpr):
-    """Weights [BN, BK] from checkpoint order: ``codes`` [BN, BK/2] and ``scales`` [BN, BK/32]."""
+    """Decode ``codes`` [BN, BK/2] and ``scales`` [BN, BK/32] in checkpoint order to [BN, BK]."""
     nibbles = tl.join(codes & 15, codes >> 4).reshape(BN, BK // 32, 32).to(tl.uint32)
     places = ((nibbles & 8) << 12) | ((nibbles & 7) << 6)
     return _exact(places, scales[:, :, None]).reshape(BN, BK)

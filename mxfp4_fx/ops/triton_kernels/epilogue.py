@@ -1,4 +1,4 @@
-"""Behind the products: bias, SwiGLU, gammas, where results go, and the sum over a token's rows.
+"""The matmul's epilogue: bias, SwiGLU, gammas, the store, and the sum over a token's rows.
 
 Shape letters: T tokens, A experts per token, R routed rows, N output. BM, BN: a program's tile.
 """
@@ -13,7 +13,7 @@ from mxfp4_fx.ops.triton_kernels.arithmetic import rounded, swiglu
 
 @triton.jit
 def tile_rows(first_row, stop, BM: tl.constexpr):
-    """The rows of a tile, and which of them are its own; the others repeat the last."""
+    """Return the rows of a tile, and a mask of those below ``stop``; the others repeat the last."""
     row = first_row + tl.arange(0, BM)
     return tl.minimum(row, stop - 1), row < stop
 
@@ -23,7 +23,7 @@ def put(
     value, first_row, stop, split, scatter_index, y, rows, n_tile, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Store ``value`` [BN, BM] as a tile of y's columns, in rows [first_row, stop) or slots."""
+    """Store ``value`` [BN, BM] into columns of y, in rows [first_row, stop) or in their slots."""
     row, in_rows = tile_rows(first_row, stop, BM)
     if scatter_index is None:
         to = row.to(tl.int64)
@@ -40,14 +40,14 @@ def _finish_part(
     N: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """:func:`finish` for no more elements than registers hold beside their addresses."""
+    """Do :func:`finish` for so few elements that registers hold them and their addresses."""
     COLUMNS: tl.constexpr = BN // 2 if SWIGLU else BN
     n = n_tile * COLUMNS + tl.arange(0, COLUMNS)
-    biased = tl.where(split == 0, N, 0)  # columns that get a bias
+    biased = tl.where(split == 0, N, 0)  # columns that get a bias: only the first split adds it
     if SWIGLU:
         if LAYOUT == "row_major":
             gate, up = acc.reshape(BN // 2, 2, BM).permute(0, 2, 1).split()
-        else:  # a tile's rows: eight gates, then their eight ups
+        else:  # the rows of a fragment tile are eight gates, then their eight ups
             gate, up = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 3, 1).split()
             gate, up = gate.reshape(COLUMNS, BM), up.reshape(COLUMNS, BM)
         if bias is not None:
@@ -76,7 +76,10 @@ def finish(
     N: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """Bias, SwiGLU and gammas for ``acc`` [BN, BM], then :func:`put`. ``bias``: the expert's."""
+    """Apply bias, SwiGLU and gammas to ``acc`` [BN, BM], then :func:`put` it.
+
+    ``bias`` points to the expert's bias.
+    """
     if BN * BM > 16384:
         first, second = acc.reshape(BN, 2, BM // 2).permute(0, 2, 1).split()
         _finish_part(
@@ -99,7 +102,7 @@ def combine_kernel(
     parts, y, tokens, N: tl.constexpr, A: tl.constexpr, SPLITS: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """``y[t] = sum over a of (sum over s of parts[s, t A + a])``, in this order.
+    """Compute ``y[t] = sum over a of (sum over s of parts[s, t A + a])``, in this order.
 
     parts: [SPLITS, T A, N] float32; y: [T, N]. Grid: (T / BT, N / BN), rounded up.
     """

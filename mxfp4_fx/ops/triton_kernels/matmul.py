@@ -1,10 +1,10 @@
 """The grouped matmul with outer gather and scatter.
 
-The weight tile is the left operand: ``acc[n, m] = weight[n, k] x[m, k]^T``. It comes out of
-registers, where it was decoded, and the activations out of shared memory.
+The weight tile is the left operand: ``acc[n, m] = weight[n, k] x[m, k]^T``. The matrix units read
+it from the registers in which it was decoded, and the activations from shared memory.
 
 Shape letters: T tokens, E experts, A experts per token, R routed rows, K contraction, N output.
-BM, BN, BK: a program's tile; U: tiles of 64 along K that one step of the loop takes.
+BM, BN, BK: a program's tile; U: tiles of 64 along K in one step of the loop.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mxfp4_fx.ops.triton_kernels.epilogue import finish, put, tile_rows
 
 @triton.jit
 def _find_tile(expert_offsets, rows, experts, n_tiles, BM: tl.constexpr, GROUPS: tl.constexpr):
-    """Which expert this program serves, its rows [start, stop), and its tile of them and of N.
+    """Return this program's expert, the expert's rows [start, stop), the row tile and the N tile.
 
-    Programs are dealt to the experts in order, as many as each has tiles, row tiles first: what
-    runs at the same time shares weights. Group E holds the rows that no expert here serves. For
-    programs beyond the last tile the expert is larger than E.
+    Each expert in turn gets as many programs as it has tiles. Row tiles vary first, so that
+    programs that run at the same time share weights. Group E has the rows of experts that are not
+    held here. Programs beyond the last tile get an expert larger than E.
     """
     pid = tl.program_id(0)
     group = tl.arange(0, GROUPS)
@@ -49,7 +49,7 @@ def _find_tile(expert_offsets, rows, experts, n_tiles, BM: tl.constexpr, GROUPS:
 
 @triton.jit
 def _multiply(acc, weight, x, TERMS: tl.constexpr):
-    """``acc + weight @ x^T`` with x [BM, BK] taken as a sum of bfloat16 terms, exactly."""
+    """Return ``acc + weight @ x^T``, with x [BM, BK] split exactly into bfloat16 terms."""
     if TERMS == 1:
         return tl.dot(weight, x.to(UNIT).T, acc, input_precision="ieee")
     rest = x.to(tl.float32)
@@ -61,9 +61,10 @@ def _multiply(acc, weight, x, TERMS: tl.constexpr):
 
 @triton.jit
 def _fragments(blocks, scales, n_tile, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
-    """Where a tile's codes [BN/16, 128] and scales [BN/16, 8] begin, and whether it is wide.
+    """Return pointers to a tile's codes [BN/16, 128] and scales [BN/16, 8], and whether it is wide.
 
-    Wide: a scale of it needs the exact way. ``blocks`` and ``scales`` point to the expert's.
+    A tile is wide if one of its scales needs exact decoding. ``blocks`` and ``scales`` point to
+    those of the expert.
     """
     K_TILES: tl.constexpr = (K + 63) // 64
     N_TILES: tl.constexpr = (N + 15) // 16
@@ -90,7 +91,7 @@ def _multiply_fragments(
     scales += first * TILE_SCALE_WORDS
     x += first * 64
     k = first * 64 + tl.arange(0, 64)[None, :]
-    mask = in_rows[:, None]  # what is not read costs no bandwidth
+    mask = in_rows[:, None]  # masked loads cost no bandwidth
     for _ in range(STEPS):
         for u in tl.static_range(U):
             tile_words = tl.load(words + u * TILE_WORDS)
@@ -113,9 +114,10 @@ def _multiply_rows(
     acc, codes, scales, x, in_rows, in_n, first, K: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of STEPS times BK columns to ``acc``, in checkpoint order, from BK first on.
+    """Add the products of STEPS times BK columns to ``acc``, from column BK ``first`` on.
 
-    ``codes`` [BN, 1], ``scales`` [BN, 1] and ``x`` [BM, 1] point to column 0 of their rows.
+    The weights are in checkpoint order. ``codes`` [BN, 1], ``scales`` [BN, 1] and ``x`` [BM, 1]
+    point to column 0 of their rows.
     """
     column = tl.arange(0, BK)[None, :]
     half = tl.arange(0, BK // 2)[None, :]
@@ -144,9 +146,9 @@ def _multiply_rows(
 
 @triton.jit
 def _has_extreme_scale(scales, in_n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Whether a scale byte of these rows makes weights that are no normal bfloat16 numbers.
+    """Return whether a scale byte of these rows makes weights that are no normal bfloat16 numbers.
 
-    ``tl.dot_scaled`` may decode them wrongly, depending on version and target (triton#11624).
+    ``tl.dot_scaled`` may decode such bytes wrongly, depending on version and target (triton#11624).
     """
     group = tl.arange(0, BK // 32)[None, :]
     found = tl.zeros((BN, BK // 32), tl.int32)
@@ -163,10 +165,10 @@ def _exact_fragments(
     LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of fragments for every scale byte there is, 32 rows of the weight at a time.
+    """Compute a tile of fragments with any scale bytes, 32 rows of the weight at a time.
 
-    So small a product is no wgmma: two loops of those in a kernel, and the compiler waits for each
-    instruction before the next.
+    Products of 32 rows do not use wgmma. With two loops of wgmma in one kernel, the compiler would
+    wait for each instruction before the next.
     """
     PART: tl.constexpr = 32
     _row, in_rows = tile_rows(first_row, stop, BM)
@@ -190,26 +192,29 @@ def matmul_ogs_kernel(
     TERMS: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``act(x[gather_index] @ W^T + bias) * gammas``, for one expert.
+    """Compute one tile of ``act(x[gather_index] @ W^T + bias) * gammas``, for one expert.
 
     Without ``scatter_index`` y is [R, N'] and row r goes to row r. With it y is [SPLITS, R, N'] and
-    row r goes to slot ``scatter_index[r]``; each split sums its part of K, and ``combine_kernel``
-    adds them up. Grid: (tiles of all experts, SPLITS).
+    row r goes to slot ``scatter_index[r]``. Each split sums its part of K, and ``combine_kernel``
+    adds the splits. Grid: (tiles of all experts, SPLITS).
 
     NVIDIA's compiler keeps the main loop's wgmma instructions in flight and its counters in uniform
-    registers only if the rest of the kernel lets it (``tests/test_ahead_of_time.py`` notices). So
-    the rare ways leave by a return of their own, on conditions that it knows all threads to share,
-    and the number of steps is a constant.
+    registers only if the rest of the kernel permits it; ``tests/test_ahead_of_time.py`` checks
+    that. So each rare branch ends with its own return, under a condition that the compiler knows to
+    be the same in all threads, and the number of steps is a constant.
 
     Args:
         x: [*, K] with rows ``x_stride`` apart; bfloat16, float16 or float32.
         blocks, scales: uint32 words of E experts in fragments, or bytes in checkpoint order.
-        bias: [E, N] or None; expert_offsets: [E + 1].
+        bias: [E, N] or None.
+        expert_offsets: [E + 1].
         gather_index, scatter_index, gammas: [R] or None.
-        TERMS: bfloat16 numbers that make up an activation: 1, 2 (float16) or 3 (float32).
+        TERMS: the number of bfloat16 terms of an activation: 1, 2 (float16) or 3 (float32).
         GROUPS: a power of 2 above E.
-        BK: columns of a step, 64 U for fragments; SPLITS: divides the steps.
-        SCALED: whether checkpoint order is multiplied by ``tl.dot_scaled``, where that is right.
+        BK: columns of a step, 64 U for fragments.
+        SPLITS: the number of parts of K; it divides the steps.
+        SCALED: whether ``tl.dot_scaled`` multiplies weights in checkpoint order if it decodes their
+            scales rightly.
     """
     IS_FRAGMENTS: tl.constexpr = LAYOUT != "row_major"
     STEPS: tl.constexpr = (K + BK - 1) // BK // SPLITS

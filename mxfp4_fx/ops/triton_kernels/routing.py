@@ -1,12 +1,14 @@
 """Routing: top-k, softmax, and a stable counting sort of the routes by expert.
 
-A *block* is BT tokens, or S = BT * AP slots with AP the power of 2 from A up. Each block's experts
-are decided and counted; a slot's place is then the number of slots before it: those of smaller
-experts, of its own expert in earlier blocks, and of its own expert earlier in its block. Few
-tokens are one program's work (``routing_kernel``), many take three launches.
+A *block* is BT tokens, or S = BT * AP slots; AP is the least power of 2 that is not below A. The
+kernels decide each block's experts and count them. A slot's place is the number of slots before it:
+those of smaller experts, of its own expert in earlier blocks, and of its own expert earlier in its
+block. For few tokens one program does all of it (``routing_kernel``), for many there are three
+launches.
 
-Shape letters: T tokens, E experts, A experts per token, R = T A slots. GROUPS: a power of 2 from
-the number of groups up: the experts, and with GIVEN routes group E, whose rows belong to others.
+Shape letters: T tokens, E experts, A experts per token, R = T A slots. GROUPS: a power of 2 that is
+not below the number of groups. The groups are the experts, and with GIVEN routes also group E for
+experts that are not held here.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ def _choose_experts(
     logits, stride, tokens, block, experts,
     A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Top-k of a block: experts and softmax weights [BT, AP]. Of equal logits the first is taken.
+    """Choose a block's top-k experts; return experts and softmax weights [BT, AP].
 
-    Logits become integers in the same order, NaN the largest as in ``torch.topk``, above 32 bits
-    for the expert: one maximum then finds the value and where it is.
+    Of equal logits the first is chosen. A key has 32 bits for the logit, as an integer of the same
+    order (NaN is the largest, as in ``torch.topk``), above 32 bits for the expert. So one maximum
+    finds both the largest logit and its expert.
     """
     t = block * BT + tl.arange(0, BT)
     expert = tl.arange(0, GROUPS)
@@ -58,7 +61,10 @@ def _read_routes(
     indices, weights, tokens, block, experts, first_expert,
     A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Given experts and weights [BT, AP] of a block; group E and weight 0 for those of others."""
+    """Read a block's given experts and weights [BT, AP].
+
+    Experts that are not held here become group E with weight 0.
+    """
     t = (block * BT + tl.arange(0, BT))[:, None]
     a = tl.arange(0, AP)[None, :]
     exists = (t < tokens) & (a < A)
@@ -71,7 +77,7 @@ def _read_routes(
 
 @triton.jit
 def _slots(block, tokens, A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr):
-    """A block's slots [S], and which of them exist."""
+    """Return a block's slots [S], and a mask of those that exist."""
     s = tl.arange(0, BT * AP)
     t = block * BT + s // AP
     return t * A + s % AP, (t < tokens) & (s % AP < A)
@@ -83,7 +89,7 @@ def _decide(
     GIVEN: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Decide a block's routes, note them by slot, and count them by group: [GROUPS]."""
+    """Decide a block's routes, store them by slot, and return their counts by group [GROUPS]."""
     if GIVEN:
         expert, weight = _read_routes(
             source, given_weights, tokens, block, experts, first_expert, A, AP, BT
@@ -103,7 +109,7 @@ def _place(
     slot_expert, slot_weight, gammas, gather_index, scatter_index, before, tokens, block,
     A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Write a block's routes to their places, ``before`` [GROUPS] being the first of each group.
+    """Write a block's routes to their places; ``before`` [GROUPS] has each group's first place.
 
     Returns the first places for the next block.
     """
@@ -121,7 +127,7 @@ def _place(
 
 @triton.jit
 def _first_places(counts, expert_offsets, tokens, experts, A: tl.constexpr, GROUPS: tl.constexpr):
-    """The first place of each group, from all counts [GROUPS]; stored too, as the offsets."""
+    """Return each group's first place, from all counts [GROUPS], and store the expert offsets."""
     group = tl.arange(0, GROUPS)
     first = tl.cumsum(counts, 0) - counts
     if expert_offsets is not None:
@@ -139,13 +145,13 @@ def routing_kernel(
     GIVEN: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """All of routing in one program. Grid: (1,).
+    """Do all of routing in one program. Grid: (1,).
 
     Args:
-        source: logits [T, E], rows ``stride`` apart; or with GIVEN expert ids [T, A].
+        source: logits [T, E] with rows ``stride`` apart, or expert ids [T, A] with GIVEN.
         given_weights: [T, A], or None.
-        slot_expert, slot_weight: room for [R] int32 and [R] float32.
-        gammas, gather_index, scatter_index, expert_offsets: results; [R] and [E + 1].
+        slot_expert, slot_weight: scratch memory, [R] int32 and [R] float32.
+        gammas, gather_index, scatter_index, expert_offsets: the results, [R] and [E + 1].
     """
     blocks = tl.cdiv(tokens, BT)
     counts = tl.zeros((GROUPS,), tl.int32)
@@ -154,7 +160,7 @@ def routing_kernel(
             source, stride, given_weights, slot_expert, slot_weight, tokens, block, experts,
             first_expert, GIVEN, A, AP, BT, GROUPS,
         )  # fmt: skip
-    tl.debug_barrier()  # notes of other threads are read from here on
+    tl.debug_barrier()  # below, threads read slot_expert and slot_weight of other threads
     before = _first_places(counts, expert_offsets, tokens, experts, A, GROUPS)
     for block in range(blocks):
         before = _place(
@@ -170,7 +176,10 @@ def decide_kernel(
     GIVEN: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """First of three launches: decide and count a block. ``block_counts``: [blocks, GROUPS]."""
+    """Decide a block's routes and count them, the first of three launches.
+
+    ``block_counts`` is [blocks, GROUPS]. Grid: (blocks,).
+    """
     block = tl.program_id(0)
     counts = _decide(
         source, stride, given_weights, slot_expert, slot_weight, tokens, block, experts,
@@ -182,7 +191,7 @@ def decide_kernel(
 @triton.jit(do_not_specialize=["blocks"])
 def scan_kernel(block_counts, counts, blocks, BB: tl.constexpr, BG: tl.constexpr,
                 GROUPS: tl.constexpr):  # fmt: skip
-    """Second: in place, counts of each block become those of the blocks before it.
+    """Replace each block's counts by the sums over the blocks before it, the second launch.
 
     ``counts`` [GROUPS] receives the sums over all blocks. Grid: (GROUPS / BG,).
     """
@@ -203,10 +212,10 @@ def place_kernel(
     gammas, gather_index, scatter_index, expert_offsets, tokens, experts,
     A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Third: write a block's routes to their places."""
+    """Write a block's routes to their places, the third launch. Grid: (blocks,)."""
     block = tl.program_id(0)
     group = tl.arange(0, GROUPS)
-    # Every program writes the same offsets, which is cheaper than asking who should.
+    # All programs store the same offsets, which is cheaper than choosing one of them.
     first = _first_places(tl.load(counts + group), expert_offsets, tokens, experts, A, GROUPS)
     before = first + tl.load(blocks_before + block * GROUPS + group)
     _place(
