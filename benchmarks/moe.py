@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS, dequantize
+from mxfp4_fx.ops.operands import ALPHA, LIMIT
 from mxfp4_fx.ops.reference import routing, swiglu
-
-ALPHA, LIMIT = 1.702, 7.0  # GPT-OSS's SwiGLU
 
 # A result in bfloat16 is rounded this often in a row at most, by 2^-9 of itself each time. The
 # longest chain is transformers': router weights, gate and up, bias, alpha * gate, sigmoid, glu,

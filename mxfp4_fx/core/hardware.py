@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 
 from mxfp4_fx.core.errors import KernelsUnavailableError
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 
 # Dtypes that experts compute in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -165,7 +166,7 @@ class GpuLayout:
 
 _MMA = GpuLayout("mma_fragments", "weights in the order of mma.sync's registers")
 _WGMMA = GpuLayout("wgmma_fragments", "weights in the order of wgmma's registers")
-_PLAIN = GpuLayout("row_major", "no order of its own is known for its matrix instructions")
+_PLAIN = GpuLayout(CHECKPOINT_ORDER, "no order of its own is known for its matrix instructions")
 # Major compute capability of an NVIDIA GPU -> layout. Other GPUs get the plain one.
 _LAYOUTS = {8: _MMA, 9: _WGMMA, 12: _MMA}
 # NVIDIA's matrix units multiply bfloat16 from this major compute capability on.

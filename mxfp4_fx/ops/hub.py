@@ -36,6 +36,7 @@ from torch.nn.functional import pad
 
 from mxfp4_fx.core.formats import BLOCK, E8M0_BIAS
 from mxfp4_fx.core.hardware import BF16_TERMS
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import hub_loader
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import combine, swiglu
@@ -51,9 +52,10 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
         ValueError: the weight has another layout.
         KernelsUnavailableError: the package cannot be loaded.
     """
-    if weight.layout != "row_major":
+    if weight.layout != CHECKPOINT_ORDER:
         raise ValueError(
-            f"mxfp4::matmul_ogs: kernels='hub' reads layout 'row_major', not {weight.layout!r}"
+            f"mxfp4::matmul_ogs: kernels='hub' reads layout {CHECKPOINT_ORDER!r}, "
+            f"not {weight.layout!r}"
         )
     if not rows.total * weight.n * weight.experts:
         return x.new_zeros(result_shape(weight, rows, activation))

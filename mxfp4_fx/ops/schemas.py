@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import autograd, backward, operands, reference
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, Activation, Rows, Weight
 
@@ -55,7 +56,7 @@ _OPERANDS = (
     "Tensor x, Tensor blocks, Tensor scales, Tensor? bias, int n, Tensor expert_offsets, "
     "Tensor? gather_index=None, Tensor? scatter_index=None, Tensor? gammas=None, "
     f"int experts_per_token=1, str activation='none', float alpha={ALPHA}, float limit={LIMIT}, "
-    "str layout='row_major'"
+    f"str layout='{CHECKPOINT_ORDER}'"
 )
 
 SCHEMAS = {
@@ -116,7 +117,7 @@ def operands_of(
     activation: str = "none",
     alpha: float = ALPHA,
     limit: float = LIMIT,
-    layout: str = "row_major",
+    layout: str = CHECKPOINT_ORDER,
     kernels: str = "reference",
 ) -> tuple[Tensor, Weight, Rows, Activation | None, str]:
     """Make the operands of ``matmul_ogs`` from the op's arguments, and check them.

@@ -15,6 +15,7 @@ import torch
 
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import hub_loader, native
 
 
@@ -48,7 +49,7 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
             message has the remedy.
     """
     if requested == "reference":
-        return Target("reference", "row_major", "plain PyTorch was asked for")
+        return Target("reference", CHECKPOINT_ORDER, "plain PyTorch was asked for")
     if requested == "hub":
         return _hub(device)
     if requested == "triton" or (requested == "auto" and device.type == "cuda"):
@@ -60,7 +61,7 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
         )
     threads = f"on {torch.get_num_threads()} CPU threads"
     if requested == "pytorch":
-        return Target("pytorch", "row_major", f"PyTorch {threads}, as was asked for")
+        return Target("pytorch", CHECKPOINT_ORDER, f"PyTorch {threads}, as was asked for")
     path = hardware.cpu_path()
     try:
         native.load(path)
@@ -70,7 +71,7 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
                 f"kernels='cpu' was asked for, and the native kernels cannot be used: {error}"
             ) from error
         _warn_slow(str(error))
-        return Target("pytorch", "row_major", f"PyTorch {threads}, for {error}")
+        return Target("pytorch", CHECKPOINT_ORDER, f"PyTorch {threads}, for {error}")
     why = hardware.why_cpu_path(path)
     return Target("cpu", "cpu_panels", f"native {threads}, {path}: {why}")
 
@@ -95,7 +96,7 @@ def _hub(device: torch.device) -> Target:
             "kernels='auto' takes the best for the device"
         )
     hub_loader.load()
-    return Target("hub", "row_major", f"{hub_loader.REPOSITORY}, as was asked for")
+    return Target("hub", CHECKPOINT_ORDER, f"{hub_loader.REPOSITORY}, as was asked for")
 
 
 def _triton(device: torch.device, requested: str) -> Target:

@@ -14,13 +14,15 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
+
 FOLDER = Path(__file__).with_name("tiles")
 # Layout -> the table for targets that read it and have no table of their own.
-LAYOUTS = {"wgmma_fragments": "sm_90", "mma_fragments": "sm_80", "row_major": "sm_100"}
+LAYOUTS = {"wgmma_fragments": "sm_90", "mma_fragments": "sm_80", CHECKPOINT_ORDER: "sm_100"}
 # Compiler options of all kernels, set so that they do not depend on Triton's defaults.
 OPTIONS = {"enable_fp_fusion": True}
 # Layout -> the most rows of a tile times terms of an activation; with more, registers spill.
-_MOST_TERMS = {"wgmma_fragments": 128, "mma_fragments": 64, "row_major": 256}
+_MOST_TERMS = {"wgmma_fragments": 128, "mma_fragments": 64, CHECKPOINT_ORDER: 256}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -
     if terms > 1:
         while block_m > 16 and block_m * terms > _MOST_TERMS[layout]:
             block_m //= 2
-    if layout != "row_major":
+    if layout != CHECKPOINT_ORDER:
         k_tiles = -(-k // 64)
         unrolled = next(u for u in range(block_k // 64, 0, -1) if k_tiles % u == 0)
         block_k = 64 * unrolled

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from mxfp4_fx.core import hardware
-from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import Routes
@@ -64,7 +64,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     if x.stride(1) != 1:
         x = x.contiguous()
     blocks, scales = blocks.contiguous(), scales.contiguous()
-    if layout != "row_major":
+    if layout != CHECKPOINT_ORDER:
         blocks, scales = blocks.view(torch.uint32), scales.view(torch.uint32)
     row_tiles = min(rows.total, e + 1 + rows.total // tile.block_m)  # an upper bound
     grid = (-(-n // tile.block_n) * row_tiles, tile.splits)
