@@ -57,27 +57,30 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.process, self.limit, self.interval = psutil.Process(pid), limit, interval
         self.exceeded: int | None = None
+        self._turn = 0
         self._stopped = threading.Event()
         self._peaks: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        turn = 0
-        while not self._stopped.wait(self.interval):
+        while self.exceeded is None and not self._stopped.wait(self.interval):
             try:
-                sample = memory(self.process)
-                if turn % _TREE_EVERY == 0:
-                    sample["with_children"] = sample["resident"] + _resident_children(self.process)
+                self.sample()
             except psutil.Error:  # it ended
                 return
-            turn += 1
-            with self._lock:
-                for name, value in sample.items():
-                    self._peaks[name] = max(self._peaks.get(name, 0), value)
-            most = max(sample["resident"], sample.get("with_children", 0))
-            if most > self.limit:
-                self.end(most)
-                return
+
+    def sample(self) -> None:
+        """Look once; end the process if it has too much."""
+        found = memory(self.process)
+        if self._turn % _TREE_EVERY == 0:
+            found["with_children"] = found["resident"] + _resident_children(self.process)
+        self._turn += 1
+        with self._lock:
+            for name, value in found.items():
+                self._peaks[name] = max(self._peaks.get(name, 0), value)
+        most = max(found["resident"], found.get("with_children", 0))
+        if most > self.limit:
+            self.end(most)
 
     def end(self, most: int) -> None:
         """End the process, which has so many bytes."""

@@ -222,7 +222,7 @@ def test_a_whole_model_is_measured_and_compared_with_the_uncompiled_one(
     assert_positive([stats for parts in speeds.values() for stats in parts.values()])
     differences = found["relative_difference_of_logits"]
     assert differences.pop("uncompiled") == 0
-    assert all(0 < each <= end_to_end.logits_bound(1) for each in differences.values())
+    assert all(0 <= each <= end_to_end.logits_bound(1) for each in differences.values())
     assert 'backend="mxfp4"' in capsys.readouterr().out
 
 

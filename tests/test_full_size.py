@@ -7,6 +7,8 @@ import dataclasses
 import io
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,19 +160,27 @@ def test_mapped_bytes_are_files_and_anonymous_ones_are_not(tmp_path: Path) -> No
     assert filled["mapped"] - read["mapped"] < len(room) // 2
 
 
-def test_child_processes_count(tmp_path: Path) -> None:
+def test_child_processes_count() -> None:
     """A parent of few bytes has a child of many: the child is what is too much."""
     room = 64 << 20
-    child = f"room = bytearray(b'x') * {room}; input()"
+    child = f"room = bytearray(b'x') * {room}; print(flush=True); input()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    command = [sys.executable, "-c", parent]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    watch = process_memory.Watch(process.pid, room)
-    watch.start()
-    watch.join()
-    assert process.wait() == -9
-    assert watch.exceeded is not None
-    assert watch.exceeded > room
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=pipe, stdout=pipe, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"  # the child is there, and so are its bytes
+        watch = process_memory.Watch(process.pid, room)
+        watch.sample()
+        assert watch.exceeded is not None
+        assert watch.exceeded > room
+        assert process.wait() == -signal.SIGKILL
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     peaks = watch.take()
     assert peaks["resident"] < room < peaks["with_children"]
     assert watch.take() == {}
