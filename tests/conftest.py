@@ -86,6 +86,16 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated and not written is NaN."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kernels" in metafunc.fixturenames:
         import implementations

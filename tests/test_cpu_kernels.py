@@ -100,7 +100,8 @@ def test_a_flag_holds_for_its_panel_alone(cpu: Kernels, rows: int, scale: int) -
     scales[1, 70, 1] = scale
     blocks[1, 70, 1] &= 0b1011_1011
     x = randn(2 * rows, 128)
-    x[:, 32:64] *= 2.0**-126  # what meets that scale
+    if scale == 254:
+        x[:, 32:64] *= 2.0**-126  # what meets that scale
     indices = torch.arange(2 * rows)[:, None] % 2
     check_matmul(cpu, x, Matrices(blocks, scales, matrices.bias), indices, activation="none")
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from allocations import OutOfMemoryOnce
 from checkpoints import TINY, read_tensors, write_packed
 from loaded import SECOND_LAYER_ON_DISK, assert_same_tensors, dequantized, logits, measured
 from models import Graphs, swizzled
-from test_formats import OutOfMemoryOnce
 from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from allocations import LargestAllocation, OutOfMemoryOnce
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfp4_fx.core import formats
 from mxfp4_fx.core.formats import (
@@ -208,23 +208,6 @@ def test_dequantize_into_a_parameter_counts_as_a_change_of_it() -> None:
     dequantize(*random_mxfp4(3, 64), torch.float32, out=parameter.t())
     assert parameter._version > before
     assert parameter.grad_fn is None
-
-
-class OutOfMemoryOnce(TorchDispatchMode):
-    """Fails the first call of an operator as a device without memory would."""
-
-    def __init__(self, operator: str) -> None:
-        super().__init__()
-        self.operator = operator
-        self.failed = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if not self.failed and func.overloadpacket.__name__ == self.operator:
-            self.failed = True
-            raise torch.OutOfMemoryError("injected")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("operator", ["new_empty", "arange", "gather"])
@@ -442,28 +425,6 @@ def test_quantize_of_a_parameter_builds_no_autograd_graph() -> None:
     assert not saved
     assert not blocks.requires_grad
     assert not scales.requires_grad
-
-
-class LargestAllocation(TorchDispatchMode):
-    """Notes the largest storage that any operator brings into being, results excepted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, torch.UntypedStorage] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[storage.data_ptr()] = storage  # alive, so that no address comes twice
-        return result
-
-    def bytes_besides(self, *known: Tensor) -> int:
-        own = {tensor.untyped_storage().data_ptr() for tensor in known}
-        return max(s.nbytes() for address, s in self.storages.items() if address not in own)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

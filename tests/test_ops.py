@@ -106,6 +106,21 @@ def test_matmul_of_a_slice_of_the_experts(kernels: Kernels) -> None:
     check_matmul(kernels, randn(3, 64), part, random_routes(3, 3, 2)[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_keep_all_their_bits(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Each meets a single weight of one, so that the results are x itself, bit for bit."""
+    codes = torch.zeros((64, 64), dtype=torch.uint8)
+    codes[torch.arange(64), torch.arange(64)] = 2  # 1.0
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4
+    eye = Matrices(
+        packed.view(1, 64, 2, 16), torch.full((1, 64, 2), 127, dtype=torch.uint8),
+        torch.zeros((1, 64)),
+    )  # fmt: skip
+    x = randn(5, 64, dtype=dtype)
+    assert torch.equal(kernels.matmul_ogs(x, eye, int32([0, 5])), x)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 def test_rows_of_nobody_are_zero(kernels: Kernels) -> None:
     x = randn(5, 64)
     x[3:] = torch.nan

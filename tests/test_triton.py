@@ -122,14 +122,6 @@ def test_rows_of_nobody_become_zero_in_slots(triton: Kernels, tokens: int) -> No
     assert_within(y, oracle.combine(slots).rounded(torch.float32))
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """What is allocated and not written is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("small_tiles", "poisoned_memory")
 def test_as_many_tiles_as_there_can_be(any_layout: Kernels) -> None:
     """Each group, that of nobody among them, has one row more than fills its tiles."""
@@ -271,19 +263,6 @@ def test_a_weight_of_one_scale(triton: Kernels, scale: int) -> None:
 
 
 # ---- activations
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_keep_all_their_bits(triton: Kernels, dtype: torch.dtype) -> None:
-    codes = torch.zeros((64, 64), dtype=torch.uint8)
-    codes[torch.arange(64), torch.arange(64)] = 2  # 1.0
-    packed = codes[:, 0::2] | codes[:, 1::2] << 4
-    eye = Matrices(
-        packed.view(1, 64, 2, 16), torch.full((1, 64, 2), 127, dtype=torch.uint8),
-        torch.zeros((1, 64)),
-    )  # fmt: skip
-    x = randn(40, 64, dtype=dtype)
-    assert torch.equal(triton.matmul_ogs(x, eye, int32([0, 40])), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
