@@ -176,9 +176,8 @@ mlp.experts: gate_up is written to in the graph, by mul_
         )
 
     def test_to_a_bias_in_between(self) -> None:
-        module = with_experts_that_call(lambda experts, _: experts.gate_up_proj_bias.mul_(0.5))
         self.assert_missed(
-            module,
+            with_experts_that_call(lambda experts, _: experts.gate_up_proj_bias.mul_(0.5)),
             """\
 experts: gate_up_bias is written to in the graph, by mul_
 """,
