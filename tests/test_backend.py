@@ -253,28 +253,28 @@ print(sum("mxfp4.matmul_ogs" in str(node.target) for node in graphs[0].graph.nod
 """
 
 
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trace")
+
+
+@pytest.fixture(scope="module")
+def done(trace: Path, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    nothing_built_yet = str(tmp_path_factory.mktemp("cache"))
+    done = in_fresh_process(
+        MODEL,
+        TORCH_LOGS="+mxfp4_fx",
+        TORCH_TRACE=str(trace),
+        CXX="no-such-compiler",
+        MXFP4_FX_CACHE_DIR=nothing_built_yet,
+        TMPDIR=nothing_built_yet,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 class TestFreshProcess:
     """By name, without an import, logged, traced, and on a machine without a compiler."""
-
-    @pytest.fixture(scope="class")
-    def trace(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return tmp_path_factory.mktemp("trace")
-
-    @pytest.fixture(scope="class")
-    def done(
-        self, trace: Path, tmp_path_factory: pytest.TempPathFactory
-    ) -> subprocess.CompletedProcess[str]:
-        nothing_built_yet = str(tmp_path_factory.mktemp("cache"))
-        done = in_fresh_process(
-            MODEL,
-            TORCH_LOGS="+mxfp4_fx",
-            TORCH_TRACE=str(trace),
-            CXX="no-such-compiler",
-            MXFP4_FX_CACHE_DIR=nothing_built_yet,
-            TMPDIR=nothing_built_yet,
-        )
-        assert done.returncode == 0, done.stderr
-        return done
 
     def test_the_experts_are_rewritten(self, done: subprocess.CompletedProcess[str]) -> None:
         assert done.stdout.split() == ["4"]

@@ -102,13 +102,13 @@ def test_a_compiled_model_is_unwrapped() -> None:
 
 
 def test_a_model_compiled_in_place_is_explained_and_stays_compiled() -> None:
-    whole = Layers()
+    whole = model()
     whole.compile(backend="mxfp4", options={"inner": "eager"})
-    whole.layers[0].compile(backend="mxfp4", options={"inner": "eager"})
+    whole.model.layers[0].mlp.compile(backend="mxfp4", options={"inner": "eager"})
     with torch.no_grad():
-        assert str(mxfp4_fx.explain(whole, hidden())) == LAYERS_TABLE
+        assert str(mxfp4_fx.explain(whole, tokens())) == TABLE
     assert whole._compiled_call_impl is not None
-    assert whole.layers[0]._compiled_call_impl is not None
+    assert whole.model.layers[0].mlp._compiled_call_impl is not None
 
 
 def test_an_explained_model_can_die() -> None:
