@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import exhaustive
 from models import Graphs, compile_with, hidden, mlp
 from near_miss import assert_same_bits, mxfp4_ops, state, with_router
 from oracle import assert_as_accurate
@@ -281,8 +282,15 @@ def test_experts_without_a_gradient_amid_others_with_one(inner: str) -> None:
     assert all(parameter.grad is None for parameter in module.mlp.parameters())
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    ("form", "dynamic"),
+    [
+        ("grouped_mm", None),
+        ("batched_mm", True),
+        exhaustive("grouped_mm", True),
+        exhaustive("batched_mm", None),
+    ],
+)
 def test_no_length_is_compiled_that_eager_would_not_compile(form: str, dynamic: Any) -> None:
     """A pass that asks whether two sizes are equal adds a guard. 64 and 96 are sizes of weights."""
 

@@ -353,6 +353,7 @@ class TestWaysIn:
         with pytest.raises(MissedRewriteError):
             module(hidden())
 
+    @pytest.mark.exhaustive
     def test_compiled_before_transformers_is_imported(self) -> None:
         program = """
 import torch

@@ -210,6 +210,7 @@ def test_a_model_without_packed_experts_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.exhaustive
 def test_the_bytes_of_a_layer_are_freed_before_the_next_one(tmp_path: Path) -> None:
     shape = replace(TINY, hidden=1024, intermediate=512, experts=8, layers=6)
     path = write_packed(tmp_path / "packed", shape)

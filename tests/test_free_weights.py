@@ -541,6 +541,7 @@ assert (keep == 127).all()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.exhaustive
 def test_pages_of_a_mapped_file_go(tmp_path: Path) -> None:
     """transformers maps checkpoints; a page that was read counts as the process's memory."""
     argv = [sys.executable, "-c", MAPPED, str(tmp_path / "w.safetensors")]

@@ -75,6 +75,7 @@ def stored() -> dict[str, Any]:
 # ---- a measured process
 
 
+@pytest.mark.exhaustive
 def test_a_process_tells_its_phases(phases: list[dict[str, Any]], checkpoint: Path) -> None:
     assert [phase["phase"] for phase in phases] == [*COMPILING, "measure"]
     assert torch.load(checkpoint.parent / "logits.pt").shape == (512,)

@@ -112,6 +112,7 @@ def test_both_kinds_of_caches_slide() -> None:
         assert isinstance(out.past_key_values.layers[0], kind)
 
 
+@pytest.mark.exhaustive
 def test_freed_weights_serve_prefill_and_decoding() -> None:
     """With a dynamic cache: a graph for each length that is met for the first time."""
     whole, graphs = packed(**ONE_LAYER), Graphs()

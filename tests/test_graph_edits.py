@@ -331,7 +331,7 @@ GRAPHS = [
 
 
 # A part of the changes, or all of them.
-EVERY = pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.exhaustive)])
+EVERY = pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.exhaustive)])
 
 
 @EVERY

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from combinations import exhaustive
 
 OPTIONAL = ("transformers", "triton", "kernels")
 
@@ -40,7 +41,9 @@ def run(code: str, cwd: Path) -> str:
     return ended.stdout
 
 
-@pytest.mark.parametrize("hidden", [*([name] for name in OPTIONAL), OPTIONAL], ids="+".join)
+@pytest.mark.parametrize(
+    "hidden", [OPTIONAL, *(exhaustive([name]) for name in OPTIONAL)], ids="+".join
+)
 def test_compiles_without_optional_packages(hidden: list[str], tmp_path: Path) -> None:
     run(f"{HIDE}\nhide({hidden!r})\nimport mxfp4_fx\n{COMPILE}", tmp_path)
 
@@ -70,6 +73,7 @@ hide(["pytest"])
 assert importlib.util.find_spec("pytest") is None
 try:
     import pytest
+from combinations import exhaustive
 except ModuleNotFoundError:
     print("hidden")
 """

@@ -66,6 +66,7 @@ def interrupt(source: Path, out: Path, stop: signal.Signals = signal.SIGKILL) ->
     return stderr
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_leaves_nothing_that_looks_finished(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupt(dense, out)
@@ -90,6 +91,7 @@ def test_a_killed_run_goes_on(dense: Path, tmp_path: Path) -> None:
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path) -> None:
     stderr = interrupt(dense, tmp_path / "out", signal.SIGINT)
     assert "interrupted: the same command goes on after the last whole shard" in stderr

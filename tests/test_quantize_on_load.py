@@ -202,6 +202,7 @@ def test_dense_weights_are_read_one_after_the_other(dense: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.exhaustive
 def test_memory_holds_the_packed_model_and_one_slab(dense: Path, tmp_path: Path) -> None:
     """Dense weights, 3.8 times as large, are pages of their file and copied nowhere."""
     shape = replace(TINY, hidden=1024, intermediate=1024, experts=8, layers=2)

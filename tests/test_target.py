@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import compile_with, model, tokens
+from models import Layers, compile_with, hidden
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import KernelsUnavailableError
@@ -44,7 +44,7 @@ def threads() -> Iterator[None]:
 
 
 def test_all_layers_of_a_graph_have_one_choice(chosen: list[tuple[Any, ...]]) -> None:
-    compile_with(model())(tokens())
+    compile_with(Layers())(hidden())
     assert chosen == [(CPU, "auto")]
 
 
@@ -52,7 +52,7 @@ def test_the_next_graph_has_its_own(threads: None) -> None:
     """What a choice depends on may have changed: threads, variables, what was asked for."""
     for count in (1, 2):
         torch.set_num_threads(count)
-        rewrite, *_ = mxfp4_fx.explain(model(), tokens()).rewrites
+        rewrite, *_ = mxfp4_fx.explain(Layers(count=1), hidden()).rewrites
         assert f"on {count} CPU threads" in rewrite.reason
 
 

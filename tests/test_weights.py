@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import covering
 from implementations import Kernels
 from models import Graphs, Layers, compile_with, hidden, mlp, on_mxfp4_grid, swizzled
 from processes import LAST_RESORT
@@ -107,8 +108,10 @@ def test_load_state_dict_that_assigns_new_parameters() -> None:
     assert close(compiled(x)[0], other(x)[0])
 
 
-@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
-@pytest.mark.parametrize("how", ["copy_", "mul_", "data", "new parameter"])
+@pytest.mark.parametrize(
+    ("how", "name"),
+    covering(["copy_", "mul_", "data", "new parameter"], ["gate_up_proj", "down_proj"], strength=1),
+)
 def test_a_changed_weight_is_noticed(name: str, how: str) -> None:
     module, x = mlp(), hidden()
     compiled = compile_with(module)
