@@ -1,6 +1,7 @@
-// Runs the kernels of ops/cpu_kernels over many small problems and holds them against plain loops in
-// double. tests/test_sanitizers.py builds it with AddressSanitizer and UndefinedBehaviorSanitizer:
-// every buffer here has exactly the size that its tensor has, so that a byte too far is an error.
+// Runs the kernels of ops/cpu_kernels over many small problems and holds them against plain loops
+// in double. tests/test_sanitizers.py builds it with AddressSanitizer and
+// UndefinedBehaviorSanitizer: every buffer here has exactly the size that its tensor has, so that a
+// byte too far is an error.
 #include "kernels.cpp"
 
 #include <algorithm>
