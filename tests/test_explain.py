@@ -84,6 +84,7 @@ def test_nothing_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
             compile_with(whole)(hidden())
 
 
+@pytest.mark.exhaustive
 def test_explaining_again_says_the_same() -> None:
     """More often than Dynamo compiles a function again."""
     module = mlp()

@@ -409,6 +409,7 @@ def printed_by(code: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.exhaustive
 def test_the_eager_loop_is_one_graph_and_other_backends_see_it_as_before() -> None:
     before, ours, after = printed_by('print(graphs("eager"), graphs("mxfp4"), graphs("eager"))')
     assert ours == "1"

@@ -124,6 +124,7 @@ def test_freed_weights_serve_prefill_and_decoding() -> None:
     assert len(graphs.seen) <= 6
 
 
+@pytest.mark.exhaustive
 @CACHES
 def test_a_second_prompt_of_another_length_compiles_little(cache: str) -> None:
     whole, graphs = model(**ONE_LAYER), Graphs()

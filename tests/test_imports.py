@@ -73,7 +73,6 @@ hide(["pytest"])
 assert importlib.util.find_spec("pytest") is None
 try:
     import pytest
-from combinations import exhaustive
 except ModuleNotFoundError:
     print("hidden")
 """

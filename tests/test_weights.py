@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,12 +29,7 @@ from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.store import STORE, WeightStore
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    gc.collect()  # what an earlier test left behind must not count
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def floats(weight: Tensor) -> Source:
