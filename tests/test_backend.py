@@ -273,6 +273,7 @@ def done(trace: Path, tmp_path_factory: pytest.TempPathFactory) -> subprocess.Co
     return done
 
 
+@pytest.mark.exhaustive
 class TestFreshProcess:
     """By name, without an import, logged, traced, and on a machine without a compiler."""
 

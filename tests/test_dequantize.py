@@ -170,6 +170,7 @@ def test_a_model_inside_another_module(checkpoint: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:backend .mxfp4.")  # older transformers break the graph
+@pytest.mark.exhaustive
 def test_a_model_that_was_compiled_in_place(checkpoint: Path) -> None:
     model, graphs = mxfp4_fx.from_pretrained(checkpoint), Graphs()
     model.compile(backend="mxfp4", options={"inner": graphs})

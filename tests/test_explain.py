@@ -159,6 +159,7 @@ class TestCommandLine:
         assert main(argv) == 0
         assert capsys.readouterr().out.strip() == TABLE
 
+    @pytest.mark.exhaustive
     def test_experts_are_packed_unless_told_otherwise(
         self, checkpoint: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -171,11 +171,9 @@ class TestForms:
     ("form", "dtype", "dynamic"),
     [
         ("grouped_mm", BF16, True),
-        ("batched_mm", F16, False),
         *(
             pytest.param(form, dtype, False, marks=pytest.mark.exhaustive)
             for form, dtype in itertools.product(FORMS, DTYPES)
-            if (form, dtype) != ("batched_mm", F16)
         ),
     ],
 )

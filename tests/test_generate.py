@@ -148,6 +148,7 @@ def test_a_padded_batch() -> None:
     assert graphs.seen
 
 
+@pytest.mark.exhaustive
 def test_sampling_with_a_seed() -> None:
     whole, plain, graphs = packed(**ONE_LAYER), packed(**ONE_LAYER), Graphs()
     kwargs = {"do_sample": True, "cache_implementation": "static"}

@@ -99,6 +99,7 @@ def test_ctrl_c_says_how_to_go_on(dense: Path, tmp_path: Path) -> None:
     consistency.check(Checkpoint.open(convert(dense, tmp_path / "out", **CUT)))
 
 
+@pytest.mark.exhaustive
 def test_one_run_at_a_time(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with stopped_run(dense, out):
