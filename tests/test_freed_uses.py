@@ -180,6 +180,7 @@ def test_a_dense_model_is_dequantized() -> None:
     assert type(whole.model.layers[0].mlp.experts.down_proj) is nn.Parameter
 
 
+@pytest.mark.exhaustive
 def test_a_model_of_both_kinds_is_dequantized() -> None:
     whole = model()
     expected = {name: p.clone() for name, p in whole.named_parameters()}

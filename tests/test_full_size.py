@@ -85,6 +85,7 @@ def test_a_process_tells_its_phases(phases: list[dict[str, Any]], checkpoint: Pa
     assert all(0 < rate < math.inf for rate in (*rates, *measured["read_rates"]))
 
 
+@pytest.mark.exhaustive
 def test_peaks_are_no_less_than_what_is_there_at_the_end(phases: list[dict[str, Any]]) -> None:
     check_memory(phases)
     # torch's libraries are mapped, and what it allocates is anonymous: 10 MB and more of each.
@@ -103,6 +104,7 @@ def check_memory(phases: list[dict[str, Any]]) -> None:
             assert sampled.get(name, 0) <= sampled.get("resident", 0)
 
 
+@pytest.mark.exhaustive
 def test_graphs_are_compiled_before_measuring(phases: list[dict[str, Any]]) -> None:
     graphs = {phase["phase"]: phase["graphs"] for phase in phases}
     assert graphs["import"] == graphs["load"] == 0

@@ -59,7 +59,11 @@ def mxfp4_calls(graphs: Graphs) -> list[int]:
     [
         pytest.param(model, in_place, "static", 2, 3, id="model.compile, static cache"),
         pytest.param(model, compile_config, "static", 1, 3, id="compile_config, static cache"),
-        pytest.param(packed, forward, "static", 1, 3, id="compiled forward, static cache"),
+        pytest.param(
+            *(packed, forward, "static", 1, 3),
+            id="compiled forward, static cache",
+            marks=pytest.mark.exhaustive,
+        ),
         *(
             pytest.param(make, compile_it, cache, 2, count, id=name, marks=pytest.mark.exhaustive)
             for make, compile_it, cache, count, name in (
@@ -138,6 +142,7 @@ def test_a_second_prompt_of_another_length_compiles_little(cache: str) -> None:
     assert len(graphs.seen) - first <= 2
 
 
+@pytest.mark.exhaustive
 def test_a_padded_batch() -> None:
     prompt = tokens(2) % 127 + 1
     prompt[0, :3] = 0

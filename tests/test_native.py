@@ -264,6 +264,7 @@ def test_two_threads_at_once_get_one_library(workshop: Workshop) -> None:
     assert workshop.compilations == 1
 
 
+@pytest.mark.exhaustive
 def test_a_killed_build_leaves_nothing_that_is_taken_for_finished(workshop: Workshop) -> None:
     hang, pid = workshop.folder / "hang", workshop.folder / "pid"
     hang.touch()
@@ -560,6 +561,7 @@ print(len(os.listdir("/proc/self/task")) - threads)
     assert printed == "0\n"
 
 
+@pytest.mark.exhaustive
 def test_a_runtime_of_another_name_is_the_only_one_linked(workshop: Workshop) -> None:
     """As in wheels that bring a libgomp under a name of their own."""
     runtime = Path(native._openmp_runtime())

@@ -324,6 +324,7 @@ def test_too_little_disk_for_other_files(tmp_path: Path) -> None:
 # ---- memory and the command line ----------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_memory_is_bounded_by_experts_not_by_tensors(tmp_path: Path) -> None:
     """The largest tensor has 128 MiB, 2 of them an expert; the process grows by 48 at most."""
     sizes = {"num_local_experts": 64, "hidden_size": 256, "intermediate_size": 2048}

@@ -354,6 +354,7 @@ def test_command_reports_an_error_in_one_line(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_without_tokenizers_it_imports_and_says_what_to_install(tmp_path):
     blocked = ["transformers", "safetensors", "tokenizers"]
     process = start_writing(

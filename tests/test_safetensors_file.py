@@ -169,6 +169,7 @@ def test_a_file_that_shrinks_is_an_error_and_no_crash(file: Path) -> None:
         list(stored.chunks())
 
 
+@pytest.mark.exhaustive
 def test_reading_in_parts_takes_a_parts_memory(file: Path) -> None:
     """256 MiB in 64 parts; the process may grow by an eighth of that."""
     spec = TensorSpec("a", torch.uint8, (64, 4 << 20))

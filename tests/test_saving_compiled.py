@@ -65,6 +65,7 @@ def test_a_shard_at_a_time(
     assert made[0] != made[-1]  # not all before the first is written
 
 
+@pytest.mark.exhaustive
 def test_saving_a_whole_model_leaves_it_compiled(checkpoint: Path, tmp_path: Path) -> None:
     model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16)
     model.compile(backend="mxfp4", options={"inner": "eager", **FREE})

@@ -259,6 +259,7 @@ sys.exit(os.waitstatus_to_exitcode(status) != 0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.exhaustive
 def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not() -> None:
     argv = [sys.executable, "-c", LOCKED_AT_THE_FORK, f"{LAST_RESORT:.0f}"]
     subprocess.run(argv, check=True)
