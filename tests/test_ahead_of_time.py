@@ -44,7 +44,7 @@ def of_runs(*targets: str, terms: bool = True) -> pytest.MarkDecorator:
     """
     cases = []
     for run, asked in RUNS.items():
-        marks = [pytest.mark.xdist_group(run)] + [pytest.mark.exhaustive] * (run != "newest")
+        marks = [pytest.mark.exhaustive] * (run != "newest")
         if terms or set(asked.values()) == {"bf16"}:
             found = [target.partition(":")[0] for target in asked]
             found = [target for target in found if not targets or target in targets]
