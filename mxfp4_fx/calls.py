@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mxfp4_fx.core import compilation, forks, torch_private
 from mxfp4_fx.core.errors import (
@@ -29,11 +29,14 @@ from mxfp4_fx.core.errors import (
     MissedRewriteWarning,
     NoExpertsWarning,
     OptionError,
+    RepeatedSwizzleWarning,
 )
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
 from mxfp4_fx.huggingface.capture import prepare_capture
+from mxfp4_fx.huggingface.offloading import offloaded
+from mxfp4_fx.limits import sharers
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
 
 # A mark on experts during a call whose options["skip"] names them. Dynamo guards it, as it guards
@@ -86,8 +89,7 @@ class Call:
         self._raised: BaseException | None = None
 
     def __enter__(self) -> None:
-        prepare_capture()  # transformers may have been imported since the last call
-        called = compilation.compiled_function()
+        called = compilation.compiled_function(apart=True)
         skipped = []
         if called is not None:
             self._function = called[0]
@@ -188,6 +190,37 @@ class Call:
         owners = self._owners()
         return {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
 
+    @functools.cached_property
+    def offloaded(self) -> dict[nn.Module, str]:
+        """The experts whose weights are loaded for a call alone -> their names."""
+        tops = [top for model in self.models if (top := model.top()) is not None]
+        found = {module for top in tops for module in offloaded(top)}
+        return {module: self.name_of(module) for module in self.experts if module in found}
+
+    def is_lent(self, tensor: Tensor) -> bool:
+        """Return whether a weight is one of :attr:`offloaded` experts."""
+        return any(tensor is held for module in self.offloaded for held in tensors_of(module))
+
+    def tell_of_offloaded(self) -> None:
+        """Warn once of each of the :attr:`offloaded` experts, unless they are left as they are."""
+        if self.observer is not None:
+            return
+        message = "a device_map offloads them, so that each call loads and swizzles them again"
+        fresh = [
+            module
+            for module in self.offloaded
+            if self.left(module) is None and message not in _told.get(module, ())
+        ]
+        if fresh:
+            shown = "".join(f"\n  {self.offloaded[module]}" for module in fresh[:3])
+            more = f"\n  and {len(fresh) - 3} more" if fresh[3:] else ""
+            _warn(
+                f"these MoE layers run in MXFP4, but {message}:{shown}{more}",
+                RepeatedSwizzleWarning,
+            )
+            for module in fresh:
+                _told.setdefault(module, set()).add(message)
+
     def check_skip(self) -> None:
         """Check ``options["skip"]``.
 
@@ -256,6 +289,12 @@ class Call:
 def current() -> Call | None:
     """Return the innermost call of this thread, or None."""
     return getattr(_calls, "current", None)
+
+
+def is_lent(tensor: Tensor) -> bool:
+    """Return whether a weight is loaded for the current call alone; see :attr:`Call.offloaded`."""
+    call = current()
+    return call is not None and call.is_lent(tensor)
 
 
 @contextlib.contextmanager
@@ -335,3 +374,6 @@ def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
 
 forks.renew_lock(sys.modules[__name__], "_lock", threading.RLock)
 compilation.on_calls(_call_with)
+# Before each frame, because transformers may be imported at any time. A call is not enough:
+# set_stance(force_backend="mxfp4") enters none, and code in a call may import transformers.
+compilation.on_frames(prepare_capture, sharers)

@@ -67,9 +67,48 @@ def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
     torch_private.have_context(context)
 
 
-def compiled_function() -> tuple[Callable[..., Any], list[Any]] | None:
-    """Return the function and arguments of the innermost compiled call on the stack, or None."""
-    return next((called for f in _frames() if (called := torch_private.called_by(f))), None)
+def on_frames(begin: Callable[[], object], sharers: Callable[[types.CodeType], int]) -> None:
+    """Call functions before Dynamo traces a frame for a backend of this package.
+
+    Args:
+        begin: called before each frame.
+        sharers: takes the code of a frame that has reached one of Dynamo's limits on compilations.
+            It returns how many share the code, so that the limit holds for each of them.
+    """
+
+    def begin_ours(backend: Any) -> None:
+        if innermost(backend)[0] is not None:
+            begin()
+
+    def sharers_of_ours(backend: Any, code: types.CodeType) -> int:
+        return 1 if innermost(backend)[0] is None else sharers(code)
+
+    torch_private.watch_frames(begin_ours, sharers_of_ours)
+
+
+def callers() -> Iterator[types.CodeType]:
+    """Yield the code of the functions on the stack, up to the innermost compiled call."""
+    for frame in _frames():
+        if torch_private.called_by(frame):
+            return
+        yield frame.f_code
+
+
+def compiled_function(*, apart: bool = False) -> tuple[Callable[..., Any], list[Any]] | None:
+    """Return the function and arguments of the innermost compiled call on the stack, or None.
+
+    Args:
+        apart: from now on, Dynamo counts this call's compilations apart from those for other
+            backends: neither uses up the limits of the other. Only a context of the call may ask
+            for this, when it is entered.
+    """
+    for frame in _frames():
+        called = torch_private.called_by(frame)
+        if called:
+            if apart:
+                torch_private.keep_apart(frame)
+            return called
+    return None
 
 
 def why_uncompiled() -> str:

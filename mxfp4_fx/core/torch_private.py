@@ -12,12 +12,14 @@ A few private attributes are used outside this file, because every call reads th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
 import operator
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -322,13 +324,82 @@ def stance() -> str:
     return found
 
 
+# Code that Dynamo compiles no more -> the name in ``torch._dynamo.config`` of the limit it reached.
+_limited: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
+
+
+def watch_frames(
+    begin: Callable[[Any], None], sharers: Callable[[Any, types.CodeType], int]
+) -> None:
+    """Call functions before Dynamo traces a frame, of any backend and any way into Dynamo.
+
+    Dynamo's limits on the compilations of a function then hold for each of its sharers.
+
+    Args:
+        begin: called before each frame with the backend, which may be in wrappers.
+        sharers: called with the backend and the code of a frame for which Dynamo has reached a
+            limit. It returns how many share the code, so that each has the limit for itself; 1
+            stands for torch's own count.
+
+    Dynamo's start callbacks would not do for ``begin``: ``torch.compiler.reset`` removes them, and
+    they do not run while another thread compiles a backward.
+    """
+    original = _found("torch._dynamo.convert_frame", "exceeds_recompile_limit")
+    caller = inspect.signature(_found("torch._dynamo.convert_frame", "_compile"))
+    with _trusted():
+        for name in ("compiler_fn", "code"):
+            if name not in caller.parameters:
+                raise AttributeError(f"_compile has no argument {name}")
+
+    def exceeds(cache_size: Any, compile_id: Any) -> tuple[bool, str]:
+        # Dynamo's caller has both; a wrapper around it would be one more frame on the stack, where
+        # Dynamo looks for torch.compiler.disable(recursive=False).
+        found = sys._getframe(1).f_locals
+        backend, code = found["compiler_fn"], found["code"]
+        begin(backend)
+        is_over, limit = original(cache_size, compile_id)
+        if is_over and (count := sharers(backend, code)) > 1:
+            counts = {
+                field.name: getattr(cache_size, field.name) // count
+                for field in dataclasses.fields(cache_size)
+            }
+            is_over, limit = original(
+                dataclasses.replace(cache_size, **counts),
+                dataclasses.replace(
+                    compile_id, frame_compile_id=compile_id.frame_compile_id // count
+                ),
+            )
+        if is_over:
+            _limited[code] = limit
+        else:
+            _limited.pop(code, None)  # after a reset
+        return is_over, limit
+
+    _found("torch._dynamo", "convert_frame").exceeds_recompile_limit = exceeds
+
+
 def reached_limit(code: types.CodeType) -> str | None:
     """Return the name in ``torch._dynamo.config`` of the limit that ``code`` reached, or None."""
     compiled = _found("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        if len(compiled) >= _found("torch._dynamo.config", name):
-            return name
-    return None
+    return _limited.get(code) if compiled else None  # after a reset nothing is compiled
+
+
+def keep_apart(frame: types.FrameType) -> None:
+    """Count the compilations of a compiled call apart from those for other backends.
+
+    The frame is one that :func:`called_by` knows, entering the call's context. All calls that this
+    function sees share a count, and the code that Dynamo compiled for them. A call that has a count
+    of its own (``isolate_recompiles``) keeps it.
+    """
+    context = frame.f_locals["self"]
+    if getattr(context, "_isolate_recompiles_id", None) == -1:
+        context._isolate_recompiles_id = _region()
+
+
+@functools.cache
+def _region() -> int:
+    found: int = next(_found("torch._dynamo.eval_frame", "_next_isolate_recompiles_id"))
+    return found
 
 
 def called_by(frame: types.FrameType) -> tuple[Callable[..., Any], list[Any]] | None:

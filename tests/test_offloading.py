@@ -1,0 +1,159 @@
+"""Experts whose weights accelerate offloads: they run in MXFP4, and nothing stays behind."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_submodules
+from loaded import IDS, SECOND_LAYER_ON_DISK, logits
+from models import compile_with, hidden, mlp, pack
+from test_freed_uses import freed
+from torch import Tensor, nn
+
+import mxfp4_fx
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.core.errors import RepeatedSwizzleWarning
+from mxfp4_fx.huggingface.offloading import offloaded
+from mxfp4_fx.weights.freed import FreedParameter
+from mxfp4_fx.weights.store import STORE
+
+CPU = torch.device("cpu")
+EXHAUSTIVE = (pytest.mark.exhaustive,)
+
+pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
+    pytest.mark.filterwarnings("ignore::mxfp4_fx.core.errors.RepeatedSwizzleWarning"),
+]
+
+
+def in_parts(module: nn.Module, x: Tensor) -> Tensor:
+    """The result if the experts are compiled alone, as hooks leave them."""
+    module.experts.compile(backend="mxfp4", options={"inner": "eager"}, fullgraph=True)
+    result: Tensor = module(x)[0]
+    module.experts._compiled_call_impl = None
+    torch.compiler.reset()
+    return result
+
+
+CASES = [
+    pytest.param(packed, free, to_disk, marks=() if free == packed != to_disk else EXHAUSTIVE)
+    for packed, free, to_disk in itertools.product((False, True), repeat=3)
+]
+
+
+@pytest.mark.parametrize(("packed", "free", "to_disk"), CASES)
+def test_results_are_those_of_the_model_in_memory(
+    packed: bool, free: bool, to_disk: bool, tmp_path: Path
+) -> None:
+    module = pack(mlp()) if packed else mlp()
+    uncompiled, expected = module(hidden())[0], in_parts(module, hidden())
+    mxfp4_fx.forget(module)
+    if to_disk:
+        disk_offload(module.experts, tmp_path, execution_device=CPU)
+    else:
+        cpu_offload(module.experts, execution_device=CPU)
+    run = compile_with(module, options={"strict": True, "free_weights": free})
+    run(hidden())
+    gc.collect()  # while it compiles, Dynamo makes cycles that hold tensors
+    before = len(STORE)
+    for _ in range(2):
+        assert torch.equal(run(hidden())[0], expected)
+        assert len(STORE) == before
+        assert all(p.is_meta and type(p) is nn.Parameter for p in module.experts.parameters())
+    assert torch.equal(module(hidden())[0], uncompiled)
+    explained = mxfp4_fx.explain(module, hidden())
+    assert [rewrite.layer for rewrite in explained.rewrites] == ["experts"]
+    assert not explained.misses
+    remove_hook_from_submodules(module)  # the weights come back
+    assert torch.equal(module(hidden())[0], uncompiled)
+
+
+def test_a_change_of_an_offloaded_weight_is_noticed() -> None:
+    module = mlp()
+    cpu_offload(module.experts, execution_device=CPU)
+    run = compile_with(module)
+    run(hidden())
+    (weights,) = (h.weights_map for h in module.experts._hf_hook.hooks if h.offload)
+    for name in ("down_proj", "down_proj_bias"):
+        weights[name].zero_()
+    assert not run(hidden())[0].any()
+
+
+def told(run: Any, *args: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(*args)
+    return [str(w.message) for w in caught if issubclass(w.category, RepeatedSwizzleWarning)]
+
+
+class TestTheWarning:
+    def test_names_the_layers_once(self) -> None:
+        module = mlp()
+        cpu_offload(module, execution_device=CPU)
+        run = compile_with(module)
+        (message,) = told(run, hidden())
+        assert message.endswith("loads and swizzles them again:\n  experts")
+        assert not any(told(run, hidden()) for _ in range(4))
+
+    @pytest.mark.parametrize("options", [{"skip": ["experts"]}, {"kernels": "reference"}])
+    def test_is_not_given_where_nothing_is_swizzled(self, options: dict[str, Any]) -> None:
+        module = pack(mlp())
+        cpu_offload(module.experts, execution_device=CPU)
+        assert not told(compile_with(module, options=options), hidden())
+
+
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=EXHAUSTIVE), True])
+def test_a_freed_model_can_be_offloaded(packed: bool) -> None:
+    """accelerate makes new parameters by the class of the old ones."""
+    module, _ = freed(pack(mlp()) if packed else mlp())
+    expected = in_parts(module, hidden())
+    cpu_offload(module.experts, execution_device=CPU)
+    run = compile_with(module, options={"free_weights": True})
+    for _ in range(2):
+        assert torch.equal(run(hidden())[0], expected)
+
+
+def test_the_class_of_freed_parameters_makes_plain_ones() -> None:
+    values = torch.randn(2, 3)
+    made = FreedParameter(values, requires_grad=False)
+    assert type(made) is nn.Parameter
+    assert made.data_ptr() == values.data_ptr()
+    assert not made.requires_grad
+
+
+def test_which_modules_are_offloaded(tmp_path: Path) -> None:
+    module = nn.Sequential(mlp(), mlp())
+    cpu_offload(module[1], execution_device=CPU)
+    assert {*offloaded(module)} == {module[1].router, module[1].experts}
+    preloaded = nn.Sequential(mlp())
+    cpu_offload(preloaded, execution_device=CPU, preload_module_classes=["GptOssMLP"])
+    assert {*offloaded(preloaded)} == {*preloaded[0].modules()}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("free", [False, True])
+def test_a_device_map_with_a_layer_on_disk(tmp_path: Path, free: bool) -> None:
+    sizes = {"hidden": 64, "intermediate": 96, "experts": 6, "experts_per_token": 3}
+    shape = CheckpointShape(**sizes, heads=4, kv_heads=2, head_dim=16)
+    path = write_random_checkpoint(tmp_path / "tiny", shape)
+    whole = mxfp4_fx.from_pretrained(
+        path, device_map=SECOND_LAYER_ON_DISK, offload_folder=tmp_path / "offload"
+    )
+    run = compile_with(whole, options={"strict": True, "free_weights": free})
+    expected = logits(whole)
+    for _ in range(3):
+        torch.testing.assert_close(logits(run), expected)
+    blocks = [layer.mlp.experts.down_proj_blocks for layer in whole.model.layers]
+    assert [type(p) is FreedParameter for p in blocks] == [free, False]
+    explained = mxfp4_fx.explain(whole, IDS)
+    assert [r.layer for r in explained.rewrites] == [
+        f"model.layers.{at}.mlp.experts" for at in range(2)
+    ]
+    assert not explained.misses
