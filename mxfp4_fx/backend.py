@@ -12,6 +12,7 @@ from mxfp4_fx import calls
 from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
+from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport
@@ -148,7 +149,7 @@ def bind(
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:
     """Return the map from the captured graph's inputs to the lowered graph's."""
     names = _input_names(captured), _input_names(lowered)
-    return InputPlan(*names, ctx.bindings, calls.is_lent)
+    return InputPlan(*names, ctx.bindings, calls.is_lent, calls.tell_of_lent)
 
 
 def _input_names(gm: fx.GraphModule) -> list[str]:
@@ -175,7 +176,9 @@ def announce(ctx: Context) -> None:
     for miss in ctx.report.misses:
         log.info("not rewritten: %s", miss)
     # A backend that is called directly has no call; the report then covers this graph alone.
-    call = calls.current() or calls.Call(ctx.options)
-    call.announce(ctx.report, ctx.inputs)
-    if any(binding.encoding.layout != binding.layout for binding in ctx.bindings):
-        call.tell_of_offloaded()
+    (calls.current() or calls.Call(ctx.options)).announce(ctx.report, ctx.inputs)
+
+
+# For set_stance(force_backend="mxfp4"), which compiles without a Call. Before each frame, the
+# capture is prepared again, but that comes too late for the frame of a forward that it replaces.
+prepare_capture()

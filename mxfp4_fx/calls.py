@@ -89,6 +89,7 @@ class Call:
         self._raised: BaseException | None = None
 
     def __enter__(self) -> None:
+        prepare_capture()  # transformers may have been imported since the last call
         called = compilation.compiled_function(apart=True)
         skipped = []
         if called is not None:
@@ -203,23 +204,23 @@ class Call:
 
     def tell_of_offloaded(self) -> None:
         """Warn once of each of the :attr:`offloaded` experts, unless they are left as they are."""
-        if self.observer is not None:
+        told = "offloaded"
+        fresh = {
+            module: name
+            for module, name in self.offloaded.items()
+            if told not in _told.get(module, ()) and self.left(module) is None
+        }
+        if self.observer is not None or not fresh:
             return
-        message = "a device_map offloads them, so that each call loads and swizzles them again"
-        fresh = [
-            module
-            for module in self.offloaded
-            if self.left(module) is None and message not in _told.get(module, ())
-        ]
-        if fresh:
-            shown = "".join(f"\n  {self.offloaded[module]}" for module in fresh[:3])
-            more = f"\n  and {len(fresh) - 3} more" if fresh[3:] else ""
-            _warn(
-                f"these MoE layers run in MXFP4, but {message}:{shown}{more}",
-                RepeatedSwizzleWarning,
-            )
-            for module in fresh:
-                _told.setdefault(module, set()).add(message)
+        shown = "".join(f"\n  {name}" for name in [*fresh.values()][:3])
+        more = f"\n  and {len(fresh) - 3} more" if len(fresh) > 3 else ""
+        _warn(
+            "these MoE layers run in MXFP4, but each call loads their weights and swizzles them "
+            f"again, because a device_map offloads them:{shown}{more}",
+            RepeatedSwizzleWarning,
+        )
+        for module in fresh:
+            _told.setdefault(module, set()).add(told)
 
     def check_skip(self) -> None:
         """Check ``options["skip"]``.
@@ -295,6 +296,13 @@ def is_lent(tensor: Tensor) -> bool:
     """Return whether a weight is loaded for the current call alone; see :attr:`Call.offloaded`."""
     call = current()
     return call is not None and call.is_lent(tensor)
+
+
+def tell_of_lent() -> None:
+    """Warn once of the experts of the current call whose weights are loaded for it alone."""
+    call = current()
+    if call is not None:
+        call.tell_of_offloaded()
 
 
 @contextlib.contextmanager
@@ -374,6 +382,6 @@ def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
 
 forks.renew_lock(sys.modules[__name__], "_lock", threading.RLock)
 compilation.on_calls(_call_with)
-# Before each frame, because transformers may be imported at any time. A call is not enough:
-# set_stance(force_backend="mxfp4") enters none, and code in a call may import transformers.
+# Before each frame, because transformers may be imported at any time: code in a call may import it,
+# and set_stance(force_backend="mxfp4") compiles without a Call.
 compilation.on_frames(prepare_capture, sharers)

@@ -30,7 +30,7 @@ def sharers(code: types.CodeType) -> int:
     - The compiled function itself, if it is no forward: 1.
     """
     modules = list(dict.fromkeys(m for top in looked_at() for m in top.modules()))
-    forwards = [(module, list(_codes(module.forward))) for module in modules]
+    forwards = [(module, list(_codes(getattr(module, "forward", None)))) for module in modules]
     if exact := sum(code in codes for _, codes in forwards):
         return exact
     called = compilation.compiled_function()

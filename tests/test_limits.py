@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 import mxfp4_fx
+from mxfp4_fx.core import compilation
 from mxfp4_fx.core.errors import MissedRewriteError, MissedRewriteWarning
 from mxfp4_fx.huggingface.packed import PackedExperts
 
@@ -196,3 +197,89 @@ class TestOneModule:
         with pytest.warns(MissedRewriteWarning, match="recompile_limit"):
             _ = [run(hidden(length)) for length in range(3, 7)]
         assert len(graphs.seen) == LIMIT
+
+
+# ---- before each frame
+
+
+DTYPES = torch.float32, torch.float64, torch.int32, torch.int64, torch.bool
+OURS = pytest.mark.filterwarnings("ignore::mxfp4_fx.core.errors.NoExpertsWarning")
+LIMITS = pytest.mark.parametrize("limit", ["recompile_limit", "accumulated_recompile_limit"])
+
+
+@LIMITS
+def test_a_limit_that_is_reached_has_a_name(limit: str) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + 1
+
+    with torch._dynamo.config.patch({limit: 2}):
+        for dtype in DTYPES[:3]:
+            assert compilation.reached_limit(function.__code__) is None
+            torch.compile(function, backend="eager")(torch.ones(2, dtype=dtype))
+        assert compilation.reached_limit(function.__code__) == limit
+    torch.compiler.reset()
+    assert compilation.reached_limit(function.__code__) is None
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A line for each frame that Dynamo traces for us; two share the code of ``shared``."""
+    seen: list[str] = []
+    frames, limits = torch._dynamo.convert_frame, torch._dynamo.cache_size
+    monkeypatch.setattr(frames, "exceeds_recompile_limit", limits.exceeds_recompile_limit)
+    compilation.on_frames(
+        lambda: seen.append("frame"), lambda code: 2 if code.co_name == "shared" else 1
+    )
+    return seen
+
+
+def ours() -> Graphs:
+    backend: Graphs = compilation.ours(Graphs())
+    return backend
+
+
+@OURS
+@LIMITS
+def test_a_limit_holds_for_each_that_shares_code(begun: list[str], limit: str) -> None:
+    def shared(x: Tensor) -> Tensor:
+        return x + 1
+
+    def alone(x: Tensor) -> Tensor:
+        return x + 1
+
+    for function, graphs, count in ((shared, ours(), 4), (alone, ours(), 2), (shared, Graphs(), 2)):
+        torch.compiler.reset()
+        with torch._dynamo.config.patch({limit: 2}):
+            for dtype in DTYPES:
+                torch.compile(function, backend=graphs)(torch.ones(2, dtype=dtype))
+        assert len(graphs.seen) == count
+
+
+@OURS
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_frame_is_announced_before_it_is_traced(begun: list[str], fullgraph: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + len(begun)
+
+    torch.compiler.reset()  # which removes Dynamo's own callbacks
+    run = torch.compile(function, backend=ours(), fullgraph=fullgraph)
+    assert run(torch.zeros(1)) == 1
+    torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+    assert begun == ["frame"]
+
+
+@OURS
+def test_dynamo_still_sees_who_called_a_frame(begun: list[str]) -> None:
+    """It looks for a disabled caller on the stack, where a wrapper must not stand."""
+    graphs = ours()
+
+    def inner(x: Tensor) -> Tensor:
+        return x * 2
+
+    @torch.compiler.disable(recursive=False)
+    def outer(x: Tensor) -> Tensor:
+        return inner(x) + 1
+
+    torch.compile(lambda x: outer(x), backend=graphs)(torch.ones(2))
+    assert len(graphs.seen) == 1
+    assert begun == ["frame"] * 2

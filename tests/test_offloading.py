@@ -13,7 +13,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
 from loaded import IDS, SECOND_LAYER_ON_DISK, logits
-from models import compile_with, hidden, mlp, pack
+from models import Layers, compile_with, hidden, mlp, pack
 from test_freed_uses import freed
 from torch import Tensor, nn
 
@@ -86,6 +86,10 @@ def test_a_change_of_an_offloaded_weight_is_noticed() -> None:
     assert not run(hidden())[0].any()
 
 
+def routed() -> tuple[Tensor, Tensor, Tensor]:
+    return hidden()[0], torch.arange(21).view(7, 3) % 6, torch.rand(7, 3)
+
+
 def told(run: Any, *args: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -95,18 +99,26 @@ def told(run: Any, *args: Any) -> list[str]:
 
 class TestTheWarning:
     def test_names_the_layers_once(self) -> None:
-        module = mlp()
+        whole = Layers(count=3)
+        for layer in whole.layers[1:]:
+            cpu_offload(layer.experts, execution_device=CPU)
+        run = compile_with(whole)
+        (message,) = [message for _ in range(4) for message in told(run, hidden())]
+        assert message.endswith("device_map offloads them:\n  layers.1.experts\n  layers.2.experts")
+
+    def test_is_given_for_a_graph_of_another_model(self) -> None:
+        compile_with(mlp().experts)(*routed())
+        module = mlp().experts
         cpu_offload(module, execution_device=CPU)
         run = compile_with(module)
-        (message,) = told(run, hidden())
-        assert message.endswith("loads and swizzles them again:\n  experts")
-        assert not any(told(run, hidden()) for _ in range(4))
+        assert sum(len(told(run, *routed())) for _ in range(4)) == 1
 
     @pytest.mark.parametrize("options", [{"skip": ["experts"]}, {"kernels": "reference"}])
     def test_is_not_given_where_nothing_is_swizzled(self, options: dict[str, Any]) -> None:
         module = pack(mlp())
         cpu_offload(module.experts, execution_device=CPU)
-        assert not told(compile_with(module, options=options), hidden())
+        run = compile_with(module, options=options)
+        assert not any(told(run, hidden()) for _ in range(4))
 
 
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=EXHAUSTIVE), True])

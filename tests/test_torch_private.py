@@ -484,79 +484,15 @@ def test_the_stance_is_known() -> None:
         assert torch_private.stance() == "force_eager"
 
 
-DTYPES = torch.float32, torch.float64, torch.int32, torch.int64, torch.bool
-
-
-@pytest.mark.parametrize("limit", ["recompile_limit", "accumulated_recompile_limit"])
-def test_a_limit_that_is_reached_has_a_name(limit: str) -> None:
+def test_what_is_compiled_is_known() -> None:
     def function(x: Tensor) -> Tensor:
         return x + 1
 
-    with torch._dynamo.config.patch({limit: 2}):
-        for dtype in DTYPES[:3]:
-            assert torch_private.reached_limit(function.__code__) is None
-            torch.compile(function, backend="eager")(torch.ones(2, dtype=dtype))
-        assert torch_private.reached_limit(function.__code__) == limit
+    assert not torch_private.is_compiled(function.__code__)
+    torch.compile(function, backend="eager")(torch.ones(2))
+    assert torch_private.is_compiled(function.__code__)
     torch.compiler.reset()
-    assert torch_private.reached_limit(function.__code__) is None
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The backends of the frames that Dynamo traces; two share the code of ``shared``."""
-    seen: list[Any] = []
-    frames = torch._dynamo.convert_frame
-    original = torch._dynamo.cache_size.exceeds_recompile_limit
-    monkeypatch.setattr(frames, "exceeds_recompile_limit", original)
-    torch_private.watch_frames(
-        lambda backend: seen.append(torch_private.wrapped_backend(backend)),
-        lambda backend, code: 2 if code.co_name == "shared" else 1,
-    )
-    return seen
-
-
-@pytest.mark.parametrize("limit", ["recompile_limit", "accumulated_recompile_limit"])
-def test_a_limit_holds_for_each_that_shares_code(watched: list[Any], limit: str) -> None:
-    def shared(x: Tensor) -> Tensor:
-        return x + 1
-
-    def alone(x: Tensor) -> Tensor:
-        return x + 1
-
-    for function, count in ((shared, 4), (alone, 2)):
-        graphs = Graphs()
-        with torch._dynamo.config.patch({limit: 2}):
-            for dtype in DTYPES:
-                torch.compile(function, backend=graphs)(torch.ones(2, dtype=dtype))
-        assert len(graphs.seen) == count
-
-
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_frames_are_seen_before_they_are_traced(watched: list[Any], fullgraph: bool) -> None:
-    def function(x: Tensor) -> Tensor:
-        return x + len(found)
-
-    found = watched
-    backend = Graphs()
-    torch.compiler.reset()  # which removes Dynamo's own callbacks
-    run = torch.compile(function, backend=backend, fullgraph=fullgraph)
-    assert run(torch.zeros(1)) == 1
-    assert watched == [backend]
-
-
-def test_dynamo_still_sees_who_called_a_frame(watched: list[Any]) -> None:
-    """It looks for a disabled caller on the stack, where a wrapper must not stand."""
-    graphs = Graphs()
-
-    @torch.compiler.disable(recursive=False)
-    def outer(x: Tensor) -> Tensor:
-        return inner(x) + 1
-
-    def inner(x: Tensor) -> Tensor:
-        return x * 2
-
-    torch.compile(lambda x: outer(x), backend=graphs)(torch.ones(2))
-    assert len(graphs.seen) == 1
+    assert not torch_private.is_compiled(function.__code__)
 
 
 def test_what_is_untraced_is_no_frame_of_dynamos() -> None:
@@ -575,24 +511,21 @@ def test_recompilations_can_be_kept_apart() -> None:
 
 
 @pytest.mark.skipif(not torch_private.can_isolate(), reason="this torch has one count")
-def test_a_call_is_kept_apart_from_within() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_call_is_kept_apart_from_within(apart: bool) -> None:
     def function(x: Tensor) -> Tensor:
         return x + 1
 
-    class Apart:
-        def __enter__(self) -> None:
-            compilation.compiled_function(apart=True)
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        compilation.compiled_function(apart=apart)
+        yield
 
-        def __exit__(self, *_: object) -> None: ...
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        return graphs(gm, inputs)
-
-    for backend_ctx in (None, Apart):
-        graphs = Graphs()
-        with torch._dynamo.config.patch(recompile_limit=1):
-            torch.compile(function, backend="eager")(torch.ones(2))
-            if backend_ctx is not None:
-                backend.backend_ctx_ctor = backend_ctx  # type: ignore[attr-defined]
-            torch._dynamo.optimize(backend)(function)(torch.ones(2))
-        assert len(graphs.seen) == (backend_ctx is not None)
+    backend = Graphs()
+    backend.backend_ctx_ctor = context  # type: ignore[attr-defined]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        torch.compile(function, backend="eager")(torch.ones(2))
+        run = torch._dynamo.optimize(backend)(function)
+        for dtype in (torch.float32, torch.float64):
+            run(torch.ones(2, dtype=dtype))
+    assert len(backend.seen) == apart

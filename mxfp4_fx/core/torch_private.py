@@ -12,14 +12,12 @@ A few private attributes are used outside this file, because every call reads th
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import inspect
 import operator
 import sys
 import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -324,64 +322,29 @@ def stance() -> str:
     return found
 
 
-# Code that Dynamo compiles no more -> the name in ``torch._dynamo.config`` of the limit it reached.
-_limited: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
+LimitCheck = Callable[[Any, Any], tuple[bool, str]]
 
 
-def watch_frames(
-    begin: Callable[[Any], None], sharers: Callable[[Any, types.CodeType], int]
-) -> None:
-    """Call functions before Dynamo traces a frame, of any backend and any way into Dynamo.
+def replace_limit_check(make: Callable[[LimitCheck], LimitCheck]) -> None:
+    """Replace the check that Dynamo makes before it traces a frame: whether it reached a limit.
 
-    Dynamo's limits on the compilations of a function then hold for each of its sharers.
-
-    Args:
-        begin: called before each frame with the backend, which may be in wrappers.
-        sharers: called with the backend and the code of a frame for which Dynamo has reached a
-            limit. It returns how many share the code, so that each has the limit for itself; 1
-            stands for torch's own count.
-
-    Dynamo's start callbacks would not do for ``begin``: ``torch.compiler.reset`` removes them, and
-    they do not run while another thread compiles a backward.
+    ``make`` takes torch's check and returns another. A check takes two dataclasses: the counts of
+    the compilations of the frame's code, and the compilation's id with its number
+    ``frame_compile_id``. It returns whether a limit is reached, and the limit's name in
+    ``torch._dynamo.config``. Its caller has the locals ``compiler_fn``, the backend in its
+    wrappers, and ``code``.
     """
-    original = _found("torch._dynamo.convert_frame", "exceeds_recompile_limit")
     caller = inspect.signature(_found("torch._dynamo.convert_frame", "_compile"))
-    with _trusted():
-        for name in ("compiler_fn", "code"):
-            if name not in caller.parameters:
-                raise AttributeError(f"_compile has no argument {name}")
-
-    def exceeds(cache_size: Any, compile_id: Any) -> tuple[bool, str]:
-        # Dynamo's caller has both; a wrapper around it would be one more frame on the stack, where
-        # Dynamo looks for torch.compiler.disable(recursive=False).
-        found = sys._getframe(1).f_locals
-        backend, code = found["compiler_fn"], found["code"]
-        begin(backend)
-        is_over, limit = original(cache_size, compile_id)
-        if is_over and (count := sharers(backend, code)) > 1:
-            counts = {
-                field.name: getattr(cache_size, field.name) // count
-                for field in dataclasses.fields(cache_size)
-            }
-            is_over, limit = original(
-                dataclasses.replace(cache_size, **counts),
-                dataclasses.replace(
-                    compile_id, frame_compile_id=compile_id.frame_compile_id // count
-                ),
-            )
-        if is_over:
-            _limited[code] = limit
-        else:
-            _limited.pop(code, None)  # after a reset
-        return is_over, limit
-
-    _found("torch._dynamo", "convert_frame").exceeds_recompile_limit = exceeds
+    for name in ("compiler_fn", "code"):
+        if name not in caller.parameters:
+            raise _lacks(AttributeError(f"_compile's argument {name}"))
+    made = make(_found("torch._dynamo.convert_frame", "exceeds_recompile_limit"))
+    _found("torch._dynamo", "convert_frame").exceeds_recompile_limit = made
 
 
-def reached_limit(code: types.CodeType) -> str | None:
-    """Return the name in ``torch._dynamo.config`` of the limit that ``code`` reached, or None."""
-    compiled = _found("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
-    return _limited.get(code) if compiled else None  # after a reset nothing is compiled
+def is_compiled(code: types.CodeType) -> bool:
+    """Return whether Dynamo has compiled a function, for any backend and arguments."""
+    return bool(_found("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code))
 
 
 def keep_apart(frame: types.FrameType) -> None:
