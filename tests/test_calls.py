@@ -330,6 +330,29 @@ class TestKeptDense:
         assert layers(graphs) == 0
 
 
+WAYS = {
+    "the function is compiled": """
+def run(module, x):
+    return module(x)[0]
+run = torch.compile(run, backend="mxfp4", options=OPTIONS)
+run(make(), torch.randn(1, 7, 64))
+""",
+    "the function is called": """
+run = torch.compile(module_of, backend="mxfp4", options=OPTIONS)
+assert "transformers" not in sys.modules
+torch.compiler.reset()
+run(torch.randn(1, 7, 64))
+""",
+    "the backend is forced": """
+import mxfp4_fx.backend
+assert "transformers" not in sys.modules
+run = torch.compile(module_of, backend="eager")
+with torch.compiler.set_stance("default", force_backend="mxfp4"):
+    run(torch.randn(1, 7, 64))
+""",
+}
+
+
 class TestWaysIn:
     def test_a_partial_of_the_backend(self) -> None:
         backend = functools.partial(mxfp4_fx.mxfp4, options={"inner": "eager", "strict": True})
@@ -342,15 +365,26 @@ class TestWaysIn:
             module(hidden())
 
     @pytest.mark.exhaustive
-    def test_compiled_before_transformers_is_imported(self) -> None:
-        program = """
+    @pytest.mark.parametrize("way", WAYS)
+    def test_before_transformers_is_imported(self, way: str) -> None:
+        """The eager experts are captured as a whole all the same."""
+        program = f"""
+import sys
 import torch
-def run(module, x):
-    return module(x)[0]
-run = torch.compile(run, backend="mxfp4", options={"inner": "eager", "strict": True})
-from models import hidden, mlp
-with torch.no_grad():
-    run(mlp(form="eager"), hidden())
+
+OPTIONS = {{"inner": "eager", "strict": True}}
+torch.set_grad_enabled(False)
+
+def make():
+    from models import mlp
+    return mlp(form="eager")
+
+def module_of(x, make=torch.compiler.disable(make)):
+    return make()(x)[0]
+
+{WAYS[way]}
+from mxfp4_fx.weights.store import STORE
+assert STORE.swizzled == 2, STORE.swizzled
 """
         subprocess.run([sys.executable, "-c", program], check=True, cwd="tests")
 

@@ -140,6 +140,19 @@ def test_the_class_of_freed_parameters_makes_plain_ones() -> None:
     assert not made.requires_grad
 
 
+def test_a_freed_parameter_on_meta_needs_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def values_of(*_: object) -> None:
+        raise AssertionError("a freed weight is made again")
+
+    module, _ = freed(mlp())
+    monkeypatch.setattr(type(STORE), "values_of", values_of)
+    on_meta = module.experts.down_proj.to("meta")
+    assert on_meta.is_meta
+    assert on_meta.shape == (6, 96, 64)
+    with pytest.raises(AssertionError, match="is made again"):
+        module.experts.down_proj.to(torch.bfloat16)
+
+
 def test_which_modules_are_offloaded(tmp_path: Path) -> None:
     module = nn.Sequential(mlp(), mlp())
     cpu_offload(module[1], execution_device=CPU)
