@@ -21,6 +21,7 @@ import mxfp4_fx
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 from mxfp4_fx.core.errors import RepeatedSwizzleWarning
 from mxfp4_fx.huggingface.offloading import offloaded
+from mxfp4_fx.weights import freed as freed_weights
 from mxfp4_fx.weights.freed import FreedParameter
 from mxfp4_fx.weights.store import STORE
 
@@ -84,6 +85,20 @@ def test_a_change_of_an_offloaded_weight_is_noticed() -> None:
     for name in ("down_proj", "down_proj_bias"):
         weights[name].zero_()
     assert not run(hidden())[0].any()
+
+
+def test_an_offloaded_weight_is_not_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be for nothing, and would give back pages of the file that the next call reads."""
+    whole = Layers()
+    cpu_offload(whole.layers[1].experts, execution_device=CPU)
+    freed_here = []
+    free = freed_weights.free
+    monkeypatch.setattr(freed_weights, "free", lambda held: freed_here.extend(held) or free(held))
+    run = compile_with(whole, options={"free_weights": True})
+    for _ in range(2):
+        run(hidden())
+    experts = whole.layers[0].experts
+    assert [*map(id, freed_here)] == [id(experts.gate_up_proj), id(experts.down_proj)]
 
 
 def routed() -> tuple[Tensor, Tensor, Tensor]:
