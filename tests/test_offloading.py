@@ -89,16 +89,16 @@ def test_a_change_of_an_offloaded_weight_is_noticed() -> None:
 
 def test_an_offloaded_weight_is_not_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be for nothing, and would give back pages of the file that the next call reads."""
-    whole = Layers()
-    cpu_offload(whole.layers[1].experts, execution_device=CPU)
-    freed_here = []
-    free = freed_weights.free
-    monkeypatch.setattr(freed_weights, "free", lambda held: freed_here.extend(held) or free(held))
-    run = compile_with(whole, options={"free_weights": True})
-    for _ in range(2):
-        run(hidden())
-    experts = whole.layers[0].experts
-    assert [*map(id, freed_here)] == [id(experts.gate_up_proj), id(experts.down_proj)]
+
+    def free(_: object) -> None:
+        raise AssertionError("a weight is freed")
+
+    module = mlp()
+    cpu_offload(module.experts, execution_device=CPU)
+    monkeypatch.setattr(freed_weights, "free", free)
+    compile_with(module, options={"free_weights": True})(hidden())
+    with pytest.raises(AssertionError, match="is freed"):
+        compile_with(mlp(), options={"free_weights": True})(hidden())
 
 
 def routed() -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +128,9 @@ class TestTheWarning:
         run = compile_with(module)
         assert sum(len(told(run, *routed())) for _ in range(4)) == 1
 
-    @pytest.mark.parametrize("options", [{"skip": ["experts"]}, {"kernels": "reference"}])
+    @pytest.mark.parametrize(
+        "options", [pytest.param({"skip": ["experts"]}, marks=EXHAUSTIVE), {"kernels": "reference"}]
+    )
     def test_is_not_given_where_nothing_is_swizzled(self, options: dict[str, Any]) -> None:
         module = pack(mlp())
         cpu_offload(module.experts, execution_device=CPU)
@@ -136,7 +138,8 @@ class TestTheWarning:
         assert not any(told(run, hidden()) for _ in range(4))
 
 
-@pytest.mark.parametrize("packed", [pytest.param(False, marks=EXHAUSTIVE), True])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("packed", [False, True])
 def test_a_freed_model_can_be_offloaded(packed: bool) -> None:
     """accelerate makes new parameters by the class of the old ones."""
     module, _ = freed(pack(mlp()) if packed else mlp())
