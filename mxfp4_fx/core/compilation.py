@@ -88,9 +88,9 @@ def on_frames(begin: Callable[[], object], sharers: Callable[[types.CodeType], i
         def check(cache_size: Any, compile_id: Any) -> tuple[bool, str]:
             # A wrapper around the caller would not do: Dynamo looks on the stack for
             # torch.compiler.disable(recursive=False), just above its own frames.
-            compiling = next(itertools.islice(_frames(), 2, None)).f_locals
-            code = compiling["code"]
-            is_ours = innermost(compiling["compiler_fn"])[0] is not None
+            _, _, caller = itertools.islice(_frames(), 3)  # behind _frames and this function
+            local = caller.f_locals
+            code, is_ours = local["code"], innermost(local["compiler_fn"])[0] is not None
             if is_ours:
                 begin()
             is_over, limit = original(cache_size, compile_id)
