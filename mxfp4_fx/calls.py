@@ -31,14 +31,12 @@ from mxfp4_fx.core.errors import (
     OptionError,
 )
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.core.skip import KEEP_DENSE, Skip
+from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, Skip
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
+from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
 
-# A mark on experts during a call whose options["skip"] names them. Dynamo guards it, as it guards
-# KEEP_DENSE, because the hook reads it.
-_SKIPPED = "_mxfp4_fx_skipped"
 _HOOK = -4  # our key among a module's hooks; torch's are not negative
 
 
@@ -106,7 +104,7 @@ class Call:
                 module._forward_pre_hooks[_HOOK] = _before_experts
                 module._forward_hooks[_HOOK] = _after_experts
             for module, is_skipped in skipped:
-                vars(module)[_SKIPPED] = is_skipped
+                vars(module)[SKIPPED] = is_skipped
 
     def __exit__(self, *_: object) -> None:
         _calls.current = self._outer
@@ -122,7 +120,7 @@ class Call:
                 module._forward_pre_hooks.pop(_HOOK, None)
                 module._forward_hooks.pop(_HOOK, None)
                 if self.options.skip:
-                    vars(module).pop(_SKIPPED, None)
+                    vars(module).pop(SKIPPED, None)
         # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
         if sys.exc_info()[1] is self._raised:
             self._judge()
@@ -164,7 +162,8 @@ class Call:
         if why is not None:
             miss = Miss(name, why, skipped=True)
         else:
-            miss = Miss(name, f"it ran uncompiled: {compilation.why_uncompiled()}")
+            reason = hub_modules.why_not(module, self.options)
+            miss = Miss(name, reason or f"it ran uncompiled: {compilation.why_uncompiled()}")
         if self.observer is not None:
             self.observer.outside.append(miss)
         elif why is None:
@@ -179,7 +178,7 @@ class Call:
         """Return why the user wants these experts left as they are; None if the user does not."""
         if getattr(module, KEEP_DENSE, False):
             return "kept dense: skip= or modules_to_not_convert named it when it was loaded"
-        if vars(module).get(_SKIPPED, False):
+        if vars(module).get(SKIPPED, False):
             return "skipped by options['skip']"
         return None
 
@@ -317,7 +316,7 @@ def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
 def _before_experts(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         # Dynamo guards the marks because they are read: skipped experts get a graph of their own.
-        _ = bool(getattr(module, KEEP_DENSE, False)), bool(getattr(module, _SKIPPED, False))
+        _ = bool(getattr(module, KEEP_DENSE, False)), bool(getattr(module, SKIPPED, False))
         return
     call = current()
     if call is not None:

@@ -25,6 +25,10 @@ class FreedWeightError(Mxfp4Error, RuntimeError):
     """A program uses a weight whose memory ``free_weights`` has given back."""
 
 
+class DeviceFullError(Mxfp4Error, RuntimeError):
+    """A device has no room for a swizzled weight beside the model's own."""
+
+
 class CheckpointError(Mxfp4Error, ValueError):
     """A checkpoint cannot be read, is not what its config says, or cannot be written."""
 

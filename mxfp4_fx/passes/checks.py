@@ -86,6 +86,8 @@ def _check_types(match: Match) -> None:
             _fail(match, f"{name} is a {type(value).__name__}, not a plain tensor", node)
         is_packed = SCALES[0] in match.leaves and name in _SWIZZLED
         wanted = torch.uint8 if is_packed else hidden.dtype
+        if name.endswith("_bias") and SCALES[0] in match.leaves and value.dtype in DTYPES:
+            wanted = value.dtype  # the device ops add a bias of any dtype in float32
         if name != "indices" and value.dtype != wanted:
             reason = f"{name} is {value.dtype}, the activations are {hidden.dtype}"
             _fail(match, f"{name} is {value.dtype}, not uint8" if is_packed else reason, node)
