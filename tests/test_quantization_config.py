@@ -34,6 +34,7 @@ from test_loading import cached, is_packed
 from test_quantize_on_load import LiveDense, quantized
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -161,10 +162,26 @@ def test_a_config_serves_several_models(packed: Path, dense: Path) -> None:
 
 def test_a_config_of_a_loaded_model(packed: Path) -> None:
     config = load(packed, given=mxfp4_fx.Mxfp4Config(skip="layers.1")).config
-    again = AutoModelForCausalLM.from_pretrained(packed, config=config)
-    assert is_packed(again) == [True, False]
-    assert is_packed(load(packed, config=config)) == [True, False]
-    assert is_packed(mxfp4_fx.from_pretrained(packed, config=config)) == [True, False]
+    for again in (
+        AutoModelForCausalLM.from_pretrained(packed, config=config),
+        load(packed, config=config),
+        mxfp4_fx.from_pretrained(packed, config=config),
+    ):
+        assert is_packed(again) == [True, False]
+        assert again.config.to_dict() == config.to_dict()
+
+
+def test_files_without_a_config_beside_them(packed: Path, dense: Path, tmp_path: Path) -> None:
+    """As with a config of the user's and files on the Hub."""
+    for path in (packed, dense):
+        alone = shutil.copytree(path, tmp_path / path.name)
+        (alone / "config.json").unlink()
+        config = AutoConfig.from_pretrained(path)
+        expected = parameters(mxfp4_fx.from_pretrained(path))
+        assert_same_tensors(parameters(load(alone, config=config)), expected)
+        config.hidden_size = 96
+        with pytest.raises(CheckpointError, match="the config says that hidden_size is 96"):
+            load(alone, config=config)
 
 
 def test_the_scale_rule(dense: Path) -> None:

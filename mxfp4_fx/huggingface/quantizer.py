@@ -101,6 +101,7 @@ class Mxfp4Config(transformers.Mxfp4Config):
         quant_method: "mxfp4_fx", if the arguments are those of a dict.
 
     Attributes:
+        given: in the config of a loaded model, the one that the user gave.
         key_mapping: patterns of names in the files -> replacements, as in transformers.
         ignore_sizes: accept tensors of other sizes than the config's, except the experts';
             transformers then initializes new ones.
@@ -108,6 +109,8 @@ class Mxfp4Config(transformers.Mxfp4Config):
     Raises:
         OptionError: an argument has no meaning here.
     """
+
+    given: Mxfp4Config
 
     def __init__(
         self,
@@ -147,14 +150,17 @@ class Mxfp4Config(transformers.Mxfp4Config):
 
         Args:
             config: what the user gave, if the checkpoint has no ``quantization_config``; else
-                transformers' config of that, with our loading attributes.
+                transformers' config of that, or the merged one of a loaded model, with our loading
+                attributes.
         """
         given: Mxfp4Config = getattr(config, "given", config)
         merged = copy.copy(given)  # the user may load another model with the one given
+        merged.given = given
         stored = None if config is given else config.modules_to_not_convert
         if stored is None:
             stored = gpt_oss.not_converted_by_default()
-        merged.modules_to_not_convert = [*stored, *(given.modules_to_not_convert or ())]
+        entries = [*stored, *(given.modules_to_not_convert or ())]
+        merged.modules_to_not_convert = list(dict.fromkeys(entries))
         return merged
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -313,9 +319,9 @@ def _opened(files: Sequence[str], config: Any, rename: Callable[[str], str] = st
         checkpoint = Checkpoint(files, read_json(beside), rename)
         checkpoint.config_name = str(beside)
         return checkpoint
-    return Checkpoint(
-        files, {**config.to_dict(), "quantization_config": gpt_oss.quantized_config(())}, rename
-    )
+    # What this config says of the experts is not the files' own word: either form will do.
+    quantization = {"quantization_config": gpt_oss.quantized_config(())}
+    return Checkpoint(files, {**config.to_dict(), **quantization}, rename)
 
 
 def _correct_offload_index(model: nn.Module) -> None:
