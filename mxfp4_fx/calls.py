@@ -25,6 +25,7 @@ from torch import nn
 
 from mxfp4_fx.core import compilation, forks, torch_private
 from mxfp4_fx.core.errors import (
+    InflatedExpertsWarning,
     MissedRewriteError,
     MissedRewriteWarning,
     NoExpertsWarning,
@@ -35,6 +36,7 @@ from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, Skip
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
+from mxfp4_fx.huggingface.inflated import note_of_inflated
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
 
 _HOOK = -4  # our key among a module's hooks; torch's are not negative
@@ -43,6 +45,7 @@ _HOOK = -4  # our key among a module's hooks; torch's are not negative
 # A module or function -> the warnings that were given about it.
 _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()  # modules and functions that have called experts
+_told_of_size: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that may be inflated
 _watched: dict[nn.Module, int] = {}  # modules with our hooks -> calls that need them
 _lock = threading.RLock()
 _calls = threading.local()
@@ -50,10 +53,14 @@ _calls = threading.local()
 
 @dataclasses.dataclass
 class Found:
-    """What a call found: the report of each graph that ran, and experts that ran in no graph."""
+    """What a call found: the report of each graph that ran, and experts that ran in no graph.
+
+    Notes are what the user should know beside that.
+    """
 
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
     outside: list[Miss] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 _observer: contextvars.ContextVar[Found | None] = contextvars.ContextVar("observer", default=None)
@@ -210,10 +217,27 @@ class Call:
         if report.rewrites or report.misses:
             self.found = True
             self.graphs += 1
+        if report.rewrites:
+            self._note_inflated()
         if self.observer is not None:
             self.observer.graphs.append(self.renamed(report, args))
         elif report.misses:
             self.announce(report, args)
+
+    def _note_inflated(self) -> None:
+        """Warn, once a model, that transformers made its experts dense while it loaded them."""
+        for model in self.models:
+            top = model.top()
+            if top is None or (self.observer is None and top in _told_of_size):
+                continue
+            experts = [module for _, module in model.experts() or () if self.left(module) is None]
+            note = note_of_inflated(top, experts)
+            if self.observer is not None:
+                self.observer.notes += [note] if note else []
+                continue
+            if note:
+                _warn(note, InflatedExpertsWarning)
+            _told_of_size.add(top)
 
     def announce(self, report: GraphReport, args: Sequence[Any]) -> None:
         """Warn of the misses of a graph that runs on these inputs, or raise with ``strict``."""

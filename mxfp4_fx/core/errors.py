@@ -65,6 +65,10 @@ class NoExpertsWarning(UserWarning):
     """A compiled or loaded model has nothing like GPT-OSS experts, or skips all of them."""
 
 
+class InflatedExpertsWarning(UserWarning):
+    """A compiled model's experts are dense because transformers dequantized an MXFP4 checkpoint."""
+
+
 class SlowKernelsWarning(UserWarning):
     """Experts run or are exported with kernels several times slower than the native ones."""
 
