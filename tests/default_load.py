@@ -37,7 +37,10 @@ def on_a_gpu(layout: str = "hub_strided") -> Iterator[None]:
 
     def prepare_for_gpu(*args: Any, **kwargs: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantizer_mxfp4, "get_current_accelerator", lambda: torch.device("xpu"))
+            for place in (quantizer_mxfp4, torch.accelerator):  # transformers 5.19 on, and before
+                for name in ("get_current_accelerator", "current_accelerator"):
+                    if hasattr(place, name):
+                        patch.setattr(place, name, lambda: torch.device("xpu"))
             prepare(*args, **kwargs)
 
     with _with_layout(layout), pytest.MonkeyPatch.context() as patch:

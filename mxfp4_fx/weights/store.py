@@ -89,18 +89,23 @@ class WeightStore:
     def _find_by_storage(
         self, tensors: tuple[Tensor, ...], encoding: Encoding, layout: str
     ) -> Parts | None:
-        # An entry would keep the storages alive, and they its marks.
+        blocks, scales = tensors
+        held, other = blocks.untyped_storage(), scales.untyped_storage()
+        mark, second = id(getattr(held, MARK, None)), id(getattr(other, MARK, None))
+        offsets = blocks.storage_offset(), scales.storage_offset()
+        entry = self._by_key.get((mark, second, encoding, layout, *offsets))
+        if (
+            entry is not None
+            and not entry.stale
+            and entry.guards(blocks, scales)
+            and entry.states[0].is_current(blocks, held._cdata)
+            and entry.states[1].is_current(scales, other._cdata)
+        ):
+            return entry.parts
         if layout in encoding.layouts and not any(map(freed.is_freed, tensors)):
+            # An entry would keep the storages alive, and they its marks.
             return encoding.view(tensors, layout)
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        marks = (id(getattr(storage, MARK, None)) for storage in storages)
-        offsets = (tensor.storage_offset() for tensor in tensors)
-        entry = self._by_key.get((*marks, encoding, layout, *offsets))
-        if entry is None or entry.stale or not entry.guards(*tensors):
-            return None
-        pairs = zip(entry.states, tensors, storages, strict=True)
-        is_current = all(state.is_current(t, storage._cdata) for state, t, storage in pairs)
-        return entry.parts if is_current else None
+        return None
 
     def get(self, source: Source, layout: str, name: str = "") -> Parts:
         """Return blocks and scales in ``layout``; swizzle the source if they are not current.
