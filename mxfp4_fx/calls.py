@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mxfp4_fx.core import compilation, forks, torch_private
 from mxfp4_fx.core.errors import (
@@ -30,6 +30,7 @@ from mxfp4_fx.core.errors import (
     MissedRewriteWarning,
     NoExpertsWarning,
     OptionError,
+    RepeatedSwizzleWarning,
 )
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, Skip
@@ -37,6 +38,8 @@ from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.inflated import note_of_inflated
+from mxfp4_fx.huggingface.offloading import offloaded
+from mxfp4_fx.limits import sharers
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
 
 _HOOK = -4  # our key among a module's hooks; torch's are not negative
@@ -92,7 +95,7 @@ class Call:
 
     def __enter__(self) -> None:
         prepare_capture()  # transformers may have been imported since the last call
-        called = compilation.compiled_function()
+        called = compilation.compiled_function(apart=True)
         skipped = []
         if called is not None:
             self._function = called[0]
@@ -194,6 +197,37 @@ class Call:
         owners = self._owners()
         return {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
 
+    @functools.cached_property
+    def offloaded(self) -> dict[nn.Module, str]:
+        """The experts whose weights are loaded for a call alone -> their names."""
+        tops = [top for model in self.models if (top := model.top()) is not None]
+        found = {module for top in tops for module in offloaded(top)}
+        return {module: self.name_of(module) for module in self.experts if module in found}
+
+    def is_lent(self, tensor: Tensor) -> bool:
+        """Return whether a weight is one of :attr:`offloaded` experts."""
+        return any(tensor is held for module in self.offloaded for held in tensors_of(module))
+
+    def tell_of_offloaded(self) -> None:
+        """Warn once of each of the :attr:`offloaded` experts, unless they are left as they are."""
+        told = "offloaded"
+        fresh = {
+            module: name
+            for module, name in self.offloaded.items()
+            if told not in _told.get(module, ()) and self.left(module) is None
+        }
+        if self.observer is not None or not fresh:
+            return
+        shown = "".join(f"\n  {name}" for name in [*fresh.values()][:3])
+        more = f"\n  and {len(fresh) - 3} more" if len(fresh) > 3 else ""
+        _warn(
+            "these MoE layers run in MXFP4, but each call loads their weights and swizzles them "
+            f"again, because a device_map offloads them:{shown}{more}",
+            RepeatedSwizzleWarning,
+        )
+        for module in fresh:
+            _told.setdefault(module, set()).add(told)
+
     def check_skip(self) -> None:
         """Check ``options["skip"]``.
 
@@ -281,6 +315,19 @@ def current() -> Call | None:
     return getattr(_calls, "current", None)
 
 
+def is_lent(tensor: Tensor) -> bool:
+    """Return whether a weight is loaded for the current call alone; see :attr:`Call.offloaded`."""
+    call = current()
+    return call is not None and call.is_lent(tensor)
+
+
+def tell_of_lent() -> None:
+    """Warn once of the experts of the current call whose weights are loaded for it alone."""
+    call = current()
+    if call is not None:
+        call.tell_of_offloaded()
+
+
 @contextlib.contextmanager
 def observed() -> Iterator[Found]:
     """Collect what calls find, instead of warning or raising."""
@@ -358,3 +405,6 @@ def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
 
 forks.renew_lock(sys.modules[__name__], "_lock", threading.RLock)
 compilation.on_calls(_call_with)
+# Before each frame, because transformers may be imported at any time: code in a call may import it,
+# and set_stance(force_backend="mxfp4") compiles without a Call.
+compilation.on_frames(prepare_capture, sharers)

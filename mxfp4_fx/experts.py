@@ -91,6 +91,11 @@ def look_at(top: nn.Module) -> tuple[Model, list[tuple[str, nn.Module]]]:
     return model, experts
 
 
+def looked_at() -> list[nn.Module]:
+    """Return the modules that :func:`look_at` was called with and that still live."""
+    return list(_models)
+
+
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module is of a known class, or has several stacks of equal length."""
     if not _EXPERTS.isdisjoint(kind.__name__ for kind in type(module).__mro__):

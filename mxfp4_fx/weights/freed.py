@@ -55,6 +55,14 @@ def read_from(values: Callable[[Tensor], Tensor]) -> None:
 class FreedParameter(nn.Parameter):
     """The class of a parameter while its memory is freed."""
 
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        """Return a plain parameter.
+
+        Code that replaces a parameter, such as accelerate's, calls the class of the old one. The
+        new one has its own memory.
+        """
+        return nn.Parameter(data, requires_grad)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -219,8 +227,11 @@ def _converted(freed: FreedParameter, func: Callable[..., Any], args: Any, kwarg
     """Return the result of a conversion: ``freed`` itself if it has that device and dtype."""
     with torch_private.as_plain_tensors():
         like = torch.empty(0, dtype=freed.dtype, device=freed.device)
-    if func(like, *args, **kwargs) is like:
-        return freed
+        made = func(like, *args, **kwargs)
+        if made is like:
+            return freed
+        if made.is_meta:  # has no values either; accelerate asks for it after each call
+            return func(freed, *args, **kwargs)
     converted: Tensor = func(_values(freed), *args, **kwargs)
     return converted
 
