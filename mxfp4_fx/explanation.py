@@ -60,6 +60,7 @@ class Explanation:
             total = ("total", "", "", "", _size(self.bytes_before), _size(self.bytes_after))
             lines += _table([header, *rows, total])
             lines += dict.fromkeys(f"{_target(r)}: {r.reason}" for r in self.rewrites)
+            lines += dict.fromkeys(f"{_target(r)}: {r.travel}" for r in self.rewrites if r.travel)
         for miss in self.misses:
             lines += [f"not rewritten: {miss.layer}", f"  {miss.reason}"]
             lines += [f"  at {miss.where}"] if miss.where else []

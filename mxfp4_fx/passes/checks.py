@@ -15,7 +15,7 @@ from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.torch_private import is_wrapper
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect
-from mxfp4_fx.passes.graph import tensor_of
+from mxfp4_fx.passes.graph import before_moves, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch, Op, Rounded
 from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
 from mxfp4_fx.passes.patterns import OUTPUTS, ROUTER_INDICES, ROUTER_SCORES
@@ -92,6 +92,11 @@ def compute_dtype(match: Match) -> torch.dtype:
     return functools.reduce(torch.promote_types, inside) if inside else _leaf(match, "hidden").dtype
 
 
+def are_routes_moved(match: Match) -> bool:
+    """Return whether the router is on another device, from which its routes are moved."""
+    return before_moves(match.leaves["scores"]) is not match.leaves["scores"]
+
+
 def dtypes_inside(match: Match) -> tuple[torch.dtype, ...]:
     """Return the dtypes that a checked region rounds to."""
     inside = {
@@ -118,7 +123,9 @@ def _check_types(match: Match) -> None:
             _fail(match, f"{name} is {value.dtype}, not uint8", node)
         if not is_packed and name != "indices" and value.dtype not in DTYPES:
             _fail(match, f"{name} is {value.dtype}; supported are {supported}", node)
-        if value.device != hidden.device:
+        if value.device != hidden.device and not (
+            name == "router_logits" and are_routes_moved(match)
+        ):
             where = f"on {value.device}, the activations on {hidden.device}"
             _fail(match, f"{name} is {where}", node)
     for expr, node in match.nodes.items():

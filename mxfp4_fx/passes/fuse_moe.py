@@ -21,13 +21,14 @@ from mxfp4_fx.passes import verification
 from mxfp4_fx.passes.checks import (
     SCALES,
     WEIGHTS,
+    are_routes_moved,
     check_region,
     compute_dtype,
     dtypes_inside,
 )
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.effects import modes
-from mxfp4_fx.passes.graph import op_name, tensor_of
+from mxfp4_fx.passes.graph import before_moves, op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
 from mxfp4_fx.passes.origin import comes_from, module_name, source_line
@@ -122,9 +123,9 @@ def _match_router(match: Match, form: Form) -> bool:
     """Prove the router. Return False if the routes are inputs of the graph and the form allows it.
 
     The router's values may have other users, because models return the scores. They stay in the
-    graph.
+    graph. The router may be on another device than the experts.
     """
-    scores, indices = match.leaves["scores"], match.leaves["indices"]
+    scores, indices = (before_moves(match.leaves[name]) for name in ("scores", "indices"))
     if scores.op == indices.op == "placeholder" and not form.needs_router:
         return False
     try:
@@ -144,6 +145,8 @@ def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> R
     letters = match.letters
     names = ("gate_up", "down", *SCALES)
     weights = [t for name in names if (t := tensor_of(match.leaves.get(name))) is not None]
+    hidden = match.leaves["hidden"]
+    home, device = (_tensor(node).device for node in (before_moves(hidden), hidden))
     return Rewrite(
         layer=layer,
         form=form.name,
@@ -155,6 +158,7 @@ def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> R
         limit=float(letters["limit"]),
         bytes_before=sum(w.numel() * w.element_size() for w in weights),
         inputs=inputs,
+        travel=f"hidden states travel from {home} to {device}" if home != device else "",
     )
 
 
@@ -181,7 +185,7 @@ def _insert_moe(gm: fx.GraphModule, root: fx.Node, match: Match, has_router: boo
     dtype = compute_dtype(match)
     hidden = _cast_after(root, match.leaves["hidden"], dtype)
     with gm.graph.inserting_after(max(root, hidden)):
-        if has_router:
+        if has_router and not are_routes_moved(match):
             logits, top_k = match.leaves["router_logits"], match.letters["A"]
             args = (hidden, logits, *weights, top_k, *constants, *scales)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.default, args)
