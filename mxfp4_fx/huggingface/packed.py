@@ -85,13 +85,8 @@ class PackedExperts(nn.Module):
         if home != device:
             # All copies wait. A CPU that reads would not wait for one, and a compiled graph may use
             # the memory of the result again.
-            inputs = (hidden_states, router_indices, routing_weights)
-            return self._compute(*(tensor.to(device) for tensor in inputs)).to(home)
-        return self._compute(hidden_states, router_indices, routing_weights)
-
-    def _compute(
-        self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor
-    ) -> Tensor:
+            hidden_states, router_indices = hidden_states.to(device), router_indices.to(device)
+            routing_weights = routing_weights.to(device)
         gammas, gather_index, scatter_index, offsets = torch.ops.mxfp4.routing.routes(
             router_indices, routing_weights, self.num_experts
         )
@@ -122,7 +117,7 @@ class PackedExperts(nn.Module):
             experts_per_token=router_indices.shape[1],
             **by,
         )
-        return out
+        return out if home == device else out.to(home)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         """Let ``fn`` convert the parameters, as all of ``nn.Module``'s methods do.
