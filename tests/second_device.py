@@ -52,7 +52,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         source, target = args[:2]
         target.copy_(source)
         return target if target.device.type != NAME else None
-    if name == "aten.view.default":
+    if name in ("aten.view.default", "aten._reshape_alias.default"):  # strides may be others
         return _made_of(args[0].reshape(args[1]))
     cpu = torch.device("cpu")
     args, kwargs = tree_map_only(torch.device, lambda _: cpu, (args, kwargs))

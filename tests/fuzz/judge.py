@@ -318,6 +318,13 @@ def in_float64(gm: fx.GraphModule) -> fx.GraphModule:
         )
         if node.op == "call_method" and node.target in ("float", "bfloat16", "half"):
             node.target = "double"
+        if _is_cast(node) and node.target in ("to", "double"):
+            # A copy, as in the other dtypes; in float64 it would be its input itself.
+            node.target, node.args, node.kwargs = (
+                "to",
+                (node.args[0], torch.float64),
+                {"copy": True},
+            )
         if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
             name = str(node.target).removesuffix(".default")
             if "mxfp4.moe" in name:
@@ -327,6 +334,13 @@ def in_float64(gm: fx.GraphModule) -> fx.GraphModule:
                 node.target = FORMULAS[name]
     gm.recompile()
     return gm
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Whether a call changes one of ``DTYPES`` to another one."""
+    values = [n.meta.get("example_value") for n in (*node.all_input_nodes[:1], node)]
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
+    return len(dtypes) == 2 and dtypes <= {*DTYPES} and node.op == "call_method"
 
 
 def _spell_out(node: fx.Node) -> None:
