@@ -33,6 +33,7 @@ def from_pretrained(
     auto_class: Any = None,
     skip: str | Sequence[str] = (),
     scale_rule: str = "max",
+    experts_device: torch.device | str | int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a GPT-OSS model through transformers; its experts keep the bytes of the checkpoint.
@@ -47,6 +48,9 @@ def from_pretrained(
             dense ones, in addition to those that ``modules_to_not_convert`` of the checkpoint
             names.
         scale_rule: for ``formats.quantize``, if the checkpoint has dense experts.
+        experts_device: the device on which packed experts stay (``placement.place_experts``), "cpu"
+            beside a GPU for example; ``device_map`` then names the one device of the rest. None
+            means that they go where the rest goes.
         kwargs: further arguments of transformers' ``from_pretrained``: dtype, device_map, ...
             A model that is loaded with ``key_mapping`` is saved under its own names, not those of
             the files.
@@ -59,7 +63,8 @@ def from_pretrained(
         CheckpointError: the checkpoint does not exist, is damaged, or is not a GPT-OSS in MXFP4 or
             dense; or transformers is not installed.
         OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
-            experts, or ``scale_rule`` is unknown.
+            experts, ``scale_rule`` is unknown, or ``device_map`` names no single device beside
+            ``experts_device``.
     Warns:
         CheckpointWarning: the files hold tensors that the model does not have, or the index
             disagrees with the shards.
@@ -76,10 +81,14 @@ def from_pretrained(
         import transformers
         from safetensors import SafetensorError
 
+        from mxfp4_fx.huggingface.placement import device_of_the_rest, place_experts
         from mxfp4_fx.huggingface.quantizer import Mxfp4Config, check, renaming
     except ImportError as error:
         raise CheckpointError(f"loading needs {_NEEDED}: {error}") from error
 
+    rest = None
+    if experts_device is not None:  # no map: with one, accelerate's hooks would move the weights
+        rest = device_of_the_rest(kwargs.pop("device_map", None))
     path = os.path.expanduser(os.fspath(path))
     mapping, ignore_sizes = kwargs.get("key_mapping") or {}, kwargs.get("ignore_mismatched_sizes")
     rename = renaming(mapping)
@@ -95,11 +104,14 @@ def from_pretrained(
     auto_class = auto_class or transformers.AutoModelForCausalLM
     kwargs["use_safetensors"] = True  # None would allow pickles
     try:
-        return auto_class.from_pretrained(
+        model = auto_class.from_pretrained(
             path, config=config, quantization_config=quantization, **hub, **kwargs
         )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    if experts_device is not None:
+        place_experts(model, experts_device)
+    return model if rest is None else model.to(rest)
 
 
 @contextlib.contextmanager

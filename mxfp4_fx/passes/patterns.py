@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, HUB_LAYOUTS, LAYOUTS
-from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Op, Scalar
+from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Op, Rounded, Scalar
 
 T, A, E, H, I = (Letter(name) for name in "TAEHI")  # noqa: E741
 ALPHA, LIMIT = Letter("alpha"), Letter("limit")
@@ -27,6 +27,8 @@ GATE_UP, GATE_UP_BIAS = Leaf("gate_up"), Leaf("gate_up_bias")
 DOWN, DOWN_BIAS = Leaf("down"), Leaf("down_bias")
 
 GATE_UP_SCALES, DOWN_SCALES = Leaf("gate_up_scales"), Leaf("down_scales")
+
+OUTPUTS = "outputs"  # the role of the experts' outputs
 
 Shapes = dict[str, tuple[Scalar | int, ...]]
 
@@ -116,10 +118,10 @@ def grouped_mm(histogram_dtype: torch.dtype, sentinels: Sentinels) -> Op:
     foreign = view(at_least(ids, E), T * A, 1)
     if guarded:
         ids, x = clamp(ids, low=None, high=E - 1), zeroed(x, foreign)
-    gate_up = grouped(x, GATE_UP, offsets) + GATE_UP_BIAS[ids]
+    gate_up: Expr = Rounded(grouped(Rounded(x), GATE_UP, offsets) + GATE_UP_BIAS[ids])
     if sentinels is Sentinels.ROWS:
         gate_up = zeroed(gate_up, foreign)
-    y = grouped(swiglu(gate_up), DOWN, offsets) + DOWN_BIAS[ids]
+    y = outputs(grouped(Rounded(swiglu(gate_up)), DOWN, offsets) + DOWN_BIAS[ids])
     if sentinels is Sentinels.ROWS:
         y = zeroed(y, foreign)
     weighted = y * view(view(SCORES, T * A)[order], T * A, 1)
@@ -138,8 +140,8 @@ def batched_mm(sentinels: Sentinels) -> Op:
     if sentinels is not Sentinels.NONE:
         ids = clamp(ids, low=0, high=E - 1)
     x = repeat_rows(HIDDEN, A)
-    gate_up = routed(x, H, GATE_UP[ids], I * 2) + GATE_UP_BIAS[ids]
-    y = routed(swiglu(gate_up), I, DOWN[ids], H) + DOWN_BIAS[ids]
+    gate_up = Rounded(routed(x, H, GATE_UP[ids], I * 2) + GATE_UP_BIAS[ids])
+    y = outputs(routed(swiglu(gate_up), I, DOWN[ids], H) + DOWN_BIAS[ids])
     return sum_over_choices(y * view(scores, T * A, 1))
 
 
@@ -198,6 +200,11 @@ def matmul_ogs(
     # x comes last: the attempt that matches most before it fails explains a miss, so the op's own
     # arguments are matched before the calls that compute x.
     return Op("mxfp4.matmul_ogs", {**args, **defaults, **changes, "x": x})
+
+
+def outputs(y: Expr) -> Expr:
+    """Mark the experts' outputs, which are weighted and summed next."""
+    return Rounded(y, OUTPUTS)
 
 
 def view(x: Expr, *shape: Scalar | int) -> Expr:
