@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
     from mxfp4_fx.explanation import Explanation, explain
     from mxfp4_fx.huggingface.loading import from_pretrained
+    from mxfp4_fx.huggingface.placement import place_experts
+    from mxfp4_fx.huggingface.quantizer import Mxfp4Config
     from mxfp4_fx.huggingface.unpacking import dequantize
     from mxfp4_fx.weights.upkeep import forget, refresh, restore
 
 __all__ = [
     "Explanation",
+    "Mxfp4Config",
     "__version__",
     "dequantize",
     "explain",
     "forget",
     "from_pretrained",
     "mxfp4",
+    "place_experts",
     "quantize_checkpoint",
     "refresh",
     "restore",
@@ -33,11 +37,13 @@ __all__ = [
 
 _MODULES = {
     "Explanation": "mxfp4_fx.explanation",
+    "Mxfp4Config": "mxfp4_fx.huggingface.quantizer",
     "dequantize": "mxfp4_fx.huggingface.unpacking",
     "explain": "mxfp4_fx.explanation",
     "forget": "mxfp4_fx.weights.upkeep",
     "from_pretrained": "mxfp4_fx.huggingface.loading",
     "mxfp4": "mxfp4_fx.backend",
+    "place_experts": "mxfp4_fx.huggingface.placement",
     "quantize_checkpoint": "mxfp4_fx.checkpoints.quantize",
     "refresh": "mxfp4_fx.weights.upkeep",
     "restore": "mxfp4_fx.weights.upkeep",

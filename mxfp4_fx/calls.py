@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mxfp4_fx.core import compilation, forks, torch_private
 from mxfp4_fx.core.errors import (
+    InflatedExpertsWarning,
     MissedRewriteError,
     MissedRewriteWarning,
     NoExpertsWarning,
@@ -32,22 +33,22 @@ from mxfp4_fx.core.errors import (
     RepeatedSwizzleWarning,
 )
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.core.skip import KEEP_DENSE, Skip
+from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, Skip
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
+from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
+from mxfp4_fx.huggingface.inflated import note_of_inflated
 from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
 
-# A mark on experts during a call whose options["skip"] names them. Dynamo guards it, as it guards
-# KEEP_DENSE, because the hook reads it.
-_SKIPPED = "_mxfp4_fx_skipped"
 _HOOK = -4  # our key among a module's hooks; torch's are not negative
 
 
 # A module or function -> the warnings that were given about it.
 _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()  # modules and functions that have called experts
+_told_of_size: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that may be inflated
 _watched: dict[nn.Module, int] = {}  # modules with our hooks -> calls that need them
 _lock = threading.RLock()
 _calls = threading.local()
@@ -55,10 +56,14 @@ _calls = threading.local()
 
 @dataclasses.dataclass
 class Found:
-    """What a call found: the report of each graph that ran, and experts that ran in no graph."""
+    """What a call found: the report of each graph that ran, and experts that ran in no graph.
+
+    Notes are what the user should know beside that.
+    """
 
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
     outside: list[Miss] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 _observer: contextvars.ContextVar[Found | None] = contextvars.ContextVar("observer", default=None)
@@ -109,7 +114,7 @@ class Call:
                 module._forward_pre_hooks[_HOOK] = _before_experts
                 module._forward_hooks[_HOOK] = _after_experts
             for module, is_skipped in skipped:
-                vars(module)[_SKIPPED] = is_skipped
+                vars(module)[SKIPPED] = is_skipped
 
     def __exit__(self, *_: object) -> None:
         _calls.current = self._outer
@@ -125,7 +130,7 @@ class Call:
                 module._forward_pre_hooks.pop(_HOOK, None)
                 module._forward_hooks.pop(_HOOK, None)
                 if self.options.skip:
-                    vars(module).pop(_SKIPPED, None)
+                    vars(module).pop(SKIPPED, None)
         # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
         if sys.exc_info()[1] is self._raised:
             self._judge()
@@ -167,7 +172,8 @@ class Call:
         if why is not None:
             miss = Miss(name, why, skipped=True)
         else:
-            miss = Miss(name, f"it ran uncompiled: {compilation.why_uncompiled()}")
+            reason = hub_modules.why_not(module, self.options)
+            miss = Miss(name, reason or f"it ran uncompiled: {compilation.why_uncompiled()}")
         if self.observer is not None:
             self.observer.outside.append(miss)
         elif why is None:
@@ -182,7 +188,7 @@ class Call:
         """Return why the user wants these experts left as they are; None if the user does not."""
         if getattr(module, KEEP_DENSE, False):
             return "kept dense: skip= or modules_to_not_convert named it when it was loaded"
-        if vars(module).get(_SKIPPED, False):
+        if vars(module).get(SKIPPED, False):
             return "skipped by options['skip']"
         return None
 
@@ -245,10 +251,27 @@ class Call:
         if report.rewrites or report.misses:
             self.found = True
             self.graphs += 1
+        if report.rewrites:
+            self._note_inflated()
         if self.observer is not None:
             self.observer.graphs.append(self.renamed(report, args))
         elif report.misses:
             self.announce(report, args)
+
+    def _note_inflated(self) -> None:
+        """Warn, once a model, that transformers made its experts dense while it loaded them."""
+        for model in self.models:
+            top = model.top()
+            if top is None or (self.observer is None and top in _told_of_size):
+                continue
+            experts = [module for _, module in model.experts() or () if self.left(module) is None]
+            note = note_of_inflated(top, experts)
+            if self.observer is not None:
+                self.observer.notes += [note] if note else []
+                continue
+            if note:
+                _warn(note, InflatedExpertsWarning)
+            _told_of_size.add(top)
 
     def announce(self, report: GraphReport, args: Sequence[Any]) -> None:
         """Warn of the misses of a graph that runs on these inputs, or raise with ``strict``."""
@@ -364,7 +387,7 @@ def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
 def _before_experts(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         # Dynamo guards the marks because they are read: skipped experts get a graph of their own.
-        _ = bool(getattr(module, KEEP_DENSE, False)), bool(getattr(module, _SKIPPED, False))
+        _ = bool(getattr(module, KEEP_DENSE, False)), bool(getattr(module, SKIPPED, False))
         return
     call = current()
     if call is not None:

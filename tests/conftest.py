@@ -73,6 +73,7 @@ def begin_anew() -> None:
 
         calls._told.clear()
         calls._seen.clear()
+        calls._told_of_size.clear()
     if "mxfp4_fx.experts" in sys.modules:
         from mxfp4_fx import experts
 

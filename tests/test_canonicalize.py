@@ -157,13 +157,60 @@ def test_a_view_without_gradients_stays() -> None:
     assert "view" in canonical(f, X.clone().requires_grad_())
 
 
-def test_a_result_of_another_dtype_stays_in_place() -> None:
+def test_a_sum_with_a_wider_dtype_is_rounded_behind() -> None:
     def f(x: Tensor, y: Tensor) -> Tensor:
         z = x * 2
-        z.add_(y)  # keeps float16; z.add(y) would not
+        z.add_(y)  # keeps bfloat16; z.add(y) does not
         return z * 1
 
-    assert "add_" in canonical(f, X.half(), X.clone())
+    x, y = torch.rand(2, 64, 64)
+    assert canonical(f, x.bfloat16(), y) == ["add", "to", "mul", "mul"]
+
+
+def test_a_sum_with_a_wider_dtype_has_the_same_gradients() -> None:
+    x, y = torch.rand(2, 64, 64)
+    leaves = x.bfloat16().requires_grad_(), y.requires_grad_()
+    calls: list[str] = []
+
+    def backend(gm: Any, inputs: list[Any]) -> Any:
+        copy = copy_graph(gm)
+        run_pass(canonicalize, copy, Context(Options(), inputs))
+        calls.extend(str(n.target) for n in copy.graph.nodes if n.op == "call_method")
+        return copy.forward
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        z = x * 2
+        z.add_(y)
+        return (z * z).sum()
+
+    expected = torch.autograd.grad(f(*leaves), leaves)
+    actual = torch.autograd.grad(torch.compile(f, backend=backend)(*leaves), leaves)
+    assert calls[:2] == ["add", "to"]
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def broadcast_row(x: Tensor) -> Tensor:
+    y = x.half()
+    y.add_(x[0])  # a functional sum would sum the gradient of x[0] in float32
+    return y * 1
+
+
+def with_factor(x: Tensor) -> Tensor:
+    y = x.half()
+    y.add_(x, alpha=3)  # a functional sum would multiply the gradient of x by 3 in float32
+    return y * 1
+
+
+def float64(x: Tensor) -> Tensor:
+    y = x * 1
+    y.add_(x.double())
+    return y * 1
+
+
+@pytest.mark.parametrize("f", [broadcast_row, with_factor, float64])
+def test_other_sums_of_two_dtypes_stay_in_place(f: Callable[..., Any]) -> None:
+    assert "add_" in canonical(f, X.clone())
 
 
 def test_an_earlier_reader_keeps_the_old_value() -> None:

@@ -296,16 +296,6 @@ def odd_mlp(**sizes: int) -> GptOssMLP:
     return module
 
 
-class Autocast(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.module(*inputs)
-
-
 class TestNumbers(NearMisses):
     def test_a_limit_that_is_computed_from_data(self) -> None:
         module = with_gate(
@@ -333,96 +323,43 @@ experts: activations are torch.float64; supported are float32, bfloat16, float16
             X.double(),
         )
 
-    def test_a_bias_of_another_type(self) -> None:
-        module = mlp(torch.bfloat16)
-        module.experts.down_proj_bias.data = module.experts.down_proj_bias.data.float()
+    def test_scores_of_float64(self) -> None:
+        inputs = X[0], torch.arange(21).view(7, 3) % 6, torch.rand(7, 3, dtype=torch.float64)
         self.assert_missed(
-            module,
+            mlp().experts,
             """\
-experts: not the grouped_mm form: expected add(grouped_mm(..), other=getitem(..), alpha=1),
-found grouped_mm(offs=offsets, bias=None, out_dtype=None, gated_output,
-mat2=l_self_modules_experts_parameters_down_proj_)
-""",
-            X.bfloat16(),
-        )
-
-    def test_a_bias_of_another_type_in_the_batched_form(self) -> None:
-        module = mlp(torch.bfloat16, form="batched_mm")
-        module.experts.gate_up_proj_bias.data = module.experts.gate_up_proj_bias.data.float()
-        self.assert_missed(
-            module,
-            """\
-experts: not the batched_mm form: expected add(view(..), other=getitem(..), alpha=1), found
-view(bmm, shape=(21, 192))
-""",
-            X.bfloat16(),
-        )
-
-    def test_experts_of_another_type(self) -> None:
-        module = mlp()
-        module.experts.bfloat16()
-        self.assert_missed(
-            module,
-            """\
-experts: not the grouped_mm form: expected getitem(hidden, index=floordiv(..)), found
-cast(selected_hidden_states_g, dtype=torch.bfloat16)
-""",
-        )
-
-    def test_scores_of_another_type(self) -> None:
-        indices = torch.arange(21).view(7, 3) % 6
-        inputs = X[0].bfloat16(), indices, torch.rand(7, 3)
-        self.assert_missed(
-            mlp(torch.bfloat16).experts,
-            """\
-(top level): scores is torch.float32, the activations are torch.bfloat16
+(top level): scores is torch.float64; supported are float32, bfloat16, float16
 """,
             *inputs,
         )
 
-    def test_autocast(self) -> None:
+    def test_outputs_that_are_made_integers(self) -> None:
+        weighted = "proj_out * sample_weights_g.unsqueeze(-1)"
         self.assert_missed(
-            Autocast(mlp()),
+            with_experts({weighted: weighted.replace("proj_out", "proj_out.int()")}),
             """\
-module.experts: under torch.autocast it computes in more than one dtype: load the model in
-torch.bfloat16, or leave autocast out (scores is torch.bfloat16, the activations are
-torch.float32)
+experts: computed in torch.int32; supported are float32, bfloat16, float16
 """,
         )
 
-    def test_autocast_around_the_call(self) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            (miss,) = mxfp4_fx.explain(mlp(), X).misses
-        assert "load the model in torch.bfloat16, or leave autocast out" in miss.reason
-
-    def test_autocast_as_the_reason_says(self) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            assert mxfp4_fx.explain(mlp(torch.bfloat16), X.bfloat16()).rewrites
-
-    def test_autocast_of_the_batched_form(self) -> None:
+    def test_a_gate_that_is_rounded_and_an_up_that_is_not(self) -> None:
+        gate = "gate, up = gate_up[..., ::2]"
         self.assert_missed(
-            Autocast(mlp(form="batched_mm")),
+            with_gate({gate: gate.replace("gate_up[", "gate_up.bfloat16()[")}),
             """\
-module.experts: under torch.autocast it computes in more than one dtype: load the model in
-torch.bfloat16, or leave autocast out (not the batched_mm form: expected add(view(..),
-other=getitem(..), alpha=1), found view(bmm_1, shape=(21, 64)))
+experts: not the grouped_mm form: cast(add_, dtype=torch.bfloat16) stands where add(alpha=1,
+out, other=selected_biases) should be used again
 """,
         )
 
-    def test_autocast_that_reaches_the_matmuls_alone(self) -> None:
-        linear = edited(moe._batched_linear, {"out.add_(bias)": "out = out + bias"})
-        experts = mlp().experts
-        forward = edited(moe.batched_mm_experts_forward, {}, _batched_linear=linear)
-        swap_methods(experts, forward=forward)
-        routes = torch.arange(21).view(7, 3) % 6, torch.rand(7, 3)
+    def test_an_input_that_is_rounded_and_widened_again(self) -> None:
+        gather = "hidden_states[perm // num_top_k]"
         self.assert_missed(
-            Autocast(experts),
+            with_experts({gather: f"{gather}.bfloat16().float()"}),
             """\
-module: under torch.autocast it computes in more than one dtype: load the model in
-torch.bfloat16, or leave autocast out (computed in torch.bfloat16, not torch.float32)
+experts: not the grouped_mm form: expected getitem(hidden, index=floordiv(..)), found
+cast(getitem_4, dtype=torch.bfloat16)
 """,
-            X[0],
-            *routes,
         )
 
 

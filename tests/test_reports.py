@@ -29,14 +29,14 @@ class Scaled(nn.Module):
         return weight * 2
 
 
-class Autocast(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
+class ScoresOfFloat64(nn.Module):
+    def __init__(self, module: GptOssMLP) -> None:
         super().__init__()
-        self.module = module
+        self.mlp = module
 
     def forward(self, x: Tensor) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.module(x)
+        _, scores, indices = self.mlp.router(x[0])
+        return self.mlp.experts(x[0], indices, scores.double())
 
 
 class Checkpointed(nn.Module):
@@ -152,9 +152,9 @@ region), which is not searched
         assert "mlp.experts: " in missed(Mapped(mlp(form="batched_mm")), torch.stack([X, -X]))
 
     def test_the_second_of_two_calls(self) -> None:
-        """One module, called as it should be and under autocast: the second call is reported."""
+        """One module, called as it should be and with odd scores: the second call is reported."""
         module = mlp()
-        told = mxfp4_fx.explain(Both(module, Autocast(module)), X)
+        told = mxfp4_fx.explain(Both(module, ScoresOfFloat64(module)), X)
         assert (len(told.rewrites), len(told.misses)) == (1, 1)
 
     def test_a_layer_of_computed_weights_beside_a_good_one(self) -> None:

@@ -57,6 +57,12 @@ def compiling_for() -> bool:
     return innermost(torch_private.compiled_with())[0] is not None
 
 
+def keywords() -> dict[str, Any]:
+    """Return ``options`` and ``mode`` of the compilation for which Dynamo captures now."""
+    given = innermost(torch_private.compiled_with())[1]
+    return {"options": given.get("options"), "mode": given.get("mode")}
+
+
 def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
     """Enter a context around each call of a function that is compiled for this package.
 

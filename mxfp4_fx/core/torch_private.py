@@ -61,7 +61,6 @@ with _trusted():
     import torch._logging
     import torch._ops
     import torch._subclasses
-    import torch.amp.autocast_mode
     import torch.autograd.grad_mode
     import torch.utils._python_dispatch
     import torch.utils._pytree
@@ -103,8 +102,6 @@ with _trusted():
     # ---- functions that Dynamo writes into a graph
 
     set_grad_enabled = torch._C._set_grad_enabled
-    enter_autocast = torch.amp.autocast_mode._enter_autocast
-    exit_autocast = torch.amp.autocast_mode._exit_autocast
     enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
     exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
     linear = torch._C._nn.linear

@@ -8,6 +8,7 @@ them. Dynamo captures the ops whole, and ``passes/patterns.py`` has them as the 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,11 @@ class PackedExperts(nn.Module):
         down_proj_blocks, down_proj_scales: uint8 [E, H, I/32, 16] and [E, H, I/32].
         gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
         alpha, limit: SwiGLU's constants.
+        stays_on: the device on which the parameters stay when the model is moved, or None: they
+            move along. :func:`~mxfp4_fx.huggingface.placement.place_experts` sets it.
+
+    The module may be called with inputs on another device. The inputs then travel to the
+    parameters' device, and the result travels back.
     """
 
     gate_up_proj_blocks: nn.Parameter
@@ -55,6 +61,7 @@ class PackedExperts(nn.Module):
         self.intermediate_size = intermediate_size
         self.alpha = alpha
         self.limit = limit
+        self.stays_on: torch.device | None = None
         sizes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
         for name, (n, k) in zip(PROJECTIONS, sizes, strict=True):
             shape = (num_experts, n, k // BLOCK)
@@ -74,6 +81,12 @@ class PackedExperts(nn.Module):
                 another process holds that expert.
             routing_weights: [T, A].
         """
+        home, device = hidden_states.device, self.gate_up_proj_blocks.device
+        if home != device:
+            # All copies wait. A CPU that reads would not wait for one, and a compiled graph may use
+            # the memory of the result again.
+            hidden_states, router_indices = hidden_states.to(device), router_indices.to(device)
+            routing_weights = routing_weights.to(device)
         gammas, gather_index, scatter_index, offsets = torch.ops.mxfp4.routing.routes(
             router_indices, routing_weights, self.num_experts
         )
@@ -104,7 +117,27 @@ class PackedExperts(nn.Module):
             experts_per_token=router_indices.shape[1],
             **by,
         )
-        return out
+        return out if home == device else out.to(home)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
+        """Let ``fn`` convert the parameters, as all of ``nn.Module``'s methods do.
+
+        With ``stays_on``, a change of the device is left out. An empty tensor shows what ``fn``
+        does, so that no weight is moved for it.
+        """
+        home = self.stays_on
+        if home is None:
+            return super()._apply(fn, recurse)
+
+        def stay(tensor: Tensor) -> Tensor:
+            shown = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            if shown.device in (home, tensor.device):
+                return fn(tensor)
+            if tensor.is_meta:  # `to_empty`; all else has raised an error
+                return torch.empty_like(tensor, dtype=shown.dtype, device=home)
+            return tensor.to(shown.dtype)
+
+        return super()._apply(stay, recurse)
 
 
 # Strict export runs this function instead of tracing it.

@@ -14,6 +14,8 @@ import operator
 import torch
 from torch import fx
 
+from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect, modes
 from mxfp4_fx.passes.graph import read_call, same_shape, tensor_of
@@ -91,11 +93,16 @@ class _Values:
 
 def _functionalize_method(node: fx.Node, values: _Values) -> None:
     base = node.args[0]
-    if not isinstance(base, fx.Node) or not values.are_steady(*node.all_input_nodes):
+    if tensor_of(base) is None or not values.are_steady(*node.all_input_nodes):
         return
-    if _keeps_type(node, base) and _is_private(node, base, values):
-        node.target = _FUNCTIONAL[str(node.target)]
-        base.replace_all_uses_with(node, delete_user_cb=lambda user: user > node)
+    assert isinstance(base, fx.Node)
+    dtype = _functional_dtype(node, base)
+    if dtype is None or not _is_private(node, base, values):
+        return
+    node.target, result = _FUNCTIONAL[str(node.target)], node
+    if dtype != _tensor(base).dtype:
+        result = _cast_behind(node, dtype, values)
+    base.replace_all_uses_with(result, delete_user_cb=lambda user: user > result)
 
 
 def _functionalize_setitem(node: fx.Node, values: _Values) -> None:
@@ -123,19 +130,40 @@ def _functionalize_setitem(node: fx.Node, values: _Values) -> None:
     node.graph.erase_node(node)
 
 
-def _keeps_type(node: fx.Node, base: fx.Node) -> bool:
-    """Return whether the functional call has the dtype and shape of the in-place call."""
-    target = tensor_of(base)
-    if target is None:
-        return False
+def _functional_dtype(node: fx.Node, base: fx.Node) -> torch.dtype | None:
+    """Return the dtype of the functional call; None if a cast of it is not the in-place call.
+
+    A cast of a sum is, bit for bit: torch computes the in-place sum in the promoted dtype as well.
+    With a factor, or a shape other than that of ``base``, gradients would be rounded elsewhere.
+    """
+    target = _tensor(base)
     operands = [v for a in node.all_input_nodes if (v := tensor_of(a)) is not None]
     dtype = target.dtype
     for other in operands:
         # A bool mask selects; it takes no part in type promotion.
         if other.dtype is not torch.bool:
             dtype = torch.promote_types(dtype, other.dtype)
-    shape = torch.broadcast_shapes(*(tuple(v.shape) for v in operands))
-    return dtype == target.dtype and same_shape(tuple(shape), tuple(target.shape))
+    shape = tuple(target.shape)
+    if dtype == target.dtype:
+        wanted = torch.broadcast_shapes(*(tuple(v.shape) for v in operands))
+        return dtype if same_shape(tuple(wanted), shape) else None
+    is_sum = node.target == "add_" and len(node.args) == 2 and not node.kwargs
+    alike = all(v.dtype in DTYPES and same_shape(tuple(v.shape), shape) for v in operands)
+    return dtype if is_sum and alike else None
+
+
+def _cast_behind(node: fx.Node, dtype: torch.dtype, values: _Values) -> fx.Node:
+    """Insert a cast of a call, made functional and now of ``dtype``, to the dtype that it had."""
+    before = _tensor(node)
+    with node.graph.inserting_after(node):
+        cast = node.graph.call_method("to", (node, before.dtype))
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    cast.meta = dict(node.meta)
+    recorded = torch.set_grad_enabled(before.requires_grad)
+    with recorded, torch_private.without_saved_tensor_hooks(), before.fake_mode:  # type: ignore[attr-defined]
+        node.meta["example_value"] = before.to(dtype)
+    values.note(cast, node)
+    return cast
 
 
 def _is_private(write: fx.Node, base: fx.Node, values: _Values) -> bool:
@@ -177,3 +205,9 @@ def _value_unchanged(node: fx.Node, values: _Values) -> fx.Node | None:
         return None  # under no_grad the view is cut off from the gradients of its input
     same = before.device == after.device and same_shape(tuple(before.shape), tuple(after.shape))
     return base if same and isinstance(base, fx.Node) else None
+
+
+def _tensor(node: fx.Node) -> torch.Tensor:
+    value = tensor_of(node)
+    assert value is not None
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
@@ -14,10 +15,10 @@ from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.torch_private import is_wrapper
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect
-from mxfp4_fx.passes.graph import tensor_of
-from mxfp4_fx.passes.matcher import Match, Mismatch, Op
+from mxfp4_fx.passes.graph import before_moves, tensor_of
+from mxfp4_fx.passes.matcher import Match, Mismatch, Op, Rounded
 from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
-from mxfp4_fx.passes.patterns import ROUTER_INDICES, ROUTER_SCORES
+from mxfp4_fx.passes.patterns import OUTPUTS, ROUTER_INDICES, ROUTER_SCORES
 
 WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
 # Packed weights only: gate_up and down are blocks then.
@@ -27,7 +28,8 @@ _SWIZZLED = ("gate_up", "down", *SCALES)
 # The inputs that the device ops save for the backward. The original experts save copies of them.
 _KEPT = ("hidden", "gate_up_bias", "down_bias")
 # Ops whose result has the dtype of the arithmetic. Under autocast that is not the inputs' dtype.
-_ARITHMETIC = {"grouped_mm", "bmm", "add", "mul", "sigmoid", "clamp", "sum", "softmax"}
+_MATMULS = {"grouped_mm", "bmm", "mxfp4.matmul_ogs"}
+_ARITHMETIC = {*_MATMULS, "add", "mul", "sigmoid", "clamp", "sum", "softmax", "cast"}
 
 
 def check_region(
@@ -73,11 +75,43 @@ def _check_users(root: fx.Node, match: Match) -> None:
                 _fail(match, f"the intermediate {node} is used elsewhere, by {user}", node)
 
 
+def compute_dtype(match: Match) -> torch.dtype:
+    """Return the dtype in which the logical op computes: that of its activations and its result.
+
+    Autocast and casts may give a region several dtypes, which its nodes show. The op must not round
+    where the region does not. It rounds its input, the rows between the matmuls and its result. The
+    region rounds the same three at least as much: to the dtype of the first matmul, of the second,
+    and of the experts' outputs, before their sum. So the op takes the widest of these.
+    """
+    inside = [
+        value.dtype
+        for expr, node in match.nodes.items()
+        if (expr.op in _MATMULS or (isinstance(expr, Rounded) and expr.role == OUTPUTS))
+        and (value := tensor_of(node)) is not None
+    ]
+    return functools.reduce(torch.promote_types, inside) if inside else _leaf(match, "hidden").dtype
+
+
+def are_routes_moved(match: Match) -> bool:
+    """Return whether the router is on another device, from which its routes are moved."""
+    return before_moves(match.leaves["scores"]) is not match.leaves["scores"]
+
+
+def dtypes_inside(match: Match) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that a checked region rounds to."""
+    inside = {
+        value.dtype
+        for expr, node in match.nodes.items()
+        if expr.op in _ARITHMETIC and (value := tensor_of(node)) is not None
+    }
+    return tuple(dtype for dtype in DTYPES if dtype in inside)
+
+
 def _check_types(match: Match) -> None:
     hidden = _leaf(match, "hidden")
+    supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     if hidden.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        _fail(match, f"activations are {hidden.dtype}; supported are {names}", None)
+        _fail(match, f"activations are {hidden.dtype}; supported are {supported}", None)
     for name, node in match.leaves.items():
         value = _leaf(match, name)
         if is_transformed(value):
@@ -85,19 +119,21 @@ def _check_types(match: Match) -> None:
         if is_wrapper(value):
             _fail(match, f"{name} is a {type(value).__name__}, not a plain tensor", node)
         is_packed = SCALES[0] in match.leaves and name in _SWIZZLED
-        wanted = torch.uint8 if is_packed else hidden.dtype
-        if name != "indices" and value.dtype != wanted:
-            reason = f"{name} is {value.dtype}, the activations are {hidden.dtype}"
-            _fail(match, f"{name} is {value.dtype}, not uint8" if is_packed else reason, node)
-        if value.device != hidden.device:
+        if is_packed and value.dtype != torch.uint8:
+            _fail(match, f"{name} is {value.dtype}, not uint8", node)
+        if not is_packed and name != "indices" and value.dtype not in DTYPES:
+            _fail(match, f"{name} is {value.dtype}; supported are {supported}", node)
+        if value.device != hidden.device and not (
+            name == "router_logits" and are_routes_moved(match)
+        ):
             where = f"on {value.device}, the activations on {hidden.device}"
             _fail(match, f"{name} is {where}", node)
     for expr, node in match.nodes.items():
         result = tensor_of(node)
-        if expr.op not in _ARITHMETIC or result is None or not result.is_floating_point():
+        if expr.op not in _ARITHMETIC or result is None or result.dtype in DTYPES:
             continue
-        if result.dtype != hidden.dtype:
-            _fail(match, f"computed in {result.dtype}, not {hidden.dtype}", node)
+        if result.is_floating_point() or isinstance(expr, Rounded):
+            _fail(match, f"computed in {result.dtype}; supported are {supported}", node)
 
 
 def _check_sizes(match: Match) -> None:
@@ -150,7 +186,7 @@ def _check_gradients(
     if not any(_leaf(match, name).requires_grad for name in match.leaves):
         return False
     for node in match.nodes.values():
-        if modes[node].autograd != modes[root].autograd:
+        if modes[node] != modes[root]:
             reason = (
                 "gradients are recorded for one part of it and not for another: put all of it "
                 "under torch.no_grad() (or inference_mode), or none of it"

@@ -122,21 +122,17 @@ def _is_written(argument: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Modes:
-    """Torch's modes at one node.
+    """Torch's modes at one node, as far as autograd reads them.
+
+    Autocast is none of them: the nodes themselves show what dtypes it gives them.
 
     Attributes:
         gradients: whether autograd records gradients.
         inference: whether ``torch.inference_mode`` is on.
-        autocast: the dtype of ``torch.autocast``, or None where it is off.
     """
 
     gradients: bool
     inference: bool
-    autocast: torch.dtype | None
-
-    @property
-    def autograd(self) -> tuple[bool, bool]:
-        return self.gradients, self.inference
 
 
 def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
@@ -144,7 +140,7 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
 
     Dynamo calls the backend in the modes that the graph begins in, so these are read now.
     """
-    now = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast_now())
+    now = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     before: dict[fx.Node, Modes] = {}  # node that enters a mode -> the modes that its exit restores
     found: dict[fx.Node, Modes] = {}
     for node in graph.nodes:
@@ -153,19 +149,7 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
             now = dataclasses.replace(now, gradients=node.args[0])
         elif node.target is torch_private.enter_inference_mode:
             before[node], on = now, node.args[0]
-            now = dataclasses.replace(now, gradients=not on, inference=on)
-        elif node.target is torch_private.enter_autocast:
-            before[node], (_, dtype, on, *_) = now, node.args
-            now = dataclasses.replace(now, autocast=dtype if on else None)
+            now = Modes(gradients=not on, inference=on)
         elif node.target is torch_private.exit_inference_mode:
-            now = dataclasses.replace(before[node.args[0]], autocast=now.autocast)
-        elif node.target is torch_private.exit_autocast:
-            now = dataclasses.replace(now, autocast=before[node.args[0]].autocast)
+            now = before[node.args[0]]
     return found
-
-
-def _autocast_now() -> torch.dtype | None:
-    for device in ("cuda", "cpu"):
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-    return None

@@ -14,19 +14,25 @@ import torch
 from torch import fx
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
-from mxfp4_fx.core.hardware import DTYPES
+from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.skip import Skip
 from mxfp4_fx.ops import reference
 from mxfp4_fx.passes import verification
-from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region
+from mxfp4_fx.passes.checks import (
+    SCALES,
+    WEIGHTS,
+    are_routes_moved,
+    check_region,
+    compute_dtype,
+    dtypes_inside,
+)
 from mxfp4_fx.passes.context import REWRITE, Context
-from mxfp4_fx.passes.effects import Modes, modes
-from mxfp4_fx.passes.graph import op_name, tensor_of
+from mxfp4_fx.passes.effects import modes
+from mxfp4_fx.passes.graph import before_moves, op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
-from mxfp4_fx.passes.origin import comes_from, module_name, source_line
+from mxfp4_fx.passes.origin import module_name, source_line
 from mxfp4_fx.passes.patterns import (
-    FOREIGN_EXPERTS,
     FORMS,
     ROUTER_INDICES,
     ROUTER_SCORES,
@@ -65,20 +71,16 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             continue
         if not has_router:
             match.leaves["indices"] = _insert_ids(root, match, form)
-        moe = _insert_moe(gm, root, match, has_router)
+        moe = _insert_moe(gm, root, match, has_router, form.layout)
         moe.meta[REWRITE] = _rewrite(layer, form, match, inputs)
         if ctx.verifying:
-            _keep_and_compare(layer, root, moe, match)
+            _keep_and_compare(layer, root, moe, match, form.layout)
         else:
             _erase(gm, match)
     rest = {layer: node for node, layer in reversed(suspects.items())}  # each layer's first node
     found = [
-        *(
-            _explain_miss(layer, node, misses.get(layer), modes_at[node])
-            for layer, node in reversed(rest.items())
-        ),
+        *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(rest.items())),
         *in_subgraphs,
-        *_of_transformers(gm.graph),
     ]
     for miss in found:
         inputs = weights.get(miss.layer, ())
@@ -119,9 +121,9 @@ def _match_router(match: Match, form: Form) -> bool:
     """Prove the router. Return False if the routes are inputs of the graph and the form allows it.
 
     The router's values may have other users, because models return the scores. They stay in the
-    graph.
+    graph. The router may be on another device than the experts.
     """
-    scores, indices = match.leaves["scores"], match.leaves["indices"]
+    scores, indices = (before_moves(match.leaves[name]) for name in ("scores", "indices"))
     if scores.op == indices.op == "placeholder" and not form.needs_router:
         return False
     try:
@@ -141,6 +143,8 @@ def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> R
     letters = match.letters
     names = ("gate_up", "down", *SCALES)
     weights = [t for name in names if (t := tensor_of(match.leaves.get(name))) is not None]
+    hidden = match.leaves["hidden"]
+    home, device = (_tensor(node).device for node in (before_moves(hidden), hidden))
     return Rewrite(
         layer=layer,
         form=form.name,
@@ -152,6 +156,7 @@ def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> R
         limit=float(letters["limit"]),
         bytes_before=sum(w.numel() * w.element_size() for w in weights),
         inputs=inputs,
+        travel=f"hidden states travel from {home} to {device}" if home != device else "",
     )
 
 
@@ -170,24 +175,47 @@ def _insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
     return ids
 
 
-def _insert_moe(gm: fx.GraphModule, root: fx.Node, match: Match, has_router: bool) -> fx.Node:
+def _insert_moe(
+    gm: fx.GraphModule, root: fx.Node, match: Match, has_router: bool, layout: str
+) -> fx.Node:
     """Insert the logical op after the region and let it replace the region's result."""
     weights = [match.leaves[name] for name in WEIGHTS]
     constants = float(match.letters["alpha"]), float(match.letters["limit"])
     scales = [match.leaves[name] for name in SCALES if name in match.leaves]
-    hidden = match.leaves["hidden"]
-    with gm.graph.inserting_after(root):
-        if has_router:
+    packed = (*scales, layout) if scales else ()
+    dtype = compute_dtype(match)
+    hidden = _cast_after(root, match.leaves["hidden"], dtype)
+    with gm.graph.inserting_after(max(root, hidden)):
+        if has_router and not are_routes_moved(match):
             logits, top_k = match.leaves["router_logits"], match.letters["A"]
-            args = (hidden, logits, *weights, top_k, *constants, *scales)
+            args = (hidden, logits, *weights, top_k, *constants, *packed)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.default, args)
         else:
             routes = match.leaves["indices"], match.leaves["scores"]
-            args = (hidden, *routes, *weights, *constants, *scales)
+            args = (hidden, *routes, *weights, *constants, *packed)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.routes, args)
-    moe.meta = dict(root.meta)
-    root.replace_all_uses_with(moe)
+    moe.meta = {**root.meta, "example_value": _fake_cast(root, root, dtype)}
+    result = _tensor(root).dtype
+    root.replace_all_uses_with(_cast_after(moe, moe, result))
     return moe
+
+
+def _cast_after(place: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Insert a cast of ``value`` after ``place`` and return it; return ``value`` if it has none."""
+    if _tensor(value).dtype == dtype:
+        return value
+    with place.graph.inserting_after(place):
+        cast = place.graph.call_method("to", (value, dtype))
+    cast.meta = {**place.meta, "example_value": _fake_cast(place, value, dtype)}
+    return cast
+
+
+def _fake_cast(place: fx.Node, value: fx.Node, dtype: torch.dtype) -> torch.Tensor:
+    """Return the fake tensor of a cast of ``value`` where gradients are recorded as at a node."""
+    fake = _tensor(value)
+    recorded = torch.set_grad_enabled(_tensor(place).requires_grad)
+    with recorded, torch_private.without_saved_tensor_hooks(), fake.fake_mode:  # type: ignore[attr-defined]
+        return fake.to(dtype)
 
 
 def _erase(gm: fx.GraphModule, match: Match) -> None:
@@ -195,12 +223,18 @@ def _erase(gm: fx.GraphModule, match: Match) -> None:
 
     Eliminating dead code in the whole graph would erase in-place calls as well.
     """
-    for node in sorted(match.nodes.values(), reverse=True):
+    for node in sorted({*match.nodes.values()}, reverse=True):
         if not node.users:
             gm.graph.erase_node(node)
 
 
-def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> None:
+def _tensor(node: fx.Node) -> torch.Tensor:
+    value = tensor_of(node)
+    assert value is not None
+    return value
+
+
+def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match, layout: str) -> None:
     """Keep the region, on the weights that MXFP4 holds, and compare its result (``verify``)."""
     graph, inside = root.graph, list(match.nodes.values())
     held: dict[str, fx.Node] = {}
@@ -208,8 +242,8 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
         weight = match.leaves[name]
         with graph.inserting_before(min(inside)):
             if scales in match.leaves:
-                args = (weight, match.leaves[scales])
-                held[name] = graph.call_function(verification.unpacked, args)
+                packed = (weight, match.leaves[scales], layout)
+                held[name] = graph.call_function(verification.unpacked, packed)
                 continue
             held[name] = graph.call_function(verification.requantize, (weight,))
         for node in inside:
@@ -224,7 +258,8 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
         alpha, limit = (float(match.letters[name]) for name in ("alpha", "limit"))
         constants = match.letters["A"], alpha, limit
         weights = [leaves[name] for name in WEIGHTS]
-        args = (layer, root, moe, routes, leaves["hidden"], *weights, *constants)
+        values = root, moe, routes, moe.args[0], *weights
+        args = (layer, *values, *constants, dtypes_inside(match))
         graph.call_function(verification.compare, args)
 
 
@@ -236,7 +271,7 @@ def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]
     return names & set(suspects.values())
 
 
-def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None, mode: Modes) -> Miss:
+def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
     if op_name(node) in LOGICAL:
         reason = (
             "it calls torch.ops.mxfp4.moe itself, which computes it as it is, in plain PyTorch: "
@@ -247,21 +282,4 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None, mode: Mo
         reason = "no weighted sum over the chosen experts, as GPT-OSS has one, follows it"
         return Miss(layer, reason, source_line(node))
     at = mismatch.node if mismatch.node is not None else node
-    reason = mismatch.reason
-    dtypes = {v.dtype for value in node.all_input_nodes if (v := tensor_of(value)) is not None}
-    if mode.autocast is not None and dtypes & {*DTYPES} - {mode.autocast}:
-        reason = (
-            f"under torch.autocast it computes in more than one dtype: load the model in "
-            f"{mode.autocast}, or leave autocast out ({reason})"
-        )
-    return Miss(layer, reason, source_line(at))
-
-
-def _of_transformers(graph: fx.Graph) -> list[Miss]:
-    """Report the MXFP4 experts of transformers itself, whose matmuls are not in the graph."""
-    reason = (
-        "transformers holds its weights in MXFP4 for kernels of its own (Mxfp4GptOssMLP): load the "
-        "model with mxfp4_fx.from_pretrained(...) instead"
-    )
-    nodes = [node for node in graph.nodes if comes_from(node, FOREIGN_EXPERTS)]
-    return [Miss(name, reason) for name in dict.fromkeys(map(module_name, nodes))]
+    return Miss(layer, mismatch.reason, source_line(at))

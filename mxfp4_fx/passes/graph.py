@@ -89,6 +89,8 @@ _VIEWS = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"}
 _CASTS = {"float": torch.float32, "int": torch.int32, "long": torch.int64}
 _CASTS |= {"half": torch.float16, "bfloat16": torch.bfloat16}
 
+_MOVES = {"to", "cpu", "cuda", "xpu"}
+
 _FUNCTIONS: dict[Any, str] = {
     operator.add: "add",
     operator.mul: "mul",
@@ -218,6 +220,22 @@ def tensor_of(node: object) -> Tensor | None:
     """Return the fake tensor of a node, or None if it has none."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def before_moves(node: fx.Node) -> fx.Node:
+    """Return the node whose value ``node`` has on another device; ``node`` itself if it has none.
+
+    A move is a call of ``to``, ``cpu`` or the like that changes the device and nothing else.
+    """
+    while node.op == "call_method" and node.target in _MOVES and node.args:
+        before, after = tensor_of(node.args[0]), tensor_of(node)
+        if before is None or after is None or before.dtype != after.dtype:
+            break
+        if before.device == after.device:
+            break
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    return node
 
 
 def is_known(number: Any) -> bool:

@@ -68,6 +68,22 @@ class Op(Expr):
         return f"{self.op}({', '.join(args)})"
 
 
+class Rounded(Op):
+    """A value that the graph may cast to another dtype before it uses it.
+
+    The node for it is the cast, or else the value's own. ``checks.py`` judges the dtypes.
+
+    Attributes:
+        role: the name by which ``checks.py`` finds it, or "".
+    """
+
+    role: str
+
+    def __init__(self, value: Expr, role: str = "") -> None:
+        super().__init__("cast", {"input": value})
+        object.__setattr__(self, "role", role)
+
+
 class Scalar:
     """A number of a pattern: a :class:`Letter` or arithmetic on letters."""
 
@@ -183,6 +199,10 @@ class Match:
                 )
             return
         call = read_call(value)
+        if isinstance(expr, Rounded) and (call is None or call.op != "cast"):
+            self.expect(expr.args["input"], value, user)
+            self.nodes[expr] = value
+            return
         if call is None or call.op != expr.op:
             raise self._mismatch(f"expected {expr}, found {_describe(value)}", value)
         self._agreed += 1
@@ -278,6 +298,8 @@ def _is_number(value: Any) -> bool:
 
 def _brief(value: Any) -> str:
     """Format a pattern value without the arguments of nested ops."""
+    if isinstance(value, Rounded):
+        return _brief(value.args["input"])
     if isinstance(value, Op):
         return f"{value.op}(..)"
     if isinstance(value, tuple):

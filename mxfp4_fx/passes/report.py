@@ -18,6 +18,7 @@ class Rewrite:
         bytes_before, bytes_after: bytes of the two expert weights without their biases, as the
             model holds them and as swizzled MXFP4.
         inputs: the captured graph's inputs that are its weights, as indices.
+        travel: between which devices the hidden states travel, in words, or "".
     """
 
     layer: str
@@ -34,6 +35,7 @@ class Rewrite:
     bytes_before: int = 0
     bytes_after: int = 0
     inputs: tuple[int, ...] = ()
+    travel: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ module derives a bound for the rounding of both, for each element, by a running 
 float64. The bound covers the float32 sums of each matmul, each value that the original rounds to
 the activations' dtype, and the effect of errors before SwiGLU on its result.
 
-Shape letters as in ``ops/reference.py``; u is the unit roundoff of the activations' dtype.
+Shape letters as in ``ops/reference.py``; u is the unit roundoff of the activations' dtype,
+or of the coarsest if there are several.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from mxfp4_fx.core.errors import VerificationError
 from mxfp4_fx.core.formats import dequantize, quantize
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import reference
+from mxfp4_fx.weights.source import PACKED, Source
+from mxfp4_fx.weights.swizzle import swizzle_weight
 
 _U32 = 2.0**-24
 # max |d/dg g*sigmoid(alpha*g)| = max |s + z s (1-s)| over z, and max |z^2 s (1-s)|, rounded up.
@@ -35,9 +39,10 @@ def requantize(weight: Tensor) -> Tensor:
     return held
 
 
-def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Return the values, float32 [E, K, N], of a packed weight [E, N, K/32, 16], [E, N, K/32]."""
-    return dequantize(blocks, scales, torch.float32).transpose(1, 2)
+def unpacked(blocks: Tensor, scales: Tensor, layout: str) -> Tensor:
+    """Return the values, float32 [E, K, N], of a packed weight that the model holds in a layout."""
+    parts = swizzle_weight(Source((blocks, scales), PACKED[layout]), CHECKPOINT_ORDER)
+    return dequantize(*parts, torch.float32).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -54,6 +59,7 @@ def compare(
     top_k: int,
     alpha: float,
     limit: float,
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """Check that two results of one region, each [T, H], differ by rounding alone.
 
@@ -61,14 +67,18 @@ def compare(
         layer: the region's name, for the error.
         original, rewritten: the two results.
         routes: the result of ``reference.routing`` for the region.
-        hidden, gate_up, ..., limit: the region's inputs; the weights are requantized.
+        hidden, gate_up, ..., limit: the region's inputs; the weights are requantized. ``hidden`` is
+            in the dtype in which the rewritten region computes.
+        dtypes: what the original rounds to, which may be several dtypes.
 
     Raises:
         VerificationError: the results differ by more than the bound.
     """
     gammas, gather_index, scatter_index, offsets = routes
-    u = torch.finfo(hidden.dtype).eps / 2
-    tiny = torch.finfo(hidden.dtype).tiny
+    u = max(torch.finfo(dtype).eps / 2 for dtype in dtypes)
+    tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)
+    # Autocast may round the rows of hidden, in the original alone.
+    rows_u = u if u > torch.finfo(hidden.dtype).eps / 2 else 0.0
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _grouped(x, lambda e: weight[e].T, bias, offsets)
@@ -80,7 +90,7 @@ def compare(
     h, i = x.shape[1], down.shape[1]
     pre, size = linear(x, gate_up, gate_up_bias), magnitude(x, gate_up, gate_up_bias)
     # Both sum in float32. The original rounds the sum, and again after it adds the bias.
-    pre_error = 2 * _sum_error(h + 1) * size + 2 * u * size
+    pre_error = 2 * _sum_error(h + 1) * size + (2 * u + rows_u) * size
     act, act_error = _swiglu_with_error(pre, pre_error, alpha, limit, u)
     # The original rounds each step of SwiGLU to the activations' dtype, the rewritten one only the
     # result.

@@ -157,7 +157,7 @@ class InputPlan:
 
     def _look_out(self, args: tuple[Any, ...]) -> None:
         """Warn if each call has new tensors and those of the call before are gone."""
-        if all(binding.encoding.layout == binding.layout for binding in self.bindings):
+        if all(binding.layout in binding.encoding.layouts for binding in self.bindings):
             return  # the kernels read them as they are
         are_gone = bool(self._last) and all(mark() is None for mark in self._last)
         self._strangers = self._strangers + 1 if are_gone else 0
