@@ -40,9 +40,10 @@ class Kernels:
         self.name, _, self.path = spec.partition(":")
         self.layout = {"cpu": "cpu_panels", "triton": self.path}.get(self.name, "row_major")
         self.device = "cpu"
-        if self.name == "triton" and torch.cuda.is_available():
-            self.device = "cuda"
-        has_bf16_units = self.path in BF16_UNITS or self.device == "cuda"
+        if self.name == "triton":
+            here = (t for t in hardware.GPU_TYPES if torch.get_device_module(t).is_available())
+            self.device = next(here, "cpu")
+        has_bf16_units = self.path in BF16_UNITS or self.device != "cpu"
         self.underflow = 2.0**-126 if has_bf16_units else UNDERFLOW
 
     def operands(

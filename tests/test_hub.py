@@ -88,10 +88,14 @@ def test_the_package_is_imported_once(tmp_path: Path, serve: Callable[[Path], No
 
 
 @needs_library
-def test_the_choice_says_where_kernels_come_from(served: None) -> None:
-    chosen = target.choose(CUDA, "hub")
-    assert (chosen.kernels, chosen.layout) == ("hub", "row_major")
-    assert chosen.reason == "kernels-community/gpt-oss-triton-kernels, as was asked for"
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_the_choice_says_where_kernels_come_from(served: None, kind: str) -> None:
+    assert target.choose(torch.device(kind), "hub") == target.Target(
+        "hub",
+        "row_major",
+        "kernels-community/gpt-oss-triton-kernels, as was asked for; untried: this package never "
+        "ran it on a GPU",
+    )
 
 
 def test_a_cpu_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
