@@ -7,6 +7,8 @@ that points outside its tensor.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -58,7 +60,8 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     if e == 0:
         return y.zero_()
     gpu = hardware.gpu_name(x.device)
-    terms = hardware.gpu_terms(gpu, x.dtype)
+    products = _products(gpu, x.dtype)
+    terms = products["TERMS"]
     # The second launch can sum parts of K, too; an activation needs the whole sum first.
     can_split = rows.scatter is not None and activation is None
     tile = tiles.choose(gpu, layout, rows.total, e, k, terms, can_split)
@@ -80,15 +83,24 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
             None if rows.scatter is None else _int32(rows.scatter),
             None if rows.gammas is None else rows.gammas.float().contiguous(),
             out, x.stride(0), rows.total, e, alpha, limit,
-            N=n, K=k, LAYOUT=layout, SWIGLU=activation is not None, TERMS=terms,
+            N=n, K=k, LAYOUT=layout, SWIGLU=activation is not None,
             GROUPS=triton.next_power_of_2(e + 1), BM=tile.block_m, BN=tile.block_n,
-            BK=tile.block_k, SPLITS=tile.splits, SCALED=(gpu, terms) not in _WITHOUT_DOT_SCALED,
-            OPERAND=tl.float32 if hardware.multiplies_float32(gpu) else UNIT.value,
+            BK=tile.block_k, SPLITS=tile.splits, **products,
             **tiles.compiler_options(tile, gpu, terms),
         )  # fmt: skip
         if rows.scatter is not None:
             _combine(out, y, rows.per_token, tile.splits)
     return y
+
+
+def _products(gpu: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the kernel's constants that say how a GPU multiplies activations of a dtype."""
+    terms = hardware.gpu_terms(gpu, dtype)
+    return {
+        "TERMS": terms,
+        "SCALED": (gpu, terms) not in _WITHOUT_DOT_SCALED,
+        "OPERAND": tl.float32 if hardware.multiplies_float32(gpu) else UNIT.value,
+    }
 
 
 def _combine(parts: Tensor, y: Tensor, per_token: int, splits: int) -> None:
