@@ -5,7 +5,8 @@ every tile of the table, and the other kernels that an Intel GPU gets; it prints
 :class:`Fact` objects. No GPU is needed. SPIR-V is what Triton makes; the GPU's driver compiles it.
 
 PyPI has only a beta of Intel's Triton, which is older than the oldest that the package takes. It
-lacks ``triton.knobs``, and asks SYCL what an architecture is called. This program makes up for both.
+lacks ``triton.knobs``, and asks SYCL what an architecture is called. This program makes up for
+both.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import hardware, torch_private
 from mxfp4_fx.core.torch_private import OpOverload, schema_of
 from mxfp4_fx.passes.graph import is_op, overloads, read_call
 
@@ -165,7 +165,7 @@ def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
 
 
 def _autocast_now() -> torch.dtype | None:
-    for device in ("cuda", "cpu"):
+    for device in (*hardware.GPU_TYPES, "cpu"):
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
     return None
