@@ -16,7 +16,7 @@ TILE_WORDS = tl.constexpr(128)  # words of codes in a fragment tile
 TILE_SCALE_WORDS = tl.constexpr(8)  # words of its scales: for each g the bytes (kb, r)
 # The bits of a code as a bfloat16, in both halves of a word: sign, two exponent bits, mantissa bit.
 _PLACES = tl.constexpr(0x81C081C0)
-_TWICE = tl.constexpr(0xC8643210)  # the magnitudes of E2M1, times 2
+_TWICE = tl.constexpr(0xC8643210)  # E2M1's magnitudes, times 2, from code 0 to code 7
 _STORED_BIAS = tl.constexpr(126)  # a code in its place lacks a factor 2^126; its scale includes it
 
 
@@ -54,11 +54,9 @@ def _exact(code, scale):
 
     The scale is applied as two factors, so that neither factor nor the first product is subnormal.
     """
-    # Twice the magnitude is an integer. Below 2^23, the lower bits of a float32 number of that size
-    # are an integer, too.
-    twice = ((_TWICE >> ((code << 2) & 28)) & 15) | 0x4B000000
-    twice = (twice.to(tl.float32, bitcast=True) - 8388608.0).to(tl.uint32, bitcast=True)
-    twice = (twice | ((code & 8) << 28)).to(tl.float32, bitcast=True)
+    # Twice the magnitude is an integer of 4 bits.
+    twice = ((_TWICE >> ((code << 2) & 28)) & 15).to(tl.int32).to(tl.float32)
+    twice = tl.where((code & 8) != 0, -twice, twice)
     scale = scale.to(tl.int32)
     half = scale >> 1
     low = ((half + 64) << 23).to(tl.float32, bitcast=True)
