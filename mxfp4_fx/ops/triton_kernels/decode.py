@@ -55,7 +55,8 @@ def _exact(code, scale):
     The scale is applied as two factors, so that neither factor nor the first product is subnormal.
     """
     # Twice the magnitude is an integer of 4 bits.
-    twice = ((_TWICE >> ((code << 2) & 28)) & 15).to(tl.int32).to(tl.float32)
+    twice = (_TWICE >> ((code << 2) & 28)) & 15
+    twice = twice.to(tl.int32).to(tl.float32)
     twice = tl.where((code & 8) != 0, -twice, twice)
     scale = scale.to(tl.int32)
     half = scale >> 1
