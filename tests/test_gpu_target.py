@@ -16,7 +16,7 @@ import torch
 from mxfp4_fx.cli import main
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError
-from mxfp4_fx.ops import target, tiles
+from mxfp4_fx.ops import hub_loader, target, tiles
 from mxfp4_fx.passes.effects import modes
 
 triton = pytest.importorskip("triton")
@@ -45,9 +45,8 @@ def pretend_intel(monkeypatch: pytest.MonkeyPatch, *, compiler: bool = True) -> 
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: "Intel(R) Some GPU")
-    if compiler:
-        backends = {"nvidia": SimpleNamespace(), "intel": SimpleNamespace()}
-        monkeypatch.setattr(triton.backends, "backends", backends)
+    names = ["nvidia", "intel"] if compiler else ["nvidia", "amd"]
+    monkeypatch.setattr(triton.backends, "backends", dict.fromkeys(names, SimpleNamespace()))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +125,15 @@ def test_an_intel_gpu(requested: str, monkeypatch: pytest.MonkeyPatch) -> None:
         f"Triton {triton.__version__} on Intel(R) Some GPU (xpu){asked}: no order of its own is "
         "known for its matrix instructions; untried: no test has run on xpu",
     )
+
+
+def test_kernels_of_the_hub_on_an_intel_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_loader, "load", lambda: None)
+    pretend_intel(monkeypatch, compiler=False)
+    with pytest.raises(KernelsUnavailableError, match=r"'hub' needs a Triton that .* Intel GPUs"):
+        target.choose(XPU, "hub")
+    pretend_intel(monkeypatch)
+    assert target.choose(XPU, "hub").kernels == "hub"
 
 
 def test_kernels_that_read_a_layout_on_an_intel_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,13 +90,12 @@ def test_the_package_is_imported_once(tmp_path: Path, serve: Callable[[Path], No
 
 
 @needs_library
-@pytest.mark.parametrize("kind", ["cuda", "xpu"])
-def test_the_choice_says_where_kernels_come_from(served: None, kind: str) -> None:
-    assert target.choose(torch.device(kind), "hub") == target.Target(
-        "hub",
-        "row_major",
-        "kernels-community/gpt-oss-triton-kernels, as was asked for; untried: this package never "
-        "ran it on a GPU",
+def test_the_choice_says_where_kernels_come_from(served: None) -> None:
+    chosen = target.choose(CUDA, "hub")
+    assert (chosen.kernels, chosen.layout) == ("hub", "row_major")
+    assert chosen.reason == (
+        "kernels-community/gpt-oss-triton-kernels, as was asked for; untried: no test has run it "
+        "on a GPU"
     )
 
 

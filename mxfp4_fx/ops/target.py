@@ -95,8 +95,10 @@ def _hub(device: torch.device) -> Target:
             f"kernels='hub' needs a GPU (CUDA, ROCm or XPU), and the model is on {device.type!r}; "
             "kernels='auto' takes the best for the device"
         )
+    if device.type == "xpu":
+        _triton_version(device, "hub")
     hub_loader.load()
-    why = f"{hub_loader.REPOSITORY}, as was asked for; untried: this package never ran it on a GPU"
+    why = f"{hub_loader.REPOSITORY}, as was asked for; untried: no test has run it on a GPU"
     return Target("hub", CHECKPOINT_ORDER, why)
 
 

@@ -90,7 +90,7 @@ def choose(
         rows: R.
         experts: E.
         k: K.
-        terms: the number of bfloat16 terms of an activation.
+        terms: the number of terms of an activation (``hardware.gpu_terms``).
         splits: whether K may be split.
     """
     if _forced:

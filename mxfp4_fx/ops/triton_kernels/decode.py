@@ -52,7 +52,8 @@ def _multiply_pairs(pairs, scales):
 def _exact(code, scale):
     """Return a code times 2^(scale - 127) in float32, exact for every scale byte; 255 gives NaN.
 
-    The scale is applied as two factors, so that neither factor nor the first product is subnormal.
+    The code is the lowest four bits; those above count for nothing. The scale is applied as two
+    factors, so that neither factor nor the first product is subnormal.
     """
     # Twice the magnitude is an integer of 4 bits.
     twice = (_TWICE >> ((code << 2) & 28)) & 15
@@ -68,7 +69,7 @@ def _exact(code, scale):
 
 @triton.jit
 def _out_of_place(code):
-    """Return the code of a bfloat16 number that has the code's bits in place: 15 and 8:6."""
+    """Return the code of a number that has the code's bits in a bfloat16's place: 15 and 8:6."""
     return ((code >> 12) & 8) | ((code >> 6) & 7)
 
 
