@@ -32,7 +32,7 @@ RUNS: dict[str, dict[str, str]] = {
     "all tiles": dict.fromkeys(("sm_75", "sm_90", "sm_100", "sm_120", "gfx942"), "bf16"),
     "more targets": dict.fromkeys((f"sm_80{EACH}", f"sm_89{EACH}", f"gfx950{EACH}"), "bf16"),
     "more terms": {f"sm_80{EACH}": "fp32", f"sm_90{EACH}": "fp16,fp32", f"sm_100{EACH}": "fp32"},
-    "more dtypes": {"sm_75": "fp16,fp32"},
+    "more dtypes": {f"sm_75{EACH}": "fp16,fp32"},
     "oldest": {f"{target}{EACH}": "bf16" for target in TARGETS},
 }
 
