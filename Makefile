@@ -1,6 +1,6 @@
 # make demo    compile a GPT-OSS model with backend="mxfp4" (CHECKPOINT: where its files are)
 # make test    run the tests, within six minutes on two cores
-# make test-all  run them and those marked exhaustive: all tiles, both Tritons, all dtypes
+# make test-all  run them and those marked exhaustive: all tiles, all Tritons, all dtypes
 # make lint    check style, types and the imports between rooms
 # make bench   measure the CPU's kernels beside others: build/cpu.json and a plot
 # make bench-gpu  measure a GPU's kernels beside others: build/gpu.json and a plot
@@ -22,6 +22,8 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/torchinductor
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 # The oldest supported Triton, beside the newest: tests compile the kernels with both.
 OLDEST_TRITON := build/triton-3.6
+# Intel's Triton, the newest that PyPI has. Not every Python has one; tests that need it skip then.
+INTEL_TRITON := build/triton-xpu
 
 # A worker is a process with a compiler and threads of its own. The number of threads is the same on
 # every machine, because torch.compile generates other code for one thread than for several.
@@ -37,13 +39,14 @@ demo: $(STAMP)
 	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
 
 test test-all: export MXFP4_FX_OLDEST_TRITON := $(OLDEST_TRITON)
+test-all: export MXFP4_FX_INTEL_TRITON := $(INTEL_TRITON)
 # Each worker runs neighbouring tests, so that a file is set up once; an idle one takes from others.
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(STAMP) $(OLDEST_TRITON)/triton/__init__.py
 	$(PYTEST) -m "not exhaustive"
 
-test-all: test
+test-all: test $(INTEL_TRITON)/triton/__init__.py
 	$(PYTEST) -m exhaustive
 
 lint: $(STAMP)
@@ -94,3 +97,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(OLDEST_TRITON)/triton/__init__.py: $(STAMP)
 	.venv/bin/python -m pip install --no-deps --upgrade --target $(OLDEST_TRITON) triton==3.6.0
 	@touch $@
+
+$(INTEL_TRITON)/triton/__init__.py: $(STAMP)
+	-.venv/bin/python -m pip install --no-deps --upgrade --target $(INTEL_TRITON) triton-xpu==3.3.0b1
+	@-touch $@

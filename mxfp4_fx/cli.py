@@ -18,6 +18,7 @@ from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
 from mxfp4_fx.checkpoints.random_config import CheckpointShape
 from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
 from mxfp4_fx.checkpoints.safetensors_file import SHARD_BYTES
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError, Mxfp4Error
 from mxfp4_fx.core.formats import SCALE_RULES
 from mxfp4_fx.core.version import __version__
@@ -79,7 +80,9 @@ def _doctor(args: argparse.Namespace) -> None:
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} is not installed")
     devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for kind in hardware.GPU_TYPES:
+        count = torch.get_device_module(kind).device_count()
+        devices += [torch.device(kind, i) for i in range(count)]
     for device in devices:
         try:
             chosen = target.choose(device)

@@ -19,17 +19,22 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from mxfp4_fx.core import hardware
+
 HIDDEN = INTERMEDIATE = 2880
-TERMS = {"bf16": 1, "fp16": 2, "fp32": 3}  # of an activation, in bfloat16
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = {
-    # name: (Triton's target, bytes of shared memory that a program may use, layout)
-    "sm_80": (("cuda", 80, 32), 163 << 10, "mma_fragments"),
-    "sm_89": (("cuda", 89, 32), 99 << 10, "mma_fragments"),
-    "sm_90": (("cuda", 90, 32), 227 << 10, "wgmma_fragments"),
-    "sm_100": (("cuda", 100, 32), 227 << 10, "row_major"),
-    "sm_120": (("cuda", 120, 32), 99 << 10, "mma_fragments"),
-    "gfx942": (("hip", "gfx942", 64), 64 << 10, "row_major"),
-    "gfx950": (("hip", "gfx950", 64), 160 << 10, "row_major"),
+    # name: (Triton's target, bytes of shared memory that a program may use)
+    "sm_75": (("cuda", 75, 32), 64 << 10),
+    "sm_80": (("cuda", 80, 32), 163 << 10),
+    "sm_89": (("cuda", 89, 32), 99 << 10),
+    "sm_90": (("cuda", 90, 32), 227 << 10),
+    "sm_100": (("cuda", 100, 32), 227 << 10),
+    "sm_120": (("cuda", 120, 32), 99 << 10),
+    "gfx942": (("hip", "gfx942", 64), 64 << 10),
+    "gfx950": (("hip", "gfx950", 64), 160 << 10),
 }
 
 
@@ -40,9 +45,11 @@ class Fact:
     Attributes:
         shared: bytes of shared memory; stack: bytes of a thread's stack, which is where registers
             spill to; registers: of a thread.
-        per_weight: instructions of the fast loop, of all threads, by weights that it decodes.
+        per_weight: instructions of the fast loop, of all threads, by weights that it decodes; on
+            sm_75, where nothing is exact and slow, of the only loop.
         copies: how many threads decode the same weight.
         mma: matrix instructions in that loop; wgmma: how many are wgmma's.
+        fma: float32 products that are added in one instruction there, of all threads, by weights.
         load_bytes: the widest load from global to shared memory in it, a thread.
     """
 
@@ -56,6 +63,7 @@ class Fact:
     copies: int = 0
     mma: int = 0
     wgmma: int = 0
+    fma: float = 0.0
     load_bytes: int = 0
     instructions: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -81,10 +89,19 @@ def compile_kernel(
     return compile(source, target=GPUTarget(*target), options=options)
 
 
+def layout_of(name: str) -> str:
+    layout = hardware.gpu_layout(name)
+    assert layout is not None
+    return layout.name
+
+
 def matmul_values(
-    layout: str, tile: Any, n: int, k: int, e: int, down: bool, dtype: str, scaled: bool
+    name: str, tile: Any, n: int, k: int, e: int, down: bool, dtype: str
 ) -> dict[str, Any]:
-    """Parameters of ``matmul_ogs_kernel`` as ``ops.triton`` launches it."""
+    """Parameters of ``matmul_ogs_kernel`` as ``ops.triton`` launches it on a target."""
+    from mxfp4_fx.ops.triton import _products as products
+
+    layout = layout_of(name)
     words = "*u8" if layout == "row_major" else "*u32"
     return {
         "x": f"*{dtype}", "blocks": words, "scales": words, "bias": f"*{dtype}",
@@ -92,45 +109,61 @@ def matmul_values(
         "scatter_index": "*i32" if down else (None,), "gammas": "*fp32" if down else (None,),
         "y": "*fp32" if down else f"*{dtype}", "x_stride": "i32%16", "rows": "i32",
         "experts": "i32%16", "alpha": "fp32", "limit": "fp32", "N": (n,), "K": (k,),
-        "LAYOUT": (layout,), "SWIGLU": (not down,), "TERMS": (TERMS[dtype],),
+        "LAYOUT": (layout,), "SWIGLU": (not down,),
         "GROUPS": (1 << e.bit_length(),), "BM": (tile.block_m,), "BN": (tile.block_n,),
         "BK": (tile.block_k,), "SPLITS": (tile.splits,),
-        "SCALED": (scaled,),
+        **{key: (value,) for key, value in products(name, DTYPES[dtype]).items()},
     }  # fmt: skip
 
 
-def matmul_facts(name: str, dtype: str = "bf16", regimes: str = "") -> Iterator[Fact]:
+@dataclasses.dataclass
+class Compilation:
+    """A kernel to compile; ``regime`` and ``tile`` as :class:`Fact` has them."""
+
+    described: str
+    regime: str
+    tile: dict[str, Any]
+    kernel: Any
+    values: dict[str, Any]
+    options: dict[str, int]
+
+
+def matmuls(name: str, dtype: str = "bf16", regimes: str = "") -> Iterator[Compilation]:
     from mxfp4_fx.ops import tiles
-    from mxfp4_fx.ops.triton import _WITHOUT_DOT_SCALED as WITHOUT_DOT_SCALED
     from mxfp4_fx.ops.triton_kernels.matmul import matmul_ogs_kernel
 
-    target, _, layout = TARGETS[name]
-    matmuls = (False, 2 * INTERMEDIATE, HIDDEN), (True, HIDDEN, INTERMEDIATE)
+    layout, terms = layout_of(name), hardware.gpu_terms(name, DTYPES[dtype])
+    both = (False, 2 * INTERMEDIATE, HIDDEN), (True, HIDDEN, INTERMEDIATE)
     seen: set[str] = set()
     for entry in tiles.table(tiles.table_name(name, layout)):
         if regimes and (entry.regime in seen or entry.regime not in regimes.split(",")):
             continue
         seen.add(entry.regime)
-        for down, n, k in matmuls:
+        for down, n, k in both:
             # Of decode the one that splits K, of the others the one that has an activation.
             if regimes and down != (entry.regime == "decode"):
                 continue
-            tile = tiles.fit(entry, layout, k, TERMS[dtype], down)
-            scaled = (name, TERMS[dtype]) not in WITHOUT_DOT_SCALED
-            values = matmul_values(layout, tile, n, k, 32, down, dtype, scaled)
-            options = tiles.compiler_options(tile, name, TERMS[dtype])
-            made = compile_kernel(matmul_ogs_kernel, target, values, options)
-            kernel = f"{'down' if down else 'gate_up'} {dtype}"
-            yield describe(kernel, entry.regime, dataclasses.asdict(tile), made, target)
+            tile = tiles.fit(entry, layout, k, terms, down)
+            yield Compilation(
+                f"{'down' if down else 'gate_up'} {dtype}",
+                entry.regime,
+                dataclasses.asdict(tile),
+                matmul_ogs_kernel,
+                matmul_values(name, tile, n, k, 32, down, dtype),
+                tiles.compiler_options(tile, name, terms),
+            )
 
 
-def other_facts(name: str, few: bool = False) -> Iterator[Fact]:
-    """Routing of few and many tokens, and the sum over a token's rows; with ``few`` one routing."""
+ONE_PROGRAM = (1, ["routing"]), (512, ["routing"])
+MANY_PROGRAMS = (16384, ["decide", "scan", "place"])
+
+
+def others(*routings: tuple[int, list[str]]) -> Iterator[Compilation]:
+    """The sum over a token's rows, and the kernels of routings of so many tokens."""
     from mxfp4_fx.ops import tiles
     from mxfp4_fx.ops import triton as launcher
     from mxfp4_fx.ops.triton_kernels import epilogue, routing
 
-    target = TARGETS[name][0]
     pointers = {
         "source": "*bf16", "slot_expert": "*i32", "slot_weight": "*fp32", "gammas": "*fp32",
         "gather_index": "*i32", "scatter_index": "*i32", "expert_offsets": "*i32",
@@ -144,23 +177,31 @@ def other_facts(name: str, few: bool = False) -> Iterator[Fact]:
         "parts": "*fp32", "y": "*bf16", "tokens": "i32", "N": (HIDDEN,), "A": (4,),
         "SPLITS": (3,), "BT": (bt,), "BN": (bn,),
     }  # fmt: skip
-    kernels: list[tuple[str, Any, dict[str, Any], int]] = [
-        ("combine", epilogue.combine_kernel, combine, 4)
-    ]
-    all_names = (1, ["routing"]), (512, ["routing"]), (16384, ["decide", "scan", "place"])
-    for tokens, names in all_names[1:2] if few else all_names:
+
+    def compilation(described: str, kernel: Any, values: dict[str, Any], warps: int) -> Compilation:
+        options = {**tiles.OPTIONS, "num_warps": warps}
+        return Compilation(described, "", {"warps": warps}, kernel, values, options)
+
+    yield compilation("combine", epilogue.combine_kernel, combine, 4)
+    for tokens, names in routings:
         block = launcher._tokens_per_block(tokens, 4, experts)
         values = {
             **pointers, **numbers, "stride": "i32%16", "given_weights": (None,), "GIVEN": (False,),
             "A": (4,), "AP": (4,), "BT": (block,), "GROUPS": (experts,), "BB": (bb,), "BG": (bg,),
         }  # fmt: skip
+        warps = launcher._warps(block * 4, experts)
         for kernel in names:
             made = getattr(routing, f"{kernel}_kernel")
-            warps = launcher._warps(block * 4, experts)
-            kernels.append((f"{kernel} of {tokens} tokens", made, values, warps))
-    for described, kernel, values, warps in kernels:
-        made = compile_kernel(kernel, target, values, {**tiles.OPTIONS, "num_warps": warps})
-        yield describe(described, "", {"warps": warps}, made, target)
+            yield compilation(f"{kernel} of {tokens} tokens", made, values, warps)
+
+
+def facts_of(name: str, dtypes: list[str], regimes: str) -> Iterator[Fact]:
+    routings = ONE_PROGRAM[1:] if regimes else (*ONE_PROGRAM, MANY_PROGRAMS)
+    wanted = [each for dtype in dtypes for each in matmuls(name, dtype, regimes)]
+    target = TARGETS[name][0]
+    for each in (*wanted, *others(*routings)):
+        made = compile_kernel(each.kernel, target, each.values, each.options)
+        yield describe(each.described, each.regime, each.tile, made, target)
 
 
 def describe(
@@ -181,10 +222,12 @@ def describe(
         names = [instruction.split()[0] for instruction in loop]
         products = sum(name.startswith(("HMUL2.BF16", "HFMA2.BF16")) for name in names)
         mma = sum("MMA" in name and not name.startswith("WARP") for name in names)
-        if not (products and mma):
+        fma = names.count("FFMA")
+        if not ((products and mma) or (target[1] == 75 and regime and fma)):
             continue  # the exact loop, or none of the matmul's
         threads = 32 * tile["warps"]
         weights = tile["block_n"] * tile["block_k"]
+        fact.fma = fma * threads / weights
         fact.copies, rest = divmod(2 * products * threads, weights)
         assert rest == 0, (kernel, tile, products)
         fact.per_weight = len(loop) * threads / weights
@@ -234,8 +277,7 @@ def main(arguments: list[str]) -> None:
     facts: dict[str, list[dict[str, Any]]] = {}
     for asked, dtypes in zip(arguments[0::2], arguments[1::2], strict=True):
         name, _, regimes = asked.partition(":")
-        made = [f for dtype in dtypes.split(",") for f in matmul_facts(name, dtype, regimes)]
-        made += other_facts(name, few=bool(regimes))
+        made = facts_of(name, dtypes.split(","), regimes)
         facts[name] = [dataclasses.asdict(fact) for fact in made]
     print(json.dumps(facts))
 

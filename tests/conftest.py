@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def has_gpu() -> bool:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.is_available() or torch.xpu.is_available()
 
 
 VARIABLES = (

@@ -26,6 +26,10 @@ ALPHA, LIMIT = 1.702, 7.0
 ops = torch.ops.mxfp4
 
 
+# Where Triton's kernels run: in its interpreter without a GPU.
+DEVICE = next((t for t in hardware.GPU_TYPES if torch.get_device_module(t).is_available()), "cpu")
+
+
 class Kernels:
     """The device ops by one of ``ops.schemas.KERNELS``, fed with weights in the layout it reads.
 
@@ -42,10 +46,8 @@ class Kernels:
         self.name, _, self.path = spec.partition(":")
         layouts = {"cpu": "cpu_panels", "triton": self.path, "hub": self.path or "row_major"}
         self.layout = layouts.get(self.name, "row_major")
-        self.device = "cpu"
-        if self.name == "triton" and torch.cuda.is_available():
-            self.device = "cuda"
-        has_bf16_units = self.path in BF16_UNITS or self.device == "cuda"
+        self.device = DEVICE if self.name == "triton" else "cpu"
+        has_bf16_units = self.path in BF16_UNITS or self.device != "cpu"
         self.underflow = 2.0**-126 if has_bf16_units else UNDERFLOW
 
     def operands(
@@ -100,8 +102,13 @@ class Kernels:
 BF16_UNITS = ("amx", "amx_emulated", "avx512_bf16")
 _PATHS = hardware.runnable_paths()
 CPU_PATHS = (*_PATHS, *(("amx_emulated",) if "avx512_bf16" in _PATHS else ()))
-# Triton's interpreter without a GPU; all three layouts are right on any device.
-TRITON = tuple(f"triton:{layout}" for layout in ("wgmma_fragments", "mma_fragments", "row_major"))
+_GPU = hardware.gpu_name(torch.device(DEVICE))
+# All three layouts are right on any device that has the assembly with which fragments are decoded.
+_DECODES = _GPU == "interpreter" or (
+    _GPU.startswith("sm_") and not hardware.multiplies_float32(_GPU)
+)
+_LAYOUTS = (*(("wgmma_fragments", "mma_fragments") if _DECODES else ()), "row_major")
+TRITON = tuple(f"triton:{layout}" for layout in _LAYOUTS)
 if not importlib.util.find_spec("triton"):
     TRITON = ()
 # Without a GPU: the package of hub_package.py, which takes the kernels library to load.

@@ -27,11 +27,12 @@ OLDEST = Path(os.environ.get("MXFP4_FX_OLDEST_TRITON", ROOT / "build" / "triton-
 EACH = ":decode,streaming,prefill"
 RUNS: dict[str, dict[str, str]] = {
     "newest": dict.fromkeys(
-        (f"sm_90{EACH}", "sm_80:decode", "sm_100:prefill", "gfx942:decode"), "bf16"
+        (f"sm_90{EACH}", "sm_75:decode", "sm_80:decode", "sm_100:prefill", "gfx942:decode"), "bf16"
     ),
-    "all tiles": dict.fromkeys(("sm_90", "sm_100", "sm_120", "gfx942"), "bf16"),
+    "all tiles": dict.fromkeys(("sm_75", "sm_90", "sm_100", "sm_120", "gfx942"), "bf16"),
     "more targets": dict.fromkeys((f"sm_80{EACH}", f"sm_89{EACH}", f"gfx950{EACH}"), "bf16"),
     "more terms": {f"sm_80{EACH}": "fp32", f"sm_90{EACH}": "fp16,fp32", f"sm_100{EACH}": "fp32"},
+    "more dtypes": {f"sm_75{EACH}": "fp16,fp32"},
     "oldest": {f"{target}{EACH}": "bf16" for target in TARGETS},
 }
 
@@ -149,3 +150,21 @@ def test_few_rows_on_mma_sync_decode_each_weight_once(run: str, target: str) -> 
         assert fact["mma"] > 0, told(fact, "mma")
         assert fact["copies"] == 1, told(fact, "copies")
         assert fact["per_weight"] <= 4.2, told(fact, "per_weight")
+
+
+@of_runs("sm_75")
+def test_sm_75_adds_each_product_of_float32_in_one_instruction(run: str, target: str) -> None:
+    """And takes no more others than when this was written: the limit follows from nothing."""
+    found = [fact for fact in facts(run, target) if fact["regime"]]
+    assert found
+    for fact in found:
+        assert fact["mma"] == 0, told(fact, "mma")
+        assert fact["fma"] == fact["tile"]["block_m"], told(fact, "fma")
+        assert fact["per_weight"] <= 16 + 1.15 * fact["tile"]["block_m"], told(fact, "per_weight")
+
+
+@of_runs("sm_75")
+def test_sm_75_keeps_subnormal_numbers(run: str, target: str) -> None:
+    for fact in facts(run, target):
+        flushing = [name for name in fact["instructions"] if "FTZ" in name]
+        assert not flushing, told(fact, "instructions")

@@ -8,6 +8,7 @@ need not be there, and on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -33,6 +34,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.ops import hub as hub_ops
 from mxfp4_fx.ops import hub_loader, target
@@ -91,7 +93,10 @@ def test_the_package_is_imported_once(tmp_path: Path, serve: Callable[[Path], No
 def test_the_choice_says_where_kernels_come_from(served: None) -> None:
     chosen = target.choose(CUDA, "hub")
     assert (chosen.kernels, chosen.layout) == ("hub", "row_major")
-    assert chosen.reason == "kernels-community/gpt-oss-triton-kernels, as was asked for"
+    assert chosen.reason == (
+        "kernels-community/gpt-oss-triton-kernels, as was asked for; untried: no test has run it "
+        "on a GPU"
+    )
 
 
 def test_a_cpu_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +266,23 @@ def test_nothing_is_read_back_from_the_device(
             flat = operands_of(x, *weight, 48, *routes, scatter, gammas, a, activation)
             hub_ops.matmul_ogs(*flat[:4])
     assert seen
+
+
+def test_the_package_runs_on_the_tensors_device(
+    seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        assert not seen
+        entered.append(device)
+        yield
+        assert seen
+
+    monkeypatch.setattr(hardware, "on", on)
+    HUB.matmul_ogs(randn(1, 32), Matrices.random(1, 16, 32), int32([0, 1]))
+    assert entered == [torch.device("cpu")]
 
 
 def test_weights_are_wrapped_where_they_lie(seen: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from mxfp4_fx.core.errors import (
     MissedRewriteWarning,
 )
 from mxfp4_fx.core.options import Options
+from mxfp4_fx.experts import Model
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.weights import swizzle
 from mxfp4_fx.weights.store import STORE
@@ -79,6 +80,11 @@ def test_a_default_load_runs_like_a_packed_one(files: Path) -> None:
         (f"model.layers.{at}.mlp.experts", "transformers_mxfp4") for at in range(2)
     ]
     assert told.misses == ()
+
+
+def test_an_mlp_is_one_place_under_the_name_of_its_experts() -> None:
+    places = Model(hub_layers()).places
+    assert [place.name for place in places] == ["layers.0.experts", "layers.1.experts"]
 
 
 @pytest.mark.exhaustive

@@ -155,6 +155,11 @@ def test_autocast_is_kept_out() -> None:
             assert (x @ x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "XPU"])
+def test_autocast_has_a_key_for_each_kind_of_device(device: str) -> None:
+    assert torch_private.AUTOCAST.has(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+
 def test_an_assertion_has_its_message() -> None:
     torch_private.assert_async(torch.tensor(True), "fine")
     with pytest.raises(RuntimeError, match="out of range"):

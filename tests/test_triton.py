@@ -5,6 +5,7 @@ On a GPU if there is one, otherwise in Triton's interpreter.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -422,6 +423,25 @@ def test_an_mlp_takes_four_launches_beside_the_router(
     with launches(run=False) as counted:
         run_mlp(any_layout, tokens, e)
     assert counted == {"routing_kernel": 1, "matmul_ogs_kernel": 2, "combine_kernel": 1}
+
+
+def test_every_launch_is_on_the_tensors_device(
+    any_layout: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on torch's current device, which may be another one."""
+    entered: list[tuple[str, int]] = []
+
+    with launches(run=False) as counted:
+
+        @contextlib.contextmanager
+        def on(device: torch.device) -> Iterator[None]:
+            before = counted.total()
+            yield
+            entered.append((device.type, counted.total() - before))
+
+        monkeypatch.setattr(hardware, "on", on)
+        run_mlp(any_layout, 1, 4)
+    assert entered == [(any_layout.device, launched) for launched in (1, 1, 2)]
 
 
 class NothingReadBack(TorchDispatchMode):

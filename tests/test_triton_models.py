@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from combinations import exhaustive
+from implementations import DEVICE
 from models import DTYPES, Graphs, compile_with, hidden, mlp, model, tokens
 from oracle import assert_as_accurate
 
@@ -13,7 +14,6 @@ from mxfp4_fx.ops import target
 
 pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = {"kernels": "triton"}
 
 

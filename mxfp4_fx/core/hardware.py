@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -151,6 +153,10 @@ def _amx_is_permitted() -> bool:
 # ---- GPUs
 
 
+# Device types of GPUs in torch: NVIDIA's and AMD's, and Intel's.
+GPU_TYPES = ("cuda", "xpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class GpuLayout:
     """The layout of the weights for a GPU.
@@ -167,10 +173,19 @@ class GpuLayout:
 _MMA = GpuLayout("mma_fragments", "weights in the order of mma.sync's registers")
 _WGMMA = GpuLayout("wgmma_fragments", "weights in the order of wgmma's registers")
 _PLAIN = GpuLayout(CHECKPOINT_ORDER, "no order of its own is known for its matrix instructions")
+_FLOAT32 = GpuLayout(
+    CHECKPOINT_ORDER, "float32 products, because Triton uses no matrix units before sm_80"
+)
 # Major compute capability of an NVIDIA GPU -> layout. Other GPUs get the plain one.
-_LAYOUTS = {8: _MMA, 9: _WGMMA, 12: _MMA}
-# NVIDIA's matrix units multiply bfloat16 from this major compute capability on.
-OLDEST_CAPABILITY = 8
+_LAYOUTS = {7: _FLOAT32, 8: _MMA, 9: _WGMMA, 12: _MMA}
+# The oldest NVIDIA GPU that the kernels are compiled for in tests, and that transformers' own MXFP4
+# kernels serve. Triton itself promises nothing before 8.0.
+OLDEST_CAPABILITY = (7, 5)
+# Architectures on which float32 numbers are multiplied instead of bfloat16 terms. Before sm_80
+# Triton multiplies no dtype in matrix units (triton#5066), and float32 takes the fewest steps.
+_FLOAT32_GPUS = ("sm_75",)
+# Architectures on which the tests (``tests/test_on_gpu.py``) have passed on a GPU.
+TRIED_GPUS: tuple[str, ...] = ()
 
 # The oldest Triton that compiles the kernels.
 OLDEST_TRITON = (3, 6)
@@ -180,10 +195,13 @@ OLDEST_TRITON = (3, 6)
 def gpu_name(device: torch.device) -> str:
     """Return the compiler's name of a GPU's architecture, such as ``sm_90`` or ``gfx942``.
 
-    For a CPU, on which Triton's interpreter runs, the name is ``interpreter``.
+    For all of Intel's GPUs the name is ``xpu``, and for a CPU, on which Triton's interpreter runs,
+    it is ``interpreter``.
     """
     if device.type == "cpu":
         return "interpreter"
+    if device.type == "xpu":
+        return "xpu"
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -198,8 +216,29 @@ def gpu_layout(name: str) -> GpuLayout | None:
     """
     if not name.startswith("sm_"):
         return _PLAIN
-    major = int(name.removeprefix("sm_")) // 10
-    return _LAYOUTS.get(major, _PLAIN) if major >= OLDEST_CAPABILITY else None
+    capability = divmod(int(name.removeprefix("sm_")), 10)
+    return _LAYOUTS.get(capability[0], _PLAIN) if capability >= OLDEST_CAPABILITY else None
+
+
+def multiplies_float32(name: str) -> bool:
+    """Return whether the kernels multiply float32 numbers on an architecture.
+
+    On all others they multiply bfloat16 terms (:data:`BF16_TERMS`).
+    """
+    return name in _FLOAT32_GPUS
+
+
+def gpu_terms(name: str, dtype: torch.dtype) -> int:
+    """Return the number of terms whose sum an activation is on an architecture."""
+    return 1 if multiplies_float32(name) else BF16_TERMS[dtype]
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches on ``device``: it uses the current device."""
+    if device.type == "cpu":  # the interpreter
+        return contextlib.nullcontext()
+    context: AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return context
 
 
 def is_interpreted() -> bool:

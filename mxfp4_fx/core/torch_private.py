@@ -77,8 +77,10 @@ with _trusted():
     are_transforms_active = torch._C._are_functorch_transforms_active
     # A context in which the dispatcher skips the given keys, such as autocast's.
     without_keys = torch._C._ExcludeDispatchKeyGuard
-    AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
+    AUTOCAST = (
+        torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+        | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+        | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastXPU)
     )
     # An assertion that the device checks; the host does not wait for it.
     assert_async = torch._assert_async

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS
-from mxfp4_fx.core.hardware import BF16_TERMS
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import hub_loader
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
@@ -75,7 +75,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     call = _Call(weight, rows, torch.bfloat16 if alone else torch.float32, weighs, scatters)
     if activation is not None and activates:
         call.activate(activation)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    with hardware.on(x.device):
         y = call(terms[0], None if weight.bias is None else weight.bias.float().contiguous())
         for term in terms[1:]:
             y = y + call(term, None)
@@ -216,7 +216,7 @@ def _expert_data(package: Any, expert_offsets: Tensor, rows: int) -> Any:
 def _bf16_terms(x: Tensor) -> list[Tensor]:
     """Split x into bfloat16 terms whose sum is x, the largest first."""
     terms, rest = [x.to(torch.bfloat16).contiguous()], x
-    for _ in range(BF16_TERMS[x.dtype] - 1):
+    for _ in range(hardware.BF16_TERMS[x.dtype] - 1):
         # Exact in float32. An infinite or NaN element has one term only.
         rest = torch.where(terms[-1].isfinite(), rest.float() - terms[-1].float(), 0)
         terms.append(rest.to(torch.bfloat16).contiguous())

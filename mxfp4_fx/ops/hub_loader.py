@@ -18,8 +18,8 @@ from mxfp4_fx.core.loaded_once import LoadedOnce
 REPOSITORY = "kernels-community/gpt-oss-triton-kernels"
 VERSION = 1  # of the package's interface; transformers 5 loads the same version
 
-# Device types that the package's kernels run on. ROCm's device type in torch is "cuda", too.
-DEVICES: tuple[str, ...] = ("cuda",)
+# Device types that the package's kernels are built for. ROCm's device type in torch is "cuda", too.
+DEVICES: tuple[str, ...] = ("cuda", "xpu")
 
 # Layouts that ``ops/hub.py`` hands to the package as they are.
 LAYOUTS = (CHECKPOINT_ORDER, "hub_strided", "hub_hopper")

@@ -65,7 +65,7 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
         return Target("reference", CHECKPOINT_ORDER, "plain PyTorch was asked for")
     if requested == "hub":
         return _hub(device)
-    if requested == "triton" or (requested == "auto" and device.type == "cuda"):
+    if requested == "triton" or (requested == "auto" and device.type in hardware.GPU_TYPES):
         return _triton(device, requested)
     if device.type != "cpu":
         raise KernelsUnavailableError(
@@ -105,17 +105,20 @@ def kernels_for(layout: str, device: torch.device) -> str:
 def _hub(device: torch.device) -> Target:
     if device.type not in hub_loader.DEVICES:
         raise KernelsUnavailableError(
-            f"kernels='hub' needs a GPU (CUDA or ROCm), and the model is on {device.type!r}; "
+            f"kernels='hub' needs a GPU (CUDA, ROCm or XPU), and the model is on {device.type!r}; "
             "kernels='auto' takes the best for the device"
         )
+    if device.type == "xpu":
+        _triton_version(device, "hub")
     hub_loader.load()
-    return Target("hub", CHECKPOINT_ORDER, f"{hub_loader.REPOSITORY}, as was asked for")
+    why = f"{hub_loader.REPOSITORY}, as was asked for; untried: no test has run it on a GPU"
+    return Target("hub", CHECKPOINT_ORDER, why)
 
 
 def _triton(device: torch.device, requested: str) -> Target:
     others = "kernels='reference' runs anywhere, slowly"
     asked = ", as was asked for" if requested == "triton" else ""
-    version = _triton_version(requested)
+    version = _triton_version(device, requested)
     if device.type == "cpu" and not hardware.is_interpreted():
         raise KernelsUnavailableError(
             f"kernels='triton' needs a GPU, and the model is on {device.type!r}; kernels='auto' "
@@ -124,11 +127,12 @@ def _triton(device: torch.device, requested: str) -> Target:
         )
     if device.type == "cpu":
         return Target("triton", "wgmma_fragments", f"Triton {version}'s interpreter{asked}")
-    if device.type != "cuda":
+    if device.type not in hardware.GPU_TYPES:
         raise KernelsUnavailableError(
-            f"kernels='triton' runs on NVIDIA and AMD GPUs, not on {device.type!r}; {others}"
+            f"kernels='triton' runs on NVIDIA, AMD and Intel GPUs, not on {device.type!r}; {others}"
         )
-    if not torch.cuda.is_available():
+    gpus = torch.get_device_module(device)
+    if not gpus.is_available():
         raise KernelsUnavailableError(
             f"kernels={requested!r}: the model is on {device.type!r}, and torch "
             f"{torch.__version__} sees no GPU; {others}"
@@ -137,21 +141,26 @@ def _triton(device: torch.device, requested: str) -> Target:
     layout = hardware.gpu_layout(name)
     if layout is None:
         raise KernelsUnavailableError(
-            f"{torch.cuda.get_device_name(device)} ({name}) has no matrix instructions for "
-            f"bfloat16, which kernels='triton' needs (compute capability "
-            f"{hardware.OLDEST_CAPABILITY}.0); {others}"
+            f"{gpus.get_device_name(device)} ({name}) is older than compute capability "
+            f"{'.'.join(map(str, hardware.OLDEST_CAPABILITY))}, which kernels='triton' needs; "
+            f"{others}"
         )
-    described = f"Triton {version} on {torch.cuda.get_device_name(device)} ({name}){asked}"
-    return Target("triton", layout.name, f"{described}: {layout.reason}")
+    described = f"Triton {version} on {gpus.get_device_name(device)} ({name}){asked}"
+    tried = "" if name in hardware.TRIED_GPUS else f"; untried: no test has run on {name}"
+    return Target("triton", layout.name, f"{described}: {layout.reason}{tried}")
 
 
-def _triton_version(requested: str) -> str:
+def _triton_version(device: torch.device, requested: str) -> str:
     """Return Triton's version.
 
     Raises:
-        KernelsUnavailableError: Triton is not installed, or too old to compile the kernels.
+        KernelsUnavailableError: Triton is not installed, too old to compile the kernels, or a build
+            that cannot compile for Intel's GPUs, which the device is.
     """
-    remedy = "pip install 'mxfp4_fx[triton]'; or kernels='reference', which runs anywhere, slowly"
+    install = "pip install 'mxfp4_fx[triton]'"
+    if device.type == "xpu":
+        install = "install the one that torch's build for Intel GPUs needs (triton-xpu)"
+    remedy = f"{install}; or kernels='reference', which runs anywhere, slowly"
     try:
         import triton
     except ImportError as error:
@@ -165,6 +174,11 @@ def _triton_version(requested: str) -> str:
         oldest = ".".join(map(str, hardware.OLDEST_TRITON))
         raise KernelsUnavailableError(
             f"kernels={requested!r} needs Triton {oldest} or newer, and this is {version}: {remedy}"
+        )
+    if device.type == "xpu" and "intel" not in triton.backends.backends:
+        raise KernelsUnavailableError(
+            f"kernels={requested!r} needs a Triton that compiles for Intel GPUs, and this one, "
+            f"{version}, compiles for {', '.join(triton.backends.backends)}: {remedy}"
         )
     return version
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mxfp4_fx.core import hardware
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 
 FOLDER = Path(__file__).with_name("tiles")
@@ -89,7 +90,7 @@ def choose(
         rows: R.
         experts: E.
         k: K.
-        terms: the number of bfloat16 terms of an activation.
+        terms: the number of terms of an activation (``hardware.gpu_terms``).
         splits: whether K may be split.
     """
     if _forced:
@@ -135,7 +136,10 @@ def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -
 def compiler_options(tile: Tile, target: str, terms: int) -> dict[str, int]:
     """Return Triton's options for a kernel with that tile."""
     options = {**OPTIONS, "num_warps": tile.warps, "num_stages": tile.stages}
-    if terms > 1 and target.startswith("sm_"):
+    if target.startswith("sm_"):
         # By default ptxas may spill some registers so that one more program fits a multiprocessor.
-        options["maxnreg"] = 255
+        # With few rows of mma_fragments none fits, because shared memory is full.
+        layout = hardware.gpu_layout(target)
+        if terms > 1 or (layout is not None and layout.name == "mma_fragments"):
+            options["maxnreg"] = 255
     return options

@@ -7,11 +7,11 @@ that points outside its tensor.
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from mxfp4_fx.core import hardware
@@ -19,6 +19,7 @@ from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import Routes
+from mxfp4_fx.ops.triton_kernels.arithmetic import UNIT
 from mxfp4_fx.ops.triton_kernels.epilogue import combine_kernel
 from mxfp4_fx.ops.triton_kernels.matmul import matmul_ogs_kernel
 from mxfp4_fx.ops.triton_kernels.routing import (
@@ -29,11 +30,15 @@ from mxfp4_fx.ops.triton_kernels.routing import (
 )
 
 # Targets and numbers of terms without tl.dot_scaled. gfx942 has no such instruction, and Triton 3.6
-# cannot compile it. The interpreter converts its bfloat16 operand to float16 and loses small terms.
-_WITHOUT_DOT_SCALED = {("gfx942", 1), ("gfx942", 2), ("gfx942", 3)}
-_WITHOUT_DOT_SCALED |= {("interpreter", 2), ("interpreter", 3)}
+# cannot compile it. What Intel's compiler makes of it is not known to be exact. sm_75 multiplies
+# float32. The interpreter converts its bfloat16 operand to float16 and loses small terms.
+_WITHOUT_DOT_SCALED = {(gpu, terms) for gpu in ("gfx942", "xpu") for terms in (1, 2, 3)}
+_WITHOUT_DOT_SCALED |= {("interpreter", 2), ("interpreter", 3), ("sm_75", 1)}
 # Beyond so many routes, three launches with many programs are faster than one program.
 _ONE_PROGRAM_ROUTES = 2048
+# Targets on which a program's threads may not see one another's stores after a barrier: Intel's
+# compiler makes it order shared memory only. There the launches are always three.
+_WITHOUT_GLOBAL_BARRIER = ("xpu",)
 _COMBINE_TILE = (4, 512)  # tokens, columns
 _SCAN_TILE = (256, 8)  # blocks, groups
 
@@ -54,7 +59,9 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
         return y
     if e == 0:
         return y.zero_()
-    gpu, terms = hardware.gpu_name(x.device), hardware.BF16_TERMS[x.dtype]
+    gpu = hardware.gpu_name(x.device)
+    products = _products(gpu, x.dtype)
+    terms = products["TERMS"]
     # The second launch can sum parts of K, too; an activation needs the whole sum first.
     can_split = rows.scatter is not None and activation is None
     tile = tiles.choose(gpu, layout, rows.total, e, k, terms, can_split)
@@ -69,21 +76,31 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     row_tiles = min(rows.total, e + 1 + rows.total // tile.block_m)  # an upper bound
     grid = (-(-n // tile.block_n) * row_tiles, tile.splits)
     alpha, limit = (0.0, 0.0) if activation is None else (activation.alpha, activation.limit)
-    with _on(x.device):
+    with hardware.on(x.device):
         matmul_ogs_kernel[grid](
             x, blocks, scales, None if bias is None else bias.contiguous(), _int32(rows.offsets),
             None if rows.gather is None else _int32(rows.gather),
             None if rows.scatter is None else _int32(rows.scatter),
             None if rows.gammas is None else rows.gammas.float().contiguous(),
             out, x.stride(0), rows.total, e, alpha, limit,
-            N=n, K=k, LAYOUT=layout, SWIGLU=activation is not None, TERMS=terms,
+            N=n, K=k, LAYOUT=layout, SWIGLU=activation is not None,
             GROUPS=triton.next_power_of_2(e + 1), BM=tile.block_m, BN=tile.block_n,
-            BK=tile.block_k, SPLITS=tile.splits, SCALED=(gpu, terms) not in _WITHOUT_DOT_SCALED,
+            BK=tile.block_k, SPLITS=tile.splits, **products,
             **tiles.compiler_options(tile, gpu, terms),
         )  # fmt: skip
         if rows.scatter is not None:
             _combine(out, y, rows.per_token, tile.splits)
     return y
+
+
+def _products(gpu: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the kernel's constants that say how a GPU multiplies activations of a dtype."""
+    terms = hardware.gpu_terms(gpu, dtype)
+    return {
+        "TERMS": terms,
+        "SCALED": (gpu, terms) not in _WITHOUT_DOT_SCALED,
+        "OPERAND": tl.float32 if hardware.multiplies_float32(gpu) else UNIT.value,
+    }
 
 
 def _combine(parts: Tensor, y: Tensor, per_token: int, splits: int) -> None:
@@ -98,7 +115,7 @@ def _combine(parts: Tensor, y: Tensor, per_token: int, splits: int) -> None:
 def routing(logits: Tensor, top_k: int) -> Routes:
     """Compute ``ops.reference.routing``; of equal logits it chooses the first expert.
 
-    There is one launch up to 2048 routes, and three beyond.
+    There is one launch up to 2048 routes, and three beyond or on an Intel GPU.
     """
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -145,8 +162,9 @@ def _route(
     warps = _warps(bt * ap, groups)
     inputs = (source, source.stride(0), weights, *notes)
     blocks = -(-t // bt)
-    with _on(device):
-        if rows <= _ONE_PROGRAM_ROUTES:
+    one_program = hardware.gpu_name(device) not in _WITHOUT_GLOBAL_BARRIER
+    with hardware.on(device):
+        if rows <= _ONE_PROGRAM_ROUTES and one_program:
             routing_kernel[(1,)](
                 *inputs, *routes, t, e, first_expert, GIVEN=given, **shape, num_warps=warps
             )
@@ -177,10 +195,3 @@ def _warps(slots: int, groups: int) -> int:
 
 def _int32(index: Tensor) -> Tensor:
     return index.to(torch.int32).contiguous()
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which Triton launches on ``device``: it uses the current device."""
-    if device.type == "cpu":  # the interpreter
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

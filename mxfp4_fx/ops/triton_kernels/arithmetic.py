@@ -8,7 +8,7 @@ import triton.language as tl
 # Triton's interpreter does bfloat16 arithmetic on raw bits and has no inline assembly. There the
 # kernels use float32 instead of bfloat16, and plain operations instead of assembly.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-UNIT = tl.constexpr(tl.float32 if INTERPRETED.value else tl.bfloat16)  # of matrix units' operands
+UNIT = tl.constexpr(tl.float32 if INTERPRETED.value else tl.bfloat16)  # matrix units' operands
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOG2_E_REST = tl.constexpr(1.925963033500e-08)  # log2(e) minus its float32 neighbour
@@ -47,11 +47,12 @@ def swiglu(gate, up, alpha, limit):
 def take_term(rest):
     """Split float32 numbers into bfloat16 terms, their upper 8 bits of significand, and the rest.
 
-    Three such terms hold every float32 number, two every float16 number. Infinity is one term.
+    Three such terms hold every float32 number, two every float16 number. Infinity is one term. Both
+    results are float32.
     """
     bits = rest.to(tl.int32, bitcast=True) & -65536
     term = bits.to(tl.float32, bitcast=True)
-    return term.to(UNIT), tl.where(tl.abs(rest) == float("inf"), 0.0, rest - term)
+    return term, tl.where(tl.abs(rest) == float("inf"), 0.0, rest - term)
 
 
 @triton.jit

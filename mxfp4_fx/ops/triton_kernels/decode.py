@@ -16,6 +16,7 @@ TILE_WORDS = tl.constexpr(128)  # words of codes in a fragment tile
 TILE_SCALE_WORDS = tl.constexpr(8)  # words of its scales: for each g the bytes (kb, r)
 # The bits of a code as a bfloat16, in both halves of a word: sign, two exponent bits, mantissa bit.
 _PLACES = tl.constexpr(0x81C081C0)
+_TWICE = tl.constexpr(0xC8643210)  # E2M1's magnitudes, times 2, from code 0 to code 7
 _STORED_BIAS = tl.constexpr(126)  # a code in its place lacks a factor 2^126; its scale includes it
 
 
@@ -49,23 +50,27 @@ def _multiply_pairs(pairs, scales):
 
 @triton.jit
 def _exact(code, scale):
-    """Return a code times 2^(scale - 127), exact for every scale byte; byte 255 gives NaN.
+    """Return a code times 2^(scale - 127) in float32, exact for every scale byte; 255 gives NaN.
 
-    The code's bits are 15 and 8:6. The scale is applied as two factors, so that neither factor nor
-    the first product is subnormal.
+    The code is the lowest four bits; those above count for nothing. The scale is applied as two
+    factors, so that neither factor nor the first product is subnormal.
     """
-    exponent_mantissa = ((code >> 6) & 7).to(tl.int32)
-    shift = tl.maximum((exponent_mantissa >> 1) - 1, 0)
-    twice = tl.where(
-        exponent_mantissa < 2, exponent_mantissa, (2 | (exponent_mantissa & 1)) << shift
-    )
-    twice = tl.where((code & 0x8000) != 0, -twice.to(tl.float32), twice.to(tl.float32))
+    # Twice the magnitude is an integer of 4 bits.
+    twice = (_TWICE >> ((code << 2) & 28)) & 15
+    twice = twice.to(tl.int32).to(tl.float32)
+    twice = tl.where((code & 8) != 0, -twice, twice)
     scale = scale.to(tl.int32)
     half = scale >> 1
     low = ((half + 64) << 23).to(tl.float32, bitcast=True)
     high = ((scale - half + 62) << 23).to(tl.float32, bitcast=True)
     high = tl.where(scale == 255, float("nan"), high)
-    return (twice * low * high).to(UNIT)
+    return twice * low * high
+
+
+@triton.jit
+def _out_of_place(code):
+    """Return the code of a number that has the code's bits in a bfloat16's place: 15 and 8:6."""
+    return ((code >> 12) & 8) | ((code >> 6) & 7)
 
 
 @triton.jit
@@ -80,8 +85,8 @@ def decode_fragments(words, scale_words, R: tl.constexpr, WGMMA: tl.constexpr, E
     scales = scales.reshape((R, 8, 1, 2, 1, 1, 2) if WGMMA else (R, 8, 1, 2, 2, 1, 1))
     if EXACT:
         scales = (scales - _STORED_BIAS) & 0xFF
-        even = _exact(pairs & 0xFFFF, scales)
-        odd = _exact(pairs >> 16, scales)
+        even = _exact(_out_of_place(pairs), scales).to(UNIT)
+        odd = _exact(_out_of_place(pairs >> 16), scales).to(UNIT)
     elif INTERPRETED:  # the same products in float32
         factors = (scales << 23).to(tl.float32, bitcast=True)
         even = (pairs << 16).to(tl.float32, bitcast=True) * factors
@@ -99,8 +104,11 @@ def decode_fragments(words, scale_words, R: tl.constexpr, WGMMA: tl.constexpr, E
 
 
 @triton.jit
-def decode_rows(codes, scales, BN: tl.constexpr, BK: tl.constexpr):
-    """Decode ``codes`` [BN, BK/2] and ``scales`` [BN, BK/32] in checkpoint order to [BN, BK]."""
-    nibbles = tl.join(codes & 15, codes >> 4).reshape(BN, BK // 32, 32).to(tl.uint32)
-    places = ((nibbles & 8) << 12) | ((nibbles & 7) << 6)
-    return _exact(places, scales[:, :, None]).reshape(BN, BK)
+def decode_rows(codes, scales, BN: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr):
+    """Decode ``codes`` [BN, BK/2] and ``scales`` [BN, BK/32] in checkpoint order to [BN, BK].
+
+    ``OPERAND`` is the dtype of the result, bfloat16 or float32.
+    """
+    codes = codes.to(tl.uint32)
+    nibbles = tl.join(codes, codes >> 4).reshape(BN, BK // 32, 32)
+    return _exact(nibbles, scales[:, :, None]).reshape(BN, BK).to(OPERAND)

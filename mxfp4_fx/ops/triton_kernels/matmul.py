@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxfp4_fx.ops.triton_kernels.arithmetic import UNIT, take_term, uniform
+from mxfp4_fx.ops.triton_kernels.arithmetic import take_term, uniform
 from mxfp4_fx.ops.triton_kernels.decode import (
     TILE_SCALE_WORDS,
     TILE_WORDS,
@@ -49,13 +49,16 @@ def _find_tile(expert_offsets, rows, experts, n_tiles, BM: tl.constexpr, GROUPS:
 
 @triton.jit
 def _multiply(acc, weight, x, TERMS: tl.constexpr):
-    """Return ``acc + weight @ x^T``, with x [BM, BK] split exactly into bfloat16 terms."""
+    """Return ``acc + weight @ x^T``, with x [BM, BK] split exactly into bfloat16 terms.
+
+    One term is x itself, which the weight's dtype holds.
+    """
     if TERMS == 1:
-        return tl.dot(weight, x.to(UNIT).T, acc, input_precision="ieee")
+        return tl.dot(weight, x.to(weight.dtype).T, acc, input_precision="ieee")
     rest = x.to(tl.float32)
     for _ in tl.static_range(TERMS):
         term, rest = take_term(rest)
-        acc = tl.dot(weight, term.T, acc, input_precision="ieee")
+        acc = tl.dot(weight, term.to(weight.dtype).T, acc, input_precision="ieee")
     return acc
 
 
@@ -113,6 +116,7 @@ def _multiply_fragments(
 def _multiply_rows(
     acc, codes, scales, x, in_rows, in_n, first, K: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr, TERMS: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Add the products of STEPS times BK columns to ``acc``, from column BK ``first`` on.
 
@@ -130,7 +134,7 @@ def _multiply_rows(
         )
         tile_x = tl.load(x + k + column, mask=in_rows[:, None] & (k + column < K), other=0.0)
         if EXACT:
-            weight = decode_rows(tile_codes, tile_scales, BN, BK)
+            weight = decode_rows(tile_codes, tile_scales, BN, BK, OPERAND)
             acc = _multiply(acc, weight, tile_x, TERMS)
         elif TERMS == 1:
             acc = tl.dot_scaled(tile_codes, tile_scales, "e2m1", tile_x.T, None, "bf16", acc)
@@ -190,7 +194,7 @@ def matmul_ogs_kernel(
     x_stride, rows, experts, alpha, limit,
     N: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr,
     TERMS: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr,
+    BK: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of ``act(x[gather_index] @ W^T + bias) * gammas``, for one expert.
 
@@ -209,12 +213,15 @@ def matmul_ogs_kernel(
         bias: [E, N] or None.
         expert_offsets: [E + 1].
         gather_index, scatter_index, gammas: [R] or None.
-        TERMS: the number of bfloat16 terms of an activation: 1, 2 (float16) or 3 (float32).
+        TERMS: the number of terms of an activation: bfloat16 has 1, float16 2 and float32 3, and in
+            products of float32 all have 1.
         GROUPS: a power of 2 above E.
         BK: columns of a step, 64 U for fragments.
         SPLITS: the number of parts of K; it divides the steps.
         SCALED: whether ``tl.dot_scaled`` multiplies weights in checkpoint order if it decodes their
             scales rightly.
+        OPERAND: the dtype of the numbers that other products multiply in checkpoint order: bfloat16
+            for matrix units, float32 without them.
     """
     IS_FRAGMENTS: tl.constexpr = LAYOUT != "row_major"
     STEPS: tl.constexpr = (K + BK - 1) // BK // SPLITS
@@ -267,17 +274,16 @@ def matmul_ogs_kernel(
         w_row = expert * N + tl.minimum(n, N - 1)[:, None]
         codes = blocks + w_row * (K // 2)
         w_scales = scales + w_row * (K // 32)
-        is_exact = True
-        if SCALED:
-            is_exact = _has_extreme_scale(w_scales, in_n, K, BN, BK)
-        if is_exact:
+        if not SCALED or _has_extreme_scale(w_scales, in_n, K, BN, BK):
             acc = _multiply_rows(
-                acc, codes, w_scales, x_rows, in_rows, in_n, first, K, BN, BK, STEPS, True, TERMS
-            )
+                acc, codes, w_scales, x_rows, in_rows, in_n, first, K, BN, BK, STEPS, True, TERMS,
+                OPERAND,
+            )  # fmt: skip
         else:
             acc = _multiply_rows(
-                acc, codes, w_scales, x_rows, in_rows, in_n, first, K, BN, BK, STEPS, False, TERMS
-            )
+                acc, codes, w_scales, x_rows, in_rows, in_n, first, K, BN, BK, STEPS, False, TERMS,
+                OPERAND,
+            )  # fmt: skip
     finish(
         acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
         N, LAYOUT, SWIGLU, BM, BN,
