@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from mxfp4_fx import calls
 from mxfp4_fx.core import compilation, torch_private
@@ -149,7 +149,20 @@ def bind(
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:
     """Return the map from the captured graph's inputs to the lowered graph's."""
     names = _input_names(captured), _input_names(lowered)
-    return InputPlan(*names, ctx.bindings, calls.is_lent, calls.tell_of_lent)
+    return InputPlan(*names, ctx.bindings, _is_lent, _tell_of_lent)
+
+
+def _is_lent(tensor: Tensor) -> bool:
+    """Return whether a weight is loaded for the current call alone."""
+    call = calls.current()
+    return call is not None and call.is_lent(tensor)
+
+
+def _tell_of_lent() -> None:
+    """Warn once of the experts whose weights are loaded for the current call alone."""
+    call = calls.current()
+    if call is not None:
+        call.tell_of_offloaded()
 
 
 def _input_names(gm: fx.GraphModule) -> list[str]:

@@ -315,19 +315,6 @@ def current() -> Call | None:
     return getattr(_calls, "current", None)
 
 
-def is_lent(tensor: Tensor) -> bool:
-    """Return whether a weight is loaded for the current call alone; see :attr:`Call.offloaded`."""
-    call = current()
-    return call is not None and call.is_lent(tensor)
-
-
-def tell_of_lent() -> None:
-    """Warn once of the experts of the current call whose weights are loaded for it alone."""
-    call = current()
-    if call is not None:
-        call.tell_of_offloaded()
-
-
 @contextlib.contextmanager
 def observed() -> Iterator[Found]:
     """Collect what calls find, instead of warning or raising."""
