@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import attach_execution_device_hook
+from default_load import hub_layers
 from models import Graphs, Layers, compile_with, hidden, mlp, model, pack, tokens
 from torch import Tensor, fx, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
@@ -154,6 +155,13 @@ class TestHooks:
         whole = pack(Layers())
         expected = by_layers(whole, hidden(), whole, PackedExperts)
         assert_all_run(hooked(whole), hidden(), expected, 2)
+
+    @pytest.mark.exhaustive
+    def test_every_layer_of_transformers_own_modules(self) -> None:
+        whole, x = hub_layers(), hidden().bfloat16()
+        expected = compile_with(whole, options={"strict": True}, fullgraph=True)(x)
+        torch.compiler.reset()
+        assert_all_run(hooked(whole), x, expected, 2)
 
     @pytest.mark.exhaustive
     def test_every_layer_of_a_whole_model(self) -> None:
