@@ -38,7 +38,7 @@ ATTRIBUTES = {
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
 }
 # ... those of accelerate and transformers, and a named tuple's method.
-OTHERS = {"_hf_hook", "_is_hooked", "_weight_conversions", "_replace"}
+OTHERS = {"_device_mesh", "_hf_hook", "_is_hooked", "_weight_conversions", "_replace"}
 
 
 def private_names(file: Path, own: set[str]) -> Iterator[str]:
