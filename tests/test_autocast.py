@@ -209,26 +209,28 @@ def test_parts_of_other_dtypes(make: Callable[[], Any], dtype: torch.dtype) -> N
     )
 
 
+VERIFIED = [
+    (F32, BF16, "batched_mm"),
+    (F32, BF16, "grouped_mm"),
+    (F32, BF16, "packed"),
+    (F32, F16, "batched_mm"),
+    (BF16, F16, "grouped_mm"),
+    (BF16, F16, "batched_mm"),
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("dtype", "autocast", "form"), VERIFIED)
 @pytest.mark.usefixtures("no_gradients")
-@pytest.mark.parametrize(
-    ("dtype", "autocast", "form"),
-    [
-        (F32, BF16, "batched_mm"),
-        *(
-            pytest.param(dtype, autocast, form, marks=pytest.mark.exhaustive)
-            for dtype, autocast, form in (
-                (F32, BF16, "grouped_mm"),
-                (F32, BF16, "packed"),
-                (F32, F16, "batched_mm"),
-                (BF16, F16, "grouped_mm"),
-                (BF16, F16, "batched_mm"),
-            )
-        ),
-    ],
-)
-def test_verified(dtype: torch.dtype, autocast: torch.dtype, form: str) -> None:
+def test_every_form_is_verified(dtype: torch.dtype, autocast: torch.dtype, form: str) -> None:
     with torch.autocast("cpu", autocast):
         compile_with(frozen(dtype, form), options={"verify": True})(hidden(dtype=dtype))
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_what_is_rounded_more_than_the_op_does_is_verified() -> None:
+    module = with_autocast((64, 96), FUNCTIONAL_BIAS)
+    compile_with(module, options={"verify": True, "strict": True})(hidden())
 
 
 def step(module: Any, run: Callable[..., Any], x: Tensor, autocast: bool = True) -> list[Tensor]:
