@@ -104,7 +104,7 @@ def dtypes_inside(match: Match) -> tuple[torch.dtype, ...]:
         for expr, node in match.nodes.items()
         if expr.op in _ARITHMETIC and (value := tensor_of(node)) is not None
     }
-    return tuple(dtype for dtype in DTYPES if dtype in inside)
+    return tuple(dtype for dtype in DTYPES if dtype in {*inside, compute_dtype(match)})
 
 
 def _check_types(match: Match) -> None:
