@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from mxfp4_fx.explanation import Explanation, explain
     from mxfp4_fx.huggingface.loading import from_pretrained
     from mxfp4_fx.huggingface.placement import place_experts
+    from mxfp4_fx.huggingface.quantizer import Mxfp4Config
     from mxfp4_fx.huggingface.unpacking import dequantize
     from mxfp4_fx.weights.upkeep import forget, refresh, restore
 
 __all__ = [
     "Explanation",
+    "Mxfp4Config",
     "__version__",
     "dequantize",
     "explain",
@@ -35,6 +37,7 @@ __all__ = [
 
 _MODULES = {
     "Explanation": "mxfp4_fx.explanation",
+    "Mxfp4Config": "mxfp4_fx.huggingface.quantizer",
     "dequantize": "mxfp4_fx.huggingface.unpacking",
     "explain": "mxfp4_fx.explanation",
     "forget": "mxfp4_fx.weights.upkeep",

@@ -148,7 +148,8 @@ def bind(
 
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:
     """Return the map from the captured graph's inputs to the lowered graph's."""
-    return InputPlan(_input_names(captured), _input_names(lowered), ctx.bindings)
+    names = _input_names(captured), _input_names(lowered)
+    return InputPlan(*names, ctx.bindings, calls.is_lent, calls.tell_of_lent)
 
 
 def _input_names(gm: fx.GraphModule) -> list[str]:
@@ -178,5 +179,6 @@ def announce(ctx: Context) -> None:
     (calls.current() or calls.Call(ctx.options)).announce(ctx.report, ctx.inputs)
 
 
-# Each Call prepares the capture, but set_stance(force_backend="mxfp4") compiles without a Call.
+# For set_stance(force_backend="mxfp4"), which compiles without a Call. Before each frame, the
+# capture is prepared again, but that comes too late for the frame of a forward that it replaces.
 prepare_capture()

@@ -21,30 +21,34 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mxfp4_fx.core import compilation, forks, torch_private
 from mxfp4_fx.core.errors import (
+    InflatedExpertsWarning,
     MissedRewriteError,
     MissedRewriteWarning,
     NoExpertsWarning,
     OptionError,
+    RepeatedSwizzleWarning,
 )
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.core.skip import KEEP_DENSE, Skip
+from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, Skip
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
+from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
+from mxfp4_fx.huggingface.inflated import note_of_inflated
+from mxfp4_fx.huggingface.offloading import offloaded
+from mxfp4_fx.limits import sharers
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
 
-# A mark on experts during a call whose options["skip"] names them. Dynamo guards it, as it guards
-# KEEP_DENSE, because the hook reads it.
-_SKIPPED = "_mxfp4_fx_skipped"
 _HOOK = -4  # our key among a module's hooks; torch's are not negative
 
 
 # A module or function -> the warnings that were given about it.
 _told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()  # modules and functions that have called experts
+_told_of_size: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that may be inflated
 _watched: dict[nn.Module, int] = {}  # modules with our hooks -> calls that need them
 _lock = threading.RLock()
 _calls = threading.local()
@@ -52,10 +56,14 @@ _calls = threading.local()
 
 @dataclasses.dataclass
 class Found:
-    """What a call found: the report of each graph that ran, and experts that ran in no graph."""
+    """What a call found: the report of each graph that ran, and experts that ran in no graph.
+
+    Notes are what the user should know beside that.
+    """
 
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
     outside: list[Miss] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 _observer: contextvars.ContextVar[Found | None] = contextvars.ContextVar("observer", default=None)
@@ -87,7 +95,7 @@ class Call:
 
     def __enter__(self) -> None:
         prepare_capture()  # transformers may have been imported since the last call
-        called = compilation.compiled_function()
+        called = compilation.compiled_function(apart=True)
         skipped = []
         if called is not None:
             self._function = called[0]
@@ -106,7 +114,7 @@ class Call:
                 module._forward_pre_hooks[_HOOK] = _before_experts
                 module._forward_hooks[_HOOK] = _after_experts
             for module, is_skipped in skipped:
-                vars(module)[_SKIPPED] = is_skipped
+                vars(module)[SKIPPED] = is_skipped
 
     def __exit__(self, *_: object) -> None:
         _calls.current = self._outer
@@ -122,7 +130,7 @@ class Call:
                 module._forward_pre_hooks.pop(_HOOK, None)
                 module._forward_hooks.pop(_HOOK, None)
                 if self.options.skip:
-                    vars(module).pop(_SKIPPED, None)
+                    vars(module).pop(SKIPPED, None)
         # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
         if sys.exc_info()[1] is self._raised:
             self._judge()
@@ -164,7 +172,8 @@ class Call:
         if why is not None:
             miss = Miss(name, why, skipped=True)
         else:
-            miss = Miss(name, f"it ran uncompiled: {compilation.why_uncompiled()}")
+            reason = hub_modules.why_not(module, self.options)
+            miss = Miss(name, reason or f"it ran uncompiled: {compilation.why_uncompiled()}")
         if self.observer is not None:
             self.observer.outside.append(miss)
         elif why is None:
@@ -179,7 +188,7 @@ class Call:
         """Return why the user wants these experts left as they are; None if the user does not."""
         if getattr(module, KEEP_DENSE, False):
             return "kept dense: skip= or modules_to_not_convert named it when it was loaded"
-        if vars(module).get(_SKIPPED, False):
+        if vars(module).get(SKIPPED, False):
             return "skipped by options['skip']"
         return None
 
@@ -187,6 +196,37 @@ class Call:
         """Return index -> :meth:`left`, for each of a graph's inputs that is an expert weight."""
         owners = self._owners()
         return {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
+
+    @functools.cached_property
+    def offloaded(self) -> dict[nn.Module, str]:
+        """The experts whose weights are loaded for a call alone -> their names."""
+        tops = [top for model in self.models if (top := model.top()) is not None]
+        found = {module for top in tops for module in offloaded(top)}
+        return {module: self.name_of(module) for module in self.experts if module in found}
+
+    def is_lent(self, tensor: Tensor) -> bool:
+        """Return whether a weight is one of :attr:`offloaded` experts."""
+        return any(tensor is held for module in self.offloaded for held in tensors_of(module))
+
+    def tell_of_offloaded(self) -> None:
+        """Warn once of each of the :attr:`offloaded` experts, unless they are left as they are."""
+        told = "offloaded"
+        fresh = {
+            module: name
+            for module, name in self.offloaded.items()
+            if told not in _told.get(module, ()) and self.left(module) is None
+        }
+        if self.observer is not None or not fresh:
+            return
+        shown = "".join(f"\n  {name}" for name in [*fresh.values()][:3])
+        more = f"\n  and {len(fresh) - 3} more" if len(fresh) > 3 else ""
+        _warn(
+            "these MoE layers run in MXFP4, but each call loads their weights and swizzles them "
+            f"again, because a device_map offloads them:{shown}{more}",
+            RepeatedSwizzleWarning,
+        )
+        for module in fresh:
+            _told.setdefault(module, set()).add(told)
 
     def check_skip(self) -> None:
         """Check ``options["skip"]``.
@@ -211,10 +251,27 @@ class Call:
         if report.rewrites or report.misses:
             self.found = True
             self.graphs += 1
+        if report.rewrites:
+            self._note_inflated()
         if self.observer is not None:
             self.observer.graphs.append(self.renamed(report, args))
         elif report.misses:
             self.announce(report, args)
+
+    def _note_inflated(self) -> None:
+        """Warn, once a model, that transformers made its experts dense while it loaded them."""
+        for model in self.models:
+            top = model.top()
+            if top is None or (self.observer is None and top in _told_of_size):
+                continue
+            experts = [module for _, module in model.experts() or () if self.left(module) is None]
+            note = note_of_inflated(top, experts)
+            if self.observer is not None:
+                self.observer.notes += [note] if note else []
+                continue
+            if note:
+                _warn(note, InflatedExpertsWarning)
+            _told_of_size.add(top)
 
     def announce(self, report: GraphReport, args: Sequence[Any]) -> None:
         """Warn of the misses of a graph that runs on these inputs, or raise with ``strict``."""
@@ -256,6 +313,19 @@ class Call:
 def current() -> Call | None:
     """Return the innermost call of this thread, or None."""
     return getattr(_calls, "current", None)
+
+
+def is_lent(tensor: Tensor) -> bool:
+    """Return whether a weight is loaded for the current call alone; see :attr:`Call.offloaded`."""
+    call = current()
+    return call is not None and call.is_lent(tensor)
+
+
+def tell_of_lent() -> None:
+    """Warn once of the experts of the current call whose weights are loaded for it alone."""
+    call = current()
+    if call is not None:
+        call.tell_of_offloaded()
 
 
 @contextlib.contextmanager
@@ -317,7 +387,7 @@ def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
 def _before_experts(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         # Dynamo guards the marks because they are read: skipped experts get a graph of their own.
-        _ = bool(getattr(module, KEEP_DENSE, False)), bool(getattr(module, _SKIPPED, False))
+        _ = bool(getattr(module, KEEP_DENSE, False)), bool(getattr(module, SKIPPED, False))
         return
     call = current()
     if call is not None:
@@ -335,3 +405,6 @@ def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
 
 forks.renew_lock(sys.modules[__name__], "_lock", threading.RLock)
 compilation.on_calls(_call_with)
+# Before each frame, because transformers may be imported at any time: code in a call may import it,
+# and set_stance(force_backend="mxfp4") compiles without a Call.
+compilation.on_frames(prepare_capture, sharers)

@@ -14,9 +14,11 @@ from torch.nn.parameter import is_lazy
 
 from mxfp4_fx.core.skip import Skip, bare
 from mxfp4_fx.core.torch_private import unwrapped
+from mxfp4_fx.weights.upkeep import wrapped_tensors
 
 # Classes of experts whose weights `is_stack` may not recognize.
-_EXPERTS = {"GptOssExperts", "PackedExperts", "Mxfp4GptOssMLP", "Mxfp4GptOssExperts"}
+_OF_THE_HUB = {"Mxfp4GptOssMLP", "Mxfp4GptOssExperts"}
+_EXPERTS = {"GptOssExperts", "PackedExperts", *_OF_THE_HUB}
 _SMALLEST = 32  # side of a matrix that MXFP4 can hold
 _LARGEST = 64  # entries of a container that `modules_of` searches, which it does at every call
 
@@ -51,10 +53,16 @@ class Model:
         self.names = [*map(bare, modules)]
         self.places: list[Place] = []
         self._skipped: dict[tuple[str, ...], set[str]] = {}
+        inside: set[nn.Module] = set()
         for name, module in modules.items():
-            if is_experts(module):
+            if is_experts(module) and module not in inside:
                 above, _, child = name.rpartition(".")
                 parent = weakref.ref(modules[above])
+                # transformers' MXFP4 MLP does not call its experts, so it stands for them.
+                inner = module._modules.get("experts")
+                if inner is not None and is_experts(inner):
+                    inside.add(inner)
+                    name = f"{name}.experts" if name else "experts"
                 self.places.append(Place(bare(name), weakref.ref(module), parent, child))
 
     def experts(self) -> list[tuple[str, nn.Module]] | None:
@@ -83,6 +91,11 @@ def look_at(top: nn.Module) -> tuple[Model, list[tuple[str, nn.Module]]]:
     return model, experts
 
 
+def looked_at() -> list[nn.Module]:
+    """Return the modules that :func:`look_at` was called with and that still live."""
+    return list(_models)
+
+
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module is of a known class, or has several stacks of equal length."""
     if not _EXPERTS.isdisjoint(kind.__name__ for kind in type(module).__mro__):
@@ -101,8 +114,13 @@ def is_stack(value: object) -> bool:
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Return a module's parameters and buffers, and those that parametrizations hold for it."""
+    """Return a module's parameters and buffers, and what others hold for it.
+
+    Others are parametrizations, and the hub's classes in transformers' MXFP4 modules.
+    """
     found = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if type(module).__name__ in _OF_THE_HUB:
+        found += wrapped_tensors(module._modules.get("experts") or module)
     inner = module._modules.get("parametrizations")
     return found + ([] if inner is None else list(inner.parameters()))
 

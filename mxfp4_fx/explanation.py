@@ -12,6 +12,7 @@ from torch import fx
 from mxfp4_fx import calls
 from mxfp4_fx.backend import analyze, bind, refuse_freed
 from mxfp4_fx.core import compilation, torch_private
+from mxfp4_fx.core.console import size_in_words
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.report import Miss, Rewrite
 from mxfp4_fx.weights.freed import is_freed
@@ -25,11 +26,13 @@ class Explanation:
         graphs: how many graphs Dynamo captured; more than one means graph breaks.
         rewrites: the layers that become MXFP4.
         misses: the layers that look like experts and stay as they are.
+        notes: what else the user should know.
     """
 
     graphs: int
     rewrites: tuple[Rewrite, ...]
     misses: tuple[Miss, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -47,6 +50,7 @@ class Explanation:
             "graphs": self.graphs,
             "rewrites": [_data(rewrite) for rewrite in self.rewrites],
             "misses": [_data(miss) for miss in self.misses],
+            "notes": [*self.notes],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
@@ -57,7 +61,14 @@ class Explanation:
         if self.rewrites:
             header = ("layer", "form", "experts", "kernels (layout)", "before", "after")
             rows = [_row(rewrite) for rewrite in self.rewrites]
-            total = ("total", "", "", "", _size(self.bytes_before), _size(self.bytes_after))
+            total = (
+                "total",
+                "",
+                "",
+                "",
+                size_in_words(self.bytes_before),
+                size_in_words(self.bytes_after),
+            )
             lines += _table([header, *rows, total])
             lines += dict.fromkeys(f"{_target(r)}: {r.reason}" for r in self.rewrites)
             lines += dict.fromkeys(f"{_target(r)}: {r.travel}" for r in self.rewrites if r.travel)
@@ -66,7 +77,7 @@ class Explanation:
             lines += [f"  at {miss.where}"] if miss.where else []
         if not found:
             lines.append("nothing in it looks like GPT-OSS experts")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def explain(
@@ -99,7 +110,8 @@ def explain(
         run(*args, **kwargs)
     rewrites = tuple(r for report in found.graphs for r in report.rewrites)
     misses = (*(m for report in found.graphs for m in report.misses), *found.outside)
-    return Explanation(len(found.graphs), rewrites, tuple(dict.fromkeys(misses)))
+    notes = tuple(dict.fromkeys(found.notes))
+    return Explanation(len(found.graphs), rewrites, tuple(dict.fromkeys(misses)), notes)
 
 
 @compilation.ours
@@ -141,8 +153,8 @@ def _row(rewrite: Rewrite) -> tuple[str, ...]:
         rewrite.form,
         f"{rewrite.experts}, top-{rewrite.top_k}",
         _target(rewrite),
-        _size(rewrite.bytes_before),
-        _size(rewrite.bytes_after),
+        size_in_words(rewrite.bytes_before),
+        size_in_words(rewrite.bytes_after),
     )
 
 
@@ -156,11 +168,3 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 def _graphs(n: int) -> str:
     return "1 graph" if n == 1 else f"{n} graphs"
-
-
-def _size(n: int) -> str:
-    """Format bytes in binary units."""
-    value, units = float(n), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

@@ -1,8 +1,8 @@
 """A program: compiles what kernels="hub" launches of the real ``triton_kernels``, and runs nothing.
 
-``python compiled_hub.py TARGET`` on any machine; TARGET is a CUDA capability such as 90, or an
-architecture of AMD's. MXFP4_FX_TRITON_KERNELS names the folder that holds triton_kernels. Prints
-the name of each kernel.
+``python compiled_hub.py TARGET[:LAYOUT]`` on any machine; TARGET is a CUDA capability such as 90,
+or an architecture of AMD's, LAYOUT that of the weights. MXFP4_FX_TRITON_KERNELS names the folder
+that holds triton_kernels. Prints the name of each kernel.
 """
 
 from __future__ import annotations
@@ -48,11 +48,10 @@ def compile_only(target: GPUTarget) -> list[str]:
     return names
 
 
-def layer(tokens: int, k: int) -> None:
+def layer(tokens: int, k: int, kernels: Kernels) -> None:
     """The two matmuls of a layer, in bfloat16, with 4 of 8 experts a token."""
     matrices = Matrices.random(8, 512, k)
     gather, scatter, offsets = sort_routes(random_routes(tokens, 8, 4)[0], 8)
-    kernels = Kernels("hub")
     x = randn(tokens, k, dtype=torch.bfloat16)
     kernels.matmul_ogs(x, matrices, int32(offsets), int32(gather), activation="swiglu")
     x = randn(tokens * 4, k, dtype=torch.bfloat16)
@@ -60,7 +59,7 @@ def layer(tokens: int, k: int) -> None:
     kernels.matmul_ogs(x, matrices, int32(offsets), None, int32(scatter), gammas, 4)
 
 
-def main(arch: str) -> None:
+def main(arch: str, layout: str) -> None:
     sys.path.insert(0, os.environ["MXFP4_FX_TRITON_KERNELS"])
     cuda = arch.isdecimal()
     names = compile_only(GPUTarget("cuda", int(arch), 32) if cuda else GPUTarget("hip", arch, 64))
@@ -70,10 +69,12 @@ def main(arch: str) -> None:
     import triton_kernels.swiglu
 
     hub_loader.packages.loaded[hub_loader.REPOSITORY] = hub_loader._checked(triton_kernels)
-    layer(4, 2880)
-    layer(512, 1024)
+    kernels = Kernels(f"hub:{layout}")
+    layer(4, 2880, kernels)
+    layer(512, 1024, kernels)
     print("\n".join(names))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    target, _, order = sys.argv[1].partition(":")
+    main(target, order)

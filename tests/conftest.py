@@ -73,6 +73,11 @@ def begin_anew() -> None:
 
         calls._told.clear()
         calls._seen.clear()
+        calls._told_of_size.clear()
+    if "mxfp4_fx.experts" in sys.modules:
+        from mxfp4_fx import experts
+
+        experts._models.clear()  # limits count modules that live; others may be garbage
     if "mxfp4_fx.ops.target" in sys.modules:
         from mxfp4_fx.ops import target
 

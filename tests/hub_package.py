@@ -4,7 +4,9 @@ It stands for the real one where there is no GPU. ``hub_repository.py`` copies t
 kernel repository, which the kernels library then loads. It is as fussy as the real package and has
 its peculiarities, so that a caller who relies on something else gets wrong numbers: rows that are
 nobody's hold NaN, gammas come before the activation, a token's rows are summed before it too, and
-each row is rounded to the result's dtype before that sum.
+each row is rounded to the result's dtype before that sum, and a call puts a new view of the scales
+into their storage. The bytes of its layouts are those of ``core/layouts.py``, which
+``test_layouts.py`` compares with the real package.
 """
 
 from __future__ import annotations
@@ -14,51 +16,108 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from mxfp4_fx.core.layouts import LAYOUTS
 
 FP4 = object()
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
+class Layout:
+    """Of a tensor whose data have this shape in checkpoint order, transposed: [E, K/2, N]."""
+
+    name: str | None = None
+    ours: str
+
+    def __init__(self, shape: Any, mx_axis: int = 1, mma_version: int = 3) -> None:
+        self.shape, self.mx_axis, self.mma_version = tuple(shape), mx_axis, mma_version
+
+    def swizzle_data(self, data: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._of(one).mT for one in data]).mT
+
+    def unswizzle_data(self, data: torch.Tensor) -> torch.Tensor:
+        _, rows, n = self.shape
+        scales = torch.zeros((rows // 16, n), dtype=torch.uint8)
+        parts = (LAYOUTS[self.ours].unswizzle(one.mT, scales, n, rows * 2)[0] for one in data.mT)
+        return torch.stack([part.flatten(1) for part in parts]).mT
+
+    def _of(self, codes: torch.Tensor) -> torch.Tensor:
+        blocks = codes.mT.unflatten(1, (-1, 16))
+        return LAYOUTS[self.ours].swizzle(blocks, blocks[..., 0])[0]
+
+
+class StridedLayout(Layout):
+    ours = "hub_strided"
+
+    def swizzle_data(self, data: torch.Tensor) -> torch.Tensor:
+        return data
+
+    def unswizzle_data(self, data: torch.Tensor) -> torch.Tensor:
+        return data
+
+
+class HopperMXValueLayout(Layout):
+    name, ours = "HOPPER_VALUE", "hub_hopper"
+
+
+class BlackwellMXValueLayout(Layout):
+    name, ours = "BLACKWELL_VALUE", "hub_blackwell"
+
+
 @dataclass
-class Wrapped:
-    data: Tensor
+class Storage:
+    data: torch.Tensor
+    layout: Layout
+
+
+@dataclass
+class Tensor:
+    storage: Storage
     dtype: Any
     shape: list[int]
 
+    @property
+    def data(self) -> torch.Tensor:
+        return self.storage.data
 
-def wrap_torch_tensor(data: Tensor, dtype: Any = None) -> Wrapped:
+
+def wrap_torch_tensor(data: torch.Tensor, dtype: Any = None) -> Tensor:
     shape = list(data.shape)
     if dtype is FP4:
         assert data.dtype == torch.uint8
         shape[data.stride().index(1)] *= 2
-    return Wrapped(data, dtype or data.dtype, shape)
+    return Tensor(Storage(data, StridedLayout(data.shape)), dtype or data.dtype, shape)
+
+
+def convert_layout(tensor: Tensor, layout: type[Layout], **options: Any) -> Tensor:
+    order = layout(tensor.data.shape, **options)
+    return Tensor(Storage(order.swizzle_data(tensor.data), order), tensor.dtype, tensor.shape)
 
 
 @dataclass
 class GatherIndx:
-    src_indx: Tensor
-    dst_indx: Tensor
+    src_indx: torch.Tensor
+    dst_indx: torch.Tensor
 
 
 @dataclass
 class ScatterIndx:
-    src_indx: Tensor
-    dst_indx: Tensor
+    src_indx: torch.Tensor
+    dst_indx: torch.Tensor
 
 
 @dataclass
 class ExptData:
-    hist: Tensor
-    token_offs_raw: Tensor
-    token_offs_pad: dict[int, Tensor]
-    block_pid_map: dict[int, Tensor]
+    hist: torch.Tensor
+    token_offs_raw: torch.Tensor
+    token_offs_pad: dict[int, torch.Tensor]
+    block_pid_map: dict[int, torch.Tensor]
 
 
 @dataclass
 class RoutingData:
-    gate_scal: Tensor | None
-    expt_hist: Tensor
+    gate_scal: torch.Tensor | None
+    expt_hist: torch.Tensor
     n_expts_tot: int
     n_expts_act: int
     expt_data: ExptData
@@ -90,34 +149,37 @@ class FlexCtx:
 
 @dataclass
 class PrecisionConfig:
-    weight_scale: Wrapped
+    weight_scale: Tensor
     flex_ctx: FlexCtx | None = None
     out_dtype: torch.dtype | None = None
 
 
-def swiglu_fn(y: Tensor, alpha: float, limit: float) -> Tensor:
+def swiglu_fn(y: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     pairs = y.unflatten(-1, (-1, 2))
     gate, up = pairs[..., 0].clamp(max=limit), pairs[..., 1].clamp(-limit, limit)
     return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
 
 
+@torch.compiler.disable  # Dynamo cannot trace the real one
 def matmul_ogs(
-    x: Tensor,
-    w: Wrapped,
-    bias: Tensor | None,
+    x: torch.Tensor,
+    w: Tensor,
+    bias: torch.Tensor | None,
     routing_data: RoutingData,
     gather_indx: GatherIndx | None = None,
     scatter_indx: ScatterIndx | None = None,
     precision_config: PrecisionConfig | None = None,
-    betas: Tensor | None = None,
-    gammas: Tensor | None = None,
+    betas: torch.Tensor | None = None,
+    gammas: torch.Tensor | None = None,
     out_alpha: float | None = None,
-    y: Tensor | None = None,
+    y: torch.Tensor | None = None,
     fused_activation: FusedActivation | None = None,
     epilogue: Any = None,
-) -> Tensor:
+) -> torch.Tensor:
     assert precision_config is not None
     dtype = precision_config.out_dtype or x.dtype
+    scales = precision_config.weight_scale.storage
+    scales.data = scales.data.view(torch.uint8)
     rows = _products(x, w, bias, routing_data, gather_indx, precision_config, gammas)
     if scatter_indx is not None:
         rows = _sums(rows.to(dtype).double(), scatter_indx, routing_data.n_expts_act)
@@ -131,14 +193,14 @@ def matmul_ogs(
 
 
 def _products(
-    x: Tensor,
-    w: Wrapped,
-    bias: Tensor | None,
+    x: torch.Tensor,
+    w: Tensor,
+    bias: torch.Tensor | None,
     routing_data: RoutingData,
     gather_indx: GatherIndx | None,
     precision_config: PrecisionConfig,
-    gammas: Tensor | None,
-) -> Tensor:
+    gammas: torch.Tensor | None,
+) -> torch.Tensor:
     assert x.dtype in (torch.float16, torch.bfloat16)
     assert x.stride(-1) == 1
     weight = _dequantized(w, precision_config.weight_scale)
@@ -185,11 +247,12 @@ def _products(
     return y
 
 
-def _dequantized(w: Wrapped, scale: Wrapped) -> Tensor:
+def _dequantized(w: Tensor, scale: Tensor) -> torch.Tensor:
     """[E, K, N] float64"""
     assert w.dtype is FP4
     assert w.data.stride(-2) == 1  # K is contiguous
-    codes = torch.stack((w.data % 16, w.data // 16), dim=2).flatten(1, 2).long()
+    data = w.storage.layout.unswizzle_data(w.data)
+    codes = torch.stack((data % 16, data // 16), dim=2).flatten(1, 2).long()
     assert list(codes.shape) == list(w.shape)
     factor = torch.exp2(scale.data.double() - 127)
     factor = torch.where(scale.data == 255, torch.nan, factor).repeat_interleave(32, dim=1)
@@ -197,7 +260,7 @@ def _dequantized(w: Wrapped, scale: Wrapped) -> Tensor:
     return torch.where(codes < 8, magnitude, -magnitude) * factor
 
 
-def _sums(rows: Tensor, scatter_indx: ScatterIndx, a: int) -> Tensor:
+def _sums(rows: torch.Tensor, scatter_indx: ScatterIndx, a: int) -> torch.Tensor:
     """The sum of each token's rows; -1 is a slot, or a row, that takes no part."""
     assert a.bit_count() == 1, "tl.arange wants a power of two"
     m = rows.shape[0]
@@ -213,11 +276,8 @@ def _sums(rows: Tensor, scatter_indx: ScatterIndx, a: int) -> Tensor:
     return sums
 
 
-def convert_layout(weight: Wrapped, layout: Any, **_: Any) -> Wrapped:
-    return weight
-
-
-def routes(logits: Tensor, n_expts_act: int) -> tuple[RoutingData, GatherIndx, ScatterIndx]:
+@torch.compiler.disable
+def routes(logits: torch.Tensor, n_expts_act: int) -> tuple[RoutingData, GatherIndx, ScatterIndx]:
     """What transformers' own modules ask for; mxfp4_fx has its own routing."""
     e, slots = logits.shape[1], logits.shape[0] * n_expts_act
     chosen, experts = logits.topk(n_expts_act, dim=1)
@@ -237,11 +297,19 @@ def routes(logits: Tensor, n_expts_act: int) -> tuple[RoutingData, GatherIndx, S
 
 
 tensor = SimpleNamespace(
-    FP4=FP4, wrap_torch_tensor=wrap_torch_tensor, convert_layout=convert_layout
+    FP4=FP4,
+    Storage=Storage,
+    Tensor=Tensor,
+    wrap_torch_tensor=wrap_torch_tensor,
+    convert_layout=convert_layout,
 )
 tensor_details = SimpleNamespace(
     layout=SimpleNamespace(
-        StridedLayout=None, make_default_matmul_mxfp4_w_layout=lambda mx_axis: (None, {})
+        StridedLayout=StridedLayout,
+        HopperMXValueLayout=HopperMXValueLayout,
+        BlackwellMXValueLayout=BlackwellMXValueLayout,
+        # What the real package chooses on most GPUs; tests put another in its place.
+        make_default_matmul_mxfp4_w_layout=lambda mx_axis: (StridedLayout, {}),
     )
 )
 routing = SimpleNamespace(

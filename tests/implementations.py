@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_map_only
 
 import mxfp4_fx.ops.schemas  # noqa: F401
 from mxfp4_fx.core import hardware
-from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.layouts import HUB_LAYOUTS, LAYOUTS
 from mxfp4_fx.ops.reference import Routes
+from mxfp4_fx.weights.source import MXFP4, Source
+from mxfp4_fx.weights.swizzle import swizzle_weight
 
 ALPHA, LIMIT = 1.702, 7.0
 ops = torch.ops.mxfp4
@@ -38,7 +40,8 @@ class Kernels:
 
     def __init__(self, spec: str) -> None:
         self.name, _, self.path = spec.partition(":")
-        self.layout = {"cpu": "cpu_panels", "triton": self.path}.get(self.name, "row_major")
+        layouts = {"cpu": "cpu_panels", "triton": self.path, "hub": self.path or "row_major"}
+        self.layout = layouts.get(self.name, "row_major")
         self.device = "cpu"
         if self.name == "triton" and torch.cuda.is_available():
             self.device = "cuda"
@@ -50,7 +53,10 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """blocks, scales, bias and N of the matrices, swizzled expert by expert."""
         blocks, scales, given = matrices.operands
-        if self.layout != "row_major":
+        if self.layout in HUB_LAYOUTS:  # with strides of their own
+            source = Source((blocks, scales), MXFP4)
+            blocks, scales = swizzle_weight(source, self.layout)
+        elif self.layout != "row_major":
             swizzle = LAYOUTS[self.layout].swizzle
             each = [swizzle(*e) for e in zip(blocks, scales, strict=True)]
             blocks, scales = (torch.stack(parts) for parts in zip(*each, strict=True))
@@ -110,10 +116,13 @@ ROUTING = tuple(spec for spec in ALL if spec not in TRITON[1:])  # which knows n
 
 @contextmanager
 def chosen(spec: str) -> Iterator[Kernels]:
-    """The kernels of that name, ``cpu:PATH`` for native ones on an instruction-set path."""
+    """The kernels of that name.
+
+    ``cpu:PATH`` are native ones on an instruction-set path, ``hub:LAYOUT`` get such weights.
+    """
     kernels = Kernels(spec)
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        if spec == "hub":
+        if kernels.name == "hub":
             stack.enter_context(hub_repository.served(hub_repository.standard()))
         patch.setenv(hardware.CPU_PATH_VARIABLE, kernels.path if kernels.name == "cpu" else "")
         hardware.cpu_path.cache_clear()

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from models import Graphs, Layers, compile_with, hidden, mlp, model, pack, tokens
 from near_miss import mxfp4_ops
 from torch import Tensor, nn
@@ -101,27 +100,16 @@ class TestOutOfEveryGraph:
                 run(hidden(5))
 
     def test_the_rest_of_many_layers(self) -> None:
-        """Dynamo compiles as many layers as its limit allows, and the others run all the same."""
+        """Dynamo compiles as often as its limit allows, and the others run all the same."""
         module = breaking(*"abc")
-        with torch._dynamo.config.patch(recompile_limit=2):
-            messages = told(compile_with(module), hidden())
-            explained = mxfp4_fx.explain(module, hidden())
-        (miss,) = explained.misses
-        assert messages == [f"{NOT_IN_MXFP4}\n  {miss}"]
-        assert miss.layer == "2.mlp.experts"
-        assert "recompile_limit" in miss.reason
-        assert [r.layer for r in explained.rewrites] == [f"{i}.mlp.experts" for i in range(2)]
-
-    def test_hooks_that_move_weights(self) -> None:
-        module = mlp()
-        cpu_offload(module, execution_device=torch.device("cpu"))
-        for limit, missed in ((1, ["experts"]), (64, [])):
-            with torch._dynamo.config.patch(recompile_limit=limit):
-                explained = mxfp4_fx.explain(module, hidden())
-                assert len(told(compile_with(module), hidden())) == len(missed)
-            assert [m.layer for m in explained.misses] == missed
-            assert [r.layer for r in explained.rewrites] == ([] if missed else ["experts"])
-            torch.compiler.reset()
+        run = compile_with(module, dynamic=False)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            assert not told(run, hidden(3))
+            messages = told(run, hidden(4))
+        assert len(messages) == 3
+        for at, message in enumerate(messages):
+            assert message.startswith(f"{NOT_IN_MXFP4}\n  {at}.mlp.experts: it ran uncompiled")
+            assert "recompile_limit" in message
 
     def test_no_graph_at_all(self) -> None:
         module = mlp()
@@ -342,6 +330,29 @@ class TestKeptDense:
         assert layers(graphs) == 0
 
 
+WAYS = {
+    "the function is compiled": """
+def run(module, x):
+    return module(x)[0]
+run = torch.compile(run, backend="mxfp4", options=OPTIONS)
+run(make(), torch.randn(1, 7, 64))
+""",
+    "the function is called": """
+run = torch.compile(module_of, backend="mxfp4", options=OPTIONS)
+assert "transformers" not in sys.modules
+torch.compiler.reset()
+run(torch.randn(1, 7, 64))
+""",
+    "the backend is forced": """
+import mxfp4_fx.backend
+assert "transformers" not in sys.modules
+run = torch.compile(module_of, backend="eager")
+with torch.compiler.set_stance("default", force_backend="mxfp4"):
+    run(torch.randn(1, 7, 64))
+""",
+}
+
+
 class TestWaysIn:
     def test_a_partial_of_the_backend(self) -> None:
         backend = functools.partial(mxfp4_fx.mxfp4, options={"inner": "eager", "strict": True})
@@ -354,15 +365,26 @@ class TestWaysIn:
             module(hidden())
 
     @pytest.mark.exhaustive
-    def test_compiled_before_transformers_is_imported(self) -> None:
-        program = """
+    @pytest.mark.parametrize("way", WAYS)
+    def test_before_transformers_is_imported(self, way: str) -> None:
+        """The eager experts are captured as a whole all the same."""
+        program = f"""
+import sys
 import torch
-def run(module, x):
-    return module(x)[0]
-run = torch.compile(run, backend="mxfp4", options={"inner": "eager", "strict": True})
-from models import hidden, mlp
-with torch.no_grad():
-    run(mlp(form="eager"), hidden())
+
+OPTIONS = {{"inner": "eager", "strict": True}}
+torch.set_grad_enabled(False)
+
+def make():
+    from models import mlp
+    return mlp(form="eager")
+
+def module_of(x, make=torch.compiler.disable(make)):
+    return make()(x)[0]
+
+{WAYS[way]}
+from mxfp4_fx.weights.store import STORE
+assert STORE.swizzled == 2, STORE.swizzled
 """
         subprocess.run([sys.executable, "-c", program], check=True, cwd="tests")
 

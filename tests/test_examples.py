@@ -9,14 +9,16 @@ import json
 import re
 from pathlib import Path
 
+import default_load
 import pytest
 
+from mxfp4_fx.core.errors import InflatedExpertsWarning
 from mxfp4_fx.passes.pipeline import PIPELINE
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 
-HERE = {"explain", "graph_passes"}
+HERE = {"default_load", "explain", "graph_passes"}
 ELSEWHERE = {"compile_model": "test_demo.py"}
 
 BLOCK, BYTES_PER_BLOCK = 32, 17  # MXFP4: 32 elements of four bits and a scale of eight
@@ -106,3 +108,20 @@ def test_graph_passes_shows_the_way_of_a_graph(argv: tuple[str, ...], matmul: st
         assert f"input experts_{weight}:" not in lowered
         assert f"+ input experts_{weight}_blocks: uint8" in lowered
     assert "not rewritten" not in out
+
+
+def test_a_default_load_as_on_a_gpu(tmp_path: Path) -> None:
+    with default_load.on_a_gpu():
+        out = run("default_load", "--checkpoint", str(tmp_path / "ck"), "--inner", "eager")
+    assert "transformers loaded Mxfp4GptOssMLP with Mxfp4GptOssExperts" in out
+    assert "2 of 2 MoE layers rewritten, 1 graph" in out
+    assert out.count("transformers_mxfp4") == 2
+    assert re.search(r"logits compiled and uncompiled differ by [0-9.]+% of the largest", out)
+
+
+@pytest.mark.exhaustive
+def test_a_default_load_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.warns(InflatedExpertsWarning):
+        out = run("default_load", "--checkpoint", str(tmp_path / "ck"), "--inner", "eager")
+    assert "transformers loaded GptOssMLP with GptOssExperts" in out
+    assert "2 of 2 MoE layers rewritten, 1 graph" in out

@@ -25,7 +25,7 @@ import hub_repository
 import pytest
 import torch
 from combinations import covering, exhaustive
-from implementations import Kernels, check_matmul, int32, randn
+from implementations import Kernels, check_matmul, chosen, int32, randn
 from models import DTYPES, Graphs, compile_with, hidden, mlp, model, tokens
 from oracle import Matrices, assert_as_accurate, random_routes
 from test_imports import HIDE, run
@@ -328,9 +328,19 @@ def test_the_package_is_not_called_for_nothing(
     assert not seen
 
 
+@needs_library
+@pytest.mark.parametrize("layout", ["hub_hopper", exhaustive("hub_strided")])
+def test_weights_as_modules_of_transformers_hold_them(layout: str) -> None:
+    indices = random_routes(7, 4, 2)[0]
+    with chosen(f"hub:{layout}") as hub:
+        for k in (96, 0):
+            x = randn(7, k, dtype=torch.bfloat16)
+            check_matmul(hub, x, Matrices.random(4, 40, k), indices, activation="swiglu")
+
+
 def test_another_layout_is_refused() -> None:
     weight = Kernels("cpu").operands(Matrices.random(1, 32, 64))
-    with pytest.raises(ValueError, match="'hub' reads layout 'row_major', not 'cpu_panels'"):
+    with pytest.raises(ValueError, match=r"'hub' reads layouts row_major, .* not 'cpu_panels'"):
         ops.matmul_ogs(randn(1, 64), *weight, int32([0, 1]), layout="cpu_panels", kernels="hub")
 
 
@@ -465,7 +475,7 @@ def test_the_real_package_in_the_interpreter(case: str, tmp_path: Path) -> None:
 
 
 @needs_real
-@pytest.mark.parametrize("arch", ["80", "90", "100", "120", "gfx942"])
+@pytest.mark.parametrize("arch", ["80", "90", "90:hub_hopper", "100", "120", "gfx942"])
 def test_the_real_package_compiles(arch: str, tmp_path: Path) -> None:
     printed = run_with_real_package("compiled_hub.py", arch, tmp_path)
     names = " ".join(printed.splitlines())
@@ -502,7 +512,7 @@ class OnGpu(Kernels):
 @functools.cache
 def real_package() -> Any:
     sys.path.insert(0, real_folder() or "")
-    names = ("matmul_ogs", "routing", "swiglu", "tensor")
+    names = ("matmul_ogs", "routing", "swiglu", "tensor", "tensor_details")
     return SimpleNamespace(
         **{name: importlib.import_module(f"triton_kernels.{name}") for name in names}
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import os
 
 import pytest
 import torch
 
-from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.weights.source import FLOATS, Source
+from mxfp4_fx.core.layouts import HUB_LAYOUTS, LAYOUTS
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
 # Panels and pairs of blocks that are full, partly filled, and none.
@@ -167,3 +169,75 @@ def test_rows_are_flagged_if_a_scale_is_too_large_for_them(name: str, scale: int
     scales[40, 2] = scale
     _, stored = LAYOUTS[name].swizzle(torch.zeros((65, 3, 16), dtype=torch.uint8), scales)
     assert stored[:, -1].tolist() == [[int(i == 2 and scale > 128)] * 32 for i in range(5)]
+
+
+# ---- as transformers' MXFP4 modules hold weights, from the words of layouts.HubStrided and others
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("name", HUB_LAYOUTS)
+def test_the_bytes_of_a_hub_layout_lie_as_its_kernels_read_them(name: str, n: int, k: int) -> None:
+    blocks = torch.randint(0, 256, (n, k // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(0, 256, (n, k // 32), dtype=torch.uint8)
+    codes, held = LAYOUTS[name].swizzle(blocks, scales)
+    assert torch.equal(held, scales.T)
+    assert codes.tolist() == expected_of_hub(name, blocks.flatten(1).tolist(), n, k)
+
+
+def expected_of_hub(name: str, rows: list[list[int]], n: int, k: int) -> list[list[int]]:
+    """[bytes along K][columns] by a loop over all that the layout has room for."""
+
+    def byte(row: int, at: int) -> int:
+        return rows[row][at] if row < n and at < k // 2 else 0
+
+    if name != "hub_hopper":
+        height = -(-k // 256) * 128 if name == "hub_blackwell" else k // 2
+        return [[byte(row, at) for row in range(n)] for at in range(height)]
+    columns, height = -(-n // 16) * 4, -(-k // 64) * 128
+    data = [[0] * columns for _ in range(height)]
+    for tile, g in itertools.product(range(columns // 4), range(4)):
+        for word, (q, s, t, u) in enumerate(
+            itertools.product(range(height // 128), range(2), range(4), range(4))
+        ):
+            # One word: four bytes of checkpoint order; the low nibbles lie in its low half.
+            four = [
+                byte(16 * tile + 8 * a + 2 * g + s, 32 * q + 8 * u + 4 * b + t)
+                for b, a in itertools.product(range(2), range(2))
+            ]
+            halves = [interleaved([part >> shift & 15 for part in four]) for shift in (0, 4)]
+            for at, half in enumerate(halves):
+                data[4 * word + 2 * at][4 * tile + g] = half & 255
+                data[4 * word + 2 * at + 1][4 * tile + g] = half >> 8
+    return data
+
+
+def interleaved(codes: list[int]) -> int:
+    """The half of a word that holds four codes, bit by bit."""
+    places = [(6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (13, 10, 11, 14)]
+    bits = [(codes[c] >> b & 1) << at for c in range(4) for b, at in enumerate(places[c])]
+    return sum(bits)
+
+
+@pytest.mark.skipif(
+    "MXFP4_FX_TRITON_KERNELS" not in os.environ,
+    reason="MXFP4_FX_TRITON_KERNELS names the folder that triton_kernels is in",
+)
+@pytest.mark.parametrize(("n", "k"), [(n, k) for n, k in SIZES if n])
+def test_hub_layouts_are_those_of_the_real_package(
+    n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(os.environ["MXFP4_FX_TRITON_KERNELS"])
+    tensor = importlib.import_module("triton_kernels.tensor")
+    order = importlib.import_module("triton_kernels.tensor_details.layout")
+    blocks = torch.randint(0, 256, (1, n, k // 32, 16), dtype=torch.uint8)
+    scales = torch.zeros((1, n, k // 32), dtype=torch.uint8)
+    wrapped = tensor.wrap_torch_tensor(blocks.flatten(2).mT, dtype=tensor.FP4)
+    for name, kind, options in (
+        ("hub_strided", order.StridedLayout, {}),
+        ("hub_hopper", order.HopperMXValueLayout, {"mx_axis": 1}),
+        ("hub_blackwell", order.BlackwellMXValueLayout, {}),
+    ):
+        data = tensor.convert_layout(wrapped, kind, **options).storage.data
+        ours = swizzle_weight(Source((blocks, scales), MXFP4), name)[0]
+        assert torch.equal(ours, data)
+        assert ours.stride() == data.stride()

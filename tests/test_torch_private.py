@@ -38,7 +38,7 @@ ATTRIBUTES = {
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
 }
 # ... those of accelerate and transformers, and a named tuple's method.
-OTHERS = {"_hf_hook", "_weight_conversions", "_replace"}
+OTHERS = {"_hf_hook", "_is_hooked", "_weight_conversions", "_replace"}
 
 
 def private_names(file: Path, own: set[str]) -> Iterator[str]:
@@ -481,15 +481,15 @@ def test_the_stance_is_known() -> None:
         assert torch_private.stance() == "force_eager"
 
 
-def test_a_limit_that_is_reached_has_a_name() -> None:
+def test_what_is_compiled_is_known() -> None:
     def function(x: Tensor) -> Tensor:
         return x + 1
 
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for dtype in (torch.float32, torch.float64):
-            assert torch_private.reached_limit(function.__code__) is None
-            torch.compile(function, backend="eager")(torch.ones(2, dtype=dtype))
-        assert torch_private.reached_limit(function.__code__) == "recompile_limit"
+    assert not torch_private.is_compiled(function.__code__)
+    torch.compile(function, backend="eager")(torch.ones(2))
+    assert torch_private.is_compiled(function.__code__)
+    torch.compiler.reset()
+    assert not torch_private.is_compiled(function.__code__)
 
 
 def test_what_is_untraced_is_no_frame_of_dynamos() -> None:
@@ -505,3 +505,24 @@ def test_what_is_untraced_is_no_frame_of_dynamos() -> None:
 
 def test_recompilations_can_be_kept_apart() -> None:
     assert isinstance(torch_private.can_isolate(), bool)
+
+
+@pytest.mark.skipif(not torch_private.can_isolate(), reason="this torch has one count")
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_call_is_kept_apart_from_within(apart: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + 1
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        compilation.compiled_function(apart=apart)
+        yield
+
+    backend = Graphs()
+    backend.backend_ctx_ctor = context  # type: ignore[attr-defined]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        torch.compile(function, backend="eager")(torch.ones(2))
+        run = torch._dynamo.optimize(backend)(function)
+        for dtype in (torch.float32, torch.float64):
+            run(torch.ones(2, dtype=dtype))
+    assert len(backend.seen) == apart

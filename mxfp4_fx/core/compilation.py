@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
+import itertools
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +18,8 @@ from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.torch_private import Backend
 
 _OURS = "_is_mxfp4_backend"
+# Code that Dynamo compiles no more -> the name in ``torch._dynamo.config`` of the limit it reached.
+_limited: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
 
 Enter = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -52,6 +57,12 @@ def compiling_for() -> bool:
     return innermost(torch_private.compiled_with())[0] is not None
 
 
+def keywords() -> dict[str, Any]:
+    """Return ``options`` and ``mode`` of the compilation for which Dynamo captures now."""
+    given = innermost(torch_private.compiled_with())[1]
+    return {"options": given.get("options"), "mode": given.get("mode")}
+
+
 def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
     """Enter a context around each call of a function that is compiled for this package.
 
@@ -67,9 +78,70 @@ def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
     torch_private.have_context(context)
 
 
-def compiled_function() -> tuple[Callable[..., Any], list[Any]] | None:
-    """Return the function and arguments of the innermost compiled call on the stack, or None."""
-    return next((called for f in _frames() if (called := torch_private.called_by(f))), None)
+def on_frames(begin: Callable[[], object], sharers: Callable[[types.CodeType], int]) -> None:
+    """Call functions before Dynamo traces a frame for a backend of this package.
+
+    Dynamo's start callbacks would not do for ``begin``: ``torch.compiler.reset`` removes them, and
+    they do not run while another thread compiles a backward.
+
+    Args:
+        begin: called before each frame.
+        sharers: takes the code of a frame that has reached one of Dynamo's limits on compilations.
+            It returns how many share the code, so that the limit holds for each of them.
+    """
+
+    def instead_of(original: torch_private.LimitCheck) -> torch_private.LimitCheck:
+        def check(cache_size: Any, compile_id: Any) -> tuple[bool, str]:
+            # A wrapper around the caller would not do: Dynamo looks on the stack for
+            # torch.compiler.disable(recursive=False), just above its own frames.
+            compiling = next(itertools.islice(_frames(), 2, None)).f_locals
+            code = compiling["code"]
+            is_ours = innermost(compiling["compiler_fn"])[0] is not None
+            if is_ours:
+                begin()
+            is_over, limit = original(cache_size, compile_id)
+            if is_over and is_ours and (count := sharers(code)) > 1:
+                names = [field.name for field in dataclasses.fields(cache_size)]
+                counts = {name: getattr(cache_size, name) // count for name in names}
+                number = compile_id.frame_compile_id // count
+                is_over, limit = original(
+                    dataclasses.replace(cache_size, **counts),
+                    dataclasses.replace(compile_id, frame_compile_id=number),
+                )
+            if is_over:
+                _limited[code] = limit
+            else:
+                _limited.pop(code, None)  # after a reset
+            return is_over, limit
+
+        return check
+
+    torch_private.replace_limit_check(instead_of)
+
+
+def callers() -> Iterator[types.CodeType]:
+    """Yield the code of the functions on the stack, up to the innermost compiled call."""
+    for frame in _frames():
+        if torch_private.called_by(frame):
+            return
+        yield frame.f_code
+
+
+def compiled_function(*, apart: bool = False) -> tuple[Callable[..., Any], list[Any]] | None:
+    """Return the function and arguments of the innermost compiled call on the stack, or None.
+
+    Args:
+        apart: from now on, Dynamo counts this call's compilations apart from those for other
+            backends: neither uses up the limits of the other. Only a context of the call may ask
+            for this, when it is entered.
+    """
+    for frame in _frames():
+        called = torch_private.called_by(frame)
+        if called:
+            if apart:
+                torch_private.keep_apart(frame)
+            return called
+    return None
 
 
 def why_uncompiled() -> str:
@@ -79,7 +151,7 @@ def why_uncompiled() -> str:
     for frame in _frames():
         if torch_private.called_by(frame):
             break
-        if limit := torch_private.reached_limit(frame.f_code):
+        if limit := reached_limit(frame.f_code):
             return (
                 f"Dynamo compiles {frame.f_code.co_name} no more, for it has reached "
                 f"torch._dynamo.config.{limit}: raise that limit beforehand, or let sizes be "
@@ -93,6 +165,12 @@ def why_uncompiled() -> str:
         "a graph break or a hook around it kept Dynamo from capturing it; "
         'TORCH_LOGS="graph_breaks" shows where'
     )
+
+
+def reached_limit(code: types.CodeType) -> str | None:
+    """Return the name in ``torch._dynamo.config`` of the limit that ``code`` reached, or None."""
+    # After a reset, nothing is compiled.
+    return _limited.get(code) if torch_private.is_compiled(code) else None
 
 
 def is_eager_by_stance() -> bool:

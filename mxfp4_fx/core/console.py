@@ -1,4 +1,4 @@
-"""Progress messages of long work, on stderr."""
+"""Text for people: progress messages of long work, on stderr, and sizes in words."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def say(text: str, end: str = "\n") -> None:
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(f"mxfp4_fx: {text}", end=end, file=sys.stderr, flush=True)
+
+
+def size_in_words(n: int) -> str:
+    """Format a number of bytes in binary units."""
+    value, units = float(n), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

@@ -25,6 +25,10 @@ class FreedWeightError(Mxfp4Error, RuntimeError):
     """A program uses a weight whose memory ``free_weights`` has given back."""
 
 
+class DeviceFullError(Mxfp4Error, RuntimeError):
+    """A device has no room for a swizzled weight beside the model's own."""
+
+
 class CheckpointError(Mxfp4Error, ValueError):
     """A checkpoint cannot be read, is not what its config says, or cannot be written."""
 
@@ -59,6 +63,10 @@ class MissedRewriteWarning(UserWarning):
 
 class NoExpertsWarning(UserWarning):
     """A compiled or loaded model has nothing like GPT-OSS experts, or skips all of them."""
+
+
+class InflatedExpertsWarning(UserWarning):
+    """A compiled model's experts are dense because transformers dequantized an MXFP4 checkpoint."""
 
 
 class SlowKernelsWarning(UserWarning):

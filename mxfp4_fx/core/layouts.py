@@ -199,6 +199,82 @@ class MmaFragments(Fragments):
     _order = (0, 3, 1, 6, 4, 2, 8, 5, 7)  # N tile, K tile, g, t, kb, r, h, d, c
 
 
+class HubStrided(Layout):
+    """Checkpoint order transposed, [K/2, N] and [K/32, N] with K contiguous.
+
+    transformers' MXFP4 modules hold it (``StridedLayout`` of the package triton_kernels) on every
+    GPU but Hopper's. The bytes of a row are padded to a multiple of ``ALIGNED``.
+    """
+
+    name = "hub_strided"
+
+    ALIGNED = 1
+
+    def shapes(self, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (-(-(k // 2) // self.ALIGNED) * self.ALIGNED, n), (k // BLOCK, n)
+
+    def swizzle(self, blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        rows = blocks.flatten(1)
+        return pad(rows, (0, -rows.shape[1] % self.ALIGNED)).T, scales.T
+
+    def unswizzle(self, blocks: Tensor, scales: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+        return blocks.T[:, : k // 2].reshape(n, k // BLOCK, BYTES_PER_BLOCK), scales.T
+
+    def empty(self, e: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        blocks, scales = (
+            torch.empty((e, *reversed(shape)), dtype=torch.uint8, device=device).mT
+            for shape in self.shapes(n, k)
+        )
+        return blocks, scales
+
+
+class HubBlackwell(HubStrided):
+    """``BlackwellMXValueLayout`` of newer versions of triton_kernels: rows of whole 128 bytes."""
+
+    name = "hub_blackwell"
+
+    ALIGNED = 128
+
+
+class HubHopper(HubStrided):
+    """``HopperMXValueLayout`` of triton_kernels: [2 K, N/4], with K padded to 64 and N to 16.
+
+    Row n = 16 tile + 8 a + 2 g + s goes with byte 32 q + 8 u + 4 b + t of its K into the words of
+    :class:`Fragments`: word (tile, g, q, s, t, u), code 2 b + a, the low nibble in the low half.
+    The scales are those of :class:`HubStrided`.
+    """
+
+    name = "hub_hopper"
+
+    _axes = (2, 4, 2), (4, 2, 4, 2)  # a, g, s of a tile's rows; u, b, t, nibble of 64 columns
+    # tile, g, q, s, t, u, nibble, b, a
+    _order = (0, 2, 4, 3, 7, 5, 8, 6, 1)
+
+    def shapes(self, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (-(-k // 64) * 128, -(-n // 16) * 4), (k // BLOCK, n)
+
+    def swizzle(self, blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        n, groups = scales.shape
+        (rows, columns), _ = self.shapes(n, groups * BLOCK)
+        missing = (0, rows // 4 - groups * BYTES_PER_BLOCK, 0, columns * 4 - n)
+        codes = unpack(pad(blocks.flatten(1), missing)).view(self._split(rows, columns))
+        words = _interleave(codes.permute(self._order).reshape(columns, rows // 2, 4))
+        return words.T, scales.T
+
+    def unswizzle(self, blocks: Tensor, scales: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+        rows, columns = blocks.shape
+        split = self._split(rows, columns)
+        shape = [split[axis] for axis in self._order]
+        inverse = [self._order.index(axis) for axis in range(len(self._order))]
+        codes = _take_apart(blocks.T.contiguous()).view(shape).permute(inverse)
+        codes = codes.reshape(columns * 4, rows // 2)[:n, :k]
+        return pack(codes).view(n, k // BLOCK, BYTES_PER_BLOCK), scales.T
+
+    def _split(self, rows: int, columns: int) -> tuple[int, ...]:
+        (of_rows, of_columns) = self._axes
+        return (columns // 4, *of_rows, rows // 128, *of_columns)
+
+
 def _interleave(codes: Tensor) -> Tensor:
     """Interleave the bits of four codes in each half of a word: [.., halves, 4] -> [.., bytes].
 
@@ -231,6 +307,14 @@ def _reorder_nibbles(dwords: Tensor) -> Tensor:
     return dwords ^ differences ^ differences << 12
 
 
+# How modules of transformers hold their weights for the kernels of the hub.
+HUB_LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (HubStrided(), HubHopper(), HubBlackwell())
+}
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (RowMajor(), CpuPanels(), WgmmaFragments(), MmaFragments())
+    **{
+        layout.name: layout
+        for layout in (RowMajor(), CpuPanels(), WgmmaFragments(), MmaFragments())
+    },
+    **HUB_LAYOUTS,
 }

@@ -27,6 +27,9 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # An attribute of experts that the user skipped when loading. It is set on the module because the
 # module stays when its parameters are replaced.
 KEEP_DENSE = "_mxfp4_fx_keep_dense"
+# The same on experts during a call whose options["skip"] names them. Dynamo guards both marks,
+# because what it traces reads them.
+SKIPPED = "_mxfp4_fx_skipped"
 _REGEX = set("\\()|^$+{}")
 # A match must end at a dot, after a dot or at the end of the name.
 _UP_TO_A_DOT = r"(?:(?<=\.)|(?=\.|$))"

@@ -319,13 +319,47 @@ def stance() -> str:
     return found
 
 
-def reached_limit(code: types.CodeType) -> str | None:
-    """Return the name in ``torch._dynamo.config`` of the limit that ``code`` reached, or None."""
-    compiled = _found("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        if len(compiled) >= _found("torch._dynamo.config", name):
-            return name
-    return None
+LimitCheck = Callable[[Any, Any], tuple[bool, str]]
+
+
+def replace_limit_check(make: Callable[[LimitCheck], LimitCheck]) -> None:
+    """Replace the check that Dynamo makes before it traces a frame: whether it reached a limit.
+
+    ``make`` takes torch's check and returns another. A check takes two dataclasses: the counts of
+    the compilations of the frame's code, and the compilation's id with its number
+    ``frame_compile_id``. It returns whether a limit is reached, and the limit's name in
+    ``torch._dynamo.config``. Its caller has the locals ``compiler_fn``, the backend in its
+    wrappers, and ``code``.
+    """
+    caller = inspect.signature(_found("torch._dynamo.convert_frame", "_compile"))
+    for name in ("compiler_fn", "code"):
+        if name not in caller.parameters:
+            raise _lacks(AttributeError(f"_compile's argument {name}"))
+    made = make(_found("torch._dynamo.convert_frame", "exceeds_recompile_limit"))
+    _found("torch._dynamo", "convert_frame").exceeds_recompile_limit = made
+
+
+def is_compiled(code: types.CodeType) -> bool:
+    """Return whether Dynamo has compiled a function, for any backend and arguments."""
+    return bool(_found("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code))
+
+
+def keep_apart(frame: types.FrameType) -> None:
+    """Count the compilations of a compiled call apart from those for other backends.
+
+    The frame is one that :func:`called_by` knows, entering the call's context. All calls that this
+    function sees share a count, and the code that Dynamo compiled for them. A call that has a count
+    of its own (``isolate_recompiles``) keeps it.
+    """
+    context = frame.f_locals["self"]
+    if getattr(context, "_isolate_recompiles_id", None) == -1:
+        context._isolate_recompiles_id = _region()
+
+
+@functools.cache
+def _region() -> int:
+    found: int = next(_found("torch._dynamo.eval_frame", "_next_isolate_recompiles_id"))
+    return found
 
 
 def called_by(frame: types.FrameType) -> tuple[Callable[..., Any], list[Any]] | None:

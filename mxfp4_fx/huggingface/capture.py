@@ -1,8 +1,9 @@
-"""Capture of transformers' eager experts loop.
+"""Replacement of what Dynamo captures of transformers, while it captures for *this* backend.
 
 ``experts_implementation="eager"`` loops over the experts that were hit, which breaks a graph into
-as many pieces. While *this* backend compiles, Dynamo captures transformers' own grouped form of the
-same computation instead. Every other backend still gets the loop.
+as many pieces. Dynamo captures transformers' own grouped form of the same computation instead.
+Every other backend still gets the loop. `hub_modules.py` does the like for transformers' own MXFP4
+modules.
 """
 
 from __future__ import annotations
@@ -17,34 +18,44 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core import compilation, forks
+from mxfp4_fx.huggingface import hub_modules
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
+_INTEGRATION = "transformers.integrations.mxfp4"
 
 _lock = threading.Lock()
-_prepared = False
+_prepared: set[str] = set()
 forks.renew_lock(sys.modules[__name__], "_lock", threading.Lock)
 
 
-def prepare_capture() -> bool:
-    """Make the eager experts loop capturable if transformers' GPT-OSS is imported; idempotent.
-
-    Returns:
-        Whether the loop is capturable now.
-    """
-    global _prepared
+def prepare_capture() -> None:
+    """Make capturable what is imported of transformers' GPT-OSS; idempotent."""
+    if len(_prepared) == 2:
+        return
     with _lock:
-        modeling = sys.modules.get(_MODELING)
-        if _prepared or modeling is None:
-            return _prepared
-        interface = sys.modules.get("transformers.integrations.moe")
-        # Another thread is importing it, or it is transformers 4, whose experts have no such loop.
-        experts = getattr(modeling, "GptOssExperts", None)
-        original = getattr(getattr(experts, "forward", None), "__wrapped__", None)
-        if interface is None or original is None:
-            return False
-        _substitute(original, interface.ALL_EXPERTS_FUNCTIONS["grouped_mm"])
-        _prepared = True
-        return True
+        for name, prepare in ((_MODELING, _prepare_loop), (_INTEGRATION, _prepare_hub_modules)):
+            module = sys.modules.get(name)
+            if name not in _prepared and module is not None and prepare(module):
+                _prepared.add(name)
+
+
+def _prepare_loop(modeling: types.ModuleType) -> bool:
+    interface = sys.modules.get("transformers.integrations.moe")
+    # Another thread is importing it, or it is transformers 4, whose experts have no such loop.
+    experts = getattr(modeling, "GptOssExperts", None)
+    original = getattr(getattr(experts, "forward", None), "__wrapped__", None)
+    if interface is None or original is None:
+        return False
+    _substitute(original, interface.ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+    return True
+
+
+def _prepare_hub_modules(integration: types.ModuleType) -> bool:
+    # Another thread may be importing it: this is the last thing that it defines.
+    if not hasattr(integration, "replace_with_mxfp4_linear"):
+        return False
+    hub_modules.prepare(integration)
+    return True
 
 
 def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) -> None:

@@ -16,29 +16,15 @@ from mxfp4_fx.checkpoints.checkpoint import Checkpoint
 from mxfp4_fx.checkpoints.files import CONFIG, directory_of, read_config
 from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
 from mxfp4_fx.core.errors import CheckpointError, OptionError
-from mxfp4_fx.core.formats import SCALE_RULES
 from mxfp4_fx.core.skip import not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
+from mxfp4_fx.huggingface.arguments import REFUSED, check_scale_rule, refuse
 
 _NEEDED = "transformers 5.8 or newer (pip install transformers)"
 _HUB_OPTIONS = (
     *("cache_dir", "force_download", "local_files_only", "proxies"),
     *("revision", "subfolder", "token"),
 )
-_REFUSED = {
-    "quantization_config": "the checkpoint says how it is quantized; pass skip= or scale_rule=",
-    "state_dict": "weights are read from files",
-    "gguf_file": "weights are read from safetensors files",
-    "use_kernels": "other kernels would replace the packed experts",
-    **dict.fromkeys(
-        ("load_in_4bit", "load_in_8bit"),
-        "experts are MXFP4 already; the rest of the model stays as it is",
-    ),
-    "tp_plan": "packed experts cannot be split among processes; use device_map=",
-    "distributed_config": "packed experts cannot be split among processes; use device_map=",
-    "tp_size": "packed experts cannot be split among processes; use device_map=",
-    "device_mesh": "packed experts cannot be split among processes; use device_map=",
-}
 
 
 def from_pretrained(
@@ -85,20 +71,18 @@ def from_pretrained(
         NanWeightsWarning: blocks are NaN.
         NoExpertsWarning: all experts are skipped.
     """
-    for name, reason in _REFUSED.items():
+    for name in REFUSED:
         if kwargs.get(name) not in (None, False):
-            raise OptionError(f"from_pretrained(..., {name}=...) is not supported: {reason}")
+            refuse(name)
     if kwargs.get("use_safetensors") is False:
         raise OptionError("from_pretrained(..., use_safetensors=False): pickles are not read")
-    if scale_rule not in SCALE_RULES:
-        known = " or ".join(map(repr, SCALE_RULES))
-        raise OptionError(f"from_pretrained(..., scale_rule={scale_rule!r}): it must be {known}")
+    check_scale_rule(scale_rule, "from_pretrained")
     try:
         import transformers
         from safetensors import SafetensorError
 
         from mxfp4_fx.huggingface.placement import devices, place_experts
-        from mxfp4_fx.huggingface.quantizer import PackedMxfp4Config, check, renaming
+        from mxfp4_fx.huggingface.quantizer import Mxfp4Config, check, renaming
     except ImportError as error:
         raise CheckpointError(f"loading needs {_NEEDED}: {error}") from error
 
@@ -111,14 +95,11 @@ def from_pretrained(
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     if os.path.isdir(path) and kwargs.get("variant") is None:
         checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")), rename)
-        stored = checkpoint.config
         check(checkpoint, ignore_sizes=bool(ignore_sizes))
     else:  # the quantizer checks the files after transformers has found or downloaded them
-        stored = _stored_config(path, hub)
+        _check_config(path, hub)
     config, kwargs = _model_config(path, hub, kwargs)
-    # Passed as an argument, so that packed and dense checkpoints are loaded in the same way.
-    quantization = PackedMxfp4Config.of(vars(config).pop("quantization_config", None), skip)
-    quantization.scale_rule, quantization.stored_config = scale_rule, stored
+    quantization = Mxfp4Config(skip=skip, scale_rule=scale_rule)
     quantization.key_mapping, quantization.ignore_sizes = mapping, bool(ignore_sizes)
     auto_class = auto_class or transformers.AutoModelForCausalLM
     kwargs["use_safetensors"] = True  # None would allow pickles
@@ -156,20 +137,21 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-        from mxfp4_fx.huggingface.quantizer import PackedMxfp4Config, packed_like
+        from mxfp4_fx.huggingface.quantizer import packed_like
     except ImportError as error:
         raise CheckpointError(f"this needs {_NEEDED}: {error}") from error
     directory = directory_of(path)
     content, named = read_config(directory), str(directory / CONFIG)
     gpt_oss.sizes(content, named)
-    gpt_oss.require_method(gpt_oss.quantization(content, named)[0], named)
+    method, kept = gpt_oss.quantization(content, named)
+    gpt_oss.require_method(method, named)
     known = ("eager", *ALL_EXPERTS_FUNCTIONS)
     if experts is not None and experts not in known:
         raise OptionError(
             f"transformers has no experts implementation {experts!r}: it has {', '.join(known)}"
         )
     config, _ = _model_config(str(directory), {"local_files_only": True}, {})
-    stored = PackedMxfp4Config.of(vars(config).pop("quantization_config", None))
+    vars(config).pop("quantization_config", None)
     kwargs = {"experts_implementation": experts} if experts else {}
     with FakeTensorMode():
         try:
@@ -180,8 +162,8 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
                 f"{gpt_oss.ITS_CONFIG}"
             ) from error
         for name, module in list(model.named_modules()):
-            kept = any(not_converted(entry, name) for entry in stored.modules_to_not_convert)
-            if experts is None and isinstance(module, GptOssExperts) and not kept:
+            is_dense = experts is not None or any(not_converted(entry, name) for entry in kept)
+            if isinstance(module, GptOssExperts) and not is_dense:
                 packed = packed_like(module, name)
                 packed.gate_up_proj_bias = module.gate_up_proj_bias
                 packed.down_proj_bias = module.down_proj_bias
@@ -190,8 +172,8 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         yield model
 
 
-def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of ``config.json`` of a model on the Hub, or of a directory.
+def _check_config(path: str, hub: dict[str, Any]) -> None:
+    """Check the ``config.json`` of a model on the Hub, or of a directory.
 
     Raises:
         CheckpointError: it cannot be read, or is not that of a GPT-OSS in MXFP4 or dense.
@@ -213,7 +195,6 @@ def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:
             f"can be loaded with packed experts"
         )
     gpt_oss.require_method(gpt_oss.quantization(config, f"{CONFIG} of {path}")[0], path)
-    return config
 
 
 def _model_config(
@@ -224,7 +205,12 @@ def _model_config(
 
     given = kwargs.pop("config", None)
     if isinstance(given, PretrainedConfig):
-        return copy.deepcopy(given), kwargs
+        config = copy.deepcopy(given)
+        quantized = vars(config).pop("quantization_config", None)
+        if quantized:  # of a model that was loaded, it is no dict, which older versions ask for
+            as_dict = quantized if isinstance(quantized, dict) else quantized.to_dict()
+            config.quantization_config = as_dict
+        return config, kwargs
     # AutoConfig would not give a dtype back, and would take "auto" for a dtype.
     dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
     try:

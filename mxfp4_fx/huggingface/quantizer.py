@@ -1,8 +1,9 @@
 """The quantization method "mxfp4_fx" of transformers, which loads and saves packed experts.
 
-transformers has its own method "mxfp4", and rejects a config of another class for it. So this file
-registers "mxfp4_fx" beside it, and ``loading.from_pretrained`` selects that. The config of a saved
-model says "mxfp4", because its files have the format that other programs know by that name.
+transformers has its own method "mxfp4", and loads a checkpoint of that method with no config whose
+class has another name than its ``Mxfp4Config``. So this file registers "mxfp4_fx" beside it, and
+:class:`Mxfp4Config`, a subclass of that name, switches to it. The config of a saved model says
+"mxfp4", because its files have the format that other programs know by that name.
 
 Parameters of :class:`PackedExperts` have the names and bytes of the checkpoint, so the loader
 converts nothing. There are two exceptions, with a conversion each: experts that the files hold
@@ -11,26 +12,38 @@ dense are quantized, one tensor at a time; packed experts that the user skips ar
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxfp4_fx.checkpoints import consistency, gpt_oss
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
+from mxfp4_fx.checkpoints.files import CONFIG, read_json
 from mxfp4_fx.core.errors import CheckpointError, NoExpertsWarning, OptionError
-from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
+from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
+from mxfp4_fx.huggingface.arguments import check_scale_rule, refuse
+from mxfp4_fx.huggingface.conversions import (
+    BYTES,
+    DequantizeExperts,
+    QuantizeExperts,
+    bytes_of,
+    exactly,
+    set_loading_dtype,
+)
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
-from mxfp4_fx.huggingface.unpacking import dense_weight, unpack_experts
+from mxfp4_fx.huggingface.unpacking import unpack_experts
 
 OUR_METHOD = "mxfp4_fx"
 
@@ -72,48 +85,91 @@ def renaming(key_mapping: Mapping[str, str]) -> Callable[[str], str]:
 
 
 @register_quantization_config(OUR_METHOD)
-class PackedMxfp4Config(QuantizationConfigMixin):
-    """The config that selects packed experts.
+class Mxfp4Config(transformers.Mxfp4Config):
+    """The ``quantization_config`` with which transformers loads a GPT-OSS with packed experts.
+
+    Every ``from_pretrained`` of transformers takes it, of Auto classes and of model classes, and so
+    do a pipeline's ``model_kwargs`` and a trainer's ``model_init_kwargs``. The files are checked
+    and the experts loaded as by :func:`mxfp4_fx.from_pretrained`. Dense experts are quantized.
+
+    Args:
+        modules_to_not_convert: names as in transformers' ``Mxfp4Config``, in addition to those of
+            the checkpoint: experts that these name become dense.
+        dequantize: False; transformers' own ``Mxfp4Config`` loads dense experts.
+        skip: names of modules, or patterns (`core/skip.py`), whose experts become dense as well.
+        scale_rule: for ``formats.quantize``, if the checkpoint has dense experts.
+        quant_method: "mxfp4_fx", if the arguments are those of a dict.
 
     Attributes:
-        modules_to_not_convert: entries, as transformers defines them, for modules whose experts
-            become dense. The quantizer adds the full names of the experts that ``skip`` names.
-        scale_rule: for ``formats.quantize``, where the checkpoint has dense experts.
-        skip: patterns for further experts that become dense.
+        given: in the config of a loaded model, the one that the user gave.
         key_mapping: patterns of names in the files -> replacements, as in transformers.
         ignore_sizes: accept tensors of other sizes than the config's, except the experts';
             transformers then initializes new ones.
-        stored_config: the content of the checkpoint's ``config.json``, which its files are compared
-            with; None means the model's config.
+
+    Raises:
+        OptionError: an argument has no meaning here.
     """
+
+    given: Mxfp4Config
 
     def __init__(
         self,
         modules_to_not_convert: Sequence[str] | None = None,
+        dequantize: bool = False,
+        *,
+        skip: str | Sequence[str] = (),
         scale_rule: str = "max",
-        **_: Any,
+        quant_method: str = OUR_METHOD,
     ) -> None:
+        if dequantize:
+            raise OptionError(
+                "mxfp4_fx.Mxfp4Config keeps experts packed: for dense ones, pass "
+                "transformers.Mxfp4Config(dequantize=True)"
+            )
+        if quant_method != OUR_METHOD:
+            raise OptionError(f"quant_method is {quant_method!r}: it must be {OUR_METHOD!r}")
+        check_scale_rule(scale_rule, "Mxfp4Config")
+        super().__init__(None if modules_to_not_convert is None else list(modules_to_not_convert))
         self.quant_method = OUR_METHOD
-        if modules_to_not_convert is None:
-            modules_to_not_convert = gpt_oss.not_converted_by_default()
-        self.modules_to_not_convert = list(modules_to_not_convert)
         self.scale_rule = scale_rule
-        self.skip = Skip()
+        self.skip = Skip.of(skip)
         self.key_mapping: Mapping[str, str] = {}
         self.ignore_sizes = False
-        self.stored_config: Mapping[str, Any] | None = None
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what transformers sets on the config that it makes of a packed checkpoint's.
+
+        With this ``quant_method``, that config selects our quantizer, which takes the rest from
+        `given`.
+        """
+        return {"quant_method": OUR_METHOD, "given": self}
 
     @classmethod
-    def of(cls, stored: Any, skip: str | Sequence[str] = ()) -> PackedMxfp4Config:
-        """Make the config for a checkpoint's ``quantization_config``: None, a dict or a config."""
-        stored = stored if isinstance(stored, dict | None) else stored.to_dict()
-        config = cls((stored or {}).get("modules_to_not_convert"))
-        config.skip = Skip.of(skip)
-        return config
+    def merged(cls, config: Any) -> Mxfp4Config:
+        """Return a config of our own for the one that transformers passes to the quantizer.
+
+        Args:
+            config: what the user gave, if the checkpoint has no ``quantization_config``; else
+                transformers' config of that, or the merged one of a loaded model, with our loading
+                attributes.
+        """
+        given: Mxfp4Config = getattr(config, "given", config)
+        merged = copy.copy(given)  # the user may load another model with the one given
+        merged.given = given
+        stored = None if config is given else config.modules_to_not_convert
+        if stored is None:
+            stored = gpt_oss.not_converted_by_default()
+        entries = [*stored, *(given.modules_to_not_convert or ())]
+        merged.modules_to_not_convert = list(dict.fromkeys(entries))
+        return merged
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return an entry as a dict does: transformers asks a model's config so if it is reused."""
+        return getattr(self, key, default)
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``quantization_config`` of a saved model, with the method that others know."""
-        return gpt_oss.quantized_config(self.modules_to_not_convert)
+        return gpt_oss.quantized_config(self.modules_to_not_convert or ())
 
 
 @register_quantizer(OUR_METHOD)
@@ -122,13 +178,21 @@ class PackedMxfp4Quantizer(HfQuantizer):
 
     requires_calibration = False
 
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(Mxfp4Config.merged(quantization_config), **kwargs)
+
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+        self,
+        model: Any,
+        checkpoint_files: Sequence[str] | None = None,
+        use_kernels: bool = False,
+        **_: Any,
     ) -> None:
+        if use_kernels:
+            refuse("use_kernels")
+        _refuse_processes(model)
         settings = self.quantization_config
-        config = settings.stored_config or model.config.to_dict()
-        rename = renaming(settings.key_mapping)
-        checkpoint = Checkpoint(checkpoint_files or (), config, rename)
+        checkpoint = _opened(checkpoint_files or (), model.config, renaming(settings.key_mapping))
         check(checkpoint, ignore_sizes=settings.ignore_sizes)
         consistency.warn_of_strays(checkpoint)
         entries = settings.modules_to_not_convert
@@ -158,7 +222,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 self._to_quantize += weights
                 for projection, weight in zip(PROJECTIONS, weights, strict=True):
                     dtype = checkpoint.tensors[checkpoint.prefix + weight].dtype
-                    _set_loading_dtype(packed, projection, dtype)
+                    set_loading_dtype(packed, projection, dtype)
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed)
         if not found:
@@ -173,6 +237,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         self.pre_quantized = not self._to_quantize
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        _refuse_processes(model)  # older versions split the model only now
         for module in model.modules():
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # the loader makes every float a trainable parameter
@@ -199,15 +264,15 @@ class PackedMxfp4Quantizer(HfQuantizer):
         conversions = []
         for weight in self._to_quantize:
             quantize_it = QuantizeExperts(self.quantization_config.scale_rule, self._nan_blocks)
-            conversions.append(WeightConverter(_exactly(weight), _bytes_of(weight), [quantize_it]))
+            conversions.append(WeightConverter(exactly(weight), bytes_of(weight), [quantize_it]))
         for weight in self._to_dequantize:
-            sources = [_exactly(name) for name in _bytes_of(weight)]
+            sources = [exactly(name) for name in bytes_of(weight)]
             conversions.append(WeightConverter(sources, weight, [DequantizeExperts()]))
         return conversions
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Return the bytes of a loaded element, from which transformers plans a device map."""
-        return 1 if param_name.endswith(_BYTES) else param.element_size()
+        return 1 if param_name.endswith(BYTES) else param.element_size()
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         unpack_experts(model, dtype)
@@ -227,73 +292,36 @@ class PackedMxfp4Quantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """True: transformers' Trainer need not add adapters, but trains what is not experts."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
 
-class QuantizeExperts(ConversionOps):
-    """The conversion of a dense weight [E, K, N] to blocks and scales, expert by expert."""
-
-    def __init__(self, scale_rule: str, nan_blocks: dict[str, int]) -> None:
-        self.scale_rule = scale_rule
-        self._nan_blocks = nan_blocks  # convert() writes the counts of NaN blocks into it
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizeExperts:
-        return self  # the loader copies a conversion for each weight; all share `nan_blocks`
-
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
-    ) -> dict[str, Tensor]:
-        (weight,) = (_only(tensors) for tensors in input_dict.values())
-        name = full_layer_name.removesuffix("_blocks")
-        e, k, n = weight.shape
-        blocks = weight.new_empty((e, n, k // BLOCK, BYTES_PER_BLOCK), dtype=torch.uint8)
-        scales = weight.new_empty((e, n, k // BLOCK), dtype=torch.uint8)
-        for expert in range(e):
-            blocks[expert], scales[expert] = quantize(weight[expert].T, scale_rule=self.scale_rule)
-        module, projection = name.rsplit(".", 1)
-        _set_loading_dtype(model.get_submodule(module), projection, torch.uint8)
-        if count := int((scales == E8M0_NAN).sum()):
-            self._nan_blocks[f"{name}_scales"] = count
-        return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+def _refuse_processes(model: Any) -> None:
+    if getattr(model.config, "distributed_config", None) is not None:
+        refuse("distributed_config")
+    if getattr(model, "_device_mesh", None) is not None:
+        refuse("tp_plan")
 
 
-class DequantizeExperts(ConversionOps):
-    """The conversion of blocks and scales to a dense weight [E, K, N], for skipped experts."""
+def _opened(files: Sequence[str], config: Any, rename: Callable[[str], str] = str) -> Checkpoint:
+    """Return the checkpoint of these files, with the ``config.json`` beside them.
 
-    @torch.no_grad()
-    def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
-    ) -> dict[str, Tensor]:
-        # The loader casts bytes to the weight's dtype; every float dtype holds 0 to 255 exactly.
-        blocks, scales = (
-            _only(tensors).to(torch.uint8) for _, tensors in sorted(input_dict.items())
-        )
-        weight = model.get_parameter(full_layer_name)
-        return {full_layer_name: dense_weight(blocks, scales, weight.dtype)}
-
-
-_BYTES = tuple(
-    f"{projection}_{part}" for projection in PROJECTIONS for part in ("blocks", "scales")
-)
-
-
-def _bytes_of(weight: str) -> list[str]:
-    return [f"{weight}_blocks", f"{weight}_scales"]
-
-
-def _exactly(name: str) -> str:
-    """Return a pattern for the end of a key.
-
-    Without $, older versions of transformers find a weight's name in that of its bias.
+    If there is none, as with a config that the user passes and a model on the Hub, the model's
+    config takes its place.
     """
-    return name.replace(".", r"\.") + "$"
-
-
-def _only(tensors: Any) -> Tensor:
-    """Return the tensor, which the loader passes alone or in a list."""
-    return tensors[0] if isinstance(tensors, list) else tensors
+    beside = Path(files[0]).with_name(CONFIG) if files else Path(CONFIG)
+    if files and beside.is_file():
+        checkpoint = Checkpoint(files, read_json(beside), rename)
+        checkpoint.config_name = str(beside)
+        return checkpoint
+    # What this config says of the experts is not the files' own word: either form will do.
+    quantization = {"quantization_config": gpt_oss.quantized_config(())}
+    return Checkpoint(files, {**config.to_dict(), **quantization}, rename)
 
 
 def _correct_offload_index(model: nn.Module) -> None:
@@ -304,7 +332,7 @@ def _correct_offload_index(model: nn.Module) -> None:
             prefixed = getattr(part, "weights_map", None)
             index = getattr(getattr(prefixed, "dataset", None), "index", None) or {}
             for name, entry in index.items():
-                if name.endswith(_BYTES):
+                if name.endswith(BYTES):
                     entry["dtype"] = "uint8"
 
 
@@ -330,14 +358,3 @@ def packed_like(experts: Any, name: str) -> PackedExperts:
         alpha=experts.alpha,
         limit=experts.limit,
     )
-
-
-def _set_loading_dtype(module: nn.Module, projection: str, dtype: torch.dtype) -> None:
-    """Give blocks and scales, still on meta, the dtype to which the loader casts what it reads.
-
-    This must be the stored dtype of a dense weight until the weight is quantized, and uint8
-    afterwards.
-    """
-    for name in (f"{projection}_blocks", f"{projection}_scales"):
-        empty = torch.empty_like(module.get_parameter(name), dtype=dtype, device="meta")
-        module.register_parameter(name, nn.Parameter(empty, requires_grad=False))

@@ -13,6 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from mxfp4_fx.core.errors import DequantizeError, DeviceFullWarning
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.formats import dequantize as dequantize_values
+from mxfp4_fx.huggingface.inflated import UNPACKED
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.weights.freed import is_freed
 from mxfp4_fx.weights.source import MXFP4, Source
@@ -130,6 +131,7 @@ def _dense(packed: PackedExperts, config: Any, dtype: torch.dtype | None) -> Any
         experts.register_parameter(name, nn.Parameter(weight))
         experts.register_parameter(f"{name}_bias", bias)
     experts.alpha, experts.limit = packed.alpha, packed.limit
+    setattr(experts, UNPACKED, True)
     hook = getattr(packed, "_hf_hook", None)
     if hook is not None:  # the model's layers are on several devices
         from accelerate.hooks import add_hook_to_module

@@ -1,6 +1,7 @@
 """``matmul_ogs`` by the hub's ``gpt-oss-triton-kernels``, a version of OpenAI's triton_kernels.
 
-Weights stay in checkpoint order and are wrapped, not copied. Nothing is read back from the device,
+Weights stay in checkpoint order, or as transformers' MXFP4 modules hold them, and are wrapped, not
+copied. Nothing is read back from the device,
 so that CUDA graphs can capture a call. Routing is plain PyTorch (``ops/reference.py``): the
 package's own ``routing`` orders a token's experts by their ids and breaks ties in another way than
 ``torch.topk``, so its slots are not those of the op.
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mxfp4_fx.core.formats import BLOCK, E8M0_BIAS
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS
 from mxfp4_fx.core.hardware import BF16_TERMS
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import hub_loader
@@ -46,15 +47,15 @@ _LOG2_HEIGHTS = range(4, 9)
 
 
 def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
-    """Compute ``ops.reference.matmul_ogs`` for ``layout="row_major"``, on a GPU.
+    """Compute ``ops.reference.matmul_ogs`` for ``hub_loader.LAYOUTS``, on a GPU.
 
     Raises:
         ValueError: the weight has another layout.
         KernelsUnavailableError: the package cannot be loaded.
     """
-    if weight.layout != CHECKPOINT_ORDER:
+    if weight.layout not in hub_loader.LAYOUTS:
         raise ValueError(
-            f"mxfp4::matmul_ogs: kernels='hub' reads layout {CHECKPOINT_ORDER!r}, "
+            f"mxfp4::matmul_ogs: kernels='hub' reads layouts {', '.join(hub_loader.LAYOUTS)}, "
             f"not {weight.layout!r}"
         )
     if not rows.total * weight.n * weight.experts:
@@ -96,8 +97,30 @@ def _can_scatter(rows: Rows) -> bool:
 
 def _with_a_block_of_zeros(x: Tensor, weight: Weight) -> tuple[Tensor, Weight]:
     """Return x and weight with one block of zeros in K: the package needs K > 0."""
-    blocks, scales = pad(weight.blocks, (0, 0, 0, 1)), pad(weight.scales, (0, 1), value=E8M0_BIAS)
-    return pad(x, (0, BLOCK)), weight._replace(blocks=blocks, scales=scales, k=BLOCK)
+    e, n = weight.experts, weight.n
+    blocks = weight.blocks.new_zeros((e, n, 1, BYTES_PER_BLOCK))
+    scales = weight.scales.new_full((e, n, 1), E8M0_BIAS)
+    weight = weight._replace(blocks=blocks, scales=scales, k=BLOCK, layout=CHECKPOINT_ORDER)
+    return pad(x, (0, BLOCK)), weight
+
+
+def _wrapped(package: Any, weight: Weight) -> tuple[Any, Any]:
+    """Return blocks and scales in the package's class; what is stored in order is not copied.
+
+    The package wants [E, K, N] with K contiguous, two values a byte along it.
+    """
+    wrap, tensor = package.tensor.wrap_torch_tensor, package.tensor
+    e, n, k = weight.experts, weight.n, weight.k
+    blocks, scales = weight.blocks, weight.scales
+    if weight.layout == CHECKPOINT_ORDER:
+        blocks, scales = blocks.contiguous().view(e, n, k // 2).mT, scales.contiguous().mT
+    if weight.layout == "hub_hopper":
+        order = package.tensor_details.layout.HopperMXValueLayout((e, k // 2, n), mx_axis=1)
+        codes = tensor.Tensor(tensor.Storage(blocks, order), dtype=tensor.FP4, shape=[e, k, n])
+    else:
+        codes = wrap(blocks, dtype=tensor.FP4)
+        codes.shape = [e, k, n]
+    return codes, wrap(scales)
 
 
 class _Call:
@@ -120,13 +143,9 @@ class _Call:
         row = torch.arange(rows.total, dtype=torch.int32, device=rows.offsets.device)
         self.is_foreign = row >= rows.offsets[-1]
         self._gammas = rows.gammas if weighs else None
-        # [E, K, N] with K contiguous, two values a byte along it.
-        e, n, k = weight.experts, weight.n, weight.k
-        codes = weight.blocks.contiguous().view(e, n, k // 2).transpose(1, 2)
-        self._weight = package.tensor.wrap_torch_tensor(codes, dtype=package.tensor.FP4)
-        self._weight.shape = [e, k, n]
-        self._scales, self._dtype = weight.scales.contiguous().transpose(1, 2), dtype
-        self._experts = e
+        self._weight, self._scales = _wrapped(package, weight)
+        self._dtype = dtype
+        self._experts = weight.experts
         self._expert_data = _expert_data(package, rows.offsets, rows.total)
         self._experts_per_token = rows.per_token if scatters else 1
         self._arguments: dict[str, Any] = {}
@@ -154,7 +173,7 @@ class _Call:
         )
         # A new object for each call, because the package writes into it.
         precision = package.matmul_ogs.PrecisionConfig(
-            weight_scale=package.tensor.wrap_torch_tensor(self._scales), out_dtype=self._dtype
+            weight_scale=self._scales, out_dtype=self._dtype
         )
         y: Tensor = package.matmul_ogs.matmul_ogs(
             x,

@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from mxfp4_fx.core.errors import KernelsUnavailableError
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.core.loaded_once import LoadedOnce
 
 REPOSITORY = "kernels-community/gpt-oss-triton-kernels"
@@ -19,6 +20,9 @@ VERSION = 1  # of the package's interface; transformers 5 loads the same version
 
 # Device types that the package's kernels run on. ROCm's device type in torch is "cuda", too.
 DEVICES: tuple[str, ...] = ("cuda",)
+
+# Layouts that ``ops/hub.py`` hands to the package as they are.
+LAYOUTS = (CHECKPOINT_ORDER, "hub_strided", "hub_hopper")
 
 # The names that ``ops/hub.py`` uses. Other versions of the package renamed some of these.
 NAMES = (
@@ -32,7 +36,10 @@ NAMES = (
     "routing.ScatterIndx",
     "swiglu.swiglu_fn",
     "tensor.FP4",
+    "tensor.Storage",
+    "tensor.Tensor",
     "tensor.wrap_torch_tensor",
+    "tensor_details.layout.HopperMXValueLayout",
 )
 
 _LOCAL = "LOCAL_KERNELS"

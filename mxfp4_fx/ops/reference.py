@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core.formats import dequantize
-from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.core.torch_private import assert_async
-from mxfp4_fx.ops.operands import Activation, Rows, Weight
+from mxfp4_fx.ops.operands import Activation, Rows, Weight, make_weight
 
 Routes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -187,6 +187,7 @@ def moe(
     limit: float,
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
+    layout: str = CHECKPOINT_ORDER,
 ) -> Tensor:
     """Compute a GPT-OSS MoE MLP from its router logits on: the logical op, without a layout.
 
@@ -199,14 +200,17 @@ def moe(
         down, down_bias: [E, I, H] and [E, H].
         top_k: A.
         alpha, limit: SwiGLU's constants.
-        gate_up_scales, down_scales: for packed weights, [E, 2I, H/32] and [E, H, I/32] uint8.
-            ``gate_up`` and ``down`` are then blocks: the scales' shapes and an axis of 16 bytes.
+        gate_up_scales, down_scales: for packed weights; ``gate_up`` and ``down`` are then blocks.
+        layout: the layout of packed weights, as the model holds them. In checkpoint order, scales
+            are uint8 [E, 2I, H/32] and [E, H, I/32], and blocks have an axis of 16 bytes more.
 
     Returns:
         [T, H] in hidden's dtype. Floats are not quantized here, but when the op is lowered.
     """
     routes = routing(router_logits, top_k)
-    gate_up_of, down_of = _matrices(gate_up, gate_up_scales), _matrices(down, down_scales)
+    gate_up_of, down_of = _both(
+        hidden, gate_up, gate_up_bias, down, down_bias, gate_up_scales, down_scales, layout
+    )
     return _experts(
         hidden, routes, gate_up_of, gate_up_bias, down_of, down_bias, top_k, alpha, limit
     )
@@ -224,30 +228,45 @@ def moe_from_routes(
     limit: float,
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
+    layout: str = CHECKPOINT_ORDER,
 ) -> Tensor:
     """Compute :func:`moe` with given routes: ``indices`` [T, A] and ``weights`` [T, A]."""
     routes = routing_from_routes(indices, weights, gate_up.shape[0])
     a = indices.shape[1]
-    gate_up_of, down_of = _matrices(gate_up, gate_up_scales), _matrices(down, down_scales)
+    gate_up_of, down_of = _both(
+        hidden, gate_up, gate_up_bias, down, down_bias, gate_up_scales, down_scales, layout
+    )
     return _experts(hidden, routes, gate_up_of, gate_up_bias, down_of, down_bias, a, alpha, limit)
 
 
-def _matrices(weight: Tensor, scales: Tensor | None) -> Callable[[int], Tensor]:
-    """Return a function from an expert to its matrix [N, K] float32.
+Matrices = Callable[[int], Tensor]  # from an expert to its matrix [N, K] float32
 
-    The weight is [E, K, N], or packed if there are scales.
-    """
-    if scales is None:
-        return lambda e: weight[e].T.float()
-    return lambda e: dequantize(weight[e], scales[e], torch.float32)
+
+def _both(
+    hidden: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
+    layout: str,
+) -> tuple[Matrices, Matrices]:
+    """Return the matrices of both weights: [E, K, N], or packed if there are scales."""
+    if gate_up_scales is None or down_scales is None:
+        return lambda e: gate_up[e].T.float(), lambda e: down[e].T.float()
+    n = gate_up_bias.shape[1]
+    first = make_weight(gate_up, gate_up_scales, None, n, hidden.shape[1], layout)
+    second = make_weight(down, down_scales, None, down_bias.shape[1], n // 2, layout)
+    return functools.partial(matrix, first), functools.partial(matrix, second)
 
 
 def _experts(
     hidden: Tensor,
     routes: Routes,
-    gate_up: Callable[[int], Tensor],
+    gate_up: Matrices,
     gate_up_bias: Tensor,
-    down: Callable[[int], Tensor],
+    down: Matrices,
     down_bias: Tensor,
     top_k: int,
     alpha: float,

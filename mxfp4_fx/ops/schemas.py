@@ -49,8 +49,8 @@ KERNELS: dict[str, dict[str, str]] = {
 }
 
 _WEIGHTS = "Tensor gate_up, Tensor gate_up_bias, Tensor down, Tensor down_bias"
-# Packed weights are blocks, with these scales.
-_SCALES = "Tensor? gate_up_scales=None, Tensor? down_scales=None"
+# Packed weights are blocks with these scales, in the layout in which the model holds them.
+_SCALES = f"Tensor? gate_up_scales=None, Tensor? down_scales=None, str layout='{CHECKPOINT_ORDER}'"
 _ROUTES = "(Tensor gammas, Tensor gather_index, Tensor scatter_index, Tensor expert_offsets)"
 _OPERANDS = (
     "Tensor x, Tensor blocks, Tensor scales, Tensor? bias, int n, Tensor expert_offsets, "

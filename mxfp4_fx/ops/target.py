@@ -15,8 +15,11 @@ import torch
 
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
-from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.ops import hub_loader, native
+
+# Kernels -> layouts that they read besides that of their target.
+_READ = {"reference": tuple(LAYOUTS), "hub": hub_loader.LAYOUTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,16 @@ class Target:
     kernels: str
     layout: str
     reason: str
+
+    def layout_of(self, held: tuple[str, ...]) -> str:
+        """Return the layout that these kernels get a weight in.
+
+        Args:
+            held: the layouts that the weight has in the model's memory; one that the kernels read
+                spares a copy.
+        """
+        read = _READ.get(self.kernels, ())
+        return next((layout for layout in held if layout in read), self.layout)
 
 
 def choose(device: torch.device, requested: str = "auto") -> Target:

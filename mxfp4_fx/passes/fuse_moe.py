@@ -31,9 +31,8 @@ from mxfp4_fx.passes.effects import modes
 from mxfp4_fx.passes.graph import before_moves, op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
-from mxfp4_fx.passes.origin import comes_from, module_name, source_line
+from mxfp4_fx.passes.origin import module_name, source_line
 from mxfp4_fx.passes.patterns import (
-    FOREIGN_EXPERTS,
     FORMS,
     ROUTER_INDICES,
     ROUTER_SCORES,
@@ -72,17 +71,16 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             continue
         if not has_router:
             match.leaves["indices"] = _insert_ids(root, match, form)
-        moe = _insert_moe(gm, root, match, has_router)
+        moe = _insert_moe(gm, root, match, has_router, form.layout)
         moe.meta[REWRITE] = _rewrite(layer, form, match, inputs)
         if ctx.verifying:
-            _keep_and_compare(layer, root, moe, match)
+            _keep_and_compare(layer, root, moe, match, form.layout)
         else:
             _erase(gm, match)
     rest = {layer: node for node, layer in reversed(suspects.items())}  # each layer's first node
     found = [
         *(_explain_miss(layer, node, misses.get(layer)) for layer, node in reversed(rest.items())),
         *in_subgraphs,
-        *_of_transformers(gm.graph),
     ]
     for miss in found:
         inputs = weights.get(miss.layer, ())
@@ -177,21 +175,24 @@ def _insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
     return ids
 
 
-def _insert_moe(gm: fx.GraphModule, root: fx.Node, match: Match, has_router: bool) -> fx.Node:
+def _insert_moe(
+    gm: fx.GraphModule, root: fx.Node, match: Match, has_router: bool, layout: str
+) -> fx.Node:
     """Insert the logical op after the region and let it replace the region's result."""
     weights = [match.leaves[name] for name in WEIGHTS]
     constants = float(match.letters["alpha"]), float(match.letters["limit"])
     scales = [match.leaves[name] for name in SCALES if name in match.leaves]
+    packed = (*scales, layout) if scales else ()
     dtype = compute_dtype(match)
     hidden = _cast_after(root, match.leaves["hidden"], dtype)
     with gm.graph.inserting_after(max(root, hidden)):
         if has_router and not are_routes_moved(match):
             logits, top_k = match.leaves["router_logits"], match.letters["A"]
-            args = (hidden, logits, *weights, top_k, *constants, *scales)
+            args = (hidden, logits, *weights, top_k, *constants, *packed)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.default, args)
         else:
             routes = match.leaves["indices"], match.leaves["scores"]
-            args = (hidden, *routes, *weights, *constants, *scales)
+            args = (hidden, *routes, *weights, *constants, *packed)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.routes, args)
     moe.meta = {**root.meta, "example_value": _fake_cast(root, root, dtype)}
     result = _tensor(root).dtype
@@ -233,7 +234,7 @@ def _tensor(node: fx.Node) -> torch.Tensor:
     return value
 
 
-def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> None:
+def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match, layout: str) -> None:
     """Keep the region, on the weights that MXFP4 holds, and compare its result (``verify``)."""
     graph, inside = root.graph, list(match.nodes.values())
     held: dict[str, fx.Node] = {}
@@ -241,8 +242,8 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match) -> 
         weight = match.leaves[name]
         with graph.inserting_before(min(inside)):
             if scales in match.leaves:
-                args = (weight, match.leaves[scales])
-                held[name] = graph.call_function(verification.unpacked, args)
+                packed = (weight, match.leaves[scales], layout)
+                held[name] = graph.call_function(verification.unpacked, packed)
                 continue
             held[name] = graph.call_function(verification.requantize, (weight,))
         for node in inside:
@@ -282,13 +283,3 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
         return Miss(layer, reason, source_line(node))
     at = mismatch.node if mismatch.node is not None else node
     return Miss(layer, mismatch.reason, source_line(at))
-
-
-def _of_transformers(graph: fx.Graph) -> list[Miss]:
-    """Report the MXFP4 experts of transformers itself, whose matmuls are not in the graph."""
-    reason = (
-        "transformers holds its weights in MXFP4 for kernels of its own (Mxfp4GptOssMLP): load the "
-        "model with mxfp4_fx.from_pretrained(...) instead"
-    )
-    nodes = [node for node in graph.nodes if comes_from(node, FOREIGN_EXPERTS)]
-    return [Miss(name, reason) for name in dict.fromkeys(map(module_name, nodes))]

@@ -17,11 +17,10 @@ from torch import fx
 
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops.target import Target
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.graph import tensor_of
 from mxfp4_fx.weights.bindings import Binding
-from mxfp4_fx.weights.source import FLOATS, MXFP4, Encoding
+from mxfp4_fx.weights.source import FLOATS, PACKED, Encoding
 
 _MXFP4 = torch.ops.mxfp4
 
@@ -38,20 +37,24 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
         found = []
         for name in ("gate_up", "down"):
             weight, scales = values[name], values.get(f"{name}_scales")
-            held, encoding = ((weight,), FLOATS) if scales is None else ((weight, scales), MXFP4)
+            held: tuple[fx.Node, ...] = (weight,)
+            encoding: Encoding = FLOATS
+            if scales is not None:
+                held, encoding = (weight, scales), PACKED[values["layout"]]
+            layout = chosen.layout_of(encoding.layouts)
             if held not in swizzled:
-                parts = swizzled[held] = _swizzled_inputs(held, encoding, chosen.layout)
+                parts = swizzled[held] = _swizzled_inputs(held, encoding, layout)
                 at = tuple(slots[one] for one in held)
                 names = parts[0].name, parts[1].name
                 full_name = f"{name}_proj of {rewrite.layer}"
-                ctx.bindings.append(Binding(at, encoding, chosen.layout, names, full_name))
+                ctx.bindings.append(Binding(at, encoding, layout, names, full_name))
             found.append(swizzled[held])
         gate_up, down = found
-        _expand(node, values, gate_up, down, chosen)
+        _expand(node, values, gate_up, down, chosen.kernels, layout)
         lowered = dataclasses.replace(
             rewrite,
             kernels=chosen.kernels,
-            layout=chosen.layout,
+            layout=layout,
             reason=chosen.reason,
             bytes_after=sum(_fake(part).numel() for part in (*gate_up, *down)),
         )
@@ -94,11 +97,12 @@ def _expand(
     values: dict[str, Any],
     gate_up: tuple[fx.Node, fx.Node],
     down: tuple[fx.Node, fx.Node],
-    chosen: Target,
+    chosen: str,
+    layout: str,
 ) -> None:
     graph = node.graph
-    kernels = {"kernels": chosen.kernels}
-    matmul = {**kernels, "layout": chosen.layout}
+    kernels = {"kernels": chosen}
+    matmul = {**kernels, "layout": layout}
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         made = graph.call_function(function, args, kwargs)

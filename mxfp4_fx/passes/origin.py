@@ -43,11 +43,6 @@ def module_name(node: fx.Node) -> str:
     return ".".join(names[1:] if path.startswith("L[") else names) or "(top level)"
 
 
-def comes_from(node: fx.Node, file: str) -> bool:
-    """Return whether code in a file made a node; ``file`` is the end of the file's path."""
-    return f'{file}", line' in (node.meta.get("stack_trace") or "").replace("\\", "/")
-
-
 def source_line(node: fx.Node) -> str:
     """Return the line of code outside torch that made a node, as ``file:line: code``, or ""."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()

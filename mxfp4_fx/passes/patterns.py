@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
-from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, HUB_LAYOUTS, LAYOUTS
 from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Op, Rounded, Scalar
 
 T, A, E, H, I = (Letter(name) for name in "TAEHI")  # noqa: E741
@@ -43,17 +42,27 @@ EXPERT_SHAPES: Shapes = {
     "indices": (T, A),
     "scores": (T, A),
 }
-PACKED_SHAPES: Shapes = {
-    "down_bias": (E, H),
-    "gate_up_bias": (E, I * 2),
-    "down": (E, H, I // BLOCK, BYTES_PER_BLOCK),
-    "down_scales": (E, H, I // BLOCK),
-    "gate_up": (E, I * 2, H // BLOCK, BYTES_PER_BLOCK),
-    "gate_up_scales": (E, I * 2, H // BLOCK),
-    "hidden": (T, H),
-    "indices": (T, A),
-    "scores": (T, A),
-}
+
+
+def packed_shapes(layout: str) -> Shapes:
+    """Return the shapes of the leaves of packed experts, whose weights are held in a layout."""
+    (gate_up, gate_up_scales), (down, down_scales) = (
+        LAYOUTS[layout].shapes(n, k)  # type: ignore[arg-type]  # letters, and arithmetic on them
+        for n, k in ((I * 2, H), (H, I))
+    )
+    return {
+        "down_bias": (E, H),
+        "gate_up_bias": (E, I * 2),
+        "down": (E, *down),
+        "down_scales": (E, *down_scales),
+        "gate_up": (E, *gate_up),
+        "gate_up_scales": (E, *gate_up_scales),
+        "hidden": (T, H),
+        "indices": (T, A),
+        "scores": (T, A),
+    }
+
+
 ROUTER_SHAPES: Shapes = {"router_logits": (T, E)}
 
 
@@ -82,6 +91,7 @@ class Form:
             ``ops/reference.py`` defines it. The router chooses no such ids.
         needs_router: whether the form is correct only for ids that the router has chosen.
         shapes: the shapes of the leaves.
+        layout: the layout in which the model holds packed weights.
     """
 
     name: str
@@ -90,6 +100,7 @@ class Form:
     above: str = "error"
     needs_router: bool = False
     shapes: Shapes = dataclasses.field(default_factory=lambda: EXPERT_SHAPES)
+    layout: str = CHECKPOINT_ORDER
 
 
 def grouped_mm(histogram_dtype: torch.dtype, sentinels: Sentinels) -> Op:
@@ -134,16 +145,19 @@ def batched_mm(sentinels: Sentinels) -> Op:
     return sum_over_choices(y * view(scores, T * A, 1))
 
 
-def packed() -> Op:
-    """Build experts that hold a checkpoint's bytes (``packed.py``), in this package's own ops.
+def packed(layout: str) -> Op:
+    """Build experts that hold a checkpoint's bytes, in this package's own ops.
 
-    ``gate_up`` and ``down`` are blocks. The routing op skips ids from E on, as always.
+    ``gate_up`` and ``down`` are blocks. ``huggingface/packed.py`` holds them in checkpoint order,
+    transformers' own MXFP4 modules (``huggingface/hub_modules.py``) in a layout of triton_kernels.
+    The routing op skips ids from E on, as always.
     """
     args = {"indices": INDICES, "weights": SCORES, "num_experts": E, "first_expert": 0}
     routes = Op("mxfp4.routing.routes", {**args, "kernels": "reference"})
     gammas, gather_index, scatter_index, offsets = (routes[i] for i in range(4))
     inner = {"gather_index": gather_index, "activation": "swiglu", "alpha": ALPHA, "limit": LIMIT}
     outer = {"scatter_index": scatter_index, "gammas": gammas, "experts_per_token": A}
+    inner["layout"] = outer["layout"] = layout
     x = matmul_ogs(HIDDEN, GATE_UP, GATE_UP_SCALES, GATE_UP_BIAS, I * 2, offsets, **inner)
     return matmul_ogs(x, DOWN, DOWN_SCALES, DOWN_BIAS, H, offsets, **outer)
 
@@ -170,10 +184,6 @@ def router() -> tuple[Op, Op]:
 def _as_op(expr: Expr) -> Op:
     assert isinstance(expr, Op)
     return expr
-
-
-# The file of transformers with its own MXFP4 experts, which have other kernels and weight layouts.
-FOREIGN_EXPERTS = "transformers/integrations/mxfp4.py"
 
 
 # The vocabulary: canonical calls (graph.Call) with every argument that matters.
@@ -275,6 +285,16 @@ FORMS = (
     Form("batched_mm", batched_mm(Sentinels.NONE), below="wrap", above="error"),
     Form("batched_mm", batched_mm(Sentinels.SCORES), below="first", above="skip"),
     Form("batched_mm", batched_mm(Sentinels.CLAMP), needs_router=True),
-    Form("packed", packed(), below="skip", above="skip", shapes=PACKED_SHAPES),
+    *(
+        Form(
+            "packed" if layout == CHECKPOINT_ORDER else "transformers_mxfp4",
+            packed(layout),
+            below="skip",
+            above="skip",
+            shapes=packed_shapes(layout),
+            layout=layout,
+        )
+        for layout in (CHECKPOINT_ORDER, *HUB_LAYOUTS)
+    ),
 )
 ROUTER_SCORES, ROUTER_INDICES = router()

@@ -59,7 +59,7 @@ def find_suspects(
 
 
 def _is_stack(value: Tensor) -> bool:
-    return value.ndim == (4 if value.dtype == torch.uint8 else 3)
+    return value.ndim in ((3, 4) if value.dtype == torch.uint8 else (3,))
 
 
 def _multiplied(graph: fx.Graph, weights: dict[int, Inputs]) -> dict[fx.Node, tuple[str, Inputs]]:

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from mxfp4_fx.core.errors import VerificationError
 from mxfp4_fx.core.formats import dequantize, quantize
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import reference
+from mxfp4_fx.weights.source import PACKED, Source
+from mxfp4_fx.weights.swizzle import swizzle_weight
 
 _U32 = 2.0**-24
 # max |d/dg g*sigmoid(alpha*g)| = max |s + z s (1-s)| over z, and max |z^2 s (1-s)|, rounded up.
@@ -36,9 +39,10 @@ def requantize(weight: Tensor) -> Tensor:
     return held
 
 
-def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Return the values, float32 [E, K, N], of a packed weight [E, N, K/32, 16], [E, N, K/32]."""
-    return dequantize(blocks, scales, torch.float32).transpose(1, 2)
+def unpacked(blocks: Tensor, scales: Tensor, layout: str) -> Tensor:
+    """Return the values, float32 [E, K, N], of a packed weight that the model holds in a layout."""
+    parts = swizzle_weight(Source((blocks, scales), PACKED[layout]), CHECKPOINT_ORDER)
+    return dequantize(*parts, torch.float32).transpose(1, 2)
 
 
 @torch.no_grad()

@@ -65,14 +65,22 @@ class InputPlan:
     """
 
     def __init__(
-        self, captured: Sequence[str], lowered: Sequence[str], bindings: Sequence[Binding]
+        self,
+        captured: Sequence[str],
+        lowered: Sequence[str],
+        bindings: Sequence[Binding],
+        is_lent: Callable[[Tensor], bool],
+        tell_of_lent: Callable[[], None],
     ) -> None:
         """
         Args:
             captured, lowered: the names of both graphs' inputs, in order.
             bindings: the weights that the lowered graph reads swizzled.
+            is_lent: whether an input is there for the present call alone, as the user wants it.
+            tell_of_lent: warns, at most once, of what lent inputs cost.
         """
         self.bindings = tuple(bindings)
+        self._is_lent, self._tell_of_lent = is_lent, tell_of_lent
         bound = {
             name: (at, part)
             for at, binding in enumerate(bindings)
@@ -123,13 +131,17 @@ class InputPlan:
                 STORE.get(source, binding.layout, binding.name)
 
     def free(self, args: tuple[Any, ...]) -> None:
-        """Swizzle each weight and free its source's memory before the next one is swizzled."""
+        """Swizzle each weight and free its source's memory before the next one is swizzled.
+
+        Lent weights are left out: they are gone after the call.
+        """
         found = [
             binding
             for binding in self._only_swizzled
             # In all calls but the first, all tensors are freed, and no source needs to be made.
             if not all(map(is_freed, binding.take(args)))
             and STORE.can_free(binding.source(args), binding.layout)
+            and not any(map(self._is_lent, binding.take(args)))
         ]
         if found:
             for binding in tqdm(found, _TITLE, leave=False, disable=None):
@@ -145,10 +157,14 @@ class InputPlan:
 
     def _look_out(self, args: tuple[Any, ...]) -> None:
         """Warn if each call has new tensors and those of the call before are gone."""
+        if all(binding.layout in binding.encoding.layouts for binding in self.bindings):
+            return  # the kernels read them as they are
         are_gone = bool(self._last) and all(mark() is None for mark in self._last)
         self._strangers = self._strangers + 1 if are_gone else 0
         self._last = [weakref.ref(mark_of(args[b.slots[0]])) for b in self.bindings]
-        if self._strangers == 2:
+        if self._strangers >= 2 and self._is_lent(args[self.bindings[0].slots[0]]):
+            self._tell_of_lent()
+        elif self._strangers == 2:
             warn_of_repeats(
                 self.bindings[0].name,
                 "every call brings another tensor, and the last one is gone",

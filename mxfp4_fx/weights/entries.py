@@ -84,7 +84,7 @@ class Entry:
 
     def is_its_source(self) -> bool:
         """Return whether the parts are the source's own memory."""
-        return self.encoding.layout == self.layout
+        return self.layout in self.encoding.layouts
 
     def has_freed(self) -> bool:
         """Return whether this entry holds the values of a freed tensor."""
@@ -182,7 +182,7 @@ class Entries:
         for key, entry in list(self.by_key.items()):
             mine = [state for state in entry.states if state.mark() is mark]
             is_old = entry.stale or not all(
-                state.is_current(tensor, tensor._cdata) for state in mine
+                state.is_current(tensor, owner_of(tensor)._cdata) for state in mine
             )
             if mine and (entry.is_its_source() or is_old):
                 del self.by_key[key]

@@ -1,4 +1,4 @@
-"""Parameters whose memory was freed: ``options["free_weights"]``.
+"""Tensors whose memory was freed: ``options["free_weights"]``.
 
 A freed parameter stays the same object with its shape, dtype and device, because Dynamo's guards
 and the store compare these. The store holds its values. Code can move, convert, save and overwrite
@@ -38,6 +38,8 @@ _ALLOWED = {
 _CONVERSIONS = {
     *("to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16"),
 }
+# Functions that reorder a freed plain tensor.
+_REORDERS = {"transpose", "mT", "__getitem__"}
 # Functions that overwrite it.
 _OVERWRITES = {"copy_", "zero_", "fill_"}
 
@@ -52,6 +54,14 @@ def read_from(values: Callable[[Tensor], Tensor]) -> None:
 
 class FreedParameter(nn.Parameter):
     """The class of a parameter while its memory is freed."""
+
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        """Return a plain parameter.
+
+        Code that replaces a parameter, such as accelerate's, calls the class of the old one. The
+        new one has its own memory.
+        """
+        return nn.Parameter(data, requires_grad)
 
     @classmethod
     def __torch_function__(
@@ -86,6 +96,22 @@ class FreedParameter(nn.Parameter):
         _refuse(self, "save")
 
 
+class FreedTensor(FreedParameter):
+    """The class of a plain tensor while its memory is freed: one of transformers' MXFP4 modules.
+
+    Their saving reorders the values, which begins with one of ``_REORDERS``.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        is_first = args and isinstance(args[0], FreedTensor)
+        if is_first and name_of(func) in _REORDERS and not torch.compiler.is_compiling():
+            return func(_values(args[0]), *args[1:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def is_freed(value: object) -> bool:
     return isinstance(value, FreedParameter)
 
@@ -105,10 +131,16 @@ def can_free(value: Tensor) -> bool:
     return is_plain and not value.is_inference()
 
 
-def free(parameters: Sequence[nn.Parameter]) -> bool:
-    """Free the memory of parameters. While a view of a parameter exists, it keeps the memory.
+def can_free_plain(value: Tensor) -> bool:
+    """Return :func:`can_free` for a tensor that need not be a parameter."""
+    return can_free(value) or (type(value) is Tensor and not value.is_inference())
 
-    A device needs room for a second copy of each parameter for a moment.
+
+def free(parameters: Sequence[Tensor]) -> bool:
+    """Free the memory of parameters, or of plain tensors, which may be views.
+
+    While other tensors have the memory, they keep it. A device needs room for a second copy of
+    each tensor for a moment.
 
     Returns:
         Whether the memory was freed; if not, nothing has changed.
@@ -117,22 +149,39 @@ def free(parameters: Sequence[nn.Parameter]) -> bool:
         held = [parameter.detach() for parameter in parameters]
         try:
             rooms = [_no_bytes(tensor) for tensor in held]
-        except torch.OutOfMemoryError:
+            for parameter in parameters:
+                _part_from_base(parameter)
+        except (torch.OutOfMemoryError, _StillAView):
             return False
         for parameter, old, room in zip(parameters, held, rooms, strict=True):
             _page_out(old)
+            is_parameter = isinstance(parameter, nn.Parameter)
             # The class changes first: an interrupt between the two must leave nothing readable.
-            parameter.__class__ = FreedParameter
+            parameter.__class__ = FreedParameter if is_parameter else FreedTensor
             with torch_private.as_plain_tensors():
                 parameter.data = room
     return True
 
 
-def restore(parameter: nn.Parameter, values: Tensor) -> None:
-    """Make a freed parameter a plain one again, with values of its shape, dtype and device."""
+def restore(parameter: Tensor, values: Tensor) -> None:
+    """Make a freed tensor what it was, with values of its shape, dtype and device."""
     with torch_private.as_plain_tensors():
         parameter.data = values
-    parameter.__class__ = nn.Parameter
+    parameter.__class__ = Tensor if isinstance(parameter, FreedTensor) else nn.Parameter
+
+
+class _StillAView(Exception):
+    """A view cannot be parted from its base."""
+
+
+def _part_from_base(tensor: Tensor) -> None:
+    """Make a view the same tensor without a base, which would keep the memory alive."""
+    if tensor._base is None:
+        return
+    try:
+        torch.utils.swap_tensors(tensor, tensor.data)
+    except RuntimeError as error:  # something in torch, or a weak reference, holds it
+        raise _StillAView from error
 
 
 def _no_bytes(like: Tensor) -> Tensor:
@@ -178,8 +227,11 @@ def _converted(freed: FreedParameter, func: Callable[..., Any], args: Any, kwarg
     """Return the result of a conversion: ``freed`` itself if it has that device and dtype."""
     with torch_private.as_plain_tensors():
         like = torch.empty(0, dtype=freed.dtype, device=freed.device)
-    if func(like, *args, **kwargs) is like:
-        return freed
+        made = func(like, *args, **kwargs)
+        if made is like:
+            return freed
+        if made.is_meta:  # has no values either; accelerate asks for it after each call
+            return func(freed, *args, **kwargs)
     converted: Tensor = func(_values(freed), *args, **kwargs)
     return converted
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mxfp4_fx.core.errors import WeightError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, dequantize, quantize
-from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, HUB_LAYOUTS, LAYOUTS
 
 # A weight in MXFP4: blocks and scales, of all experts or of one.
 Parts = tuple[Tensor, Tensor]
@@ -27,11 +27,13 @@ class Encoding(ABC):
 
     Attributes:
         name: the encoding's key in ``swizzle.NATIVE``.
-        layout: the layout in which the tensors are already, or None.
+        layouts: the layouts that the tensors have already, or that are views of them.
+        of_parameters: whether the tensors are parameters of the model; plain tensors if not.
     """
 
     name: str
-    layout: str | None = None
+    layouts: tuple[str, ...] = ()
+    of_parameters: bool = True
 
     @abstractmethod
     def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
@@ -53,6 +55,10 @@ class Encoding(ABC):
             parts: blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order.
             like: a weight of floats gets the shape, strides and dtype of this tensor.
         """
+
+    def view(self, tensors: tuple[Tensor, ...], layout: str) -> Parts:
+        """Return the weight in one of ``layouts``, in the memory of the tensors."""
+        raise NotImplementedError(f"{self.name} is in none of the layouts")
 
     @abstractmethod
     def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
@@ -99,7 +105,7 @@ class Mxfp4(Encoding):
     """Blocks [E, N, K/32, 16] and scales [E, N, K/32], both uint8, in checkpoint order."""
 
     name = "mxfp4"
-    layout = CHECKPOINT_ORDER
+    layouts = (CHECKPOINT_ORDER,)
 
     def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
         blocks, scales = (tuple(tensor.shape) for tensor in tensors)
@@ -118,11 +124,68 @@ class Mxfp4(Encoding):
     def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
         return parts
 
+    def view(self, tensors: tuple[Tensor, ...], layout: str) -> Parts:
+        blocks, scales = tensors
+        return blocks, scales
+
+    def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
+        return []  # its NaN are the checkpoint's own
+
+
+class Swizzled(Encoding):
+    """Blocks and scales in a layout of the package triton_kernels.
+
+    transformers' own MXFP4 modules hold them as plain tensors, not as parameters.
+    """
+
+    of_parameters = False
+
+    def __init__(self, layout: str) -> None:
+        self.name = layout
+        # Checkpoint order is a transposed view of the strided one.
+        self.layouts = (layout, CHECKPOINT_ORDER) if layout == "hub_strided" else (layout,)
+
+    def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
+        blocks, scales = (tuple(tensor.shape) for tensor in tensors)
+        e, groups, n = scales if len(scales) == 3 else (0, 0, 0)
+        wanted, _ = LAYOUTS[self.name].shapes(n, groups * BLOCK)
+        if len(scales) != 3 or blocks != (e, *wanted):
+            raise WeightError(
+                f"expert weights in layout {self.name!r} must be scales [E, K/{BLOCK}, N] and "
+                f"blocks that fit them; these are {scales} and {blocks}"
+            )
+        return e, n, groups * BLOCK
+
+    def to_mxfp4(self, tensors: tuple[Tensor, ...], expert: int) -> Parts:
+        _, n, k = self.sizes(tensors)
+        blocks, scales = tensors
+        return LAYOUTS[self.name].unswizzle(blocks[expert], scales[expert], n, k)
+
+    def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
+        e, n, groups = parts[1].shape
+        held = LAYOUTS[self.name].empty(e, n, groups * BLOCK, parts[0].device)
+        for expert in range(e):
+            one = LAYOUTS[self.name].swizzle(parts[0][expert], parts[1][expert])
+            for room, part in zip(held, one, strict=True):
+                room[expert].copy_(part)
+        return held
+
+    def view(self, tensors: tuple[Tensor, ...], layout: str) -> Parts:
+        blocks, scales = tensors
+        if layout == self.name:
+            return blocks, scales
+        return blocks.mT.unflatten(2, (-1, BYTES_PER_BLOCK)), scales.mT
+
     def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
         return []  # its NaN are the checkpoint's own
 
 
 FLOATS, MXFP4 = Floats(), Mxfp4()
+# The layout in which a model holds a packed weight -> the encoding.
+PACKED: dict[str, Encoding] = {
+    CHECKPOINT_ORDER: MXFP4,
+    **{layout: Swizzled(layout) for layout in HUB_LAYOUTS},
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -130,7 +193,7 @@ class Source:
     """The tensors of a model that hold one expert weight.
 
     Attributes:
-        tensors: parameters as a rule, in the order of the encoding.
+        tensors: in the order of the encoding.
         encoding: how they hold the weight.
     """
 

@@ -21,13 +21,13 @@ Geometry = tuple[Any, ...]
 
 
 class Mark:
-    """An attribute of a tensor that identifies it and is collected with it.
+    """An attribute of a tensor, or of its storage, that identifies it and is collected with it.
 
     ``torch.utils.swap_tensors`` refuses tensors that have weak references. It swaps attributes
     and implementation together, so the mark stays with its implementation.
 
     Attributes:
-        impl: the address of the tensor's implementation. A copy of a tensor may copy the attribute,
+        impl: the address of its owner's implementation. A copy of a tensor may copy the attribute,
             but has another implementation.
         keep: the user restored the tensor, so it is not freed again.
         told: the store has warned that the weight is swizzled at each call.
@@ -42,15 +42,42 @@ class Mark:
         return set, ()  # a pickled parameter refers to nothing of this package
 
 
-def owner_of(tensor: Tensor) -> Tensor:
-    """Return the tensor itself, or the base of a view: each call may make its views anew."""
+Owner = Tensor | torch.UntypedStorage
+
+
+def owner_of(tensor: Tensor) -> Owner:
+    """Return what has the mark of a tensor.
+
+    That is its storage if :func:`mark_storage` marked that, otherwise the tensor itself, or the
+    base of a view: each call may make its views anew.
+    """
+    storage = tensor.untyped_storage()
+    if hasattr(storage, MARK):
+        return storage
     base = tensor._base
     return tensor if base is None else base
 
 
 def mark_of(tensor: Tensor) -> Mark:
-    """Return the mark of a tensor, or of the base of a view; make it if there is none."""
-    owner = owner_of(tensor)
+    """Return the mark of a tensor; make it if there is none."""
+    return _mark(owner_of(tensor))
+
+
+def mark_storage(tensor: Tensor, mark: Mark | None = None) -> Mark:
+    """Mark a tensor's storage, because other code replaces the tensor by views of it.
+
+    Args:
+        tensor: the tensor.
+        mark: the mark that its former storage had, if it has a new one.
+    """
+    storage = tensor.untyped_storage()
+    if mark is not None:
+        mark.impl = storage._cdata
+        setattr(storage, MARK, mark)
+    return _mark(storage)
+
+
+def _mark(owner: Owner) -> Mark:
     mark = getattr(owner, MARK, None)
     if type(mark) is not Mark or mark.impl != owner._cdata:
         mark = Mark(owner._cdata)
@@ -108,6 +135,7 @@ class TensorState(State):
 
     def renew(self, tensor: Tensor) -> None:
         """Take on the tensor's present state after its memory was freed or restored."""
+        self.impl = mark_of(tensor).impl
         self.storage, self.address, self.end, self.version = _state(tensor)
 
     def is_current(self, tensor: Tensor, impl: int) -> bool:

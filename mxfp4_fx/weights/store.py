@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from mxfp4_fx.core import forks, torch_private
-from mxfp4_fx.core.errors import NanWeightsWarning, RepeatedSwizzleWarning
+from mxfp4_fx.core.errors import DeviceFullError, NanWeightsWarning, RepeatedSwizzleWarning
 from mxfp4_fx.core.torch_private import is_filled_by_fsdp
 from mxfp4_fx.weights import freed
 from mxfp4_fx.weights.entries import Entries, Entry, Key
@@ -33,6 +33,8 @@ from mxfp4_fx.weights.state import (
     geometry_of,
     guards_of,
     mark_of,
+    mark_storage,
+    owner_of,
 )
 from mxfp4_fx.weights.swizzle import nan_experts, swizzle_weight, unswizzle_weight
 
@@ -70,6 +72,8 @@ class WeightStore:
             entry = self._by_key.get((id(getattr(weight, MARK, None)), encoding, layout))
             if entry is None or not entry.states[0].is_current(weight, weight._cdata):
                 return None
+        elif not encoding.of_parameters:
+            return self._find_by_storage(tensors, encoding, layout)
         else:
             blocks, scales = tensors
             mark, other = id(getattr(blocks, MARK, None)), id(getattr(scales, MARK, None))
@@ -81,6 +85,27 @@ class WeightStore:
             ):
                 return None
         return None if entry.stale or not entry.guards(*tensors) else entry.parts
+
+    def _find_by_storage(
+        self, tensors: tuple[Tensor, ...], encoding: Encoding, layout: str
+    ) -> Parts | None:
+        blocks, scales = tensors
+        held, other = blocks.untyped_storage(), scales.untyped_storage()
+        mark, second = id(getattr(held, MARK, None)), id(getattr(other, MARK, None))
+        offsets = blocks.storage_offset(), scales.storage_offset()
+        entry = self._by_key.get((mark, second, encoding, layout, *offsets))
+        if (
+            entry is not None
+            and not entry.stale
+            and entry.guards(blocks, scales)
+            and entry.states[0].is_current(blocks, held._cdata)
+            and entry.states[1].is_current(scales, other._cdata)
+        ):
+            return entry.parts
+        if layout in encoding.layouts and not any(map(freed.is_freed, tensors)):
+            # An entry would keep the storages alive, and they its marks.
+            return encoding.view(tensors, layout)
+        return None
 
     def get(self, source: Source, layout: str, name: str = "") -> Parts:
         """Return blocks and scales in ``layout``; swizzle the source if they are not current.
@@ -127,11 +152,12 @@ class WeightStore:
         restored by the user or is filled by FSDP, or if all tensors are freed already.
         """
         tensors = source.tensors
-        if source.encoding.layout == layout:
+        if layout in source.encoding.layouts:
             return False
-        if not all(map(freed.can_free, tensors)) or all(map(freed.is_freed, tensors)):
+        can_free = freed.can_free if source.encoding.of_parameters else freed.can_free_plain
+        if not all(map(can_free, tensors)) or all(map(freed.is_freed, tensors)):
             return False
-        marks = (getattr(tensor, MARK, None) for tensor in tensors)
+        marks = (getattr(owner_of(tensor), MARK, None) for tensor in tensors)
         is_kept = any(getattr(mark, "keep", False) for mark in marks)
         return not is_kept and not any(map(is_filled_by_fsdp, tensors))
 
@@ -144,14 +170,18 @@ class WeightStore:
             held = [
                 tensor
                 for tensor in source.tensors
-                if isinstance(tensor, nn.Parameter) and not freed.is_freed(tensor)
+                if (isinstance(tensor, nn.Parameter) or not source.encoding.of_parameters)
+                and not freed.is_freed(tensor)
             ]
+            marks = [mark_of(tensor) for tensor in held]
             for tensor in held:
                 self._entries.drop_old(tensor)
                 # Noted before it happens: an interrupt must not lose track of where values are.
                 self._entries.note_freed(tensor, True)
             is_done = freed.free(held)
-            for tensor in held:
+            for tensor, mark in zip(held, marks, strict=True):
+                if not source.encoding.of_parameters:
+                    mark_storage(tensor, mark)
                 self._entries.note_freed(tensor, is_done)
                 self._entries.renew(tensor)
             return is_done
@@ -190,7 +220,10 @@ class WeightStore:
                 entry = self._entries.holder(waiting[0])
                 together = [p for p in waiting if entry.holds(mark_of(p))]
                 for parameter, values in zip(together, self._values(together), strict=True):
+                    mark = mark_of(parameter)
                     freed.restore(parameter, values)
+                    if not entry.encoding.of_parameters:
+                        mark_storage(parameter, mark)
                     self._entries.note_freed(parameter, False)
                     self._entries.renew(parameter)
                     mark_of(parameter).keep = True
@@ -209,9 +242,12 @@ class WeightStore:
 
     def _swizzle(self, source: Source, layout: str, name: str) -> Parts:
         tensors = source.tensors
-        marks = [mark_of(tensor) for tensor in tensors]
+        by_storage = not source.encoding.of_parameters
+        marks = [mark_storage(tensor) if by_storage else mark_of(tensor) for tensor in tensors]
         key: Key = (*map(id, marks), source.encoding, layout)
-        if any(tensor._base is not None for tensor in tensors):
+        if by_storage:
+            key = (*key, *(tensor.storage_offset() for tensor in tensors))
+        elif any(tensor._base is not None for tensor in tensors):
             key = (*key, *(geometry_of(tensor)[:3] for tensor in tensors))
         old = self._by_key.get(key)
         if old is not None and old.is_current(tensors):
@@ -237,7 +273,10 @@ class WeightStore:
         if old is not None:
             old.stale = True  # an interrupt may leave some new values in its memory
         readable = self._readable(source)
-        new.parts = swizzle_weight(readable, layout, room)
+        try:
+            new.parts = swizzle_weight(readable, layout, room)
+        except torch.OutOfMemoryError as error:
+            raise DeviceFullError(_of_full_device(source, name)) from error
         self._by_key[key] = new
         for tensor, state in zip(tensors, new.states, strict=True):
             if not state.is_freed:  # a freed tensor may have got values in another way
@@ -316,6 +355,17 @@ def warn_of_repeats(name: str, why: str) -> None:
         f"right, but swizzling takes longer than the experts themselves",
         RepeatedSwizzleWarning,
         stacklevel=3,
+    )
+
+
+def _of_full_device(source: Source, name: str) -> str:
+    as_they_are = ""
+    if not source.encoding.of_parameters:
+        as_they_are = ", and options={'kernels': 'hub'} reads the model's own weights as they are"
+    return (
+        f"{source.tensors[0].device} has no room for {name or 'an expert weight'} in its kernels' "
+        "layout beside the model's own weights. options={'free_weights': True} gives each of these "
+        f"back as soon as it is swizzled{as_they_are}"
     )
 
 

@@ -34,8 +34,8 @@ def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Par
 
     Args:
         source: the tensors of the model.
-        layout: a key of ``layouts.LAYOUTS``. If the source has this layout already, its tensors are
-            the result and nothing is copied.
+        layout: a key of ``layouts.LAYOUTS``. If the source has this layout already, the result is
+            its own memory and nothing is copied.
         out: an earlier result, whose memory is used again if it fits. If autograd saved it for a
             backward, that backward then raises: the saved tensor counts as modified.
 
@@ -51,9 +51,8 @@ def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Par
     # The result must be neither an inference tensor, which autograd cannot save, nor in a graph.
     with torch.inference_mode(False), torch.no_grad():
         tensors = tuple(tensor.detach() for tensor in source.tensors)
-        if encoding.layout == layout:
-            blocks, scales = tensors
-            return blocks, scales
+        if layout in encoding.layouts:
+            return encoding.view(tensors, layout)
         device = tensors[0].device
         if out is None or not _fits(out, device, layout, e, n, k):
             out = _empty(layout, e, n, k, device)

@@ -41,7 +41,19 @@ def restore(model: nn.Module) -> int:
     Returns:
         How many parameters were restored.
     """
-    return STORE.restore(model.parameters())
+    return STORE.restore(_tensors_of(model))
+
+
+def wrapped_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that a module of transformers has in triton_kernels' classes.
+
+    Those are the blocks and the scales of ``Mxfp4GptOssExperts``.
+    """
+    for value in vars(module).values():
+        for wrapped in (value, getattr(value, "weight_scale", None)):
+            data = getattr(getattr(wrapped, "storage", None), "data", None)
+            if isinstance(data, Tensor) and not isinstance(wrapped, Tensor):
+                yield data
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
@@ -49,3 +61,4 @@ def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             yield from (value for value in held.values() if isinstance(value, Tensor))
+        yield from wrapped_tensors(module)

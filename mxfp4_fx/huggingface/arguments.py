@@ -1,0 +1,40 @@
+"""Arguments of transformers' ``from_pretrained`` with which experts cannot be loaded packed."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from mxfp4_fx.core.errors import OptionError
+from mxfp4_fx.core.formats import SCALE_RULES
+
+REFUSED = {
+    "quantization_config": "the checkpoint says how it is quantized; pass skip= or scale_rule=",
+    "state_dict": "weights are read from files",
+    "gguf_file": "weights are read from safetensors files",
+    "use_kernels": "other kernels would replace the packed experts",
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit"),
+        "experts are MXFP4 already; the rest of the model stays as it is",
+    ),
+    **dict.fromkeys(
+        ("tp_plan", "distributed_config", "tp_size", "device_mesh"),
+        "packed experts cannot be split among processes; use device_map=",
+    ),
+}
+
+
+def refuse(argument: str) -> NoReturn:
+    """Raise the OptionError for an argument in REFUSED."""
+    raise OptionError(f"from_pretrained(..., {argument}=...) is not supported: {REFUSED[argument]}")
+
+
+def check_scale_rule(scale_rule: str, called: str) -> None:
+    """Raise OptionError if `formats.quantize` has no such rule.
+
+    Args:
+        scale_rule: the name of the rule.
+        called: what it is an argument of.
+    """
+    if scale_rule not in SCALE_RULES:
+        known = " or ".join(map(repr, SCALE_RULES))
+        raise OptionError(f"{called}(..., scale_rule={scale_rule!r}): it must be {known}")
