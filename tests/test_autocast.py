@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -17,6 +18,7 @@ from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
 from near_miss import edited, swap_methods
 from oracle import assert_as_accurate, assert_within
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
@@ -209,26 +211,28 @@ def test_parts_of_other_dtypes(make: Callable[[], Any], dtype: torch.dtype) -> N
     )
 
 
+VERIFIED = [
+    (F32, BF16, "batched_mm"),
+    (F32, BF16, "grouped_mm"),
+    (F32, BF16, "packed"),
+    (F32, F16, "batched_mm"),
+    (BF16, F16, "grouped_mm"),
+    (BF16, F16, "batched_mm"),
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("dtype", "autocast", "form"), VERIFIED)
 @pytest.mark.usefixtures("no_gradients")
-@pytest.mark.parametrize(
-    ("dtype", "autocast", "form"),
-    [
-        (F32, BF16, "batched_mm"),
-        *(
-            pytest.param(dtype, autocast, form, marks=pytest.mark.exhaustive)
-            for dtype, autocast, form in (
-                (F32, BF16, "grouped_mm"),
-                (F32, BF16, "packed"),
-                (F32, F16, "batched_mm"),
-                (BF16, F16, "grouped_mm"),
-                (BF16, F16, "batched_mm"),
-            )
-        ),
-    ],
-)
-def test_verified(dtype: torch.dtype, autocast: torch.dtype, form: str) -> None:
+def test_every_form_is_verified(dtype: torch.dtype, autocast: torch.dtype, form: str) -> None:
     with torch.autocast("cpu", autocast):
         compile_with(frozen(dtype, form), options={"verify": True})(hidden(dtype=dtype))
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_what_is_rounded_more_than_the_op_does_is_verified() -> None:
+    module = with_autocast((64, 96), FUNCTIONAL_BIAS)
+    compile_with(module, options={"verify": True, "strict": True})(hidden())
 
 
 def step(module: Any, run: Callable[..., Any], x: Tensor, autocast: bool = True) -> list[Tensor]:
@@ -262,22 +266,27 @@ def test_gradients(form: str, inner: str) -> None:
 
 
 @pytest.mark.exhaustive
-def test_training_a_whole_model() -> None:
-    """As transformers' Trainer does with ``bf16=True``: all but the packed experts is trained."""
-    torch.manual_seed(0)
-    ids, losses = tokens(), {}
-    for compiled in (False, True):
-        whole = pack(model()).train()
-        optimizer = torch.optim.AdamW((p for p in whole.parameters() if p.requires_grad), lr=1e-3)
-        run = torch.compile(whole, backend="mxfp4", options={"strict": True}) if compiled else whole
-        losses[compiled] = []
-        for _ in range(3):
-            with torch.autocast("cpu", BF16):
-                loss = run(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[compiled].append(loss.item())
-    assert losses[True][2] < losses[True][0]
-    for a, b in zip(losses[True], losses[False], strict=True):
-        assert abs(a - b) <= 2 * torch.finfo(BF16).eps * abs(b)
+def test_a_trainer(tmp_path: Path) -> None:
+    """All but the packed experts is trained, by transformers' Trainer with ``bf16=True``."""
+
+    def losses(whole: Any, bf16: bool) -> Tensor:
+        torch.manual_seed(0)
+        rows = [tokens(1, seed=seed)[0] for seed in range(6)]
+        arguments = TrainingArguments(
+            str(tmp_path), bf16=bf16, use_cpu=True, max_steps=3, learning_rate=1e-2,
+            per_device_train_batch_size=2, logging_steps=1, report_to=[], save_strategy="no",
+            disable_tqdm=True,
+        )  # fmt: skip
+        data: Any = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = Trainer(whole, arguments, train_dataset=data)
+        trainer.train()
+        return torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+    made = [pack(model(num_hidden_layers=1)).train() for _ in range(2)]
+    made[0].compile(backend="mxfp4", options={"strict": True, "inner": "aot_eager"})
+    exact = model(num_hidden_layers=1, **IN_FLOAT64).train()
+    for name, parameter in exact.named_parameters():
+        parameter.requires_grad_(".experts." not in name)
+    found, expected = (losses(whole, bf16=True).bfloat16() for whole in made)
+    assert len(found) == 3
+    assert_as_accurate(found, expected, losses(exact, bf16=False).double())

@@ -160,8 +160,8 @@ def test_a_view_without_gradients_stays() -> None:
 def test_a_sum_with_a_wider_dtype_is_rounded_behind() -> None:
     def f(x: Tensor, y: Tensor) -> Tensor:
         z = x * 2
-        z.add_(y)  # keeps bfloat16; z.add(y) does not
-        return z * 1
+        same = z.add_(y)  # keeps bfloat16; z.add(y) does not
+        return z * same
 
     x, y = torch.rand(2, 64, 64)
     assert canonical(f, x.bfloat16(), y) == ["add", "to", "mul", "mul"]

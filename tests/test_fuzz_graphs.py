@@ -39,7 +39,7 @@ def test_a_case_depends_on_its_seed_alone() -> None:
 @pytest.mark.parametrize(
     ("refusal", "form", "only"),
     [
-        ("autograd != modes[root].autograd: refuse", "plain-grad", "grad_mode"),
+        ("modes[node] != modes[root]: refuse", "plain-grad", "grad_mode"),
         pytest.param(
             *("not equal(actual, number): refuse", "grouped_mm", "literal"),
             marks=pytest.mark.exhaustive,

@@ -172,6 +172,11 @@ def test_a_rest_on_several_devices(checkpoint: Path, device_map: Any) -> None:
         mxfp4_fx.from_pretrained(checkpoint, device_map=device_map, experts_device="cpu")
 
 
+def test_a_device_that_torch_does_not_know(checkpoint: Path) -> None:
+    with pytest.raises(OptionError, match="experts_device='gpu'"):
+        mxfp4_fx.from_pretrained(checkpoint, experts_device="gpu")
+
+
 ON_A_SECOND_DEVICE = """
 import second_device
 import torch

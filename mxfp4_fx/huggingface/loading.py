@@ -63,8 +63,8 @@ def from_pretrained(
         CheckpointError: the checkpoint does not exist, is damaged, or is not a GPT-OSS in MXFP4 or
             dense; or transformers is not installed.
         OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
-            experts, ``scale_rule`` is unknown, or ``device_map`` names no single device beside
-            ``experts_device``.
+            experts, ``scale_rule`` or ``experts_device`` is unknown, or ``device_map`` names no
+            single device beside ``experts_device``.
     Warns:
         CheckpointWarning: the files hold tensors that the model does not have, or the index
             disagrees with the shards.
@@ -81,14 +81,14 @@ def from_pretrained(
         import transformers
         from safetensors import SafetensorError
 
-        from mxfp4_fx.huggingface.placement import device_of_the_rest, place_experts
+        from mxfp4_fx.huggingface.placement import devices, place_experts
         from mxfp4_fx.huggingface.quantizer import Mxfp4Config, check, renaming
     except ImportError as error:
         raise CheckpointError(f"loading needs {_NEEDED}: {error}") from error
 
     rest = None
     if experts_device is not None:  # no map: with one, accelerate's hooks would move the weights
-        rest = device_of_the_rest(kwargs.pop("device_map", None))
+        experts_device, rest = devices(experts_device, kwargs.pop("device_map", None))
     path = os.path.expanduser(os.fspath(path))
     mapping, ignore_sizes = kwargs.get("key_mapping") or {}, kwargs.get("ignore_mismatched_sizes")
     rename = renaming(mapping)

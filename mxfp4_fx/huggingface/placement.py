@@ -53,18 +53,24 @@ def place_experts(model: nn.Module, device: torch.device | str | int) -> int:
     return len(found)
 
 
-def device_of_the_rest(device_map: Any) -> torch.device | None:
-    """Return the one device of ``from_pretrained(device_map=...)`` beside ``experts_device``.
+def devices(experts_device: Any, device_map: Any) -> tuple[torch.device, torch.device | None]:
+    """Return the devices of ``from_pretrained(experts_device=..., device_map=...)``.
+
+    Returns:
+        The experts' device, and that of the rest, or None for no map.
 
     Raises:
-        OptionError: the map names several devices or leaves the choice to accelerate.
+        OptionError: torch knows no such device, or the map does not name one device.
     """
+    try:
+        home = torch.device(experts_device)
+    except (RuntimeError, TypeError) as error:
+        message = f"from_pretrained(..., experts_device={experts_device!r}): {error}"
+        raise OptionError(message) from error
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
-    if device_map is None:
-        return None
     try:
-        return torch.device(device_map)
+        return home, None if device_map is None else torch.device(device_map)
     except (RuntimeError, TypeError) as error:
         raise OptionError(
             f"from_pretrained(..., device_map={device_map!r}, experts_device=...): the rest of the "

@@ -104,16 +104,14 @@ def dtypes_inside(match: Match) -> tuple[torch.dtype, ...]:
         for expr, node in match.nodes.items()
         if expr.op in _ARITHMETIC and (value := tensor_of(node)) is not None
     }
-    return tuple(dtype for dtype in DTYPES if dtype in inside)
+    return tuple(dtype for dtype in DTYPES if dtype in {*inside, compute_dtype(match)})
 
 
 def _check_types(match: Match) -> None:
     hidden = _leaf(match, "hidden")
     supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    if hidden.dtype not in DTYPES:
-        _fail(match, f"activations are {hidden.dtype}; supported are {supported}", None)
-    for name, node in match.leaves.items():
-        value = _leaf(match, name)
+    for name in ("hidden", *match.leaves):
+        node, value = match.leaves[name], _leaf(match, name)
         if is_transformed(value):
             _fail(match, "it is inside a function transform, such as vmap", node)
         if is_wrapper(value):
@@ -122,7 +120,8 @@ def _check_types(match: Match) -> None:
         if is_packed and value.dtype != torch.uint8:
             _fail(match, f"{name} is {value.dtype}, not uint8", node)
         if not is_packed and name != "indices" and value.dtype not in DTYPES:
-            _fail(match, f"{name} is {value.dtype}; supported are {supported}", node)
+            what = "activations are" if name == "hidden" else f"{name} is"
+            _fail(match, f"{what} {value.dtype}; supported are {supported}", node)
         if value.device != hidden.device and not (
             name == "router_logits" and are_routes_moved(match)
         ):

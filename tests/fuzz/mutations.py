@@ -269,6 +269,15 @@ def detach(d: Draft) -> str:
     return f"{user}{list(path)}: {old} detached"
 
 
+@mutation(4)
+def cast(d: Draft) -> str:
+    """A value is cast before one of its users reads it."""
+    user, path, old = d.pick(e for e in d.edges() if is_float(e[2]))
+    dtype = d.rng.choice([torch.bfloat16, torch.float16, torch.float64, torch.int32])
+    set_argument(user, path, d.call_before(user, "to", old, dtype))
+    return f"{user}{list(path)}: {old} cast to {dtype}"
+
+
 @mutation(8)
 def autocast(d: Draft) -> str:
     a, b = _two_places(d)

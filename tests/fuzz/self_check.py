@@ -30,8 +30,10 @@ UNSEEN = {
     "is_transformed": "wants a function transform (vmap); these graphs have none",
     "is_wrapper": "wants a tensor subclass such as DTensor",
     "value.device": "wants a second device",
-    "value.dtype != wanted": "a weight of another dtype is no program, or shows in the arithmetic; "
-    "the kernels take a bias of any",
+    "value.dtype != torch.uint8": "packed experts of other bytes are no program",
+    "value.dtype not in DTYPES": "a weight of another dtype is no program, or shows in the "
+    "arithmetic; the kernels take a bias of any",
+    "never: result.is_floating_point()": "what is computed of the three dtypes has one of them",
     "get_attr": "says why; what it lets through, the next check refuses",
     "never: type(expected)": "what differs in type alone, 0 for False, means the same",
     "never: not isinstance(actual, list | tuple)": "an index that is no tuple gives another shape",
