@@ -32,6 +32,7 @@ from mxfp4_fx.core.errors import (
 )
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
+from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
@@ -164,7 +165,7 @@ class Call:
         if why is not None:
             miss = Miss(name, why, skipped=True)
         else:
-            miss = Miss(name, f"it ran uncompiled: {compilation.why_uncompiled()}")
+            miss = Miss(name, f"it ran uncompiled: {_why_uncompiled(module)}")
         if self.observer is not None:
             self.observer.outside.append(miss)
         elif why is None:
@@ -301,6 +302,12 @@ def _warn(message: str, category: type[Warning]) -> None:
     warnings.warn_explicit(
         f"backend 'mxfp4': {message}", category, __file__, 0, module=__name__, registry={}
     )
+
+
+def _why_uncompiled(module: nn.Module) -> str:
+    is_of_transformers = type(module).__module__.startswith("transformers.")
+    older = why_other_experts() if is_of_transformers else None
+    return older or compilation.why_uncompiled()
 
 
 def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core import compilation, forks
+from mxfp4_fx.core import compilation, forks, version
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 
@@ -36,15 +36,29 @@ def prepare_capture() -> bool:
         modeling = sys.modules.get(_MODELING)
         if _prepared or modeling is None:
             return _prepared
+        if version.too_old_transformers() is not None:
+            return False  # its grouped form is another one, which Dynamo captures in bfloat16 only
         interface = sys.modules.get("transformers.integrations.moe")
-        # Another thread is importing it, or it is transformers 4, whose experts have no such loop.
+        # Another thread may be importing it.
         experts = getattr(modeling, "GptOssExperts", None)
         original = getattr(getattr(experts, "forward", None), "__wrapped__", None)
         if interface is None or original is None:
             return False
         _substitute(original, interface.ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+        _take_as_constants(interface)
         _prepared = True
         return True
+
+
+def _take_as_constants(interface: types.ModuleType) -> None:
+    """Keep Dynamo out of the functions that ask for torch's version, whose logging breaks a graph.
+
+    transformers 5.8 to 5.14 marks them as constant, which Dynamo overlooks: a cache is around them.
+    """
+    for name in ("is_torch_greater_or_equal", "is_torch_less_or_equal"):
+        cached = getattr(getattr(interface, name, None), "__wrapped__", None)
+        if cached is not None:
+            torch.compiler.assume_constant_result(cached)
 
 
 def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) -> None:

@@ -19,8 +19,9 @@ from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.formats import SCALE_RULES
 from mxfp4_fx.core.skip import not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
+from mxfp4_fx.core.version import OLDEST_TRANSFORMERS, too_old_transformers
 
-_NEEDED = "transformers 5.8 or newer (pip install transformers)"
+_NEEDED = f"transformers {OLDEST_TRANSFORMERS} or newer (pip install --upgrade transformers)"
 _HUB_OPTIONS = (
     *("cache_dir", "force_download", "local_files_only", "proxies"),
     *("revision", "subfolder", "token"),
@@ -71,7 +72,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: the checkpoint does not exist, is damaged, or is not a GPT-OSS in MXFP4 or
-            dense; or transformers is not installed.
+            dense; or transformers is not installed, or too old.
         OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
             experts, or ``scale_rule`` is unknown.
     Warns:
@@ -88,6 +89,7 @@ def from_pretrained(
     if scale_rule not in SCALE_RULES:
         known = " or ".join(map(repr, SCALE_RULES))
         raise OptionError(f"from_pretrained(..., scale_rule={scale_rule!r}): it must be {known}")
+    _require_transformers()
     try:
         import transformers
         from safetensors import SafetensorError
@@ -136,9 +138,10 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
 
     Raises:
         CheckpointError: the file is missing or does not describe a GPT-OSS, or transformers is not
-            installed.
+            installed, or too old.
         OptionError: transformers has no implementation of that name.
     """
+    _require_transformers()
     try:
         from transformers import AutoModelForCausalLM
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -176,6 +179,13 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
                 parent, child = name.rsplit(".", 1)
                 setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
         yield model
+
+
+def _require_transformers() -> None:
+    """Raise a CheckpointError if transformers is too old, before it lacks a name to import."""
+    version = too_old_transformers()
+    if version is not None:
+        raise CheckpointError(f"this needs {_NEEDED}: {version} is installed")
 
 
 def _stored_config(path: str, hub: dict[str, Any]) -> dict[str, Any]:

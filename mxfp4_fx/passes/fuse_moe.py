@@ -16,6 +16,7 @@ from torch import fx
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.skip import Skip
+from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.ops import reference
 from mxfp4_fx.passes import verification
 from mxfp4_fx.passes.checks import SCALES, WEIGHTS, check_region
@@ -24,7 +25,7 @@ from mxfp4_fx.passes.effects import Modes, modes
 from mxfp4_fx.passes.graph import op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
-from mxfp4_fx.passes.origin import comes_from, module_name, source_line
+from mxfp4_fx.passes.origin import comes_from, is_of_gpt_oss, module_name, source_line
 from mxfp4_fx.passes.patterns import (
     FOREIGN_EXPERTS,
     FORMS,
@@ -112,7 +113,9 @@ def _match_experts(root: fx.Node) -> tuple[Form, Match]:
         except Mismatch as mismatch:
             mismatch.reason = f"not the {form.name} form: {mismatch.reason}"
             failures.append(mismatch)
-    raise max(failures, key=lambda m: m.matched)
+    nearest = max(failures, key=lambda m: m.matched)
+    nearest.reason = _of_old_transformers(root, nearest.reason)
+    raise nearest
 
 
 def _match_router(match: Match, form: Form) -> bool:
@@ -245,7 +248,7 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None, mode: Mo
         return Miss(layer, reason, source_line(node))
     if mismatch is None:
         reason = "no weighted sum over the chosen experts, as GPT-OSS has one, follows it"
-        return Miss(layer, reason, source_line(node))
+        return Miss(layer, _of_old_transformers(node, reason), source_line(node))
     at = mismatch.node if mismatch.node is not None else node
     reason = mismatch.reason
     dtypes = {v.dtype for value in node.all_input_nodes if (v := tensor_of(value)) is not None}
@@ -255,6 +258,12 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None, mode: Mo
             f"{mode.autocast}, or leave autocast out ({reason})"
         )
     return Miss(layer, reason, source_line(at))
+
+
+def _of_old_transformers(node: fx.Node, reason: str) -> str:
+    """Put a version of transformers that writes its experts otherwise before why they mismatch."""
+    older = why_other_experts()
+    return f"{older} ({reason})" if older and is_of_gpt_oss(node) else reason
 
 
 def _of_transformers(graph: fx.Graph) -> list[Miss]:

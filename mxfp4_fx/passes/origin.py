@@ -43,6 +43,12 @@ def module_name(node: fx.Node) -> str:
     return ".".join(names[1:] if path.startswith("L[") else names) or "(top level)"
 
 
+def is_of_gpt_oss(node: fx.Node) -> bool:
+    """Return whether transformers' code of GPT-OSS, or of experts in general, made a node."""
+    files = "transformers/models/gpt_oss/modeling_gpt_oss.py", "transformers/integrations/moe.py"
+    return any(comes_from(node, file) for file in files)
+
+
 def comes_from(node: fx.Node, file: str) -> bool:
     """Return whether code in a file made a node; ``file`` is the end of the file's path."""
     return f'{file}", line' in (node.meta.get("stack_trace") or "").replace("\\", "/")
