@@ -78,6 +78,19 @@ def test_the_form_of_this_version_is_not_blamed_on_it(monkeypatch: pytest.Monkey
     assert "experts: not the grouped_mm form: " in miss(mlp())
 
 
+class OwnForm(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2, 64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.expand(2, -1, -1), self.weight)
+
+
+def test_a_form_of_another_package_is_not_blamed_on_it(older: None) -> None:
+    assert "(top level): no weighted sum over the chosen experts" in miss(OwnForm())
+
+
 def test_experts_in_no_graph_name_the_version(older: None) -> None:
     module = mlp()
     module.experts.forward = torch.compiler.disable(module.experts.forward)
