@@ -33,12 +33,12 @@ def run(package: str, version: str) -> dict[str, str]:
     folder.mkdir(parents=True)
     try:
         error = releases.install(package, version, folder)
-        return {table.ERROR: error} if error else outcomes(package, folder)
+        return {table.ERROR: error} if error else outcomes(package, version, folder)
     finally:
         shutil.rmtree(folder)
 
 
-def outcomes(package: str, folder: Path) -> dict[str, str]:
+def outcomes(package: str, version: str, folder: Path) -> dict[str, str]:
     path = [str(folder), str(ROOT / "tests"), str(ROOT)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
@@ -47,7 +47,7 @@ def outcomes(package: str, folder: Path) -> dict[str, str]:
     if stubs is not None:
         environment["LD_LIBRARY_PATH"] = str(stubs)
     output = folder / "outcomes.json"
-    command = [sys.executable, "-m", "versions.behaviours", package, str(output)]
+    command = [sys.executable, "-m", "versions.behaviours", package, version, str(output)]
     try:
         with folder.with_name(f"{folder.name}.log").open("w") as log:
             subprocess.run(
