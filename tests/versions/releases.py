@@ -82,10 +82,14 @@ def unmet(folder: Path) -> set[str]:
 
 
 def _add(requirement: str, folder: Path) -> str | None:
-    options = ("--quiet", "--no-deps", "--no-compile", "--upgrade", "--target", folder)
+    options = ("--no-deps", "--no-compile", "--upgrade", "--target", folder)
     done = _pip("install", *options, requirement)
+    if done.returncode == 0:
+        return None
+    if constraint := re.search(r"\(constraint\) (\S+)", done.stdout + done.stderr):
+        return f"a constraint of pip on this machine is {constraint[1]}"
     said = re.findall(r"^ERROR: (.*)", done.stderr, re.MULTILINE)
-    return f"{requirement}: {said[0] if said else 'pip fails'}" if done.returncode else None
+    return f"{requirement}: {said[0] if said else 'pip fails'}"
 
 
 def _pip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
