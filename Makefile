@@ -7,6 +7,8 @@
 # make bench-full-size  gpt-oss-20b's sizes on two cores: memory and tokens a second, in a quarter of
 #              an hour, with 14 GB on the disk and 16 GiB of memory: build/full-size.json
 # make quality  train a small GPT-OSS and measure what MXFP4 costs it: build/quality.json and a plot
+# make versions  run some tests with each minor release of transformers, torch, Triton and kernels,
+#              and write the table in README: in an hour, with 2 GB on the disk and 3 GB of downloads
 # make clean   remove build/ and the caches; make distclean removes .venv too
 #
 # The first of these commands sets up .venv. It needs python3 (3.10 or newer, with venv and headers)
@@ -28,12 +30,12 @@ INTEL_TRITON := build/triton-xpu
 # A worker is a process with a compiler and threads of its own. The number of threads is the same on
 # every machine, because torch.compile generates other code for one thread than for several.
 WORKERS = $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores : 4)))
-test test-all: export OMP_NUM_THREADS := 2
+test test-all versions: export OMP_NUM_THREADS := 2
 # There are more threads than cores, so a thread that waits yields its core instead of spinning.
-test test-all: export OMP_WAIT_POLICY := passive
-test test-all: export TORCHINDUCTOR_COMPILE_THREADS := 1
+test test-all versions: export OMP_WAIT_POLICY := passive
+test test-all versions: export TORCHINDUCTOR_COMPILE_THREADS := 1
 
-.PHONY: demo test test-all lint bench bench-gpu bench-full-size quality clean distclean
+.PHONY: demo test test-all lint bench bench-gpu bench-full-size quality versions clean distclean
 
 demo: $(STAMP)
 	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
@@ -67,6 +69,9 @@ bench-full-size: $(STAMP)
 
 quality: $(STAMP)
 	.venv/bin/python -m benchmarks.quality --output build/quality.json --plot build/quality.svg
+
+versions: $(STAMP)
+	PYTHONPATH=tests .venv/bin/python -m versions
 
 clean:
 	rm -rf build .import_linter_cache .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -34,6 +34,7 @@ from mxfp4_fx.core.errors import (
 )
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, Skip
+from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
@@ -173,7 +174,7 @@ class Call:
             miss = Miss(name, why, skipped=True)
         else:
             reason = hub_modules.why_not(module, self.options)
-            miss = Miss(name, reason or f"it ran uncompiled: {compilation.why_uncompiled()}")
+            miss = Miss(name, reason or f"it ran uncompiled: {_why_uncompiled(module)}")
         if self.observer is not None:
             self.observer.outside.append(miss)
         elif why is None:
@@ -358,6 +359,12 @@ def _warn(message: str, category: type[Warning]) -> None:
     warnings.warn_explicit(
         f"backend 'mxfp4': {message}", category, __file__, 0, module=__name__, registry={}
     )
+
+
+def _why_uncompiled(module: nn.Module) -> str:
+    is_of_transformers = type(module).__module__.startswith("transformers.")
+    older = why_other_experts() if is_of_transformers else None
+    return older or compilation.why_uncompiled()
 
 
 def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:

@@ -63,7 +63,8 @@ def facts(run: str, target: str) -> list[dict[str, Any]]:
 def compiled(run: str) -> dict[str, list[dict[str, Any]]]:
     path = [str(OLDEST.absolute())] if run == "oldest" else []
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([*path, str(ROOT)])
+    path += [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     arguments = [word for pair in RUNS[run].items() for word in pair]
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "aot.py", *arguments],

@@ -268,6 +268,7 @@ def test_gradients_through_frozen_experts(form: str, dtype: torch.dtype) -> None
     module, graphs, x = mlp(dtype, form), Graphs(), hidden(dtype=dtype)
     module.experts.requires_grad_(False)
     exact = in_float64(module)
+    exact.experts.config._experts_implementation = "eager"  # batched_mm of 5.8 has no gradients
     with torch.enable_grad():
         actual = gradients(module, compile_with(module, graphs), x)
         expected = gradients(module, module, x)

@@ -17,7 +17,6 @@ from mxfp4_fx.cli import main
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.ops import hub_loader, target, tiles
-from mxfp4_fx.passes.effects import modes
 
 triton = pytest.importorskip("triton")
 
@@ -243,15 +242,3 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_device_is_refused() -> None:
     with pytest.raises(KernelsUnavailableError, match="NVIDIA, AMD and Intel GPUs, not on 'meta'"):
         target.choose(torch.device("meta"), "triton")
-
-
-@pytest.mark.parametrize("kind", [*hardware.GPU_TYPES, "cpu"])
-def test_autocast_for_any_device_is_seen(kind: str) -> None:
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    assert modes(graph)[x].autocast is None
-    torch.set_autocast_enabled(kind, True)
-    try:
-        assert modes(graph)[x].autocast == torch.get_autocast_dtype(kind)
-    finally:
-        torch.set_autocast_enabled(kind, False)

@@ -1,3 +1,46 @@
-"""The version of the package; ``pyproject.toml`` reads it from here."""
+"""The version of the package, which ``pyproject.toml`` reads here, and that of transformers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
 
 __version__ = "0.1.0"
+
+# The oldest whose experts the passes know and whose loader the quantizer fits.
+OLDEST_TRANSFORMERS = "5.8"
+
+
+def transformers_version() -> str | None:
+    """Return the version of transformers: of what is imported, or else installed."""
+    version: str | None = getattr(sys.modules.get("transformers"), "__version__", None)
+    if version is None:
+        try:
+            return importlib.metadata.version("transformers")
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    return version
+
+
+def too_old_transformers() -> str | None:
+    """Return transformers' version if it is older than it must be, or else None."""
+    version = transformers_version()
+    if version is None or _numbers(version) >= _numbers(OLDEST_TRANSFORMERS):
+        return None
+    return version
+
+
+def why_other_experts() -> str | None:
+    """Return why the passes do not know the experts of this transformers, or None if they do."""
+    version = too_old_transformers()
+    if version is None:
+        return None
+    return (
+        f"transformers {version} writes its experts in another form: {OLDEST_TRANSFORMERS} or "
+        "newer is needed"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core import compilation, forks
+from mxfp4_fx.core import compilation, forks, version
 from mxfp4_fx.huggingface import hub_modules
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
@@ -33,6 +33,8 @@ def prepare_capture() -> None:
     if len(_prepared) == 2:
         return
     with _lock:
+        if version.too_old_transformers() is not None:
+            return  # its grouped form is another one, which Dynamo captures in bfloat16 only
         for name, prepare in ((_MODELING, _prepare_loop), (_INTEGRATION, _prepare_hub_modules)):
             module = sys.modules.get(name)
             if name not in _prepared and module is not None and prepare(module):
@@ -41,12 +43,13 @@ def prepare_capture() -> None:
 
 def _prepare_loop(modeling: types.ModuleType) -> bool:
     interface = sys.modules.get("transformers.integrations.moe")
-    # Another thread is importing it, or it is transformers 4, whose experts have no such loop.
+    # Another thread may be importing it.
     experts = getattr(modeling, "GptOssExperts", None)
     original = getattr(getattr(experts, "forward", None), "__wrapped__", None)
     if interface is None or original is None:
         return False
     _substitute(original, interface.ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+    _take_as_constants(interface)
     return True
 
 
@@ -56,6 +59,17 @@ def _prepare_hub_modules(integration: types.ModuleType) -> bool:
         return False
     hub_modules.prepare(integration)
     return True
+
+
+def _take_as_constants(interface: types.ModuleType) -> None:
+    """Keep Dynamo out of the functions that ask for torch's version, whose logging breaks a graph.
+
+    transformers 5.8 to 5.14 marks them as constant, which Dynamo overlooks: a cache is around them.
+    """
+    for name in ("is_torch_greater_or_equal", "is_torch_less_or_equal"):
+        cached = getattr(getattr(interface, name, None), "__wrapped__", None)
+        if cached is not None:
+            torch.compiler.assume_constant_result(cached)
 
 
 def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) -> None:

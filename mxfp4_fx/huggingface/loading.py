@@ -18,9 +18,10 @@ from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.skip import not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
+from mxfp4_fx.core.version import OLDEST_TRANSFORMERS, too_old_transformers
 from mxfp4_fx.huggingface.arguments import REFUSED, check_scale_rule, refuse
 
-_NEEDED = "transformers 5.8 or newer (pip install transformers)"
+_NEEDED = f"transformers {OLDEST_TRANSFORMERS} or newer (pip install --upgrade transformers)"
 _HUB_OPTIONS = (
     *("cache_dir", "force_download", "local_files_only", "proxies"),
     *("revision", "subfolder", "token"),
@@ -61,7 +62,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: the checkpoint does not exist, is damaged, or is not a GPT-OSS in MXFP4 or
-            dense; or transformers is not installed.
+            dense; or transformers is not installed, or too old.
         OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
             experts, ``scale_rule`` or ``experts_device`` is unknown, or ``device_map`` names no
             single device beside ``experts_device``.
@@ -77,6 +78,7 @@ def from_pretrained(
     if kwargs.get("use_safetensors") is False:
         raise OptionError("from_pretrained(..., use_safetensors=False): pickles are not read")
     check_scale_rule(scale_rule, "from_pretrained")
+    _require_transformers()
     try:
         import transformers
         from safetensors import SafetensorError
@@ -129,9 +131,10 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
 
     Raises:
         CheckpointError: the file is missing or does not describe a GPT-OSS, or transformers is not
-            installed.
+            installed, or too old.
         OptionError: transformers has no implementation of that name.
     """
+    _require_transformers()
     try:
         from transformers import AutoModelForCausalLM
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -170,6 +173,13 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
                 parent, child = name.rsplit(".", 1)
                 setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
         yield model
+
+
+def _require_transformers() -> None:
+    """Raise a CheckpointError if transformers is too old, before it lacks a name to import."""
+    version = too_old_transformers()
+    if version is not None:
+        raise CheckpointError(f"this needs {_NEEDED}: {version} is installed")
 
 
 def _check_config(path: str, hub: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import fx
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.skip import Skip
+from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.ops import reference
 from mxfp4_fx.passes import verification
 from mxfp4_fx.passes.checks import (
@@ -31,7 +32,7 @@ from mxfp4_fx.passes.effects import modes
 from mxfp4_fx.passes.graph import before_moves, op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
-from mxfp4_fx.passes.origin import module_name, source_line
+from mxfp4_fx.passes.origin import is_of_gpt_oss, module_name, source_line
 from mxfp4_fx.passes.patterns import (
     FORMS,
     ROUTER_INDICES,
@@ -114,7 +115,9 @@ def _match_experts(root: fx.Node) -> tuple[Form, Match]:
         except Mismatch as mismatch:
             mismatch.reason = f"not the {form.name} form: {mismatch.reason}"
             failures.append(mismatch)
-    raise max(failures, key=lambda m: m.matched)
+    nearest = max(failures, key=lambda m: m.matched)
+    nearest.reason = _of_old_transformers(root, nearest.reason)
+    raise nearest
 
 
 def _match_router(match: Match, form: Form) -> bool:
@@ -280,6 +283,12 @@ def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
         return Miss(layer, reason, source_line(node))
     if mismatch is None:
         reason = "no weighted sum over the chosen experts, as GPT-OSS has one, follows it"
-        return Miss(layer, reason, source_line(node))
+        return Miss(layer, _of_old_transformers(node, reason), source_line(node))
     at = mismatch.node if mismatch.node is not None else node
     return Miss(layer, mismatch.reason, source_line(at))
+
+
+def _of_old_transformers(node: fx.Node, reason: str) -> str:
+    """Put a version of transformers that writes its experts otherwise before why they mismatch."""
+    older = why_other_experts()
+    return f"{older} ({reason})" if older and is_of_gpt_oss(node) else reason

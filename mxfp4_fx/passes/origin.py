@@ -43,6 +43,13 @@ def module_name(node: fx.Node) -> str:
     return ".".join(names[1:] if path.startswith("L[") else names) or "(top level)"
 
 
+def is_of_gpt_oss(node: fx.Node) -> bool:
+    """Return whether transformers' code of GPT-OSS, or of experts in general, made a node."""
+    trace = (node.meta.get("stack_trace") or "").replace("\\", "/")
+    files = "transformers/models/gpt_oss/modeling_gpt_oss.py", "transformers/integrations/moe.py"
+    return any(f'{file}", line' in trace for file in files)
+
+
 def source_line(node: fx.Node) -> str:
     """Return the line of code outside torch that made a node, as ``file:line: code``, or ""."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()

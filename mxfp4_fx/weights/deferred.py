@@ -16,7 +16,7 @@ _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}
 KNOWN = {
     *("__get__", "__set__", "__len__", "size", "stride", "dim", "ndimension", "numel", "nelement"),
     *("element_size", "storage_offset", "is_contiguous", "is_floating_point", "is_complex"),
-    *("untyped_storage", "get_device", "is_inference"),
+    *("untyped_storage", "get_device", "is_inference", "_is_view"),
 }
 
 

@@ -34,6 +34,8 @@ _ALLOWED = {
     *("data_ptr", "requires_grad_", "empty_like", "_has_compatible_shallow_copy_type"),
     *KNOWN,
 }
+# What torch 2.12's Dynamo asks while it is not "compiling". An export goes on to read the values.
+_ASKED = {"is_conj", "is_neg"}
 # Functions that convert it to another device or dtype, or return it if it has these already.
 _CONVERSIONS = {
     *("to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16"),
@@ -70,7 +72,8 @@ class FreedParameter(nn.Parameter):
         name, kwargs = name_of(func), kwargs or {}
         with torch_private.as_plain_tensors():
             # A graph for another backend would read the memory without this check.
-            if name in _ALLOWED or (torch.compiler.is_compiling() and compilation.compiling_for()):
+            is_asked = name in _ASKED or torch.compiler.is_compiling()
+            if name in _ALLOWED or (is_asked and compilation.compiling_for()):
                 return func(*args, **kwargs)
         freed = next(a for a in _flat([args, kwargs]) if isinstance(a, FreedParameter))
         if args and args[0] is freed and not torch.compiler.is_compiling():

@@ -1,0 +1,1 @@
+"""``make versions``: runs some of the tests with other versions of the packages."""
