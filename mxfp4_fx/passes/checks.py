@@ -15,7 +15,7 @@ from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.torch_private import is_wrapper
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect
-from mxfp4_fx.passes.graph import before_moves, tensor_of
+from mxfp4_fx.passes.graph import before_moves, read_call, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch, Op, Rounded
 from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
 from mxfp4_fx.passes.patterns import OUTPUTS, ROUTER_INDICES, ROUTER_SCORES
@@ -129,10 +129,21 @@ def _check_types(match: Match) -> None:
             _fail(match, f"{name} is {where}", node)
     for expr, node in match.nodes.items():
         result = tensor_of(node)
+        if expr.op == "grouped_mm":
+            _check_grouped(match, node)
         if expr.op not in _ARITHMETIC or result is None or result.dtype in DTYPES:
             continue
         if result.is_floating_point() or isinstance(expr, Rounded):
             _fail(match, f"computed in {result.dtype}; supported are {supported}", node)
+
+
+def _check_grouped(match: Match, node: fx.Node) -> None:
+    """Check what torch's fake tensors do not: no autocast casts for a grouped matmul."""
+    call = read_call(node)
+    assert call is not None  # the matcher has read it
+    rows, weights = (tensor_of(call.args[name]) for name in ("input", "mat2"))
+    if rows is None or weights is None or rows.dtype != weights.dtype:
+        _fail(match, "it multiplies rows by weights of another dtype, which torch refuses", node)
 
 
 def _check_sizes(match: Match) -> None:
