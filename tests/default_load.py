@@ -36,17 +36,24 @@ def on_a_gpu(layout: str = "hub_strided") -> Iterator[None]:
     prepare = quantizer._process_model_before_weight_loading
 
     def prepare_for_gpu(*args: Any, **kwargs: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            for place in (quantizer_mxfp4, torch.accelerator):  # transformers 5.19 on, and before
-                for name in ("get_current_accelerator", "current_accelerator"):
-                    if hasattr(place, name):
-                        patch.setattr(place, name, lambda: torch.device("xpu"))
+        with _with_accelerator(torch.device("xpu")):
             prepare(*args, **kwargs)
 
-    with _with_layout(layout), pytest.MonkeyPatch.context() as patch:
+    # torch's builds for CUDA name an accelerator on any machine.
+    with _with_layout(layout), _with_accelerator(None), pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantizer_mxfp4, "is_kernels_available", lambda: True)
         patch.setattr(quantizer, "_process_model_before_weight_loading", prepare_for_gpu)
         patch.setattr(hub_kernels, "get_kernel", lambda *_, **__: hub_package)
+        yield
+
+
+@contextmanager
+def _with_accelerator(device: torch.device | None) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (quantizer_mxfp4, mxfp4, torch.accelerator):  # the last before 5.19
+            for name in ("get_current_accelerator", "current_accelerator"):
+                if hasattr(place, name):
+                    patch.setattr(place, name, lambda *_: device)
         yield
 
 
