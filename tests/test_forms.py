@@ -347,9 +347,8 @@ def test_an_mlp_returns_its_scores(form: str) -> None:
     assert torch.equal(compile_with(module)(x)[1], module(x)[1])
 
 
-@pytest.mark.parametrize(
-    "form", ["grouped_mm", *(pytest.param(f, marks=pytest.mark.exhaustive) for f in FORMS[1:])]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("form", FORMS)
 def test_a_model_returns_its_router_logits(form: str) -> None:
     whole, graphs, ids = model(form=form), Graphs(), tokens()
     run = compile_with(whole, graphs)

@@ -371,6 +371,7 @@ def test_parameters_made_in_inference_mode_stay() -> None:
         assert held(module) > 0
 
 
+@pytest.mark.exhaustive
 def test_reference_kernels_before_do_not_keep_the_memory() -> None:
     module, x = packed(), hidden()
     compile_with(module, options={"kernels": "reference"})(x)

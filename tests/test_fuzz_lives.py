@@ -8,10 +8,10 @@ from fuzz import lives
 from mxfp4_fx.weights.state import TensorState
 
 # Without its look at versions, geometry or optimizers the store fails some of them.
-MORE = [pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(2, 12)]
+MORE = [pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 12)]
 
 
-@pytest.mark.parametrize("seed", [*range(2), *MORE])
+@pytest.mark.parametrize("seed", [0, *MORE])
 def test_a_life(seed: int) -> None:
     lives.run(seed)
 

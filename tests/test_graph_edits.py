@@ -320,18 +320,19 @@ def check_all(
     return refused, rewritten
 
 
+EXHAUSTIVE = pytest.mark.exhaustive
 GRAPHS = [
-    pytest.param("grouped_mm", False, False, id="grouped_mm"),
+    pytest.param("grouped_mm", False, False, id="grouped_mm", marks=EXHAUSTIVE),
     pytest.param("grouped_mm", True, False, id="grouped_mm-dynamic"),
-    pytest.param("grouped_mm", False, True, id="grouped_mm-parallel"),
+    pytest.param("grouped_mm", False, True, id="grouped_mm-parallel", marks=EXHAUSTIVE),
     pytest.param("batched_mm", False, False, id="batched_mm"),
-    pytest.param("batched_mm", True, False, id="batched_mm-dynamic"),
-    pytest.param("batched_mm", False, True, id="batched_mm-parallel"),
+    pytest.param("batched_mm", True, False, id="batched_mm-dynamic", marks=EXHAUSTIVE),
+    pytest.param("batched_mm", False, True, id="batched_mm-parallel", marks=EXHAUSTIVE),
 ]
 
 
 # A part of the changes, or all of them.
-EVERY = pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.exhaustive)])
+EVERY = pytest.mark.parametrize("every", [23, pytest.param(1, marks=EXHAUSTIVE)])
 
 
 @EVERY
@@ -348,8 +349,15 @@ def test_of_numbers_operands_and_operations(
 
 
 @EVERY
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    ("form", "parallel"),
+    [
+        ("grouped_mm", True),
+        ("batched_mm", False),
+        pytest.param("grouped_mm", False, marks=EXHAUSTIVE),
+        pytest.param("batched_mm", True, marks=EXHAUSTIVE),
+    ],
+)
 def test_of_what_is_in_memory(form: str, parallel: bool, every: int) -> None:
     refused, rewritten = check_all(writes, *capture(form, False, parallel), every)
     assert refused > 150 // every

@@ -198,6 +198,7 @@ def test_a_change_in_place_is_noticed(at: int) -> None:
     assert mxfp4_fx.refresh(layer) == 2
 
 
+@pytest.mark.exhaustive
 def test_what_was_swizzled_goes_with_the_model() -> None:
     gc.collect()
     before = len(STORE)

@@ -110,6 +110,7 @@ class TestGraphBreaks:
 
         assert_all_run(run, hidden(), by_layers(run, hidden(), layers), LAYERS)
 
+    @pytest.mark.exhaustive
     def test_in_a_function_that_is_no_module(self) -> None:
         layers = nn.ModuleList(map(Layer, range(LAYERS)))
 

@@ -230,6 +230,7 @@ def test_only_what_is_made_visible_can_be_seen(workshop: Workshop) -> None:
 # At once, and cut short
 
 
+@pytest.mark.exhaustive
 def test_two_processes_at_once_compile_once(workshop: Workshop) -> None:
     go = workshop.folder / "go"
     workshop.write_compiler(before=until_there(go))

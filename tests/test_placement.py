@@ -225,6 +225,7 @@ assert {p.device.type for p in empty.parameters()} == {"cpu"}
 """
 
 
+@pytest.mark.exhaustive
 def test_a_second_device() -> None:
     """Uncompiled and compiled, with gradients, bit for bit what the CPU computes alone."""
     command = [sys.executable, "-c", ON_A_SECOND_DEVICE]

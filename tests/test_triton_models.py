@@ -77,6 +77,7 @@ def test_gradients_of_activations() -> None:
     assert_as_accurate(x.grad.cpu(), eager.grad, wide.grad)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("no_gradients")
 def test_weights_that_change_are_swizzled_again() -> None:
     module, x = mlp().to(DEVICE), hidden().to(DEVICE)
