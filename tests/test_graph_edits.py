@@ -362,3 +362,14 @@ def test_of_what_is_in_memory(form: str, parallel: bool, every: int) -> None:
     refused, rewritten = check_all(writes, *capture(form, False, parallel), every)
     assert refused > 150 // every
     assert len(rewritten) > 20 // every  # after the experts, and of what they do not read
+
+
+def test_rows_of_another_dtype_than_their_weights() -> None:
+    def of_casts(gm: fx.GraphModule) -> Iterator[tuple[str, Change]]:
+        # Fake tensors let a grouped matmul of two dtypes pass, torch itself does not.
+        wanted = "[1]: torch.float32 -> torch.bfloat16"
+        yield from ((text, change) for text, change in edits(gm) if text.endswith(wanted))
+
+    refused, rewritten = check_all(of_casts, *capture("grouped_mm", False, False), 1)
+    assert refused == 2
+    assert rewritten == ["hidden_states_1[1]: torch.float32 -> torch.bfloat16"]  # of the input
