@@ -85,5 +85,9 @@ class DeviceFullWarning(UserWarning):
     """A dense weight did not fit on its device and is on the CPU."""
 
 
+class KeptWeightsWarning(UserWarning):
+    """``free_weights`` could not give a weight's memory back."""
+
+
 class RepeatedSwizzleWarning(UserWarning):
     """An expert weight is swizzled at each call: the call brings another tensor or new values."""

@@ -73,10 +73,7 @@ def _take_as_constants(interface: types.ModuleType) -> None:
 
 
 def _substitute(original: types.FunctionType, grouped: Callable[..., Tensor]) -> None:
-    # Dynamo identifies functions by identity, so that it does not substitute this copy.
-    loop = types.FunctionType(
-        original.__code__, original.__globals__, original.__name__, original.__defaults__
-    )
+    loop = hub_modules.unsubstituted(original)
 
     @torch.compiler.substitute_in_graph(original)
     def forward(

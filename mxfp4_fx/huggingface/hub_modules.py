@@ -66,22 +66,26 @@ def prepare(integration: types.ModuleType) -> None:
     experts.forward = _replaced(experts.forward, _experts_forward)
 
 
+def unsubstituted(function: types.FunctionType) -> types.FunctionType:
+    """Return a copy of a function that Dynamo does not substitute: it goes by identity."""
+    copy = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
 def _replaced(original: types.FunctionType, make: Callable[..., Any]) -> Any:
     """Return the function for the place of ``original``, and let Dynamo substitute it, too.
 
     It takes both. Dynamo goes from a module to its class's forward without asking for substitutes;
     instances may hold the original (accelerate's hooks, transformers before 5.22).
     """
-    # The copy is not substituted: Dynamo goes by the function's identity.
-    own = types.FunctionType(
-        original.__code__,
-        original.__globals__,
-        original.__name__,
-        original.__defaults__,
-        original.__closure__,
-    )
-    own.__kwdefaults__ = original.__kwdefaults__
-    new = make(own)
+    new = make(unsubstituted(original))
     torch.compiler.substitute_in_graph(original, skip_signature_check=True)(new)
     return new
 
@@ -132,6 +136,7 @@ def _experts_forward(own: Callable[..., Any]) -> Callable[..., Any]:
 def _captured(experts: Any, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Compute the experts with this package's ops, as ``PackedExperts.forward`` does.
 
+    Not by a function of both: the near misses of ``packed`` are edits of that forward's source.
     The biases get no gradient: the hub's kernels give them none.
     """
     gammas, gather_index, scatter_index, offsets = torch.ops.mxfp4.routing.routes(

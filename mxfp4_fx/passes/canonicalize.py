@@ -18,7 +18,7 @@ from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect, modes
-from mxfp4_fx.passes.graph import read_call, same_shape, tensor_of
+from mxfp4_fx.passes.graph import known_tensor, read_call, same_shape, tensor_of
 from mxfp4_fx.passes.memory import UNKNOWN, storages, tensors_in
 
 # In-place methods and the functional methods of the same meaning.
@@ -100,7 +100,7 @@ def _functionalize_method(node: fx.Node, values: _Values) -> None:
     if dtype is None or not _is_private(node, base, values):
         return
     node.target, result = _FUNCTIONAL[str(node.target)], node
-    if dtype != _tensor(base).dtype:
+    if dtype != known_tensor(base).dtype:
         result = _cast_behind(node, dtype, values)
     base.replace_all_uses_with(result, delete_user_cb=lambda user: user > result)
 
@@ -136,7 +136,7 @@ def _functional_dtype(node: fx.Node, base: fx.Node) -> torch.dtype | None:
     A cast of a sum is, bit for bit: torch computes the in-place sum in the promoted dtype as well.
     With a factor, or a shape other than that of ``base``, gradients would be rounded elsewhere.
     """
-    target = _tensor(base)
+    target = known_tensor(base)
     operands = [v for a in node.all_input_nodes if (v := tensor_of(a)) is not None]
     dtype = target.dtype
     for other in operands:
@@ -154,7 +154,7 @@ def _functional_dtype(node: fx.Node, base: fx.Node) -> torch.dtype | None:
 
 def _cast_behind(node: fx.Node, dtype: torch.dtype, values: _Values) -> fx.Node:
     """Insert a cast of a call, made functional and now of ``dtype``, to the dtype that it had."""
-    before = _tensor(node)
+    before = known_tensor(node)
     with node.graph.inserting_after(node):
         cast = node.graph.call_method("to", (node, before.dtype))
     node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
@@ -205,9 +205,3 @@ def _value_unchanged(node: fx.Node, values: _Values) -> fx.Node | None:
         return None  # under no_grad the view is cut off from the gradients of its input
     same = before.device == after.device and same_shape(tuple(before.shape), tuple(after.shape))
     return base if same and isinstance(base, fx.Node) else None
-
-
-def _tensor(node: fx.Node) -> torch.Tensor:
-    value = tensor_of(node)
-    assert value is not None
-    return value

@@ -27,8 +27,8 @@ SCALES = ("gate_up_scales", "down_scales")
 _SWIZZLED = ("gate_up", "down", *SCALES)
 # The inputs that the device ops save for the backward. The original experts save copies of them.
 _KEPT = ("hidden", "gate_up_bias", "down_bias")
-# Ops whose result has the dtype of the arithmetic. Under autocast that is not the inputs' dtype.
 _MATMULS = {"grouped_mm", "bmm", "mxfp4.matmul_ogs"}
+# Ops whose result has the dtype of the arithmetic. Under autocast that is not the inputs' dtype.
 _ARITHMETIC = {*_MATMULS, "add", "mul", "sigmoid", "clamp", "sum", "softmax", "cast"}
 
 

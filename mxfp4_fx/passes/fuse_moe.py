@@ -29,7 +29,7 @@ from mxfp4_fx.passes.checks import (
 )
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.effects import modes
-from mxfp4_fx.passes.graph import before_moves, op_name, tensor_of
+from mxfp4_fx.passes.graph import before_moves, known_tensor, op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
 from mxfp4_fx.passes.origin import is_of_gpt_oss, module_name, source_line
@@ -147,7 +147,7 @@ def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> R
     names = ("gate_up", "down", *SCALES)
     weights = [t for name in names if (t := tensor_of(match.leaves.get(name))) is not None]
     hidden = match.leaves["hidden"]
-    home, device = (_tensor(node).device for node in (before_moves(hidden), hidden))
+    home, device = (known_tensor(node).device for node in (before_moves(hidden), hidden))
     return Rewrite(
         layer=layer,
         form=form.name,
@@ -198,14 +198,14 @@ def _insert_moe(
             args = (hidden, *routes, *weights, *constants, *packed)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.routes, args)
     moe.meta = {**root.meta, "example_value": _fake_cast(root, root, dtype)}
-    result = _tensor(root).dtype
+    result = known_tensor(root).dtype
     root.replace_all_uses_with(_cast_after(moe, moe, result))
     return moe
 
 
 def _cast_after(place: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
     """Insert a cast of ``value`` after ``place`` and return it; return ``value`` if it has none."""
-    if _tensor(value).dtype == dtype:
+    if known_tensor(value).dtype == dtype:
         return value
     with place.graph.inserting_after(place):
         cast = place.graph.call_method("to", (value, dtype))
@@ -215,8 +215,8 @@ def _cast_after(place: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 def _fake_cast(place: fx.Node, value: fx.Node, dtype: torch.dtype) -> torch.Tensor:
     """Return the fake tensor of a cast of ``value`` where gradients are recorded as at a node."""
-    fake = _tensor(value)
-    recorded = torch.set_grad_enabled(_tensor(place).requires_grad)
+    fake = known_tensor(value)
+    recorded = torch.set_grad_enabled(known_tensor(place).requires_grad)
     with recorded, torch_private.without_saved_tensor_hooks(), fake.fake_mode:  # type: ignore[attr-defined]
         return fake.to(dtype)
 
@@ -229,12 +229,6 @@ def _erase(gm: fx.GraphModule, match: Match) -> None:
     for node in sorted({*match.nodes.values()}, reverse=True):
         if not node.users:
             gm.graph.erase_node(node)
-
-
-def _tensor(node: fx.Node) -> torch.Tensor:
-    value = tensor_of(node)
-    assert value is not None
-    return value
 
 
 def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match, layout: str) -> None:

@@ -222,6 +222,13 @@ def tensor_of(node: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def known_tensor(node: fx.Node) -> Tensor:
+    """Return the fake tensor of a node that has one."""
+    value = tensor_of(node)
+    assert value is not None
+    return value
+
+
 def before_moves(node: fx.Node) -> fx.Node:
     """Return the node whose value ``node`` has on another device; ``node`` itself if it has none.
 

@@ -18,7 +18,7 @@ from torch import fx
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.passes.context import REWRITE, Context
-from mxfp4_fx.passes.graph import tensor_of
+from mxfp4_fx.passes.graph import known_tensor
 from mxfp4_fx.weights.bindings import Binding
 from mxfp4_fx.weights.source import FLOATS, PACKED, Encoding
 
@@ -33,7 +33,7 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
     for node in [node for node in gm.graph.nodes if REWRITE in node.meta]:
         rewrite = node.meta.pop(REWRITE)
         values = _arguments(node)
-        chosen = ctx.target_for(_fake(node).device)
+        chosen = ctx.target_for(known_tensor(node).device)
         found = []
         for name in ("gate_up", "down"):
             weight, scales = values[name], values.get(f"{name}_scales")
@@ -56,7 +56,7 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
             kernels=chosen.kernels,
             layout=layout,
             reason=chosen.reason,
-            bytes_after=sum(_fake(part).numel() for part in (*gate_up, *down)),
+            bytes_after=sum(known_tensor(part).numel() for part in (*gate_up, *down)),
         )
         ctx.report.rewrites.append(lowered)
     for source in {source for sources in swizzled for source in sources}:
@@ -75,7 +75,7 @@ def _swizzled_inputs(
 ) -> tuple[fx.Node, fx.Node]:
     """New graph inputs for the swizzled blocks and scales of one weight, behind its own."""
     first = held[0]
-    fakes = tuple(map(_fake, held))
+    fakes = tuple(map(known_tensor, held))
     with fakes[0].fake_mode:  # type: ignore[attr-defined]
         parts = LAYOUTS[layout].empty(*encoding.sizes(fakes), fakes[0].device)
     nodes = []
@@ -110,9 +110,9 @@ def _expand(
         fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
         # The graph may switch gradients off around the experts, so the node's own mode is set.
         # Hooks on saved tensors must not run now: activation checkpointing counts their calls.
-        recorded = torch.set_grad_enabled(_fake(node).requires_grad)
+        recorded = torch.set_grad_enabled(known_tensor(node).requires_grad)
         unhooked = torch_private.without_saved_tensor_hooks()
-        with recorded, unhooked, _fake(node).fake_mode:  # type: ignore[attr-defined]
+        with recorded, unhooked, known_tensor(node).fake_mode:  # type: ignore[attr-defined]
             made.meta["example_value"] = function(*fakes[0], **fakes[1])
         return made
 
@@ -121,8 +121,8 @@ def _expand(
             top_k = values["top_k"]
             routes = call(_MXFP4.routing.default, values["router_logits"], top_k, **kernels)
         else:
-            top_k = int(_fake(values["indices"]).shape[1])
-            experts = _fake(values["gate_up"]).shape[0]
+            top_k = int(known_tensor(values["indices"]).shape[1])
+            experts = known_tensor(values["gate_up"]).shape[0]
             routes = call(
                 _MXFP4.routing.routes, values["indices"], values["weights"], experts, **kernels
             )
@@ -134,7 +134,7 @@ def _expand(
             values["hidden"],
             *gate_up,
             values["gate_up_bias"],
-            int(_fake(values["gate_up_bias"]).shape[1]),
+            int(known_tensor(values["gate_up_bias"]).shape[1]),
             offsets,
             gather_index=gather_index,
             activation="swiglu",
@@ -147,7 +147,7 @@ def _expand(
             inner,
             *down,
             values["down_bias"],
-            int(_fake(values["down_bias"]).shape[1]),
+            int(known_tensor(values["down_bias"]).shape[1]),
             offsets,
             scatter_index=scatter_index,
             gammas=gammas,
@@ -156,9 +156,3 @@ def _expand(
         )
     node.replace_all_uses_with(out)
     graph.erase_node(node)
-
-
-def _fake(node: fx.Node) -> torch.Tensor:
-    value = tensor_of(node)
-    assert value is not None
-    return value

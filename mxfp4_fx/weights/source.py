@@ -58,11 +58,15 @@ class Encoding(ABC):
 
     def view(self, tensors: tuple[Tensor, ...], layout: str) -> Parts:
         """Return the weight in one of ``layouts``, in the memory of the tensors."""
-        raise NotImplementedError(f"{self.name} is in none of the layouts")
+        blocks, scales = tensors
+        return blocks, scales
 
-    @abstractmethod
     def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
-        """Return the experts with infinite or NaN elements, which MXFP4 cannot represent."""
+        """Return the experts with infinite or NaN elements, which MXFP4 cannot represent.
+
+        Weights in MXFP4 have none; their NaN are the checkpoint's own.
+        """
+        return []
 
 
 class Floats(Encoding):
@@ -124,13 +128,6 @@ class Mxfp4(Encoding):
     def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
         return parts
 
-    def view(self, tensors: tuple[Tensor, ...], layout: str) -> Parts:
-        blocks, scales = tensors
-        return blocks, scales
-
-    def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
-        return []  # its NaN are the checkpoint's own
-
 
 class Swizzled(Encoding):
     """Blocks and scales in a layout of the package triton_kernels.
@@ -171,13 +168,10 @@ class Swizzled(Encoding):
         return held
 
     def view(self, tensors: tuple[Tensor, ...], layout: str) -> Parts:
-        blocks, scales = tensors
+        blocks, scales = super().view(tensors, layout)
         if layout == self.name:
             return blocks, scales
         return blocks.mT.unflatten(2, (-1, BYTES_PER_BLOCK)), scales.mT
-
-    def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
-        return []  # its NaN are the checkpoint's own
 
 
 FLOATS, MXFP4 = Floats(), Mxfp4()

@@ -30,13 +30,14 @@ class Mark:
         impl: the address of its owner's implementation. A copy of a tensor may copy the attribute,
             but has another implementation.
         keep: the user restored the tensor, so it is not freed again.
+        kept: the tensor's memory could not be freed, and is not tried again.
         told: the store has warned that the weight is swizzled at each call.
     """
 
-    __slots__ = ("__weakref__", "impl", "keep", "told")
+    __slots__ = ("__weakref__", "impl", "keep", "kept", "told")
 
     def __init__(self, impl: int) -> None:
-        self.impl, self.keep, self.told = impl, False, False
+        self.impl, self.keep, self.kept, self.told = impl, False, False, False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return set, ()  # a pickled parameter refers to nothing of this package

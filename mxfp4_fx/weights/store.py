@@ -21,7 +21,12 @@ from torch.optim.optimizer import (
 )
 
 from mxfp4_fx.core import forks, torch_private
-from mxfp4_fx.core.errors import DeviceFullError, NanWeightsWarning, RepeatedSwizzleWarning
+from mxfp4_fx.core.errors import (
+    DeviceFullError,
+    KeptWeightsWarning,
+    NanWeightsWarning,
+    RepeatedSwizzleWarning,
+)
 from mxfp4_fx.core.torch_private import is_filled_by_fsdp
 from mxfp4_fx.weights import freed
 from mxfp4_fx.weights.entries import Entries, Entry, Key
@@ -149,7 +154,8 @@ class WeightStore:
         """Return whether :meth:`free` would free memory.
 
         It would not if the kernels read the source itself, if a tensor is no plain parameter, was
-        restored by the user or is filled by FSDP, or if all tensors are freed already.
+        restored by the user or is filled by FSDP, if an attempt has failed, or if all tensors are
+        freed already.
         """
         tensors = source.tensors
         if layout in source.encoding.layouts:
@@ -158,7 +164,7 @@ class WeightStore:
         if not all(map(can_free, tensors)) or all(map(freed.is_freed, tensors)):
             return False
         marks = (getattr(owner_of(tensor), MARK, None) for tensor in tensors)
-        is_kept = any(getattr(mark, "keep", False) for mark in marks)
+        is_kept = any(mark is not None and (mark.keep or mark.kept) for mark in marks)
         return not is_kept and not any(map(is_filled_by_fsdp, tensors))
 
     def free(self, source: Source, layout: str, name: str = "") -> bool:
@@ -184,6 +190,9 @@ class WeightStore:
                     mark_storage(tensor, mark)
                 self._entries.note_freed(tensor, is_done)
                 self._entries.renew(tensor)
+            if not is_done and not marks[0].kept:
+                marks[0].kept = True
+                _warn_of_kept(name)
             return is_done
 
     def values(self, source: Source, device: torch.device | None = None) -> tuple[Tensor, ...]:
@@ -354,6 +363,15 @@ def warn_of_repeats(name: str, why: str) -> None:
         f"{name or 'an expert weight'} is swizzled again at each call: {why}. The results are "
         f"right, but swizzling takes longer than the experts themselves",
         RepeatedSwizzleWarning,
+        stacklevel=3,
+    )
+
+
+def _warn_of_kept(name: str) -> None:
+    warnings.warn(
+        f"options={{'free_weights': True}} could not give the memory of {name or 'a weight'} back: "
+        "the device has no room to do it, or something refers to the tensor. The model keeps it",
+        KeptWeightsWarning,
         stacklevel=3,
     )
 

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from mxfp4_fx.weights.store import STORE
 
+# The end of the name under which a module of transformers has a weight's scales.
+_PRECISION = "_precision_config"
+
 
 def refresh(model: nn.Module) -> int:
     """Swizzle the expert weights of ``model`` again at its next call.
@@ -49,11 +52,14 @@ def wrapped_tensors(module: nn.Module) -> Iterator[Tensor]:
 
     Those are the blocks and the scales of ``Mxfp4GptOssExperts``.
     """
-    for value in vars(module).values():
-        for wrapped in (value, getattr(value, "weight_scale", None)):
-            data = getattr(getattr(wrapped, "storage", None), "data", None)
-            if isinstance(data, Tensor) and not isinstance(wrapped, Tensor):
-                yield data
+    held = vars(module)
+    for name, precision in held.items():
+        if name.endswith(_PRECISION):
+            weight = held.get(name.removesuffix(_PRECISION))
+            for wrapped in (weight, getattr(precision, "weight_scale", None)):
+                data = getattr(getattr(wrapped, "storage", None), "data", None)
+                if isinstance(data, Tensor):
+                    yield data
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
