@@ -228,6 +228,36 @@ def note_as_weight(placeholder: fx.Node) -> None:
     placeholder._dynamo_source = None
 
 
+# Higher-order ops that run a graph on operands -> where these begin among the arguments. The graph
+# comes first; a nested compile region has a name behind it, which its calls share.
+_FIRST_OPERANDS = {"invoke_subgraph": 2, "tag_activation_checkpoint": 1}
+
+
+def first_operand(target: object) -> int | None:
+    """Return where the operands of a higher-order op that runs a graph begin, or None."""
+    if not isinstance(target, torch._ops.HigherOrderOperator):
+        return None
+    return _FIRST_OPERANDS.get(target.name())
+
+
+def names_of_body(target: object, name: str) -> tuple[str, ...]:
+    """Return the arguments of such an op between its graph and its operands, for a new graph."""
+    return (name,) * ((first_operand(target) or 1) - 1)
+
+
+def source_path(placeholder: fx.Node) -> str:
+    """Return the path by which Dynamo reads an input: "L['self']._parameters['weight']", or ""."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", "")  # a method before torch 2.12
+    return str(name() if callable(name) else name)
+
+
+def note_on_weight(placeholder: fx.Node, is_weight: bool) -> None:
+    """Note whether an input of a region is a fixed object, as :func:`is_noted_as_weight` reads."""
+    held = {k: v for k, v in placeholder.meta.get("tensor_dict", {}).items() if k != _STATIC_INPUT}
+    placeholder.meta["tensor_dict"] = held | ({_STATIC_INPUT: "unguarded"} if is_weight else {})
+
+
 def without_saved_tensor_hooks() -> Any:
     """Return a context for fake calls that disables hooks on saved tensors.
 
