@@ -280,9 +280,19 @@ def compile_with_inductor(
     gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: Mapping[str, Any]
 ) -> Any:
     """Compile a graph with Inductor. ``options`` override those of ``torch.compile``'s ``mode``."""
-    of_mode = _found("torch._inductor", "list_mode_options")(mode) if mode else {}
     compile_fx = _found("torch._inductor.compile_fx", "compile_fx")
-    return compile_fx(gm, inputs, config_patches={**of_mode, **options} or None)
+    return compile_fx(gm, inputs, config_patches={**_of_mode(mode), **options} or None)
+
+
+def inductor_measures(mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Return whether Inductor times kernels while it compiles, to choose the fastest."""
+    config, chosen = _found("torch._inductor", "config"), {**_of_mode(mode), **options}
+    names = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise")
+    return any(chosen.get(name, getattr(config, name, False)) for name in names)
+
+
+def _of_mode(mode: str | None) -> dict[str, Any]:
+    return _found("torch._inductor", "list_mode_options")(mode) if mode else {}
 
 
 # ---- Dynamo
@@ -347,8 +357,7 @@ def have_context(make: Callable[[Any], Any]) -> None:
 
 def stance() -> str:
     """Return the present stance of ``torch.compiler.set_stance``."""
-    found: str = _found("torch._dynamo.eval_frame", "_stance.stance")
-    return found
+    return str(_found("torch._dynamo.eval_frame", "_stance.stance"))
 
 
 LimitCheck = Callable[[Any, Any], tuple[bool, str]]
@@ -390,8 +399,7 @@ def keep_apart(frame: types.FrameType) -> None:
 
 @functools.cache
 def _region() -> int:
-    found: int = next(_found("torch._dynamo.eval_frame", "_next_isolate_recompiles_id"))
-    return found
+    return int(next(_found("torch._dynamo.eval_frame", "_next_isolate_recompiles_id")))
 
 
 def called_by(frame: types.FrameType) -> tuple[Callable[..., Any], list[Any]] | None:
@@ -413,8 +421,7 @@ def _is_dynamos(frame: types.FrameType, function: str) -> bool:
 
 @functools.cache
 def _eval_frame_file() -> str:
-    file: str = _found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename
-    return file
+    return str(_found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename)
 
 
 def can_isolate() -> bool:
