@@ -191,6 +191,33 @@ def without_compiled_calls(modules: Iterable[nn.Module]) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
+def call_through(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Let calls of a module go through ``call``, as ``module.compile()`` does; None undoes it.
+
+    A copy of the module, pickled or deep, is called as it was.
+    """
+    module._compiled_call_impl = call
+
+
+def called_through(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what :func:`call_through` or ``module.compile()`` has set."""
+    return module._compiled_call_impl
+
+
+def uncompiled(module: nn.Module) -> Callable[..., Any]:
+    """Return what calls a module with its hooks, past :func:`call_through`."""
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+def hooks(modules: Iterable[nn.Module]) -> list[Mapping[int, Callable[..., Any]]]:
+    """Return the dictionaries of the hooks around modules' calls, and those of all modules."""
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    of_all = vars(nn.modules.module)
+    found = [of_all[f"_global_{kind}_hooks"] for kind in kinds]
+    return found + [vars(module)[f"_{kind}_hooks"] for module in modules for kind in kinds]
+
+
 # ---- graphs
 
 
@@ -385,6 +412,27 @@ def _is_dynamos(frame: types.FrameType, function: str) -> bool:
 def _eval_frame_file() -> str:
     file: str = _found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename
     return file
+
+
+@functools.cache
+def capture_errors() -> tuple[type[Exception], ...]:
+    """Return what Dynamo raises with ``fullgraph=True`` if it cannot capture a function whole."""
+    names = "Unsupported", "UserError", "UncapturedHigherOrderOpError", "FailOnRecompileLimitHit"
+    return tuple(_found("torch._dynamo.exc", name) for name in names)
+
+
+def let_vary(tensor: Tensor, dims: Iterable[int]) -> Tensor:
+    """Return the tensor as an object that Dynamo compiles for any size of these dimensions."""
+    alias = tensor.view_as(tensor)
+    for dim in dims:
+        if tensor.shape[dim] > 1:
+            _found("torch._dynamo", "maybe_mark_dynamic")(alias, dim)
+    return alias
+
+
+def without_address(tensor: Tensor) -> Tensor:
+    """Return the tensor, as another object if Dynamo would guard the very object."""
+    return tensor.view_as(tensor) if hasattr(tensor, _STATIC_INPUT) else tensor
 
 
 def can_isolate() -> bool:
