@@ -128,7 +128,7 @@ class _Shared:
 
     def is_first(self, kind: tuple[Any, ...]) -> bool:
         """Return whether a call is the first of a kind, for which lengths should be symbolic."""
-        if kind in self._kinds or self._arguments["dynamic"] is not None:
+        if kind in self._kinds or self._arguments["dynamic"] is False:
             return False
         self._kinds.add(kind)
         return True
@@ -197,16 +197,17 @@ class _Layer:
                 named = {name: value for name, value in kwargs.items() if name != shared.cache}
             is_first = shared.is_first(_kind(hidden, cache))
             if is_first:
-                hidden, named = decoder_layers.with_any_length(hidden, named)
+                decoder_layers.let_lengths_vary(hidden, named)
             if cache is None:
                 output, found = shared.whole(layer, hidden, named, keys)
             else:
-                *kv, more, more_named = shared.head(layer, hidden, named)
+                k, v, more, more_named = shared.head(layer, hidden, named)
                 index = layer.self_attn.layer_idx
-                kv = [*map(torch_private.without_address, cache.update(*kv, index, *more, **more_named))]
+                kv = k, v = cache.update(k, v, index, *more, **more_named)
+                k, v = decoder_layers.for_any_layer(k), decoder_layers.for_any_layer(v)
                 if is_first:
-                    kv = decoder_layers.with_any_cache_length(*kv)
-                output, found = shared.rest(layer, kv, hidden, named, keys)
+                    decoder_layers.let_cache_lengths_vary(k, v)
+                output, found = shared.rest(layer, k, v, hidden, named, keys)
         except (decoder_layers.CacheUseError, *torch_private.capture_errors()) as error:
             shared.give_up(self.name, str(error).partition("\n")[0])
             if kv is not None:  # the cache is updated

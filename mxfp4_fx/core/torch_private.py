@@ -421,18 +421,19 @@ def capture_errors() -> tuple[type[Exception], ...]:
     return tuple(_found("torch._dynamo.exc", name) for name in names)
 
 
-def let_vary(tensor: Tensor, dims: Iterable[int]) -> Tensor:
-    """Return the tensor as an object that Dynamo compiles for any size of these dimensions."""
-    alias = tensor.view_as(tensor)
+def let_vary(tensor: Tensor, dims: Iterable[int]) -> None:
+    """Let Dynamo compile code that takes this tensor for any size of these dimensions."""
     for dim in dims:
         if tensor.shape[dim] > 1:
-            _found("torch._dynamo", "maybe_mark_dynamic")(alias, dim)
-    return alias
+            _found("torch._dynamo", "maybe_mark_dynamic")(tensor, dim % tensor.ndim)
 
 
 def without_address(tensor: Tensor) -> Tensor:
     """Return the tensor, as another object if Dynamo would guard the very object."""
-    return tensor.view_as(tensor) if hasattr(tensor, _STATIC_INPUT) else tensor
+    if not hasattr(tensor, _STATIC_INPUT):
+        return tensor
+    # Dynamo guards a view's base too; but only a view has the gradient.
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.data
 
 
 def can_isolate() -> bool:

@@ -126,8 +126,10 @@ def pieces() -> Pieces:
             collector.reset(token)
         return output, found
 
-    def rest(layer: Any, kv: Any, hidden: Tensor, kwargs: dict[str, Any], keys: Any) -> Any:
-        return recorded(layer, hidden, {**kwargs, cache: Giving(*kv)}, keys)
+    def rest(
+        layer: Any, k: Tensor, v: Tensor, hidden: Tensor, kwargs: dict[str, Any], keys: Any
+    ) -> Any:
+        return recorded(layer, hidden, {**kwargs, cache: Giving(k, v)}, keys)
 
     def whole(layer: Any, hidden: Tensor, kwargs: dict[str, Any], keys: Any) -> Any:
         return recorded(layer, hidden, kwargs, keys)
@@ -244,23 +246,27 @@ class Recording:
             hook(layer, (hidden,), output)
 
 
-def with_any_length(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Return a layer's arguments as objects that Dynamo compiles for any number of tokens."""
-
-    def any_length(name: str, value: Any) -> Any:
-        dims = _LENGTHS.get(name)
-        if dims is not None and isinstance(value, tuple):
-            return tuple(any_length(name, part) for part in value)
-        if dims is None or not isinstance(value, Tensor):
-            return value
-        return torch_private.let_vary(value, [dim for dim in dims if -dim <= value.ndim])
-
-    named = {name: any_length(name, value) for name, value in kwargs.items()}
-    return torch_private.let_vary(hidden, [1]), named
+def let_lengths_vary(hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
+    """Let Dynamo compile what takes a layer's inputs for any number of tokens."""
+    torch_private.let_vary(hidden, [1])
+    for name, dims in _LENGTHS.items():
+        given = kwargs.get(name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, Tensor):
+                torch_private.let_vary(value, [dim for dim in dims if -dim <= value.ndim])
 
 
-def with_any_cache_length(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def let_cache_lengths_vary(*states: Tensor) -> None:
     """The same for keys and values [batch, heads, tokens, head_dim]."""
-    return torch_private.let_vary(k, [2]), torch_private.let_vary(v, [2])
+    for state in states:
+        torch_private.let_vary(state, [2])
 
 
+def for_any_layer(states: Tensor) -> Tensor:
+    """Return keys or values of a cache as an object that Dynamo does not tell from other layers'.
+
+    Of a prompt that is longer than its window, a static cache returns what it was given: values
+    with other strides than those that it stores.
+    """
+    states = torch_private.without_address(states)
+    return states if states.is_contiguous() else states.contiguous()
