@@ -20,7 +20,6 @@ from torch import nn
 from mxfp4_fx.core import compilation
 from mxfp4_fx.experts import looked_at
 
-
 # Functions that many modules share, by their code -> how many. Equal code is one entry.
 _shared: weakref.WeakKeyDictionary[types.CodeType, int] = weakref.WeakKeyDictionary()
 
