@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -106,7 +107,7 @@ def pieces() -> Pieces:
 
     def head(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
         taking = Taking()
-        try:
+        try:  # noqa: SIM105 - Dynamo traces this better
             layer.forward(hidden, **kwargs, **{cache: taking})
         except _Taken:
             pass
@@ -168,8 +169,12 @@ def layers_of(top: nn.Module, experts: Iterable[nn.Module]) -> dict[nn.Module, t
         parts = names[module].split(".")
         above = [".".join(parts[:count]) for count in range(len(parts) + 1)]
         chosen = [name for name in above if type(modules[name]) is _known_class()]
-        lists = [inner for name, inner in zip(above, above[1:], strict=False) if name and isinstance(modules[name], nn.ModuleList)]
-        name = [*chosen, *lists, names[module]][0]
+        listed = [
+            inner
+            for outer, inner in itertools.pairwise(above)
+            if isinstance(modules[outer], nn.ModuleList)
+        ]
+        name = [*chosen, *listed, names[module]][0]
         found[modules[name]] = name, module
     return found
 
@@ -184,11 +189,10 @@ def why_not(layer: Any, ours: int) -> str | None:
     Args:
         ours: the key of this package's own hooks.
     """
-    modeling = sys.modules.get(_MODELING)
     if type(layer) is not _known_class():
         return f"it is a {type(layer).__name__}, and not a GptOssDecoderLayer of transformers"
     attention = layer.self_attn
-    if type(attention) is not modeling.GptOssAttention:
+    if type(attention) is not sys.modules[_MODELING].GptOssAttention:
         return f"its attention is a {type(attention).__name__}, and not a GptOssAttention"
     for name, module in _before_the_update(layer):
         if "forward" in vars(module):
