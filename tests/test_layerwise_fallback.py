@@ -166,8 +166,8 @@ def test_an_attention_that_cannot_be_cut(attention: Any, monkeypatch: pytest.Mon
 
 class TestArguments:
     def test_an_unknown_option(self) -> None:
-        with pytest.raises(OptionError, match="'strict'"):
-            mxfp4_fx.compile(model(), options={"strict": True})
+        with pytest.raises(OptionError, match="'stict'"):
+            mxfp4_fx.compile(model(), options={"stict": True})
 
     def test_a_function(self) -> None:
         with pytest.raises(OptionError, match="takes a module, not a function"):
@@ -239,6 +239,13 @@ class TestAround:
         whole = compiled(model(), free_weights=True)
         assert all(map(torch.equal, steps(whole), steps(mlps_compiled())))
         assert mxfp4_fx.restore(whole) == 4
+
+    def test_verification_of_each_layer(self, caplog: pytest.LogCaptureFixture) -> None:
+        whole = compiled(model(), verify=True)
+        with caplog.at_level("INFO", "mxfp4_fx.backend"):
+            for _ in range(2):
+                whole(tokens(), use_cache=False)
+        assert caplog.text.count("verified 1 rewritten layers") == 2
 
     def test_a_stance_without_compilation(self) -> None:
         whole = mxfp4_fx.compile(model(), options={"inner": "eager"})
