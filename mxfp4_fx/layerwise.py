@@ -150,7 +150,8 @@ class _Layer:
     """
 
     def __init__(self, shared: _Shared, layer: nn.Module, name: str, experts: nn.Module) -> None:
-        self.shared, self.layer = shared, layer
+        self.shared = shared
+        self.layer: Any = layer
         self.name, self.experts = name or type(layer).__name__, experts
         self._hooks: list[Mapping[int, Any]] = []
         self._count = -1
@@ -208,14 +209,18 @@ class _Layer:
                 if is_first:
                     decoder_layers.let_cache_lengths_vary(k, v)
                 output, found = shared.rest(layer, k, v, hidden, named, keys)
-        except (decoder_layers.CacheUseError, *torch_private.capture_errors()) as error:
+        except _errors() as error:
             shared.give_up(self.name, str(error).partition("\n")[0])
             if kv is not None:  # the cache is updated
-                kwargs = {**kwargs, shared.cache: decoder_layers.GoingOn(*kv, cache)}
+                kwargs = {**kwargs, shared.cache: decoder_layers.GoingOn(kv[0], kv[1], cache)}
             return shared.plain(layer, args, kwargs)
         if recording is not None:
             recording.add(layer, args[0], output, found)
         return output
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    return decoder_layers.CacheUseError, *torch_private.capture_errors()
 
 
 def _kind(hidden: Tensor, cache: Any) -> tuple[Any, ...]:
