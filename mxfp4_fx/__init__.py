@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from mxfp4_fx.huggingface.placement import place_experts
     from mxfp4_fx.huggingface.quantizer import Mxfp4Config
     from mxfp4_fx.huggingface.unpacking import dequantize
+    from mxfp4_fx.layerwise import compile
     from mxfp4_fx.weights.upkeep import forget, refresh, restore
 
 __all__ = [
     "Explanation",
     "Mxfp4Config",
     "__version__",
+    "compile",
     "dequantize",
     "explain",
     "forget",
@@ -38,6 +40,7 @@ __all__ = [
 _MODULES = {
     "Explanation": "mxfp4_fx.explanation",
     "Mxfp4Config": "mxfp4_fx.huggingface.quantizer",
+    "compile": "mxfp4_fx.layerwise",
     "dequantize": "mxfp4_fx.huggingface.unpacking",
     "explain": "mxfp4_fx.explanation",
     "forget": "mxfp4_fx.weights.upkeep",

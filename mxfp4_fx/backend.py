@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mxfp4_fx import calls
 from mxfp4_fx.core import compilation, torch_private
@@ -136,14 +137,16 @@ def bind(
     )
     refuse_freed(captured, verifying, verifying_ctx)
     verifying_plan = plan_inputs(captured, verifying, verifying_ctx)
-    verified, layers = False, len(ctx.report.rewrites)
+    # One graph may serve many layers: each is compared in its own first call.
+    verified, layers = WeakTensorKeyDictionary(), len(ctx.report.rewrites)
+    first = plan.bindings[0].slots[0] if plan.bindings else 0
 
     def verify_first(*args: Any) -> Any:
-        nonlocal verified
-        if verified:
+        weight = args[first]
+        if weight in verified:
             return run(*args)
         result = verifying.forward(*verifying_plan.inputs(args))
-        verified = True
+        verified[weight] = True
         log.info("verified %d rewritten layers", layers)
         return result
 

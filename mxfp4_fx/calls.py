@@ -43,7 +43,7 @@ from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
 
-_HOOK = -4  # our key among a module's hooks; torch's are not negative
+HOOK = -4  # our key among a module's hooks; torch's are not negative
 
 
 # A module or function -> the warnings that were given about it.
@@ -73,6 +73,8 @@ _observer: contextvars.ContextVar[Found | None] = contextvars.ContextVar("observ
 class Call:
     """One call of a compiled model or function, in one thread.
 
+    ``function`` is what is called; by default, it is looked up on the stack.
+
     Attributes:
         options: the options of ``torch.compile``.
         models: the modules that are called or used, as far as :func:`modules_of` finds them.
@@ -82,21 +84,22 @@ class Call:
         observer: collects the findings for ``explain``; with it, nothing is warned of or raised.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, function: Callable[..., Any] | None = None) -> None:
         self.options = options
         self.observer = _observer.get()
         self.graphs = 0
         self.found = False
         self.models: list[Model] = []
         self.experts: dict[nn.Module, str] = {}
-        self._function: Callable[..., Any] | None = None
+        self._function = function
         self._entered: dict[nn.Module, int] = {}  # experts -> graphs when they were called
         self._outer: Call | None = None
         self._raised: BaseException | None = None
 
     def __enter__(self) -> None:
         prepare_capture()  # transformers may have been imported since the last call
-        called = compilation.compiled_function(apart=True)
+        given = self._function
+        called = (given, []) if given else compilation.compiled_function(apart=True)
         skipped = []
         if called is not None:
             self._function = called[0]
@@ -112,8 +115,8 @@ class Call:
         with _lock:
             for module in self.experts:
                 _watched[module] = _watched.get(module, 0) + 1
-                module._forward_pre_hooks[_HOOK] = _before_experts
-                module._forward_hooks[_HOOK] = _after_experts
+                module._forward_pre_hooks[HOOK] = _before_experts
+                module._forward_hooks[HOOK] = _after_experts
             for module, is_skipped in skipped:
                 vars(module)[SKIPPED] = is_skipped
 
@@ -128,8 +131,8 @@ class Call:
                 if count > 1:
                     _watched[module] = count - 1
                     continue
-                module._forward_pre_hooks.pop(_HOOK, None)
-                module._forward_hooks.pop(_HOOK, None)
+                module._forward_pre_hooks.pop(HOOK, None)
+                module._forward_hooks.pop(HOOK, None)
                 if self.options.skip:
                     vars(module).pop(SKIPPED, None)
         # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
@@ -153,7 +156,7 @@ class Call:
         fresh = [subject for subject in subjects if message not in _told.get(subject, ())]
         if fresh:
             name = getattr(fresh[0], "__qualname__", type(fresh[0]).__name__)
-            _warn(f"{message}: {name} runs without MXFP4", NoExpertsWarning)
+            warn(f"{message}: {name} runs without MXFP4", NoExpertsWarning)
             for subject in fresh:
                 _told.setdefault(subject, set()).add(message)
 
@@ -221,7 +224,7 @@ class Call:
             return
         shown = "".join(f"\n  {name}" for name in [*fresh.values()][:3])
         more = f"\n  and {len(fresh) - 3} more" if len(fresh) > 3 else ""
-        _warn(
+        warn(
             "these MoE layers run in MXFP4, but each call loads their weights and swizzles them "
             f"again, because a device_map offloads them:{shown}{more}",
             RepeatedSwizzleWarning,
@@ -271,7 +274,7 @@ class Call:
                 self.observer.notes += [note] if note else []
                 continue
             if note:
-                _warn(note, InflatedExpertsWarning)
+                warn(note, InflatedExpertsWarning)
             _told_of_size.add(top)
 
     def announce(self, report: GraphReport, args: Sequence[Any]) -> None:
@@ -347,14 +350,14 @@ def tell(misses: Sequence[tuple[Miss, list[Any]]], options: Options) -> None:
         return
     more = f"\n  and {len(fresh) - 3} more; mxfp4_fx.explain lists all" if fresh[3:] else ""
     shown = "".join(f"\n  {miss}" for miss, _ in fresh[:3])
-    _warn(f"these MoE layers run as they were, not in MXFP4:{shown}{more}", MissedRewriteWarning)
+    warn(f"these MoE layers run as they were, not in MXFP4:{shown}{more}", MissedRewriteWarning)
     # If the warning is raised as an error, this is not reached: the next call raises it again.
     for miss, modules in fresh:
         for module in modules:
             _told.setdefault(module, set()).add(str(miss))
 
 
-def _warn(message: str, category: type[Warning]) -> None:
+def warn(message: str, category: type[Warning]) -> None:
     # With a shared registry, Python would show a message once, though it is about several models.
     warnings.warn_explicit(
         f"backend 'mxfp4': {message}", category, __file__, 0, module=__name__, registry={}

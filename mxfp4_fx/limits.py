@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,14 @@ from torch import nn
 
 from mxfp4_fx.core import compilation
 from mxfp4_fx.experts import looked_at
+
+# Functions that many modules share, by their code -> how many. Equal code is one entry.
+_shared: weakref.WeakKeyDictionary[types.CodeType, int] = weakref.WeakKeyDictionary()
+
+
+def share(code: types.CodeType, count: int) -> None:
+    """Let Dynamo's limits hold for each of so many modules that call one function."""
+    _shared[code] = count
 
 
 def sharers(code: types.CodeType) -> int:
@@ -28,7 +37,10 @@ def sharers(code: types.CodeType) -> int:
       innermost forward on the stack, or the modules that one of these calls, if they are more. A
       loop over layers breaks once for each.
     - The compiled function itself, if it is no forward: 1.
+    - A function that was given to :func:`share`: as many as was said.
     """
+    if code in _shared:
+        return _shared[code]
     modules = list(dict.fromkeys(m for top in looked_at() for m in top.modules()))
     forwards = [(module, list(_codes(getattr(module, "forward", None)))) for module in modules]
     if exact := sum(code in codes for _, codes in forwards):

@@ -38,7 +38,10 @@ ATTRIBUTES = {
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
 }
 # ... those of accelerate and transformers, and a named tuple's method.
-OTHERS = {"_device_mesh", "_hf_hook", "_is_hooked", "_weight_conversions", "_replace"}
+OTHERS = {
+    *("_active_collector", "_device_mesh", "_hf_hook", "_is_hooked", "_weight_conversions"),
+    "_replace",
+}
 
 
 def private_names(file: Path, own: set[str]) -> Iterator[str]:
@@ -264,6 +267,55 @@ def test_a_module_is_called_as_before_it_was_compiled() -> None:
     assert not graphs.seen
     module(torch.ones(2))
     assert len(graphs.seen) == 1
+
+
+def test_calls_go_through_what_is_set() -> None:
+    module = Twice()
+    plain = torch_private.uncompiled(module)
+    torch_private.call_through(module, lambda x: plain(x) + 1)
+    assert module(1) == plain(1) + 1
+    assert torch_private.called_through(module) is not None
+    torch_private.call_through(module, None)
+    assert module(1) == plain(1)
+
+
+def test_all_hooks_around_calls_are_found() -> None:
+    module = nn.Linear(2, 2)
+    kinds = "forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"
+    before = sum(map(len, torch_private.hooks([module])))
+    for kind in kinds:
+        getattr(module, f"register_{kind}")(lambda *_: None)
+    of_all = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert sum(map(len, torch_private.hooks([module]))) == before + len(kinds) + 1
+    of_all.remove()
+
+
+def test_what_cannot_be_captured_whole_is_told_by_known_errors() -> None:
+    def breaks(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    with pytest.raises(torch_private.capture_errors()):
+        torch.compile(breaks, backend="eager", fullgraph=True)(torch.ones(2))
+
+
+def test_a_length_that_may_vary_is_compiled_once() -> None:
+    compiled = torch.compile(torch.sin, backend="eager")
+    for length in (3, 4):
+        x = torch.ones(length)
+        if length == 3:
+            torch_private.let_vary(x, [-1])
+        compiled(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_object_that_dynamo_would_guard_is_another() -> None:
+    x = torch.ones(2)
+    assert torch_private.without_address(x) is x
+    torch._dynamo.mark_static_address(x)
+    other = torch_private.without_address(x)
+    assert other is not x
+    assert other.data_ptr() == x.data_ptr()
 
 
 def test_fsdps_parameters_are_looked_for_where_it_is_loaded() -> None:

@@ -18,6 +18,7 @@ from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.torch_private import Backend
 
 _OURS = "_is_mxfp4_backend"
+_IS_PART = "_compiles_parts"
 # Code that Dynamo compiles no more -> the name in ``torch._dynamo.config`` of the limit it reached.
 _limited: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
 
@@ -28,6 +29,12 @@ def ours(backend: Backend) -> Backend:
     """Mark a Dynamo backend as one of this package; Dynamo captures other graphs for those."""
     setattr(backend, _OURS, True)
     return backend
+
+
+def ours_for_parts(backend: Backend) -> Backend:
+    """Mark a backend as :func:`ours`, for parts of a call that has entered its context itself."""
+    setattr(backend, _IS_PART, True)
+    return ours(backend)
 
 
 def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
@@ -73,7 +80,9 @@ def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
 
     def context(wrapper: Any) -> Enter | None:
         backend, keywords = innermost(wrapper)
-        return None if backend is None else enter_with(keywords)
+        if backend is None or getattr(backend, _IS_PART, False):
+            return None
+        return enter_with(keywords)
 
     torch_private.have_context(context)
 

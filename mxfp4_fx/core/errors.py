@@ -65,6 +65,10 @@ class NoExpertsWarning(UserWarning):
     """A compiled or loaded model has nothing like GPT-OSS experts, or skips all of them."""
 
 
+class WholeModelWarning(UserWarning):
+    """``mxfp4_fx.compile`` cannot compile a layer in pieces, and compiles the model as a whole."""
+
+
 class InflatedExpertsWarning(UserWarning):
     """A compiled model's experts are dense because transformers dequantized an MXFP4 checkpoint."""
 

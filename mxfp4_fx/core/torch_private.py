@@ -191,6 +191,33 @@ def without_compiled_calls(modules: Iterable[nn.Module]) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
+def call_through(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Let calls of a module go through ``call``, as ``module.compile()`` does; None undoes it.
+
+    A copy of the module, pickled or deep, is called as it was.
+    """
+    module._compiled_call_impl = call
+
+
+def called_through(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what :func:`call_through` or ``module.compile()`` has set."""
+    return module._compiled_call_impl
+
+
+def uncompiled(module: nn.Module) -> Callable[..., Any]:
+    """Return what calls a module with its hooks, past :func:`call_through`."""
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+def hooks(modules: Iterable[nn.Module]) -> list[Mapping[int, Callable[..., Any]]]:
+    """Return the dictionaries of the hooks around modules' calls, and those of all modules."""
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    of_all = vars(nn.modules.module)
+    found = [of_all[f"_global_{kind}_hooks"] for kind in kinds]
+    return found + [vars(module)[f"_{kind}_hooks"] for module in modules for kind in kinds]
+
+
 # ---- graphs
 
 
@@ -422,6 +449,28 @@ def _is_dynamos(frame: types.FrameType, function: str) -> bool:
 @functools.cache
 def _eval_frame_file() -> str:
     return str(_found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename)
+
+
+@functools.cache
+def capture_errors() -> tuple[type[Exception], ...]:
+    """Return what Dynamo raises with ``fullgraph=True`` if it cannot capture a function whole."""
+    names = "Unsupported", "UserError", "UncapturedHigherOrderOpError", "FailOnRecompileLimitHit"
+    return tuple(_found("torch._dynamo.exc", name) for name in names)
+
+
+def let_vary(tensor: Tensor, dims: Iterable[int]) -> None:
+    """Let Dynamo compile code that takes this tensor for any size of these dimensions."""
+    for dim in dims:
+        if tensor.shape[dim] > 1:
+            _found("torch._dynamo", "maybe_mark_dynamic")(tensor, dim % tensor.ndim)
+
+
+def without_address(tensor: Tensor) -> Tensor:
+    """Return the tensor, as another object if Dynamo would guard the very object."""
+    if not hasattr(tensor, _STATIC_INPUT):
+        return tensor
+    # Dynamo guards a view's base too; but only a view has the gradient.
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.data
 
 
 def can_isolate() -> bool:

@@ -1,0 +1,238 @@
+"""``mxfp4_fx.compile``: few compilations for any number of layers, and the uncompiled results."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import FORMS, Graphs, model, pack, tokens
+from torch import Tensor
+from transformers import DynamicCache, GptOssForCausalLM
+
+import mxfp4_fx
+from mxfp4_fx.core.errors import (
+    WholeModelWarning,
+)
+
+PIECES = 2  # head and rest
+LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture(autouse=True)
+def no_warnings() -> Iterator[None]:
+    """Falling back is a failure, except where a test expects it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WholeModelWarning)
+        yield
+
+
+def compiled(whole: Any, graphs: Any = "eager", **options: Any) -> Any:
+    return mxfp4_fx.compile(whole, options={"inner": graphs, "strict": True, **options})
+
+
+def generate(whole: Any, prompt: Tensor, **kwargs: Any) -> Tensor:
+    new = LENGTH - prompt.shape[1]
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    return whole.generate(prompt, attention_mask=(prompt > 0).long(), **settings | kwargs)
+
+
+def rewritten(graphs: Graphs) -> list[int]:
+    """The numbers of rewritten experts in the graphs."""
+    named = [[str(n.target) for n in gm.graph.nodes] for gm in graphs.seen]
+    return [names.count("mxfp4.matmul_ogs.default") // 2 for names in named]
+
+
+def mlps_compiled(**changes: Any) -> GptOssForCausalLM:
+    """A model whose MLPs alone are compiled."""
+    whole = model(**changes)
+    for layer in whole.model.layers:
+        layer.mlp.compile(backend="mxfp4", options={"inner": "eager", "strict": True})
+    return whole
+
+
+class TestCompilations:
+    @pytest.mark.parametrize(
+        "cache",
+        [
+            "static",
+            *(pytest.param(c, marks=pytest.mark.exhaustive) for c in ("dynamic", "sliding_window")),
+        ],
+    )
+    def test_one_for_prompts_and_one_for_decoding(self, cache: str) -> None:
+        """Of prompts within the sliding window and longer than it, for layers of both kinds."""
+        whole, plain, graphs = model(), model(), Graphs()
+        compiled(whole, graphs)
+        kwargs = {"cache_implementation": cache}
+        kwargs |= {"max_cache_len": LENGTH} if cache == "static" else {}
+        for length in (7, 20):
+            prompt = tokens(1, length) + 1
+            assert torch.equal(generate(whole, prompt, **kwargs), generate(plain, prompt, **kwargs))
+            assert len(graphs.seen) == 2 * PIECES
+        assert rewritten(graphs) == [0, 1, 0, 1]
+        assert mxfp4_fx.refresh(whole) == 2 * 2
+
+    def test_none_more_for_more_layers(self) -> None:
+        """Twelve are more than Dynamo's limit of eight compilations of one function."""
+        whole, graphs = model(num_hidden_layers=12), Graphs()
+        compiled(whole, graphs)
+        whole(tokens(1), use_cache=True)
+        assert rewritten(graphs) == [0, 1]
+
+    def test_one_without_a_cache(self) -> None:
+        whole, graphs = model(), Graphs()
+        compiled(whole, graphs)
+        for length in (7, 9):
+            whole(tokens(1, length), use_cache=False)
+        assert rewritten(graphs) == [1]
+
+    def test_models_do_not_share_limits(self) -> None:
+        with torch._dynamo.config.patch(recompile_limit=1):
+            for seed in range(2):
+                compiled(model(seed=seed, num_hidden_layers=1))(tokens(), use_cache=False)
+
+    def test_a_limit_holds_for_each_layer(self) -> None:
+        whole, graphs = model(), Graphs()
+        compiled(whole, graphs)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            for batch in (1, 2):
+                whole(tokens(batch), use_cache=False)
+        assert len(graphs.seen) == 2
+
+    def test_static_shapes(self) -> None:
+        whole, graphs = model(), Graphs()
+        mxfp4_fx.compile(whole, dynamic=False, options={"inner": graphs})
+        for length in (7, 9):
+            whole(tokens(1, length), use_cache=False)
+        sizes = [
+            n.meta["example_value"].shape
+            for gm in graphs.seen
+            for n in gm.graph.nodes
+            if n.op == "placeholder" and isinstance(n.meta["example_value"], Tensor)
+        ]
+        assert len(graphs.seen) == 2
+        assert all(isinstance(size, int) for shape in sizes for size in shape)
+
+
+def steps(whole: Any, cache: Any = None) -> list[Tensor]:
+    """Logits of a prompt, of tokens after it, and of a second prompt behind them."""
+    found = []
+    for ids in (tokens(2), tokens(2, 1), tokens(2, 1, seed=1), tokens(2, 5)):
+        out = whole(ids, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        found.append(out.logits)
+    return found
+
+
+class TestResults:
+    @pytest.mark.parametrize(
+        "form", [FORMS[0], *(pytest.param(f, marks=pytest.mark.exhaustive) for f in FORMS[1:])]
+    )
+    def test_same_bits_as_with_compiled_mlps(self, form: str) -> None:
+        expected = steps(mlps_compiled(form=form))
+        assert all(map(torch.equal, steps(compiled(model(form=form))), expected))
+
+    @pytest.mark.exhaustive
+    def test_packed_experts(self) -> None:
+        expected = generate(pack(model()), tokens(1) + 1)
+        assert torch.equal(generate(compiled(pack(model())), tokens(1) + 1), expected)
+
+    @pytest.mark.exhaustive
+    def test_inductor(self) -> None:
+        whole, expected = model(), generate(model(), tokens(1) + 1)
+        mxfp4_fx.compile(whole, options={"strict": True})
+        assert torch.equal(generate(whole, tokens(1) + 1), expected)
+
+    @pytest.mark.parametrize("later", [False, True], ids=["from the first call", "later"])
+    def test_recorded_outputs(self, later: bool) -> None:
+        wanted = {"output_attentions": True, "output_hidden_states": True}
+        wanted |= {"output_router_logits": True}
+        whole, other = compiled(model()), model()
+        other.compile(backend="mxfp4", options={"inner": "eager"})
+        if later:
+            whole(tokens(), use_cache=True)
+        ours, expected = (m(tokens(), use_cache=True, **wanted) for m in (whole, other))
+        for name, count in (("attentions", 2), ("hidden_states", 3), ("router_logits", 2)):
+            assert len(ours[name]) == count
+            assert all(map(torch.equal, ours[name], expected[name]))
+        assert torch.equal(ours.logits, expected.logits)
+        assert "attentions" not in whole(tokens(), use_cache=True)  # and no later call records
+
+    def test_a_layer_called_by_itself(self) -> None:
+        """With its arguments by position, too."""
+        whole, graphs = model(), Graphs()
+        layer, plain = compiled(whole, graphs).model.layers[0], mlps_compiled().model.layers[0]
+        x, at = torch.randn(1, 5, 64), torch.arange(5)[None]
+        args = x, None, at
+        rope = {"position_embeddings": whole.model.rotary_emb(x, at)}
+        assert torch.equal(layer(*args, **rope), plain(*args, **rope))
+        cache, other = DynamicCache(), DynamicCache()
+        assert torch.equal(
+            layer(*args, cache, use_cache=True, **rope), plain(*args, other, use_cache=True, **rope)
+        )
+        assert torch.equal(cache.layers[0].keys, other.layers[0].keys)
+        assert rewritten(graphs) == [1, 0, 1]
+
+    def test_the_inner_model_called_by_itself(self) -> None:
+        whole, graphs = model(), Graphs()
+        compiled(whole, graphs)
+        expected = mlps_compiled().model(tokens(), use_cache=True).last_hidden_state
+        assert torch.equal(whole.model(tokens(), use_cache=True).last_hidden_state, expected)
+        assert rewritten(graphs) == [0, 1]
+
+    def test_only_the_inner_model(self) -> None:
+        whole, graphs = model(), Graphs()
+        compiled(whole.model, graphs)
+        assert torch.equal(
+            whole(tokens(), use_cache=False).logits,
+            mlps_compiled()(tokens(), use_cache=False).logits,
+        )
+        assert rewritten(graphs) == [1]
+
+    def test_two_threads(self) -> None:
+        whole, found = compiled(model()), {}
+
+        def run(at: int) -> None:
+            with torch.no_grad():
+                found[at] = steps(whole)
+
+        threads = [threading.Thread(target=run, args=(at,)) for at in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = [logits.argmax(-1) for logits in steps(mlps_compiled())]
+        for at in range(2):
+            chosen = [logits.argmax(-1) for logits in found[at]]
+            assert all(map(torch.equal, chosen, expected))
+
+
+class TestTraining:
+    @pytest.mark.parametrize(
+        "checkpointing", [False, pytest.param(True, marks=pytest.mark.exhaustive)]
+    )
+    def test_gradients_through_frozen_experts(self, checkpointing: bool) -> None:
+        def gradients(whole: Any, cache: bool) -> list[Tensor]:
+            for module in whole.modules():
+                if type(module).__name__ == "GptOssExperts":
+                    module.requires_grad_(False)
+            with torch.enable_grad():
+                out = whole(tokens(), use_cache=cache)
+                out.logits.square().sum().backward()
+            return [p.grad for p in whole.parameters() if p.grad is not None]
+
+        for cache in (False, True):
+            whole, other = compiled(model()), mlps_compiled()
+            ours, expected = gradients(whole, cache), gradients(other, cache)
+            assert len(ours) == len(expected) > 10
+            assert all(map(close, ours, expected))
+
+
+def close(ours: Tensor, expected: Tensor) -> bool:
+    """Equal but for the order in which a few float32 numbers are summed."""
+    return bool((ours - expected).norm() <= 1e-5 * expected.norm())
