@@ -379,10 +379,10 @@ def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
     return functools.partial(Call, options)
 
 
-# If Dynamo compiled a hook by itself, is_compiling() would be true and the hook would do nothing.
+# If Dynamo compiled a hook by itself, is_dynamo_compiling() would be true and the hook would do nothing.
 @torch_private.never_compiled
 def _before_experts(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # Dynamo guards the marks because they are read: skipped experts get a graph of their own.
         _ = bool(getattr(module, KEEP_DENSE, False)), bool(getattr(module, SKIPPED, False))
         return
@@ -393,7 +393,7 @@ def _before_experts(module: nn.Module, args: Any) -> None:
 
 @torch_private.never_compiled
 def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return
     call = current()
     if call is not None:

@@ -158,7 +158,7 @@ class _Layer:
         self._records = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch_private.is_traced():
             return torch_private.uncompiled(self.layer)(*args, **kwargs)
         call = calls.current()
         if call is not None and self.experts in call.experts:
@@ -239,7 +239,7 @@ class _Top:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = torch_private.uncompiled(self._model)
-        if torch.compiler.is_compiling():
+        if torch_private.is_traced():
             return call(*args, **kwargs)
         if self._shared.why is None:
             with calls.Call(self._shared.options, call):

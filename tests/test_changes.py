@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import Graphs, compile_with, hidden, mlp, pack
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -180,6 +181,26 @@ def test_an_optimizer_that_is_interrupted() -> None:
     weight.grad = values(7)
     with pytest.raises(KeyboardInterrupt):
         Interrupted([weight], lr=0.5, fused=True).step()
+    assert is_right(weight)
+
+
+def test_a_fused_step_while_another_thread_compiles() -> None:
+    """``torch.compiler.is_compiling()`` is true in all threads then."""
+    weight, compiling, stepped = parameter(), threading.Event(), threading.Event()
+    weight.grad = torch.ones_like(weight)
+    STORE.get(source(weight), LAYOUT)
+
+    def wait(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiling.set()
+        stepped.wait()
+        return gm.forward
+
+    thread = threading.Thread(target=torch.compile(lambda x: x + 1, backend=wait), args=(weight,))
+    thread.start()
+    compiling.wait()
+    SGD([weight], lr=0.5, fused=True).step()
+    stepped.set()
+    thread.join()
     assert is_right(weight)
 
 

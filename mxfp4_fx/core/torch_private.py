@@ -473,6 +473,17 @@ def without_address(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.data
 
 
+def is_traced() -> bool:
+    """Return whether this thread's calls are traced, by Dynamo or in one of torch's modes.
+
+    ``torch.compiler.is_compiling()`` is true in all threads while one of them compiles.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return modes > 0
+
+
 def can_isolate() -> bool:
     """Return whether ``torch.compile`` can keep one call's recompilations apart from all others."""
     return "isolate_recompiles" in inspect.signature(torch.compile).parameters

@@ -95,7 +95,7 @@ def _mlp_forward(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own, updated=())
     def forward(self: Any, hidden_states: Tensor) -> Any:
-        if not (torch.compiler.is_compiling() and compilation.compiling_for()):
+        if not (torch.compiler.is_dynamo_compiling() and compilation.compiling_for()):
             return own(self, hidden_states)
         experts, router = self.experts, self.router
         if _is_left(self) or _is_left(experts):
@@ -118,7 +118,7 @@ def _experts_forward(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own, updated=())
     def forward(self: Any, hidden_states: Tensor, *routes: Any, **named: Any) -> Any:
-        if not (torch.compiler.is_compiling() and compilation.compiling_for()):
+        if not (torch.compiler.is_dynamo_compiling() and compilation.compiling_for()):
             return own(self, hidden_states, *routes, **named)
         if (
             len(routes) != 2  # before 5.23 the hub's own objects, three of them

@@ -158,7 +158,7 @@ def _readable(blocks: Tensor, scales: Tensor) -> tuple[Parts, dict[str, str]]:
     If the parameters are freed, these come from the store. While Dynamo compiles, they are always
     the parameters: a compiled graph may have freed ones as inputs.
     """
-    if torch.compiler.is_compiling() or not (is_freed(blocks) or is_freed(scales)):
+    if torch.compiler.is_dynamo_compiling() or not (is_freed(blocks) or is_freed(scales)):
         return (blocks, scales), {}
     parts, layout = STORE.held(Source((blocks, scales), MXFP4))
     return parts, {"layout": layout, "kernels": target.kernels_for(layout, parts[0].device)}

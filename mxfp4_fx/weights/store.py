@@ -346,7 +346,7 @@ forks.renew_lock(STORE, "_lock", threading.RLock)
 
 def _is_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Mark an optimizer's parameters stale: fused kernels write without raising a version."""
-    if len(STORE) and not torch.compiler.is_compiling():
+    if len(STORE) and not torch.compiler.is_dynamo_compiling():
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         STORE.refresh(p for p in parameters if p.requires_grad or p.grad is not None)
 
