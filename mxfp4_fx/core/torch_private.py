@@ -315,6 +315,12 @@ def have_context(make: Callable[[Any], Any]) -> None:
     outermost.backend_ctx_ctor = property(context)
 
 
+def timed(name: str) -> Any:
+    """Return a context whose time ``torch._dynamo.utils.compile_times()`` and tlparse show."""
+    timings = sys.modules.get("torch._dynamo.utils")  # without Dynamo nobody looks
+    return timings.dynamo_timed(name) if timings else contextlib.nullcontext()
+
+
 def stance() -> str:
     """Return the present stance of ``torch.compiler.set_stance``."""
     found: str = _found("torch._dynamo.eval_frame", "_stance.stance")
