@@ -62,6 +62,7 @@ with _trusted():
     import torch._ops
     import torch._subclasses
     import torch.autograd.grad_mode
+    import torch.fx._lazy_graph_module
     import torch.utils._python_dispatch
     import torch.utils._pytree
 
@@ -70,6 +71,7 @@ with _trusted():
     LIBRARY = str(torch._C.__file__)  # the file that calls OpenMP
     OpOverload = torch._ops.OpOverload
     OpOverloadPacket = torch._ops.OpOverloadPacket
+    LazyGraphModule = torch.fx._lazy_graph_module._LazyGraphModule  # makes its code when called
     # A context in which the dispatcher skips an op's autograd kernel.
     below_autograd = torch._C._AutoDispatchBelowAutograd
     # Whether one of an op's arguments, which may be lists, requires a gradient.
@@ -323,8 +325,7 @@ def timed(name: str) -> Any:
 
 def stance() -> str:
     """Return the present stance of ``torch.compiler.set_stance``."""
-    found: str = _found("torch._dynamo.eval_frame", "_stance.stance")
-    return found
+    return str(_found("torch._dynamo.eval_frame", "_stance.stance"))
 
 
 LimitCheck = Callable[[Any, Any], tuple[bool, str]]

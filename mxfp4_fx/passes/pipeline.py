@@ -90,7 +90,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, copies))
     old_output, output = (g.output_node() for g in (gm.graph, graph))
     output.meta = dict(old_output.meta)
-    copy = fx.GraphModule(gm, graph)
+    copy = torch_private.LazyGraphModule(gm, graph)  # passes change it before anyone calls it
     copy.meta = dict(gm.meta)
     torch_private.copy_notes(gm, copy, copies)
     return copy
