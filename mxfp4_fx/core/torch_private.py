@@ -231,12 +231,8 @@ def note_as_weight(placeholder: fx.Node) -> None:
 
 
 def without_saved_tensor_hooks() -> Any:
-    """Return a context for fake calls that disables hooks on saved tensors.
-
-    Such hooks may count the tensors of the real run, to which fake calls do not belong.
-    """
-    disable: Any = _found("torch._dynamo.utils", "_disable_saved_tensors_hooks_during_tracing")
-    return disable()
+    """Return a context for fake calls without hooks on saved tensors, which may count real ones."""
+    return _found("torch._dynamo.utils", "_disable_saved_tensors_hooks_during_tracing")()
 
 
 # ---- compilers behind this one
@@ -244,8 +240,7 @@ def without_saved_tensor_hooks() -> Any:
 
 def backend_named(name: str) -> Backend:
     """Return the Dynamo backend of that name."""
-    found: Backend = _found("torch._dynamo", "lookup_backend")(name)
-    return found
+    return _found("torch._dynamo", "lookup_backend")(name)
 
 
 def compile_with_inductor(
@@ -255,6 +250,11 @@ def compile_with_inductor(
     of_mode = _found("torch._inductor", "list_mode_options")(mode) if mode else {}
     compile_fx = _found("torch._inductor.compile_fx", "compile_fx")
     return compile_fx(gm, inputs, config_patches={**of_mode, **options} or None)
+
+
+def empty_caches() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which torch's compile caches are empty."""
+    return _found("torch._inductor.utils", "fresh_cache")()
 
 
 # ---- Dynamo
@@ -325,7 +325,7 @@ def timed(name: str) -> Any:
 
 def stance() -> str:
     """Return the present stance of ``torch.compiler.set_stance``."""
-    return str(_found("torch._dynamo.eval_frame", "_stance.stance"))
+    return _found("torch._dynamo.eval_frame", "_stance.stance")
 
 
 LimitCheck = Callable[[Any, Any], tuple[bool, str]]
@@ -340,9 +340,9 @@ def replace_limit_check(make: Callable[[LimitCheck], LimitCheck]) -> None:
     ``torch._dynamo.config``. Its caller has the locals ``compiler_fn``, the backend in its
     wrappers, and ``code``.
     """
-    caller = inspect.signature(_found("torch._dynamo.convert_frame", "_compile"))
+    parameters = inspect.signature(_found("torch._dynamo.convert_frame", "_compile")).parameters
     for name in ("compiler_fn", "code"):
-        if name not in caller.parameters:
+        if name not in parameters:
             raise _lacks(AttributeError(f"_compile's argument {name}"))
     made = make(_found("torch._dynamo.convert_frame", "exceeds_recompile_limit"))
     _found("torch._dynamo", "convert_frame").exceeds_recompile_limit = made
@@ -367,8 +367,7 @@ def keep_apart(frame: types.FrameType) -> None:
 
 @functools.cache
 def _region() -> int:
-    found: int = next(_found("torch._dynamo.eval_frame", "_next_isolate_recompiles_id"))
-    return found
+    return next(_found("torch._dynamo.eval_frame", "_next_isolate_recompiles_id"))
 
 
 def called_by(frame: types.FrameType) -> tuple[Callable[..., Any], list[Any]] | None:
@@ -390,8 +389,7 @@ def _is_dynamos(frame: types.FrameType, function: str) -> bool:
 
 @functools.cache
 def _eval_frame_file() -> str:
-    file: str = _found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename
-    return file
+    return _found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename
 
 
 def can_isolate() -> bool:
