@@ -31,6 +31,7 @@ PHASES = {
     "AOTAutogradCache.inductor_load": "Inductor",
     "inductor_import": "Inductor",
     "compile_file": "C++ compiler",
+    "async_compile.wait": "C++ compiler",  # of torch's worker processes, if it has some
 }
 OTHER = "other"  # imports of torch's parts, evaluating guards, running what was compiled
 

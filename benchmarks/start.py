@@ -47,9 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {
         "machine": machine(args.threads),
         "settings": {name: getattr(args, name) for name in SETTINGS},
+        "notes": [],
         "unavailable": {},
         "starts": [],
     }
+    if args.full_size:
+        results["notes"].append("torch's worker processes compile C++ files that are not counted")
     with tempfile.TemporaryDirectory() as directory:
         for layers in args.layers:
             measure(args, layers, Path(directory), results, log)

@@ -95,4 +95,5 @@ def _notes(results: dict[str, Any]) -> str:
         "again: the same tokens once more",
         *(f"not available: {LABELS[way]}: {why}" for way, why in results["unavailable"].items()),
     ]
+    lines += [f"note: {note}" for note in results["notes"]]
     return "\n".join(lines)

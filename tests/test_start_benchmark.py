@@ -19,6 +19,7 @@ from benchmarks.compile_phases import OTHER, PHASES, Spending, followed
 from benchmarks.start_child import STAGES, WAYS
 
 ROOT = Path(__file__).parent.parent
+STORED = ROOT / "benchmarks/results/start-epyc-2-threads.json"
 TOY = "--layers 1 --new-tokens 1 --inner eager --silent"
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -108,6 +109,7 @@ def test_all_timings_with_a_phase_are_in_torch_or_here() -> None:
             "_dynamo/backends/inductor.py",
             "_functorch/aot_autograd.py",
             "_functorch/_aot_autograd/aot_autograd_result.py",
+            "_inductor/async_compile.py",
             "_inductor/compile_fx.py",
             "_inductor/cpp_builder.py",
         )
@@ -168,6 +170,7 @@ def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: P
         "machine": {**dict.fromkeys(("cpu", "torch", "transformers"), "some"), "threads": 2}
         | {"cores": 2, "load_average_at_start": 0.0},
         "settings": {"full_size": False, "threads": 2, "prompt_tokens": 8, "new_tokens": 13},
+        "notes": ["on a busy machine"],
         "unavailable": {"llama.cpp": "llama-cpp-python is not installed"},
         "starts": [a_start(cache=cache, way=way) for cache in start.CACHES for way in WAYS[:2]],
     }
@@ -179,6 +182,7 @@ def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: P
     assert cells[:3] == ["1.0", "2.0", "9.0"]
     assert cells[-6:] == ["7.0", "15.0", "16.00", "6", "6", "0.00"]
     assert "not available: llama.cpp: llama-cpp-python is not installed" in out
+    assert "note: on a busy machine" in out
     pytest.importorskip("matplotlib")
     plot.draw(results, tmp_path / "start.svg")
     drawn = (tmp_path / "start.svg").read_text("utf-8")
@@ -188,6 +192,38 @@ def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: P
 
 def test_every_part_has_a_colour() -> None:
     assert plot.PART_COLOURS.keys() == set(start_report.PARTS)
+
+
+# ---- the stored run
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(STORED.read_text("utf-8"))
+    return loaded
+
+
+def test_the_stored_summaries_follow_from_their_stages(stored: dict[str, Any]) -> None:
+    for each in stored["starts"]:
+        assert each["summary"] == start_report.summarize(each, "cpu")
+        found = each["summary"]
+        assert found["all tokens"] == pytest.approx(sum(found["parts"].values()), rel=0.001)
+
+
+def test_figures_of_the_readme_are_those_of_the_run(stored: dict[str, Any]) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    if STORED.name not in readme:
+        pytest.skip("README does not tell of this run")
+    seconds = {
+        (each["way"], each["layers"], each["cache"]): each["summary"]["all tokens"]
+        for each in stored["starts"]
+    }
+    rows = {(way, layers) for way, layers, _ in seconds if way in ("whole", "pieces")}
+    for way, layers in rows:
+        cold, warm = (seconds[way, layers, cache] for cache in start.CACHES)
+        assert (
+            f"| `{start_report.LABELS[way]}`, {layers} layers | {cold:.0f} | {warm:.0f} |" in readme
+        )
 
 
 # ---- the program
