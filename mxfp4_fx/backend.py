@@ -192,6 +192,8 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
         return by_inductor()
     except Exception as error:
         # Torch survives a broken entry of its caches, but not a broken file that an entry names.
+        if not _is_of_a_file(error):
+            raise
         with torch_private.empty_caches():
             try:
                 compiled = by_inductor()
@@ -204,6 +206,17 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
             error,
         )
         return compiled
+
+
+def _is_of_a_file(error: BaseException | None) -> bool:
+    """Return whether an error, or one inside it, may come from loading a broken file.
+
+    A library raises OSError or ImportError, Python code any of the others.
+    """
+    kinds = (OSError, ImportError, SyntaxError, AttributeError, ValueError)
+    while error is not None and not isinstance(error, kinds):
+        error = getattr(error, "inner_exception", None) or error.__cause__  # Inductor wraps errors
+    return error is not None
 
 
 def announce(ctx: Context) -> None:

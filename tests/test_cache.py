@@ -107,7 +107,7 @@ def test_the_version_and_the_sources_of_the_ops_are_the_fingerprint(
 
 
 def cut(directory: Path, *parts: str) -> None:
-    """Cut the files in half whose paths have one of the parts, as a full disk does.
+    """Cut the files off near their beginning whose paths have one of the parts, as a full disk does.
 
     Each is a new file: what a process has mapped of the old one stays.
     """
@@ -116,7 +116,7 @@ def cut(directory: Path, *parts: str) -> None:
     for file in files:
         content = file.read_bytes()
         file.unlink()
-        file.write_bytes(content[: len(content) // 2])
+        file.write_bytes(content[:64])
 
 
 def test_broken_entries_are_made_anew(cache: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_second_process_finds_what_the_first_made_and_survives_broken_librarie
 ) -> None:
     assert not is_found(in_a_process(tmp_path, 1)[0])
     assert is_found(in_a_process(tmp_path, 2)[0])
-    cut(tmp_path, ".so")
+    cut(tmp_path, ".main.so")  # not torch's own test of the CPU's instructions, which it needs
     found, told = in_a_process(tmp_path, 3)
     assert found["autograd_cache_miss"] == 1
     assert "torch's compile cache seems to be broken" in told
