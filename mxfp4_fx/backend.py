@@ -111,7 +111,13 @@ def bind(
     """Compile a lowered graph; the result takes the captured graph's inputs."""
     plan = plan_inputs(captured, lowered, ctx)
     fakes = [n.meta.get("example_value") for n in lowered.graph.find_nodes(op="placeholder")]
-    compiled = compile_inner(lowered, plan.examples(ctx.inputs, fakes), options)
+    with plan.swizzling_ahead(
+        tuple(ctx.inputs),
+        is_quiet=options.inner == "inductor"
+        and torch_private.inductor_measures(options.mode, options.inductor),
+        are_freed=options.free_weights,
+    ):
+        compiled = compile_inner(lowered, plan.examples(ctx.inputs, fakes), options)
     if options.free_weights:
 
         def run_and_free(*args: Any) -> Any:
@@ -121,8 +127,6 @@ def bind(
             return compiled(*plan.inputs(args))
 
         return run_and_free
-
-    plan.swizzle_ahead(tuple(ctx.inputs))
 
     def run(*args: Any) -> Any:
         return compiled(*plan.inputs(args))

@@ -33,7 +33,7 @@ from mxfp4_fx.core.errors import (
     RepeatedSwizzleWarning,
 )
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, Skip
+from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, WHY_SKIPPED, Skip
 from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
 from mxfp4_fx.huggingface import hub_modules
@@ -190,7 +190,7 @@ class Call:
         if getattr(module, KEEP_DENSE, False):
             return "kept dense: skip= or modules_to_not_convert named it when it was loaded"
         if vars(module).get(SKIPPED, False):
-            return "skipped by options['skip']"
+            return WHY_SKIPPED
         return None
 
     def left_inputs(self, inputs: Sequence[Any]) -> dict[int, str | None]:

@@ -107,7 +107,7 @@ def test_the_version_and_the_sources_of_the_ops_are_the_fingerprint(
 
 
 def cut(directory: Path, *parts: str) -> None:
-    """Cut the files off near their beginning whose paths have one of the parts, as a full disk does.
+    """Cut files off whose paths have one of the parts, as a full disk does.
 
     Each is a new file: what a process has mapped of the old one stays.
     """

@@ -216,7 +216,10 @@ def test_quantize_of_no_experts_and_no_rows(library: Library) -> None:
 
 # ---- swizzle
 
-BLOCK_SIZES = [(0, 5, 1), (2, 64, 4), (3, 33, 5), (1, 31, 2), (2, 5, 1), (1, 1, 3), (40, 64, 3)]
+BLOCK_SIZES = [
+    *((0, 5, 1), (2, 64, 4), (3, 33, 5), (1, 31, 2), (2, 5, 1), (1, 1, 3), (40, 64, 3)),
+    *((1, 64, 8), (2, 70, 19)),  # groups of eight blocks, alone and with a rest
+]
 
 
 @pytest.mark.parametrize("size", BLOCK_SIZES)  # E, N, K / 32
@@ -232,6 +235,29 @@ def test_swizzle_and_unswizzle_are_those_of_the_layout(
         assert_same_bits((panels, flags), expected)
         back = library.unswizzle(panels, n, 32 * groups, threads)
         assert_same_bits(back, (blocks, scales))
+
+
+def test_panels_may_begin_at_any_byte(library: Library) -> None:
+    blocks = torch.randint(0, 256, (2, 64, 9, 16), dtype=torch.uint8)
+    scales = torch.randint(0, 256, (2, 64, 9), dtype=torch.uint8)
+    expected = each_expert(blocks, scales)
+    panels, flags = dirty_panels(2, 64, 288)
+    memory = dirty(panels.numel() + 64)
+    for start in (0, 1, 16, 32):
+        memory.fill_(0xA5)
+        panels = memory[start : start + panels.numel()].view(panels.shape)
+        library.call("mxfp4_swizzle", blocks, scales, 2, 64, 288, panels, flags, c_int32(2))
+        assert_same_bits((panels, flags), expected)
+        assert (memory[:start] == 0xA5).all()
+        assert (memory[start + panels.numel() :] == 0xA5).all()
+
+
+@pytest.mark.parametrize("place", range(19))
+@pytest.mark.parametrize("scale", [1, 253])
+def test_one_scale_sets_the_flag_wherever_it_is(library: Library, place: int, scale: int) -> None:
+    blocks, scales = dirty(1, 64, 19, 16), torch.full((1, 64, 19), 127, dtype=torch.uint8)
+    scales[0, 32 + 31 - place, place] = scale
+    assert library.swizzle(blocks, scales)[1].tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("by", ["swizzle", "quantize"])

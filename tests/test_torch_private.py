@@ -374,6 +374,16 @@ def test_backends_have_names() -> None:
     assert torch_private.backend_named("eager")(gm, [torch.ones(2)])(torch.ones(2)) is not None
 
 
+def test_inductor_tells_whether_it_measures() -> None:
+    measures = torch_private.inductor_measures
+    assert not measures(None, {})
+    assert not measures("reduce-overhead", {"max_autotune": False})
+    assert measures("max-autotune", {})
+    assert measures(None, {"max_autotune_pointwise": True})
+    with torch._inductor.config.patch(max_autotune_gemm=True):
+        assert measures(None, {})
+
+
 def test_inductor_takes_options_and_knows_modes() -> None:
     modes = torch_private._found("torch._inductor", "list_mode_options")
     assert modes("max-autotune")["max_autotune"] is True

@@ -30,6 +30,7 @@ KEEP_DENSE = "_mxfp4_fx_keep_dense"
 # The same on experts during a call whose options["skip"] names them. Dynamo guards both marks,
 # because what it traces reads them.
 SKIPPED = "_mxfp4_fx_skipped"
+WHY_SKIPPED = "skipped by options['skip']"
 _REGEX = set("\\()|^$+{}")
 # A match must end at a dot, after a dot or at the end of the name.
 _UP_TO_A_DOT = r"(?:(?<=\.)|(?=\.|$))"

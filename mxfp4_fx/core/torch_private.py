@@ -230,6 +230,36 @@ def note_as_weight(placeholder: fx.Node) -> None:
     placeholder._dynamo_source = None
 
 
+# Higher-order ops that run a graph on operands -> where these begin among the arguments. The graph
+# comes first; a nested compile region has a name behind it, which its calls share.
+_FIRST_OPERANDS = {"invoke_subgraph": 2, "tag_activation_checkpoint": 1}
+
+
+def first_operand(target: object) -> int | None:
+    """Return where the operands of a higher-order op that runs a graph begin, or None."""
+    if not isinstance(target, torch._ops.HigherOrderOperator):
+        return None
+    return _FIRST_OPERANDS.get(target.name())
+
+
+def names_of_body(target: object, name: str) -> tuple[str, ...]:
+    """Return the arguments of such an op between its graph and its operands, for a new graph."""
+    return (name,) * ((first_operand(target) or 1) - 1)
+
+
+def source_path(placeholder: fx.Node) -> str:
+    """Return the path by which Dynamo reads an input: "L['self']._parameters['weight']", or ""."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", "")  # a method before torch 2.12
+    return str(name() if callable(name) else name)
+
+
+def note_on_weight(placeholder: fx.Node, is_weight: bool) -> None:
+    """Note whether an input of a region is a fixed object, as :func:`is_noted_as_weight` reads."""
+    held = {k: v for k, v in placeholder.meta.get("tensor_dict", {}).items() if k != _STATIC_INPUT}
+    placeholder.meta["tensor_dict"] = held | ({_STATIC_INPUT: "unguarded"} if is_weight else {})
+
+
 def without_saved_tensor_hooks() -> Any:
     """Return a context for fake calls without hooks on saved tensors, which may count real ones."""
     return _found("torch._dynamo.utils", "_disable_saved_tensors_hooks_during_tracing")()
@@ -247,9 +277,19 @@ def compile_with_inductor(
     gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: Mapping[str, Any]
 ) -> Any:
     """Compile a graph with Inductor. ``options`` override those of ``torch.compile``'s ``mode``."""
-    of_mode = _found("torch._inductor", "list_mode_options")(mode) if mode else {}
     compile_fx = _found("torch._inductor.compile_fx", "compile_fx")
-    return compile_fx(gm, inputs, config_patches={**of_mode, **options} or None)
+    return compile_fx(gm, inputs, config_patches={**_of_mode(mode), **options} or None)
+
+
+def inductor_measures(mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Return whether Inductor times kernels while it compiles, to choose the fastest."""
+    config, chosen = _found("torch._inductor", "config"), {**_of_mode(mode), **options}
+    names = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise")
+    return any(chosen.get(name, getattr(config, name, False)) for name in names)
+
+
+def _of_mode(mode: str | None) -> dict[str, Any]:
+    return _found("torch._inductor", "list_mode_options")(mode) if mode else {}
 
 
 def empty_caches() -> contextlib.AbstractContextManager[Any]:
@@ -325,7 +365,7 @@ def timed(name: str) -> Any:
 
 def stance() -> str:
     """Return the present stance of ``torch.compiler.set_stance``."""
-    return _found("torch._dynamo.eval_frame", "_stance.stance")
+    return str(_found("torch._dynamo.eval_frame", "_stance.stance"))
 
 
 LimitCheck = Callable[[Any, Any], tuple[bool, str]]
@@ -367,7 +407,7 @@ def keep_apart(frame: types.FrameType) -> None:
 
 @functools.cache
 def _region() -> int:
-    return next(_found("torch._dynamo.eval_frame", "_next_isolate_recompiles_id"))
+    return int(next(_found("torch._dynamo.eval_frame", "_next_isolate_recompiles_id")))
 
 
 def called_by(frame: types.FrameType) -> tuple[Callable[..., Any], list[Any]] | None:
@@ -389,7 +429,7 @@ def _is_dynamos(frame: types.FrameType, function: str) -> bool:
 
 @functools.cache
 def _eval_frame_file() -> str:
-    return _found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename
+    return str(_found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename)
 
 
 def can_isolate() -> bool:

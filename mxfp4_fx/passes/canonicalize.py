@@ -17,9 +17,9 @@ from torch import fx
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.effects import Effect, Modes, effect, modes
+from mxfp4_fx.passes.effects import Effect, Modes, modes
 from mxfp4_fx.passes.graph import known_tensor, read_call, same_shape, tensor_of
-from mxfp4_fx.passes.memory import UNKNOWN, storages, tensors_in
+from mxfp4_fx.passes.memory import UNKNOWN, effects_on, storages, tensors_in
 
 # In-place methods and the functional methods of the same meaning.
 _FUNCTIONAL = {
@@ -31,7 +31,7 @@ _FUNCTIONAL = {
 
 def canonicalize(gm: fx.GraphModule, ctx: Context) -> None:
     """Make in-place calls functional where that is safe, then remove what changes nothing."""
-    values = _Values(gm.graph)
+    values = _Values(gm.graph, ctx.begin)
     for node in list(gm.graph.nodes):
         if node.op == "call_method" and node.target in _FUNCTIONAL:
             _functionalize_method(node, values)
@@ -52,16 +52,16 @@ class _Values:
     describe the value at every node.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self._modes = modes(graph)
+    def __init__(self, graph: fx.Graph, begin: Modes | None = None) -> None:
+        self._modes = modes(graph, begin)
         self._nodes_of: dict[object, list[fx.Node]] = collections.defaultdict(list)
         for node in graph.nodes:
             self.note(node, node)
         self._unsteady = {
             id(value)
-            for node in graph.nodes
-            if effect(node) & ~Effect.WRITES
-            for argument in node.all_input_nodes
+            for effects in effects_on(graph).values()
+            for argument, what in effects.items()
+            if what & ~Effect.WRITES
             for value in tensors_in(argument)
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -166,7 +166,7 @@ def _check_device(match: Match, ctx: Context) -> None:
 
 def _check_weights(match: Match, ctx: Context) -> None:
     """Check that each weight to swizzle is an input that is the same object at every call."""
-    inputs = _inputs(match, ctx)
+    inputs = ctx.values(match.leaves["gate_up"].graph)
     for name in _SWIZZLED:
         node = match.leaves.get(name)
         if node is None:
@@ -211,7 +211,7 @@ def _check_gradients(
                 "torch.no_grad(), or freeze the experts with requires_grad_(False)"
             )
             _fail(match, reason, match.leaves[name])
-    inputs = _inputs(match, ctx)
+    inputs = ctx.values(match.leaves["gate_up"].graph)
     for name in _KEPT:
         value = inputs.get(match.leaves[name])
         if isinstance(value, Tensor) and value.is_inference():
@@ -244,11 +244,10 @@ def _check_writes(root: fx.Node, match: Match, memory: Memory, records: bool) ->
             if watched and may_share(mine, written):
                 how = "may be" if effect(writer) & Effect.UNKNOWN else "is"
                 _fail(match, f"{name} {how} written to in the graph, by {writer}", writer)
-
-
-def _inputs(match: Match, ctx: Context) -> dict[fx.Node, Any]:
-    placeholders = match.leaves["gate_up"].graph.find_nodes(op="placeholder")
-    return dict(zip(placeholders, ctx.inputs, strict=True))
+        for writer, written, later in memory.writes_outside:
+            watched = name in _SWIZZLED or (later and records and name in _KEPT)
+            if watched and may_share(mine, written):
+                _fail(match, f"{name} may be written to outside of its region, by {writer}", None)
 
 
 def _fail(match: Match, reason: str, node: fx.Node | None) -> NoReturn:

@@ -135,12 +135,14 @@ class Modes:
     inference: bool
 
 
-def modes(graph: fx.Graph) -> dict[fx.Node, Modes]:
+def modes(graph: fx.Graph, begin: Modes | None = None) -> dict[fx.Node, Modes]:
     """Return the modes at each node.
 
-    Dynamo calls the backend in the modes that the graph begins in, so these are read now.
+    Args:
+        begin: the modes that the graph begins in. Dynamo calls the backend in those of the graph
+            that it captured, so the present ones are taken by default.
     """
-    now = Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    now = begin or Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     before: dict[fx.Node, Modes] = {}  # node that enters a mode -> the modes that its exit restores
     found: dict[fx.Node, Modes] = {}
     for node in graph.nodes:

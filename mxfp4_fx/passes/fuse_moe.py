@@ -8,14 +8,13 @@ that look like experts (``suspects.py``), each with its reason.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 import torch
 from torch import fx
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.core import torch_private
-from mxfp4_fx.core.skip import Skip
+from mxfp4_fx.core.skip import WHY_SKIPPED, Skip
 from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.ops import reference
 from mxfp4_fx.passes import verification
@@ -48,8 +47,10 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     """Replace every proven MoE MLP by one ``mxfp4::moe``; report the rest."""
     suspects, weights, in_subgraphs = find_suspects(gm, ctx)
     misses: dict[str, Mismatch] = {}
+    slots = ctx.slots(gm.graph)
     roots = {form.result.op for form in FORMS}
-    memory, modes_at = Memory(gm.graph, ctx.inputs), modes(gm.graph)
+    memory = Memory(gm.graph, ctx.values(gm.graph), ctx.around)
+    modes_at = modes(gm.graph, ctx.begin)
     for root in list(gm.graph.nodes):
         if op_name(root) not in roots:
             continue
@@ -65,7 +66,8 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
         layers = [suspects.pop(node) for node in match.nodes.values() if node in suspects]
         layer = layers[0] if layers else module_name(root)
         names = ("gate_up", "down", *SCALES)
-        inputs = _slots(gm.graph, (match.leaves[name] for name in names if name in match.leaves))
+        weights_here = (match.leaves[name] for name in names if name in match.leaves)
+        inputs = tuple(sorted({slots[node] for node in weights_here if node in slots}))
         left = _why_left(layer, inputs, ctx)
         if left is not None:
             ctx.report.misses.append(Miss(layer, left, skipped=True, inputs=inputs))
@@ -96,12 +98,7 @@ def _why_left(layer: str, inputs: tuple[int, ...], ctx: Context) -> str | None:
     known = [ctx.left[at] for at in inputs if at in ctx.left]
     if known:
         return next((why for why in known if why is not None), None)
-    return "skipped by options['skip']" if Skip(ctx.options.skip).names(layer) else None
-
-
-def _slots(graph: fx.Graph, nodes: Iterable[fx.Node]) -> tuple[int, ...]:
-    slots = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
-    return tuple(sorted({slots[node] for node in nodes if node in slots}))
+    return WHY_SKIPPED if Skip(ctx.options.skip).names(layer) else None
 
 
 def _match_experts(root: fx.Node) -> tuple[Form, Match]:

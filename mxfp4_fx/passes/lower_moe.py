@@ -27,8 +27,7 @@ _MXFP4 = torch.ops.mxfp4
 
 def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
     """Expand every ``mxfp4::moe`` for its device; report it with kernels, layout and bytes."""
-    slots = {node: at for at, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    swizzled: dict[tuple[fx.Node, ...], tuple[fx.Node, fx.Node]] = {}
+    ctx.slots(gm.graph)  # before inputs come and go
     # A node without REWRITE is one that the model itself calls. Nothing is proven about it.
     for node in [node for node in gm.graph.nodes if REWRITE in node.meta]:
         rewrite = node.meta.pop(REWRITE)
@@ -42,13 +41,8 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
             if scales is not None:
                 held, encoding = (weight, scales), PACKED[values["layout"]]
             layout = chosen.layout_of(encoding.layouts)
-            if held not in swizzled:
-                parts = swizzled[held] = _swizzled_inputs(held, encoding, layout)
-                at = tuple(slots[one] for one in held)
-                names = parts[0].name, parts[1].name
-                full_name = f"{name}_proj of {rewrite.layer}"
-                ctx.bindings.append(Binding(at, encoding, layout, names, full_name))
-            found.append(swizzled[held])
+            full_name = f"{name}_proj of {rewrite.layer}"
+            found.append(swizzled_inputs(held, encoding, layout, full_name, ctx))
         gate_up, down = found
         _expand(node, values, gate_up, down, chosen.kernels, layout)
         lowered = dataclasses.replace(
@@ -59,9 +53,7 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
             bytes_after=sum(known_tensor(part).numel() for part in (*gate_up, *down)),
         )
         ctx.report.rewrites.append(lowered)
-    for source in {source for sources in swizzled for source in sources}:
-        if not source.users:
-            gm.graph.erase_node(source)
+    erase_unread(gm.graph, ctx)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -70,10 +62,37 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False))
 
 
-def _swizzled_inputs(
+def swizzled_inputs(
+    held: tuple[fx.Node, ...], encoding: Encoding, layout: str, name: str, ctx: Context
+) -> tuple[fx.Node, fx.Node]:
+    """Return the graph's inputs for the swizzled blocks and scales of a weight; bind new ones.
+
+    Args:
+        held: the captured inputs that are the weight's tensors. New inputs come behind them.
+        encoding: how these hold the weight.
+        layout: the layout that the graph reads.
+        name: the weight's name, for users.
+        ctx: gets the binding.
+    """
+    if (held, layout) not in ctx.swizzled:
+        parts = ctx.swizzled[held, layout] = _new_inputs(held, encoding, layout)
+        slots = ctx.slots(held[0].graph)
+        at = tuple(slots[one] for one in held)
+        ctx.bindings.append(Binding(at, encoding, layout, (parts[0].name, parts[1].name), name))
+    return ctx.swizzled[held, layout]
+
+
+def erase_unread(graph: fx.Graph, ctx: Context) -> None:
+    """Erase the captured inputs that are read swizzled only."""
+    present = set(graph.find_nodes(op="placeholder"))
+    for source in dict.fromkeys(source for held, _ in ctx.swizzled for source in held):
+        if source in present and not source.users:
+            graph.erase_node(source)
+
+
+def _new_inputs(
     held: tuple[fx.Node, ...], encoding: Encoding, layout: str
 ) -> tuple[fx.Node, fx.Node]:
-    """New graph inputs for the swizzled blocks and scales of one weight, behind its own."""
     first = held[0]
     fakes = tuple(map(known_tensor, held))
     with fakes[0].fake_mode:  # type: ignore[attr-defined]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, fx
 
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.torch_private import FakeTensor, is_wrapper
-from mxfp4_fx.passes.effects import Effect, effect
+from mxfp4_fx.passes.effects import Effect, Modes, effect
+from mxfp4_fx.passes.regions import region_of
 
 
 def tensors_in(node: fx.Node) -> Iterator[Tensor]:
@@ -54,30 +56,58 @@ class Memory:
 
     Attributes:
         writes: each call that may write, in order, with the keys of its arguments' memory.
+        writes_outside: for the graph of a region, each call outside of it that may write to one of
+            its inputs, with the keys of that input's memory, and whether it comes later.
     """
 
-    def __init__(self, graph: fx.Graph, inputs: list[Any]) -> None:
+    def __init__(
+        self, graph: fx.Graph, inputs: Mapping[fx.Node, Any], around: Around | None = None
+    ) -> None:
+        """
+        Args:
+            inputs: the graph's inputs -> their values.
+            around: what the inputs are outside, if the graph is that of a region.
+        """
         # Two inputs have different fake storages even if they share real memory, as a parameter and
         # a view of it do, or two tensors of one numpy array. So the real memory is a second key.
         self._shared: dict[object, object] = {}
-        areas = _areas([value for value in inputs if _has_memory(value)])
-        for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        areas = _areas([value for value in inputs.values() if _has_memory(value)])
+        for node, value in inputs.items():
             if _has_memory(value):
                 self._shared |= {key: ("input", areas[id(value)]) for key in storages(node)}
-        effects = {node: effect(node) for node in graph.nodes}
+        effects = effects_on(graph)
         self._reshaped = _touched(effects, Effect.RESHAPES)
         self._repointed = _touched(effects, Effect.REPOINTS)
+        self.writes_outside: list[tuple[fx.Node, set[object], bool]] = []
+        if around is not None:
+            self._add_outside([*inputs], around)
         self.writes = [
-            (node, self._given(node, what))
-            for node, what in effects.items()
-            if what & (Effect.WRITES | Effect.UNKNOWN)
+            (node, self._written(on))
+            for node, on in effects.items()
+            if any(what & (Effect.WRITES | Effect.UNKNOWN) for what in on.values())
         ]
 
-    def _given(self, node: fx.Node, what: Effect) -> set[object]:
-        given = {key for argument in node.all_input_nodes for key in self.of(argument)}
-        # A transform has many calls, and nearly all only read. So UNKNOWN memory counts as written
-        # only if the call certainly writes.
-        return given if what & Effect.WRITES else given - {UNKNOWN}
+    def _add_outside(self, inputs: list[fx.Node], around: Around) -> None:
+        for node, memory, reshaper in zip(inputs, around.memory, around.reshapers, strict=True):
+            self._shared |= dict.fromkeys(storages(node), ("outside", memory))
+            for value in tensors_in(node):
+                if reshaper is not None:
+                    self._reshaped.setdefault(id(value), reshaper)
+                if memory is None:
+                    self._repointed.setdefault(id(value), node)
+        for writer, at, later in around.writes:
+            self.writes_outside.append((writer, self.of(inputs[at]), later))
+
+    def _written(self, on: dict[fx.Node, Effect]) -> set[object]:
+        written: set[object] = set()
+        for argument, what in on.items():
+            # A transform has many calls, and nearly all only read. So UNKNOWN memory counts as
+            # written only if the call certainly writes.
+            if what & Effect.WRITES:
+                written |= self.of(argument)
+            elif what & Effect.UNKNOWN:
+                written |= self.of(argument) - {UNKNOWN}
+        return written
 
     def of(self, node: fx.Node) -> set[object]:
         """Return the keys of a node's memory."""
@@ -92,15 +122,73 @@ class Memory:
         return next((call for call in found if call is not None), None)
 
 
-def _touched(effects: dict[fx.Node, Effect], what: Effect) -> dict[int, fx.Node]:
+Effects = dict[fx.Node, dict[fx.Node, Effect]]
+
+
+def effects_on(graph: fx.Graph) -> Effects:
+    """Return each call of a graph -> what it may do in place to each of its arguments."""
+    bodies: dict[fx.GraphModule, list[Effect]] = {}
+    return {node: _effects_of(node, bodies) for node in graph.nodes}
+
+
+def _effects_of(node: fx.Node, bodies: dict[fx.GraphModule, list[Effect]]) -> dict[fx.Node, Effect]:
+    region = region_of(node)
+    if region is None:
+        what = effect(node)
+        return dict.fromkeys(node.all_input_nodes, what) if what else {}
+    if region.body not in bodies:
+        bodies[region.body] = _effects_on_inputs(region.body.graph)
+    found: dict[fx.Node, Effect] = {}
+    for operand, what in zip(region.operands, bodies[region.body], strict=True):
+        if isinstance(operand, fx.Node) and what:
+            found[operand] = found.get(operand, Effect.READS) | what
+    return found
+
+
+def _effects_on_inputs(graph: fx.Graph) -> list[Effect]:
+    """Return what a graph may do in place to each of its inputs."""
+    memory = Memory(graph, {})
+    inputs = {node: memory.of(node) for node in graph.find_nodes(op="placeholder")}
+    found = dict.fromkeys(inputs, Effect.READS)
+    for effects in effects_on(graph).values():
+        for argument, what in effects.items():
+            touched = memory.of(argument) - (set() if what & Effect.WRITES else {UNKNOWN})
+            for node, mine in inputs.items():
+                if may_share(mine, touched):
+                    found[node] |= what
+    return [*found.values()]
+
+
+def _touched(effects: Effects, what: Effect) -> dict[int, fx.Node]:
     """Map the id of a fake tensor to the last call that may do ``what`` to it."""
     return {
         id(value): node
-        for node, found in effects.items()
+        for node, on in effects.items()
+        for argument, found in on.items()
         if found & what
-        for argument in node.all_input_nodes
         for value in tensors_in(argument)
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What the inputs of a region are outside of it, in the order of the inputs.
+
+    Regions whose ``Around`` is equal are alike for all that the passes ask.
+
+    Attributes:
+        modes: torch's modes where the region is called.
+        memory: for each input a number that inputs share if their memory may overlap; None if an
+            input's memory is not known.
+        reshapers: for each input the call outside that changes its shape in place, or None.
+        writes: each call outside that may write to an input, that input's position, and whether the
+            call comes after the region.
+    """
+
+    modes: Modes
+    memory: tuple[int | None, ...]
+    reshapers: tuple[fx.Node | None, ...]
+    writes: tuple[tuple[fx.Node, int, bool], ...]
 
 
 def may_share(a: set[object], b: set[object]) -> bool:

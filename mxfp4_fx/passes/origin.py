@@ -9,6 +9,8 @@ import re
 import torch
 from torch import fx
 
+from mxfp4_fx.core import torch_private
+
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -30,17 +32,27 @@ def module_name(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return "(top level)"
+    return _name(str(list(stack.values())[-1][0])) or "(top level)"
+
+
+def owner_name(placeholder: fx.Node) -> str:
+    """Return the qualified name of the module whose parameter or buffer an input is, or ""."""
+    path, _, last = torch_private.source_path(placeholder).rpartition("[")
+    is_held = last and path.endswith(("._parameters", "._buffers"))
+    return _name(path.rpartition(".")[0]) if is_held else ""
+
+
+def _name(path: str) -> str:
     # In a module Dynamo's path is like L['self'].model.layers[0].mlp or
     # L['self'].__dict__['_modules']['model'], in a function like G['model'] or
     # L['run'].__closure__[0].cell_contents.
-    path = str(list(stack.values())[-1][0])
     steps = ["".join(step.groups("")) for step in _STEP.finditer(path)]
     names = [
         name
         for before, name in itertools.pairwise(["", *steps])
         if name not in _NO_NAMES and before != "__closure__" and not name.startswith("__import_")
     ]
-    return ".".join(names[1:] if path.startswith("L[") else names) or "(top level)"
+    return ".".join(names[1:] if path.startswith("L[") else names)
 
 
 def is_of_gpt_oss(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from mxfp4_fx.core.errors import PipelineError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import REWRITE, Context, Pass
+from mxfp4_fx.passes.enter_regions import enter_regions
 from mxfp4_fx.passes.fuse_moe import fuse_moe
 from mxfp4_fx.passes.lower_moe import lower_moe
 
@@ -35,10 +36,16 @@ def check(gm: fx.GraphModule, ctx: Context) -> None:
     gm.graph.lint()
 
 
+def rewrite_regions(gm: fx.GraphModule, ctx: Context) -> None:
+    """Fourth pass: the whole pipeline for the bodies of regions; see ``enter_regions.py``."""
+    enter_regions(gm, ctx, _rewrite_body)
+
+
 PIPELINE: tuple[Pass, ...] = (
     canonicalize,  # equal computations look alike ...
     fuse_moe,  # ... so that one pattern finds them; proves and replaces, knows no device
     lower_moe,  # knows the device, proves nothing
+    rewrite_regions,  # after lower_moe, so that both bind a weight that both read once
     check,  # relies on no other pass
 )
 
@@ -69,6 +76,17 @@ def run_pipeline(
         for step in PIPELINE:
             run_pass(step, rewritten, ctx)
     return (rewritten if ctx.report.rewrites else gm), ctx
+
+
+def _rewrite_body(body: fx.GraphModule, ctx: Context) -> fx.GraphModule:
+    """Run all passes on a copy of a region's body and return it."""
+    rewritten = copy_graph(body)
+    for node, value in ctx.values(rewritten.graph).items():
+        # Dynamo's note is about the body's first call.
+        torch_private.note_on_weight(node, value is not None)
+    for step in PIPELINE:
+        run_pass(step, rewritten, ctx)
+    return rewritten
 
 
 def run_pass(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:

@@ -10,6 +10,7 @@ from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.graph import op_name
 from mxfp4_fx.passes.memory import tensors_in
 from mxfp4_fx.passes.origin import module_name, source_line
+from mxfp4_fx.passes.regions import unsearched
 from mxfp4_fx.passes.report import Miss
 
 # The logical ops, where a model calls them itself.
@@ -28,21 +29,20 @@ def find_suspects(
     Returns:
         The suspects of the graph itself -> their modules' names; a module's name -> the graph's
         inputs that its suspects read; and a miss for each module that has suspects in the subgraphs
-        of higher-order ops, which the passes do not enter.
+        of higher-order ops that the passes do not enter.
     """
-    placeholders = gm.graph.find_nodes(op="placeholder")
     parameters: list[tuple[fx.Node, Inputs]] = [
         (node, Inputs({at}))
-        for at, (node, value) in enumerate(zip(placeholders, ctx.inputs, strict=True))
-        if is_parameter(node, value)
+        for node, at in ctx.slots(gm.graph).items()
+        if is_parameter(node, ctx.inputs[at])
     ]
     # Parameters are attributes of the graph if an option of Dynamo keeps it from lifting them.
     parameters += [(node, Inputs()) for node in gm.graph.find_nodes(op="get_attr")]
     # A value is the same fake tensor in the graph and in the subgraphs that take it as an input.
     weights = {id(v): at for node, at in parameters for v in tensors_in(node) if _is_stack(v)}
     reason = (
-        "it is inside a subgraph (activation checkpointing or a nested compile region), "
-        "which is not searched"
+        "it is inside a subgraph (the branch of a condition, or the body of a loop or of an "
+        "autograd.Function), which is not searched"
     )
     inputs: dict[str, Inputs] = {}
     suspects: dict[fx.Node, str] = {}
@@ -50,8 +50,10 @@ def find_suspects(
         suspects[node] = layer
         inputs[layer] = inputs.get(layer, Inputs()) | read
     misses: dict[str, Miss] = {}
-    for name, module in gm.named_modules():
-        if name and isinstance(module, fx.GraphModule):
+    for body in unsearched(gm.graph):
+        for module in body.modules():
+            if not isinstance(module, fx.GraphModule):
+                continue
             for node, (layer, read) in _multiplied(module.graph, weights).items():
                 misses.setdefault(layer, Miss(layer, reason, source_line(node)))
                 inputs[layer] = inputs.get(layer, Inputs()) | read

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import background, torch_private
+from mxfp4_fx.weights import freed
 from mxfp4_fx.weights.freed import is_freed
 from mxfp4_fx.weights.source import Encoding, Parts, Source
 from mxfp4_fx.weights.state import Mark, mark_of
 from mxfp4_fx.weights.store import STORE, warn_of_repeats
+from mxfp4_fx.weights.swizzle import is_native
 
 _TITLE = "mxfp4: swizzling expert weights"
 
@@ -120,15 +123,57 @@ class InputPlan:
                 parts = self._look_up(args)  # swizzling may mark weights that share memory stale
         return [args[at] if part is None else parts[at][part] for at, part in self._inputs]
 
-    def swizzle_ahead(self, inputs: tuple[Any, ...]) -> None:
-        """Swizzle the weights while compiling, with a progress bar, not in the first call."""
-        for binding in tqdm(self.bindings, _TITLE, leave=False, disable=None):
-            source = binding.source(inputs)
-            if all(
-                isinstance(t, Tensor) and not isinstance(t, torch_private.FakeTensor)
-                for t in source.tensors
-            ):
+    @contextlib.contextmanager
+    def swizzling_ahead(
+        self, inputs: tuple[Any, ...], *, is_quiet: bool, are_freed: bool
+    ) -> Iterator[None]:
+        """Swizzle weights while the block compiles, not in the first call, with a progress bar.
+
+        Weights that a native function swizzles are swizzled in a thread beside the block, the
+        others after it: those share Python, or a GPU's streams, with the compiler. If the block
+        raises, the store forgets what was swizzled.
+
+        Args:
+            inputs: the captured graph's inputs.
+            is_quiet: the block measures times, so nothing may run beside it.
+            are_freed: the first call frees the weights. So that the peak of memory does not grow,
+                only weights in a mapped file are swizzled ahead, and each one's pages are given
+                back at once.
+
+        Raises:
+            BaseException: whatever swizzling raises, after the block.
+        """
+        needed = [binding for binding in self.bindings if self._is_needed(binding, inputs)]
+        beside = [binding for binding in needed if _is_native(binding, inputs)]
+        if are_freed:
+            files = freed.mapped_files()
+            needed = beside = [b for b in beside if self._is_paged(b, inputs, files)]
+        made: list[Source] = []
+
+        def swizzle(bindings: list[Binding], is_stopped: Callable[[], bool]) -> None:
+            for binding in tqdm(bindings, _TITLE, leave=False, disable=None):
+                if is_stopped():
+                    return
+                source = binding.source(inputs)
+                made.append(source)
                 STORE.get(source, binding.layout, binding.name)
+                if are_freed:
+                    freed.page_out(source.tensors)
+
+        if is_quiet:
+            beside = []
+        after = [binding for binding in needed if binding not in beside]
+        try:
+            with contextlib.ExitStack() as thread:
+                if beside:
+                    work = functools.partial(swizzle, beside)
+                    thread.enter_context(background.meanwhile(work))
+                yield
+            if after:
+                swizzle(after, lambda: False)
+        except BaseException:
+            STORE.forget(tensor for source in made for tensor in source.tensors)
+            raise
 
     def free(self, args: tuple[Any, ...]) -> None:
         """Swizzle each weight and free its source's memory before the next one is swizzled.
@@ -146,6 +191,24 @@ class InputPlan:
         if found:
             for binding in tqdm(found, _TITLE, leave=False, disable=None):
                 STORE.free(binding.source(args), binding.layout, binding.name)
+
+    def _is_needed(self, binding: Binding, inputs: tuple[Any, ...]) -> bool:
+        """Return whether a real weight is to be swizzled for the first call."""
+        tensors = binding.take(inputs)
+        if not all(_is_real(tensor) for tensor in tensors):
+            return False
+        with torch_private.as_plain_tensors():
+            return STORE.find(tensors, binding.encoding, binding.layout) is None
+
+    def _is_paged(self, binding: Binding, inputs: tuple[Any, ...], files: Sequence[range]) -> bool:
+        """Return whether :meth:`free` will free a weight whose memory is a file's."""
+        source = binding.source(inputs)
+        return (
+            binding in self._only_swizzled
+            and all(freed.is_mapped(tensor, files) for tensor in source.tensors)
+            and STORE.can_free(source, binding.layout)
+            and not any(map(self._is_lent, source.tensors))
+        )
 
     def _look_up(self, args: tuple[Any, ...]) -> list[Parts]:
         find = STORE.find
@@ -169,3 +232,12 @@ class InputPlan:
                 self.bindings[0].name,
                 "every call brings another tensor, and the last one is gone",
             )
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, torch_private.FakeTensor)
+
+
+def _is_native(binding: Binding, inputs: tuple[Any, ...]) -> bool:
+    devices = {tensor.device.type for tensor in binding.take(inputs)}
+    return devices == {"cpu"} and is_native(binding.encoding, binding.layout, "cpu")

@@ -8,11 +8,13 @@ for torch does not check whether a storage has bytes.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -157,7 +159,7 @@ def free(parameters: Sequence[Tensor]) -> bool:
         except (torch.OutOfMemoryError, _StillAView):
             return False
         for parameter, old, room in zip(parameters, held, rooms, strict=True):
-            _page_out(old)
+            page_out([old])
             is_parameter = isinstance(parameter, nn.Parameter)
             # The class changes first: an interrupt between the two must leave nothing readable.
             parameter.__class__ = FreedParameter if is_parameter else FreedTensor
@@ -195,19 +197,48 @@ def _no_bytes(like: Tensor) -> Tensor:
     return room
 
 
-def _page_out(tensor: Tensor) -> None:
-    """Page out a tensor in a mapped file, whose mapping lives as long as other tensors use it.
+def page_out(tensors: Sequence[Tensor]) -> None:
+    """Page out tensors in mapped files, whose mappings live as long as other tensors use them.
 
     No data is lost: the system reads the pages again, and keeps pages that were written to.
     """
+    for tensor in tensors:
+        place = _place(tensor)
+        start = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (place.stop - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0:
+            advise = ctypes.CDLL(None).madvise
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_PAGEOUT))
+
+
+def mapped_files() -> list[range]:
+    """Return the addresses where this process has mapped files, in order; Linux only."""
+    if sys.platform != "linux":
+        return []
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split()
+        if inode != "0":
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            found.append(range(start, stop))
+    return found
+
+
+def is_mapped(tensor: Tensor, files: Sequence[range]) -> bool:
+    """Return whether a tensor's storage lies in one of :func:`mapped_files`."""
+    if is_freed(tensor):
+        return False
+    place = _place(tensor)
+    at = bisect.bisect_right(files, place.start, key=lambda file: file.start) - 1
+    return len(place) > 0 and at >= 0 and place.stop <= files[at].stop
+
+
+def _place(tensor: Tensor) -> range:
+    """Return the addresses of a tensor's storage; none if torch itself allocated it."""
     storage = tensor.untyped_storage()
     if sys.platform != "linux" or tensor.device.type != "cpu" or storage.resizable():
-        return
-    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (storage.data_ptr() + storage.nbytes() - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0:
-        advise = ctypes.CDLL(None).madvise
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_PAGEOUT))
+        return range(0)
+    return range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
 
 
 def _flat(value: Any) -> Iterator[Any]:

@@ -8,7 +8,6 @@ is a constant of a graph or enters a cache key.
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from mxfp4_fx.core import forks, torch_private
+from mxfp4_fx.core import background, forks, torch_private
 from mxfp4_fx.core.errors import (
     DeviceFullError,
     KeptWeightsWarning,
@@ -360,7 +359,7 @@ register_optimizer_step_post_hook(_is_stepped)
 
 def warn_of_repeats(name: str, why: str) -> None:
     """Warn that a weight is swizzled at each call."""
-    warnings.warn(
+    background.warn(
         f"{name or 'an expert weight'} is swizzled again at each call: {why}. The results are "
         f"right, but swizzling takes longer than the experts themselves",
         RepeatedSwizzleWarning,
@@ -369,7 +368,7 @@ def warn_of_repeats(name: str, why: str) -> None:
 
 
 def _warn_of_kept(name: str) -> None:
-    warnings.warn(
+    background.warn(
         f"options={{'free_weights': True}} could not give the memory of {name or 'a weight'} back: "
         "the device has no room to do it, or something refers to the tensor. The model keeps it",
         KeptWeightsWarning,
@@ -391,7 +390,7 @@ def _of_full_device(source: Source, name: str) -> str:
 def _warn_of_nan(experts: list[int], name: str) -> None:
     if experts:
         shown = ", ".join(map(str, experts[:8])) + (", ..." if experts[8:] else "")
-        warnings.warn(
+        background.warn(
             f"{name or 'an expert weight'} has infinite or NaN elements (experts {shown}): MXFP4 "
             f"makes NaN of each block of 32 that holds one",
             NanWeightsWarning,

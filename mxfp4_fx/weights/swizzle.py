@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
-from mxfp4_fx.weights.source import Parts, Source
+from mxfp4_fx.weights.source import Encoding, Parts, Source
 
 # (layout, device type) -> task -> "module:function", imported on first use. The tasks:
 #     an encoding's name: fill parts from a source's tensors
@@ -66,6 +66,11 @@ def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Par
             for room, part in zip(out, parts, strict=True):
                 room[expert].copy_(part)
     return out
+
+
+def is_native(encoding: Encoding, layout: str, device: str) -> bool:
+    """Return whether a native function swizzles such weights, without Python's lock."""
+    return layout not in encoding.layouts and encoding.name in NATIVE.get((layout, device), {})
 
 
 def unswizzle_weight(parts: Parts, layout: str, e: int, n: int, k: int) -> Parts:

@@ -12,6 +12,10 @@
 #include "panels.h"
 #include "parallel.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
@@ -33,42 +37,189 @@ inline uint32_t reorder_nibbles(uint32_t dword) {
   return dword ^ differences ^ differences << 12;
 }
 
-// Whether the scale sets its panel's flag.
-inline bool is_outside(uint8_t scale) { return scale < SCALE_MIN || scale > SCALE_MAX; }
-
 // Writes the padding after the last block if K / 32 is odd.
 inline void pad_block(uint8_t* scales, uint8_t* codes) {
   std::memset(scales, SCALE_PADDING, PANEL_ROWS);
   std::memset(codes, 0, CODE_BYTES);
 }
 
-// Swizzles `rows` rows of `blocks` blocks each into a panel; returns the panel's flag.
-inline uint8_t swizzle_panel(const uint8_t* codes, const uint8_t* scales, int64_t rows,
-                             int64_t blocks, uint8_t* panel) {
-  alignas(64) RowDwords by_row = {};
+// The scales of some neighbouring blocks as a panel holds them, one line for each block.
+constexpr int64_t GROUP_BLOCKS = 8;
+using ScaleLines = uint8_t[GROUP_BLOCKS][PANEL_ROWS];
+
+// The smallest and the largest scale of a panel, row by row.
+struct ScaleRange {
+  uint8_t lowest[PANEL_ROWS], highest[PANEL_ROWS];
+
+  ScaleRange() {
+    std::memset(lowest, SCALE_PADDING, sizeof lowest);
+    std::memset(highest, SCALE_PADDING, sizeof highest);
+  }
+  void add(const ScaleLines& lines) {
+    for (const auto& line : lines) {
+      for (int64_t row = 0; row < PANEL_ROWS; row++) {
+        lowest[row] = std::min(lowest[row], line[row]);
+        highest[row] = std::max(highest[row], line[row]);
+      }
+    }
+  }
+  // The panel's flag.
+  uint8_t is_outside() const {
+    return *std::min_element(lowest, lowest + PANEL_ROWS) < SCALE_MIN ||
+           *std::max_element(highest, highest + PANEL_ROWS) > SCALE_MAX;
+  }
+};
+
+// Scales of `count` blocks -> lines; the lines and rows that are missing are padding.
+inline void swizzle_scales(const uint8_t* scales, int64_t rows, int64_t blocks, int64_t count,
+                           ScaleLines& lines) {
+  std::memset(lines, SCALE_PADDING, sizeof lines);
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t block = 0; block < count; block++)
+      lines[block][row % 2 * LANES + row / 2] = scales[row * blocks + block];
+}
+
+inline void swizzle_codes(const uint8_t* codes, int64_t rows, int64_t blocks, uint8_t* out) {
+  alignas(64) RowDwords by_row;
   alignas(64) LaneDwords by_lane;
-  bool outside = false;
+  if (rows < PANEL_ROWS) std::memset(by_row, 0, sizeof by_row);
+  for (int64_t row = 0; row < rows; row++)
+    std::memcpy(by_row[row], codes + row * blocks * BLOCK_BYTES, BLOCK_BYTES);
+  for (int64_t lane = 0; lane < LANES; lane++)
+    for (int64_t half = 0; half < 2; half++)
+      for (int64_t group = 0; group < BLOCK_DWORDS; group++)
+        by_lane[half][group][lane] = reorder_nibbles(by_row[2 * lane + half][group]);
+  std::memcpy(out, by_lane, CODE_BYTES);
+}
+
+#if defined(__AVX2__)
+
+// The same for panels without missing rows, in AVX2. A panel is stored past the caches: nothing
+// reads it soon, and an ordinary store would first read the line that it overwrites.
+inline void store_past(uint8_t* out, __m256i value) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(out), value);
+}
+
+inline __m256i reorder_nibbles(__m256i dwords) {
+  const __m256i moved = _mm256_xor_si256(dwords, _mm256_srli_epi32(dwords, 12));
+  const __m256i differences = _mm256_and_si256(moved, _mm256_set1_epi32(0xf0f0));
+  return _mm256_xor_si256(_mm256_xor_si256(dwords, differences),
+                          _mm256_slli_epi32(differences, 12));
+}
+
+// Eight lanes of a half: every second row from `codes` on, `stride` bytes apart -> out[group].
+inline void eight_lanes(const uint8_t* codes, int64_t stride, __m256i* out) {
+  __m256i two[4];  // lanes i and i + 4
+  for (int i = 0; i < 4; i++) {
+    const auto* low = reinterpret_cast<const __m128i*>(codes + 2 * i * stride);
+    const auto* high = reinterpret_cast<const __m128i*>(codes + 2 * (i + 4) * stride);
+    two[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)),
+                                     _mm_loadu_si128(high), 1);
+  }
+  const __m256i a = _mm256_unpacklo_epi32(two[0], two[1]);
+  const __m256i b = _mm256_unpacklo_epi32(two[2], two[3]);
+  const __m256i c = _mm256_unpackhi_epi32(two[0], two[1]);
+  const __m256i d = _mm256_unpackhi_epi32(two[2], two[3]);
+  out[0] = reorder_nibbles(_mm256_unpacklo_epi64(a, b));
+  out[1] = reorder_nibbles(_mm256_unpackhi_epi64(a, b));
+  out[2] = reorder_nibbles(_mm256_unpacklo_epi64(c, d));
+  out[3] = reorder_nibbles(_mm256_unpackhi_epi64(c, d));
+}
+
+inline void swizzle_whole_codes(const uint8_t* codes, int64_t blocks, uint8_t* out) {
+  const int64_t stride = blocks * BLOCK_BYTES;
+  for (int64_t half = 0; half < 2; half++) {
+    __m256i first[BLOCK_DWORDS], second[BLOCK_DWORDS];
+    eight_lanes(codes + half * stride, stride, first);
+    eight_lanes(codes + (LANES + half) * stride, stride, second);
+    for (int64_t group = 0; group < BLOCK_DWORDS; group++, out += LINE) {
+      store_past(out, first[group]);
+      store_past(out + LINE / 2, second[group]);
+    }
+  }
+}
+
+// Scales of GROUP_BLOCKS blocks -> lines.
+inline void swizzle_whole_scales(const uint8_t* scales, int64_t blocks, ScaleLines& lines) {
+  for (int half = 0; half < 2; half++) {
+    __m128i rows[8], next[8];
+    for (int i = 0; i < 8; i++) {
+      const uint8_t* low = scales + (2 * i + half) * blocks;
+      const uint8_t* high = low + LANES * blocks;
+      rows[i] = _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)),
+                                  _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high)));
+    }
+    // That and three more such steps, each of which interleaves i and i + 4, transpose.
+    for (int step = 0; step < 3; step++) {
+      for (int i = 0; i < 4; i++) {
+        next[2 * i] = _mm_unpacklo_epi8(rows[i], rows[i + 4]);
+        next[2 * i + 1] = _mm_unpackhi_epi8(rows[i], rows[i + 4]);
+      }
+      std::memcpy(rows, next, sizeof rows);
+    }
+    for (int64_t block = 0; block < GROUP_BLOCKS; block++)
+      _mm_store_si128(reinterpret_cast<__m128i*>(lines[block] + half * LANES), rows[block]);
+  }
+}
+
+inline uint8_t swizzle_whole_panel(const uint8_t* codes, const uint8_t* scales, int64_t blocks,
+                                   uint8_t* panel) {
+  ScaleRange range;
+  alignas(64) ScaleLines lines;
   for (int64_t block = 0; block < blocks; block++) {
     uint8_t* pair = panel + block / 2 * PAIR_BYTES;
-    uint8_t* scale = pair + block % 2 * PANEL_ROWS;
-    std::memset(scale, SCALE_PADDING, PANEL_ROWS);
-    for (int64_t row = 0; row < rows; row++) {
-      const int64_t at = row * blocks + block;
-      std::memcpy(by_row[row], codes + at * BLOCK_BYTES, BLOCK_BYTES);
-      scale[row % 2 * LANES + row / 2] = scales[at];
-      outside |= is_outside(scales[at]);
+    if (block % GROUP_BLOCKS == 0) {
+      const int64_t left = blocks - block;
+      if (left >= GROUP_BLOCKS)
+        swizzle_whole_scales(scales + block, blocks, lines);
+      else
+        swizzle_scales(scales + block, PANEL_ROWS, blocks, left, lines);
+      range.add(lines);
     }
-    for (int64_t lane = 0; lane < LANES; lane++)
-      for (int64_t half = 0; half < 2; half++)
-        for (int64_t group = 0; group < BLOCK_DWORDS; group++)
-          by_lane[half][group][lane] = reorder_nibbles(by_row[2 * lane + half][group]);
-    std::memcpy(pair + SCALE_BYTES + block % 2 * CODE_BYTES, by_lane, CODE_BYTES);
+    if (block % 2 == 0) {
+      const auto* two = reinterpret_cast<const __m256i*>(lines[block % GROUP_BLOCKS]);
+      store_past(pair, two[0]);
+      store_past(pair + SCALE_BYTES / 2, two[1]);
+    }
+    // The next panel's rows are the next memory. The hardware's prefetcher does not help, because
+    // they are read in pieces of 16 bytes. Several streams are faster than one.
+    constexpr int64_t STREAMS = CODE_BYTES / LINE;
+    const uint8_t* ahead = codes + PANEL_ROWS * blocks * BLOCK_BYTES + block * LINE;
+    for (int64_t i = 0; i < STREAMS; i++) __builtin_prefetch(ahead + i * blocks * LINE, 0, 2);
+    swizzle_whole_codes(codes + block * BLOCK_BYTES, blocks,
+                        pair + SCALE_BYTES + block % 2 * CODE_BYTES);
   }
-  if (blocks % 2) {
-    uint8_t* pair = panel + blocks / 2 * PAIR_BYTES;
-    pad_block(pair + PANEL_ROWS, pair + SCALE_BYTES + CODE_BYTES);
+  if (blocks % 2) std::memset(panel + panel_bytes(blocks * BLOCK) - CODE_BYTES, 0, CODE_BYTES);
+  _mm_sfence();  // other threads will read the panel
+  return range.is_outside();
+}
+
+#endif
+
+// Swizzles `rows` rows of `blocks` blocks each into a panel; returns the panel's flag. It writes
+// each byte once: another thread may compute with the panel while it is made again from the same
+// values.
+inline uint8_t swizzle_panel(const uint8_t* codes, const uint8_t* scales, int64_t rows,
+                             int64_t blocks, uint8_t* panel) {
+#if defined(__AVX2__)
+  if (rows == PANEL_ROWS && reinterpret_cast<uintptr_t>(panel) % sizeof(__m256i) == 0)
+    return swizzle_whole_panel(codes, scales, blocks, panel);
+#endif
+  ScaleRange range;
+  alignas(64) ScaleLines lines;
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t in_group = block % GROUP_BLOCKS;
+    if (in_group == 0) {
+      swizzle_scales(scales + block, rows, blocks, std::min(GROUP_BLOCKS, blocks - block), lines);
+      range.add(lines);
+    }
+    uint8_t* pair = panel + block / 2 * PAIR_BYTES;
+    if (block % 2 == 0) std::memcpy(pair, lines[in_group], SCALE_BYTES);
+    swizzle_codes(codes + block * BLOCK_BYTES, rows, blocks,
+                  pair + SCALE_BYTES + block % 2 * CODE_BYTES);
   }
-  return outside;
+  if (blocks % 2) std::memset(panel + panel_bytes(blocks * BLOCK) - CODE_BYTES, 0, CODE_BYTES);
+  return range.is_outside();
 }
 
 inline void unswizzle_panel(const uint8_t* panel, int64_t rows, int64_t blocks, uint8_t* codes,

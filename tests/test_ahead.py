@@ -1,0 +1,297 @@
+"""Weights are swizzled in a thread while the inner compiler works, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from freeing import FREE
+from models import Layers, compile_with, hidden, mlp, pack, swizzled
+from processes import wait_until
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from mxfp4_fx.core import background
+from mxfp4_fx.core.errors import NanWeightsWarning
+from mxfp4_fx.weights import freed
+from mxfp4_fx.weights import store as store_module
+from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.store import STORE
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+NATIVE = {"kernels": "cpu"}
+
+
+def running() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "mxfp4_fx"]
+
+
+def forgotten(module: nn.Module) -> bool:
+    """Whether the store has nothing of a module."""
+    return STORE.forget(module.parameters()) == 0
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each weight that is swizzled: whether that happened beside the main thread."""
+    found: list[bool] = []
+    real = store_module.swizzle_weight
+
+    def watching(*args: Any) -> Any:
+        found.append(threading.current_thread() is not threading.main_thread())
+        return real(*args)
+
+    monkeypatch.setattr(store_module, "swizzle_weight", watching)
+    return found
+
+
+class Inner:
+    """An inner compiler that does something and then compiles nothing."""
+
+    def __init__(self, meanwhile: Callable[[], Any]) -> None:
+        self.meanwhile = meanwhile
+
+    def __call__(self, gm: Any, inputs: Any) -> Any:
+        self.meanwhile()
+        return gm.forward
+
+
+def test_each_weight_is_swizzled_once_while_the_compiler_works(made: list[bool]) -> None:
+    layers, x = Layers(), hidden()
+    expected = compile_with(Layers(), options=NATIVE)(x)
+    made.clear()
+    inner = Inner(lambda: wait_until(lambda: len(made) == 4, "all four weights"))
+    compiled = compile_with(layers, inner, options=NATIVE)
+    for _ in range(2):
+        assert torch.equal(compiled(x), expected)
+    assert made == [True] * 4
+    assert not running()
+
+
+def test_no_thread_for_weights_that_are_there(made: list[bool]) -> None:
+    module, x = mlp(), hidden()
+    compile_with(module, options=NATIVE)(x)
+    made.clear()
+    seen: list[threading.Thread] = []
+    compile_with(module, Inner(lambda: seen.extend(running())), options=NATIVE)(x[:, :3])
+    assert not made
+    assert not seen
+
+
+def test_weights_that_torch_swizzles_are_swizzled_after_the_compiler(made: list[bool]) -> None:
+    """The compiler holds Python's lock, which those would wait for."""
+    before: list[int] = []
+    inner = Inner(lambda: before.append(len(made)))
+    compile_with(mlp(), inner, options={"kernels": "pytorch"})(hidden())
+    assert before == [0]
+    assert made == [False] * 2
+
+
+@pytest.mark.exhaustive
+def test_a_compiler_that_measures_is_left_alone(made: list[bool]) -> None:
+    options = {**NATIVE, "inductor": {"max_autotune_pointwise": True}}
+    compile_with(mlp(), "inductor", options=options)(hidden())
+    assert made == [False] * 2
+
+
+class Fault(Exception):
+    pass
+
+
+def test_an_error_of_swizzling_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = Fault("no")
+
+    def fail(*args: Any) -> Any:
+        raise error
+
+    module = mlp()
+    monkeypatch.setattr(store_module, "swizzle_weight", fail)
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compile_with(module, options=NATIVE)(hidden())
+    assert caught.value.inner_exception is error
+    assert forgotten(module)
+    assert not running()
+
+
+@pytest.mark.parametrize("error", [Fault("no"), KeyboardInterrupt()])
+def test_a_compiler_that_fails_leaves_nothing(error: BaseException, made: list[bool]) -> None:
+    module = mlp()
+
+    def fail() -> None:
+        wait_until(lambda: len(made) > 0, "a weight")
+        raise error
+
+    with pytest.raises((BackendCompilerFailed, KeyboardInterrupt)) as caught:
+        compile_with(module, Inner(fail), options=NATIVE)(hidden())
+    assert error in (caught.value, getattr(caught.value, "inner_exception", None))
+    assert not running()
+    assert forgotten(module)
+
+
+def test_no_weight_begins_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, goes_on = threading.Event(), threading.Event()
+    made = []
+    real = store_module.swizzle_weight
+
+    def slow(*args: Any) -> Any:
+        made.append(args)
+        began.set()
+        goes_on.wait()
+        return real(*args)
+
+    def fail() -> None:
+        began.wait()
+        threading.Timer(0.1, goes_on.set).start()  # while the caller waits for the thread
+        raise Fault("no")
+
+    monkeypatch.setattr(store_module, "swizzle_weight", slow)
+    with pytest.raises(BackendCompilerFailed):
+        compile_with(Layers(), Inner(fail), options=NATIVE)(hidden())
+    assert len(made) == 1
+    assert not running()
+
+
+def test_a_warning_is_not_lost_to_the_compilers_filter(made: list[bool]) -> None:
+    module = mlp()
+    module.experts.down_proj.data[0, 0, 0] = torch.nan
+
+    def quiet() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wait_until(lambda: not running(), "the weights")
+
+    with pytest.warns(NanWeightsWarning, match=r"down_proj.*experts 0"):
+        compile_with(module, Inner(quiet), options=NATIVE)(hidden())
+
+
+def test_a_warning_that_is_an_error_reaches_the_caller() -> None:
+    module = mlp()
+    module.experts.down_proj.data[0, 0, 0] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NanWeightsWarning)
+        with pytest.raises(BackendCompilerFailed) as caught:
+            compile_with(module, options=NATIVE)(hidden())
+    assert isinstance(caught.value.inner_exception, NanWeightsWarning)
+
+
+def test_weights_swizzled_ahead_in_inference_mode_are_current(made: list[bool]) -> None:
+    with torch.inference_mode():
+        module, x = mlp(), hidden()
+        compiled = compile_with(module, options=NATIVE)
+        compiled(x)
+        compiled(x)
+    assert made == [True] * 2
+    assert not any(part.is_inference() for part in swizzled(module.experts))
+
+
+# ---- with free_weights
+
+
+def mapped(folder: Path) -> Any:
+    """Packed layers whose experts are a mapped file."""
+    layers = pack(Layers())
+    tensors = {name: p.detach() for name, p in layers.named_parameters() if "proj_" in name}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "w.safetensors")
+    for name, tensor in load_file(folder / "w.safetensors").items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(layers.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    return layers
+
+
+def test_a_mapped_weight_is_swizzled_ahead_and_freed_by_the_first_call(
+    tmp_path: Path, made: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, layers = hidden(), mapped(tmp_path)
+    expected = compile_with(pack(Layers()), options=NATIVE)(x)
+    given_back: list[int] = []
+    real = freed.page_out
+
+    def watching(tensors: Any) -> None:
+        given_back.append(len(made))
+        real(tensors)
+
+    monkeypatch.setattr(freed, "page_out", watching)
+    made.clear()
+    inner = Inner(lambda: wait_until(lambda: len(given_back) == 4, "all four weights"))
+    compiled = compile_with(layers, inner, options={**FREE, **NATIVE})
+    assert torch.equal(compiled(x), expected)
+    assert given_back[:4] == [1, 2, 3, 4]  # one after the other, before the next
+    assert made == [True] * 4
+    assert all(is_freed(p) for name, p in layers.named_parameters() if name.endswith("_blocks"))
+
+
+def test_other_memory_is_freed_one_by_one_in_the_first_call(made: list[bool]) -> None:
+    """It could not be given back while compiling, and the peak would grow."""
+    before: list[int] = []
+    inner = Inner(lambda: before.append(len(made)))
+    compile_with(pack(Layers()), inner, options={**FREE, **NATIVE})(hidden())
+    assert before == [0]
+    assert made == [False] * 4
+
+
+def test_what_is_in_a_mapped_file(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(5000)}, tmp_path / "w.safetensors")
+    in_file = load_file(tmp_path / "w.safetensors")["w"]
+    here = torch.ones(5000)
+    of_numpy = torch.from_numpy(torch.ones(5000).numpy().copy())
+    files = freed.mapped_files()
+    assert [freed.is_mapped(t, files) for t in (in_file, here, of_numpy)] == [True, False, False]
+    freed.page_out([in_file])
+    assert torch.equal(in_file, here)
+
+
+# ---- the thread itself
+
+
+def test_the_work_sees_no_modes_of_the_caller() -> None:
+    seen: list[Any] = []
+
+    def work(is_stopped: Callable[[], bool]) -> None:
+        seen.extend((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.ones(1)))
+
+    with torch.inference_mode(), torch.device("meta"), background.meanwhile(work):
+        pass
+    grad, inference, made = seen
+    assert (grad, inference, made.device.type) == (True, False, "cpu")
+
+
+def test_the_work_has_the_callers_number_of_threads() -> None:
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        with background.meanwhile(lambda is_stopped: seen.append(torch.get_num_threads())):
+            pass
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3]
+
+
+def test_an_interrupt_while_waiting_stops_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    real = threading.Thread.join
+
+    def work(is_stopped: Callable[[], bool]) -> None:
+        wait_until(is_stopped, "the interrupt")
+        ended.append(True)
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        monkeypatch.setattr(threading.Thread, "join", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt), background.meanwhile(work):
+        pass
+    assert ended == [True]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    yield
+    assert not running()
