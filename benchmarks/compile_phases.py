@@ -58,10 +58,13 @@ class Spending:
         self._timings: Counter[str] = Counter()
 
     def begin(self, timing: str) -> None:
-        """A timing begins, inside those that have not ended. Other threads' are left out."""
+        """A timing begins, inside those that have not ended.
+
+        What another thread does is counted; its time belongs to the phase that this thread is in.
+        """
+        self._timings[timing] += 1
         if threading.get_ident() == self._thread:
             self._note()
-            self._timings[timing] += 1
             self._open.append((timing, PHASES.get(timing, self._phase)))
 
     def end(self, timing: str) -> None:

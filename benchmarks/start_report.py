@@ -91,6 +91,7 @@ def _notes(results: dict[str, Any]) -> str:
     lines = [
         "first token, all: from the process's begin until the first and the last token came; the "
         "parts add up to all",
+        "swizzling: what compiling waits for; the rest of it runs beside compiling, in a thread",
         f"{OTHER}: imports of torch's compiler, evaluating guards, running what was compiled",
         "again: the same tokens once more",
         *(f"not available: {LABELS[way]}: {why}" for way, why in results["unavailable"].items()),
