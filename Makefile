@@ -6,6 +6,7 @@
 # make bench-gpu  measure a GPU's kernels beside others: build/gpu.json and a plot
 # make bench-full-size  gpt-oss-20b's sizes on two cores: memory and tokens a second, in a quarter of
 #              an hour, with 14 GB on the disk and 16 GiB of memory: build/full-size.json
+# make bench-start  measure where the time of a start goes: build/start.json and a plot, in hours
 # make quality  train a small GPT-OSS and measure what MXFP4 costs it: build/quality.json and a plot
 # make versions  run some tests with each minor release of transformers, torch, Triton and kernels,
 #              and write the table in README: in an hour, with 2 GB on the disk and 3 GB of downloads
@@ -35,7 +36,7 @@ test test-all versions: export OMP_NUM_THREADS := 2
 test test-all versions: export OMP_WAIT_POLICY := passive
 test test-all versions: export TORCHINDUCTOR_COMPILE_THREADS := 1
 
-.PHONY: demo test test-all lint bench bench-gpu bench-full-size quality versions clean distclean
+.PHONY: demo test test-all lint bench bench-gpu bench-full-size bench-start quality versions clean distclean
 
 demo: $(STAMP)
 	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
@@ -66,6 +67,9 @@ bench-gpu: $(STAMP)
 
 bench-full-size: $(STAMP)
 	.venv/bin/python -m benchmarks.full_size --output build/full-size.json
+
+bench-start: $(STAMP)
+	.venv/bin/python -m benchmarks.start --output build/start.json --plot build/start.svg
 
 quality: $(STAMP)
 	.venv/bin/python -m benchmarks.quality --output build/quality.json --plot build/quality.svg

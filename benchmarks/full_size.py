@@ -210,8 +210,20 @@ def measure_all(
     return runs, {"relative_difference": difference, "bound": bound}
 
 
-def run(name: str, settings: dict[str, Any], limit: int, log: Log) -> list[dict[str, Any]]:
+def run(
+    name: str,
+    settings: dict[str, Any],
+    limit: int,
+    log: Log,
+    program: str = "benchmarks.full_size_child",
+    caches: Path | None = None,
+) -> list[dict[str, Any]]:
     """The phases of a process of its own.
+
+    Args:
+        program: the module that it runs.
+        caches: a directory for all that it keeps for the next process; None: it keeps nothing of
+            what Inductor made.
 
     Raises:
         ProcessFailed: it failed, or had more memory than the limit.
@@ -220,23 +232,23 @@ def run(name: str, settings: dict[str, Any], limit: int, log: Log) -> list[dict[
     forget_pages(Path(settings["checkpoint"]))
     reader, writer = os.pipe()
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile("w+") as errors:
-        program = [sys.executable, "-m", "benchmarks.full_size_child"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"])}
+        if caches is None:  # compiled anew, as for the first time
+            environment["TORCHINDUCTOR_CACHE_DIR"] = directory
+        else:  # Inductor keeps precompiled headers in the directory for temporary files
+            environment |= {"TMPDIR": str(caches), "MXFP4_FX_CACHE_DIR": str(caches / "kernels")}
+            environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
         process = subprocess.Popen(
-            [*program, json.dumps({**settings, "pipe": writer})],
+            [sys.executable, "-m", program, json.dumps({**settings, "pipe": writer})],
             cwd=ROOT,
-            # Compiled anew, as for the first time.
-            env={
-                **os.environ,
-                "TORCHINDUCTOR_CACHE_DIR": directory,
-                "OMP_NUM_THREADS": str(settings["threads"]),
-            },
+            env={**environment, **settings.get("environment", {})},
             stdout=subprocess.DEVNULL,
             stderr=errors,
             pass_fds=(writer,),
             start_new_session=True,
         )
         os.close(writer)
-        watch = Watch(process.pid, limit)
+        watch = Watch(process.pid, limit, settings.get("sample_seconds", 0.01))
         watch.start()
         phases = []
         try:

@@ -27,13 +27,16 @@ def prompt(model: Any, tokens: int) -> Any:
     return torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
 
 
-def generate(model: Any, ids: Any, new_tokens: int, **options: Any) -> tuple[Any, dict[str, float]]:
+def generate(
+    model: Any, ids: Any, new_tokens: int, times: TokenTimes | None = None, **options: Any
+) -> tuple[Any, dict[str, float]]:
     """Greedy generation of ``new_tokens`` after the first one: what it returns, tokens a second.
 
     Prefill is from the prompt to the first token; decode is what the others take, in the same call:
-    the difference of two calls would be negative when the machine is busy in one.
+    the difference of two calls would be negative when the machine is busy in one. Who wants to know
+    of each token when it comes passes ``times``.
     """
-    times = TokenTimes()
+    times = times or TokenTimes()
     out = model.generate(
         ids,
         attention_mask=ids.new_ones(ids.shape),
@@ -45,5 +48,5 @@ def generate(model: Any, ids: Any, new_tokens: int, **options: Any) -> tuple[Any
         **options,
     )
     start, first, *rest = times.times
-    decode = len(rest) / (rest[-1] - first)
+    decode = len(rest) / (rest[-1] - first) if rest else 0.0
     return out, {"prefill": ids.shape[1] / (first - start), "decode": decode}

@@ -53,6 +53,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     with pyplot.rc_context({"font.size": 10, "font.family": "sans-serif", "svg.hashsalt": "plot"}):
         if "models" in results:
             figure = _quality(results)
+        elif "starts" in results:
+            figure = _start(results)
         elif "rows" in results:
             figure = _gpu(results)
         else:
@@ -277,6 +279,65 @@ def _rows(axes: Any, names: Sequence[str], title: str) -> None:
     axes.set_title(title, loc="left", color=INK, fontweight="bold", fontsize=11)
     _plain(axes, "x")
     axes.tick_params(axis="y", labelcolor=INK)
+
+
+# ---- where the time of a start goes -------------------------------------------------------------
+
+# Shades of a hue for what belongs together: before compiling, torch's compiler, this package.
+PART_COLOURS = {
+    "import": "#c3cad1", "load": "#98a3ad", "Dynamo": PEERS[0], "passes": OURS[0],
+    "swizzling": OURS[1], "C++ compiler": PYTORCH, "guards": PEERS[3], "AOTAutograd": PEERS[1],
+    "Inductor": PEERS[2], "other": INK,
+}  # fmt: skip
+
+
+def _start(results: dict[str, Any]) -> Any:
+    from matplotlib import pyplot
+
+    from benchmarks.start_report import LABELS
+
+    settings, machine, starts = results["settings"], results["machine"], results["starts"]
+    rows = list(dict.fromkeys((start["way"], start["layers"]) for start in starts))
+    caches = list(dict.fromkeys(start["cache"] for start in starts))
+    figure, panels = pyplot.subplots(
+        1, len(caches), figsize=(11.2, 2.6 + 0.3 * len(rows)), dpi=160, sharey=True, squeeze=False
+    )
+    for axes, cache in zip(panels[0], caches, strict=True):
+        ends = dict.fromkeys(rows, 0.0)
+        for part, colour in PART_COLOURS.items():
+            seconds = {
+                (start["way"], start["layers"]): start["summary"]["parts"][part]
+                for start in starts
+                if start["cache"] == cache
+            }
+            at, left = [rows.index(row) for row in seconds], [ends[row] for row in seconds]
+            axes.barh(at, list(seconds.values()), 0.72, left, color=colour, label=part)
+            for row, more in seconds.items():
+                ends[row] += more
+        for y, end in enumerate(ends.values()):
+            _annotate(axes, f"{end:.0f}", (end, y), FAINT, "left")
+        axes.set_title(f"{cache} caches", loc="left", color=INK, fontweight="bold", fontsize=11)
+        axes.margins(x=0.12)
+        axes.set_xlabel("seconds until the last token", color=FAINT)
+        _plain(axes, "x")
+    axes = panels[0][0]
+    axes.set_yticks(range(len(rows)), [f"{LABELS[way]}, {layers} layers" for way, layers in rows])
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, labelcolor=INK)
+    kind = "wall time, gpt-oss-20b's widths" if settings["full_size"] else "CPU time, tiny widths"
+    height = figure.get_figheight()
+    about = (
+        "From a new process to tokens of a GPT-OSS",
+        f"{kind}; a prompt of {settings['prompt_tokens']} and 1 + {settings['new_tokens']} tokens; "
+        f"{machine['cpu']}, {machine['threads']} threads; torch {machine['torch']}",
+    )
+    figure.text(0.02, 1 - 0.35 / height, about[0], fontsize=14, fontweight="bold", color=INK)
+    figure.text(0.02, 1 - 0.65 / height, about[1], color=FAINT)
+    figure.subplots_adjust(
+        left=0.31, right=0.98, top=1 - 1.05 / height, bottom=1.05 / height, wspace=0.06
+    )
+    return figure
 
 
 # ---- what all have ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx
+from torch.compiler import config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mxfp4_fx import calls
@@ -14,6 +15,7 @@ from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.huggingface.capture import prepare_capture
+from mxfp4_fx.ops.fingerprint import fingerprint
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport
@@ -183,10 +185,45 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
         backend = torch_private.backend_named(inner) if isinstance(inner, str) else inner
         compiled: CompiledGraph = backend(gm, inputs)
         return compiled
-    by_inductor: CompiledGraph = torch_private.compile_with_inductor(
-        gm, inputs, options.mode, options.inductor
-    )
-    return by_inductor
+
+    def by_inductor() -> CompiledGraph:
+        # Torch's caches outlive this version of the package.
+        tag = f"{config.cache_key_tag}{fingerprint()}"
+        with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            compiled: CompiledGraph = torch_private.compile_with_inductor(
+                gm, inputs, options.mode, options.inductor
+            )
+        return compiled
+
+    try:
+        return by_inductor()
+    except Exception as error:
+        # Torch survives a broken entry of its caches, but not a broken file that an entry names.
+        if not _is_of_a_file(error):
+            raise
+        with torch_private.empty_caches():
+            try:
+                compiled = by_inductor()
+            except Exception:
+                raise error from None
+        log.warning(
+            "torch's compile cache seems to be broken: with an empty one the graph compiles. "
+            "Remove its directory (TORCHINDUCTOR_CACHE_DIR, or torchinductor_USER among the "
+            "temporary files), or each start compiles again. The error was: %s",
+            error,
+        )
+        return compiled
+
+
+def _is_of_a_file(error: BaseException | None) -> bool:
+    """Return whether an error, or one inside it, may come from loading a broken file.
+
+    A library raises OSError or ImportError, Python code any of the others.
+    """
+    kinds = (OSError, ImportError, SyntaxError, AttributeError, ValueError)
+    while error is not None and not isinstance(error, kinds):
+        error = getattr(error, "inner_exception", None) or error.__cause__  # Inductor wraps errors
+    return error is not None
 
 
 def announce(ctx: Context) -> None:

@@ -341,6 +341,23 @@ def in_modes(x: Tensor) -> Tensor:
         return x + 1
 
 
+def test_a_lazy_graph_module_runs_the_graph_as_it_is_when_it_is_called() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.neg, (x,)))
+    lazy = torch_private.LazyGraphModule(nn.Module(), graph)
+    assert lazy(torch.ones(1)) == -1
+    next(iter(graph.find_nodes(op="call_function", target=torch.neg))).target = torch.exp
+    lazy.recompile()
+    assert torch.equal(lazy.forward(torch.ones(1)), torch.ones(1).exp())
+
+
+def test_times_stand_beside_torchs_own() -> None:
+    with torch_private.timed("mxfp4_fx.test"):
+        pass
+    assert "mxfp4_fx.test" in torch._dynamo.utils.compile_times("str")
+
+
 def test_dynamo_writes_modes_and_calls_so() -> None:
     targets = {node.target for node in captured(in_modes, torch.ones(2, 2)).graph.nodes}
     for name in (*("set_grad_enabled", "linear", "enter_inference_mode", "exit_inference_mode"),):

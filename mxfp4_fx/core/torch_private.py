@@ -62,6 +62,7 @@ with _trusted():
     import torch._ops
     import torch._subclasses
     import torch.autograd.grad_mode
+    import torch.fx._lazy_graph_module
     import torch.utils._python_dispatch
     import torch.utils._pytree
 
@@ -70,6 +71,7 @@ with _trusted():
     LIBRARY = str(torch._C.__file__)  # the file that calls OpenMP
     OpOverload = torch._ops.OpOverload
     OpOverloadPacket = torch._ops.OpOverloadPacket
+    LazyGraphModule = torch.fx._lazy_graph_module._LazyGraphModule  # makes its code when called
     # A context in which the dispatcher skips an op's autograd kernel.
     below_autograd = torch._C._AutoDispatchBelowAutograd
     # Whether one of an op's arguments, which may be lists, requires a gradient.
@@ -286,12 +288,8 @@ def note_on_weight(placeholder: fx.Node, is_weight: bool) -> None:
 
 
 def without_saved_tensor_hooks() -> Any:
-    """Return a context for fake calls that disables hooks on saved tensors.
-
-    Such hooks may count the tensors of the real run, to which fake calls do not belong.
-    """
-    disable: Any = _found("torch._dynamo.utils", "_disable_saved_tensors_hooks_during_tracing")
-    return disable()
+    """Return a context for fake calls without hooks on saved tensors, which may count real ones."""
+    return _found("torch._dynamo.utils", "_disable_saved_tensors_hooks_during_tracing")()
 
 
 # ---- compilers behind this one
@@ -299,8 +297,7 @@ def without_saved_tensor_hooks() -> Any:
 
 def backend_named(name: str) -> Backend:
     """Return the Dynamo backend of that name."""
-    found: Backend = _found("torch._dynamo", "lookup_backend")(name)
-    return found
+    return _found("torch._dynamo", "lookup_backend")(name)
 
 
 def compile_with_inductor(
@@ -320,6 +317,11 @@ def inductor_measures(mode: str | None, options: Mapping[str, Any]) -> bool:
 
 def _of_mode(mode: str | None) -> dict[str, Any]:
     return _found("torch._inductor", "list_mode_options")(mode) if mode else {}
+
+
+def empty_caches() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which torch's compile caches are empty."""
+    return _found("torch._inductor.utils", "fresh_cache")()
 
 
 # ---- Dynamo
@@ -382,6 +384,12 @@ def have_context(make: Callable[[Any], Any]) -> None:
     outermost.backend_ctx_ctor = property(context)
 
 
+def timed(name: str) -> Any:
+    """Return a context whose time ``torch._dynamo.utils.compile_times()`` and tlparse show."""
+    timings = sys.modules.get("torch._dynamo.utils")  # without Dynamo nobody looks
+    return timings.dynamo_timed(name) if timings else contextlib.nullcontext()
+
+
 def stance() -> str:
     """Return the present stance of ``torch.compiler.set_stance``."""
     return str(_found("torch._dynamo.eval_frame", "_stance.stance"))
@@ -399,9 +407,9 @@ def replace_limit_check(make: Callable[[LimitCheck], LimitCheck]) -> None:
     ``torch._dynamo.config``. Its caller has the locals ``compiler_fn``, the backend in its
     wrappers, and ``code``.
     """
-    caller = inspect.signature(_found("torch._dynamo.convert_frame", "_compile"))
+    parameters = inspect.signature(_found("torch._dynamo.convert_frame", "_compile")).parameters
     for name in ("compiler_fn", "code"):
-        if name not in caller.parameters:
+        if name not in parameters:
             raise _lacks(AttributeError(f"_compile's argument {name}"))
     made = make(_found("torch._dynamo.convert_frame", "exceeds_recompile_limit"))
     _found("torch._dynamo", "convert_frame").exceeds_recompile_limit = made

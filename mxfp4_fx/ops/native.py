@@ -261,7 +261,8 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
             Path(folder, name).write_bytes(content)
         for reason in unusable:
             say(f"{reason}, so the CPU kernels are kept in {directory}")
-        with announced(f"compiling the CPU kernels ({recipe.path}), once for this machine") as tick:
+        title = f"compiling the CPU kernels ({recipe.path}), once for this machine"
+        with torch_private.timed("mxfp4_fx.compile_kernels"), announced(title) as tick:
             for command in (recipe.compile, recipe.link):
                 if warnings := compiler.run(command, folder, tick):
                     _log.debug("%s", warnings)

@@ -71,9 +71,10 @@ def run_pipeline(
         holds the report.
     """
     ctx = Context(options, inputs, left or {}, verifying)
-    rewritten = copy_graph(gm)
-    for step in PIPELINE:
-        run_pass(step, rewritten, ctx)
+    with torch_private.timed("mxfp4_fx.passes"):
+        rewritten = copy_graph(gm)
+        for step in PIPELINE:
+            run_pass(step, rewritten, ctx)
     return (rewritten if ctx.report.rewrites else gm), ctx
 
 
@@ -92,8 +93,9 @@ def run_pass(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
     """Run one pass; ``TORCH_LOGS="+mxfp4_fx"`` shows the changes, ``TORCH_TRACE`` the graphs."""
     before = _op_counts(gm)
     _trace(f"before_{step.__name__}", gm)
-    step(gm, ctx)
-    gm.recompile()
+    with torch_private.timed(f"mxfp4_fx.{step.__name__}"):
+        step(gm, ctx)
+        gm.recompile()
     _trace(f"after_{step.__name__}", gm)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s: %s", step.__name__, _difference(before, _op_counts(gm)))
@@ -106,7 +108,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, copies))
     old_output, output = (g.output_node() for g in (gm.graph, graph))
     output.meta = dict(old_output.meta)
-    copy = fx.GraphModule(gm, graph)
+    copy = torch_private.LazyGraphModule(gm, graph)  # passes change it before anyone calls it
     copy.meta = dict(gm.meta)
     torch_private.copy_notes(gm, copy, copies)
     return copy

@@ -122,7 +122,8 @@ class WeightStore:
         parts = self.find(source.tensors, source.encoding, layout)
         if parts is not None:
             return parts
-        with self._lock, torch_private.as_plain_tensors():
+        timed = torch_private.timed("mxfp4_fx.swizzle")
+        with timed, self._lock, torch_private.as_plain_tensors():
             return self._swizzle(source, layout, name)
 
     def refresh(self, tensors: Iterable[Tensor]) -> int:

@@ -1,0 +1,159 @@
+"""From a new process to tokens: where the time of a start goes, with cold and with warm caches.
+
+    python -m benchmarks.start --output build/start.json --plot build/start.svg
+    python -m benchmarks.start --layers 4 --ways whole,inductor        # a few minutes
+    python -m benchmarks.start --full-size --output build/start-full-size.json
+
+Every measurement is a process of its own that imports, loads a GPT-OSS checkpoint of random
+weights, compiles it, and generates a few tokens, across the end of the sliding window. The first
+process has empty caches (cold), the second one those of the first (warm).
+
+Without ``--full-size`` the models have many layers of tiny width and the times are CPU seconds,
+child processes included: compiling a layer takes as long whatever its width. With it, sizes are
+gpt-oss-20b's and times are wall time; a checkpoint of 13.8 GB is written unless it is there.
+llama.cpp is measured there if ``llama-cpp-python`` is installed and ``--gguf`` names the model.
+Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mxfp4_fx
+from benchmarks import command, end_to_end, full_size
+from benchmarks.command import Log
+from benchmarks.machine import available_bytes, machine
+from benchmarks.start_child import INDUCTOR, LLAMA, PIECES, WAYS
+from benchmarks.start_report import summarize, text
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
+
+SETTINGS = ("full_size", "threads", "prompt_tokens", "new_tokens", "inner", "limit_gib")
+CACHES = ("cold", "warm")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if sys.platform != "linux":
+        raise SystemExit("memory is read from /proc: this benchmark runs on Linux only")
+    started = time.perf_counter()
+    log = command.start(args)
+    results: dict[str, Any] = {
+        "machine": machine(args.threads),
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "notes": [],
+        "unavailable": {},
+        "starts": [],
+    }
+    if args.full_size:
+        results["notes"].append("torch's worker processes compile C++ files that are not counted")
+    with tempfile.TemporaryDirectory() as directory:
+        for layers in args.layers:
+            measure(args, layers, Path(directory), results, log)
+    results["seconds"] = time.perf_counter() - started
+    command.finish(args, results, text(results))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    add = parser.add_argument
+    add("--plot", type=Path, help="a picture of where the time goes, .svg or .png")
+    add("--full-size", action="store_true", help="gpt-oss-20b's sizes, in wall time")
+    add("--layers", type=command.numbers, help="(4,8,24,36; with --full-size 24)")
+    add("--ways", type=command.names, default=WAYS, help=f"some of {','.join(WAYS)} (all)")
+    add("--checkpoint", type=Path, help="with --full-size: written if it is absent (in build)")
+    add("--vocab", type=int, default=201088, help="of what is written there (%(default)s)")
+    add("--gguf", type=Path, help="with --full-size: the same model for llama.cpp")
+    add("--threads", type=int, default=2, help="and cores (%(default)s)")
+    add("--limit-gib", type=float, default=22.0, help="of resident memory (%(default)s)")
+    add("--prompt-tokens", type=int, help="(8; with --full-size 112)")
+    add("--new-tokens", type=int, help="after the first one (13; with --full-size 24)")
+    add("--inner", default="inductor", help="what compiles graphs (%(default)s)")
+    args = parser.parse_args(argv)
+    if unknown := set(args.ways) - set(WAYS):
+        parser.error(f"--ways: {', '.join(sorted(unknown))} is none of {', '.join(WAYS)}")
+    for name, tiny, full in (
+        ("layers", (4, 8, 24, 36), (24,)),
+        ("prompt_tokens", 8, 112),  # the sliding window ends among the new tokens
+        ("new_tokens", 13, 24),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, full if args.full_size else tiny)
+    return args
+
+
+def measure(
+    args: argparse.Namespace, layers: int, scratch: Path, results: dict[str, Any], log: Log
+) -> None:
+    """Start a model of so many layers in all ways, and add to ``results`` what that took."""
+    checkpoint = write(args, layers, scratch, log)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {
+        "checkpoint": str(checkpoint),
+        "gguf": str(args.gguf),
+        "cores": full_size.choose_cores(args.threads),
+        "clock": "wall" if args.full_size else "cpu",
+        "sample_seconds": 0.1,
+    }
+    if not args.full_size:  # CPU seconds of torch's worker processes would be found out too late
+        settings["environment"] = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    for way in (way for way in WAYS if way in args.ways):
+        if why := unavailable(way, checkpoint, args):
+            results["unavailable"][way] = why
+            log(f"{way}: {why}")
+            continue
+        with tempfile.TemporaryDirectory(dir=scratch) as caches:
+            for cache in CACHES:
+                stages = full_size.run(
+                    f"{layers} layers, {way}, {cache}",
+                    {**settings, "way": way},
+                    int(args.limit_gib * 2**30),
+                    log,
+                    "benchmarks.start_child",
+                    Path(caches),
+                )
+                start = {"layers": layers, "way": way, "cache": cache, "stages": stages}
+                start["summary"] = summarize(start, settings["clock"])
+                results["starts"].append(start)
+                command.write(args.output, results)  # what there is, should the next one fail
+
+
+def write(args: argparse.Namespace, layers: int, scratch: Path, log: Log) -> Path:
+    """The checkpoint with so many layers, which is written unless it is there."""
+    if args.full_size:
+        default = "gpt-oss-20b-random" + (f"-{layers}-layers" if layers != 24 else "")
+        path: Path = (args.checkpoint or full_size.ROOT / "build" / default).expanduser().resolve()
+        known = {"checkpoint": path, "tiny": False, "layers": layers, "vocab": args.vocab}
+        full_size.write(argparse.Namespace(**known, silent=args.silent), log)
+        return path
+    shape: CheckpointShape = dataclasses.replace(end_to_end.TINY, layers=layers, sliding_window=16)
+    return write_random_checkpoint(scratch / f"{layers}-layers", shape, progress=False)
+
+
+def unavailable(way: str, checkpoint: Path, args: argparse.Namespace) -> str | None:
+    """Why a way cannot be measured here, if it cannot."""
+    if way == LLAMA:
+        if importlib.util.find_spec("llama_cpp") is None:
+            return "llama-cpp-python is not installed"
+        if not args.full_size or args.gguf is None:
+            return "it is measured with --full-size, and --gguf names the model"
+        return None
+    if way == PIECES and not hasattr(mxfp4_fx, "compile"):
+        return "this mxfp4_fx has no function compile"
+    sizes = full_size.model_bytes(full_size.read_config(checkpoint))
+    size = sizes["bfloat16" if way == INDUCTOR else "checkpoint"]
+    needed = size + full_size.SPARE_BYTES
+    if needed > min(available_bytes(), args.limit_gib * 2**30):
+        return f"{needed / 2**30:.0f} GiB of memory are needed"
+    return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

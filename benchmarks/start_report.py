@@ -1,0 +1,100 @@
+"""What the stages of ``benchmarks.start`` amount to, and their tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.compile_phases import OTHER, PHASES
+from benchmarks.report import column, columns, paragraphs
+
+_GIB = 2**30
+# In the order in which a start comes to them.
+PARTS = tuple(dict.fromkeys(("import", "load", "Dynamo", *PHASES.values(), OTHER)))
+LABELS = {
+    "uncompiled": "packed, uncompiled",
+    "whole": 'model.compile(backend="mxfp4")',
+    "pieces": "mxfp4_fx.compile(model)",
+    "inductor": 'dense, model.compile(backend="inductor")',
+    "llama.cpp": "llama.cpp",
+}
+
+
+def summarize(start: dict[str, Any], clock: str) -> dict[str, Any]:
+    """What a start took: seconds of its parts and until two moments; graphs, C++ files, memory.
+
+    Args:
+        clock: of ``clock``'s seconds, "cpu" or "wall".
+    """
+    *stages, again = start["stages"]
+    key = "cpu_seconds" if clock == "cpu" else "seconds"
+    parts = dict.fromkeys(PARTS, 0.0)
+    for stage in stages:
+        if stage["phase"] in parts:
+            parts[stage["phase"]] += stage[key]
+        else:
+            for part, seconds in stage["spent"].items():
+                parts[part] += seconds
+    files = sum(stage["timings"].get("compile_file", 0) for stage in stages)
+    return {
+        "parts": parts,
+        "first token": sum(stage[key] for stage in stages[:3]),
+        "all tokens": sum(stage[key] for stage in stages),
+        "again": again[key] if again["phase"] == "again" else None,
+        "graphs": sum(stage["graphs"] for stage in stages),
+        "graphs again": again["graphs"],
+        "files": files,
+        "peak": max(stage["memory"]["peak"] for stage in stages),
+        "with_children": max(stage["sampled_peaks"].get("with_children", 0) for stage in stages),
+    }
+
+
+def text(results: dict[str, Any]) -> str:
+    """Everything that a reader should see."""
+    return paragraphs(_head(results), _table(results), _notes(results))
+
+
+def _head(results: dict[str, Any]) -> str:
+    facts, settings = results["machine"], results["settings"]
+    kind = "wall time, gpt-oss-20b's widths" if settings["full_size"] else "CPU time, tiny widths"
+    return (
+        f"{facts['cpu']}, {settings['threads']} of {facts['cores']} cores; torch "
+        f"{facts['torch']}, transformers {facts['transformers']}; load average "
+        f"{facts['load_average_at_start']:.1f} at start\n"
+        f"seconds of {kind}; a prompt of {settings['prompt_tokens']} and 1 + "
+        f"{settings['new_tokens']} tokens"
+    )
+
+
+def _table(results: dict[str, Any]) -> str:
+    rows = [
+        {
+            **start,
+            **start["summary"],
+            "name": f"{start['layers']}, {start['cache']}, {LABELS[start['way']]}",
+        }
+        for start in results["starts"]
+    ]
+    shown = {
+        "layers": column("name"),
+        **{part: column(f"parts/{part}", "{:.1f}") for part in PARTS},
+        "first token": column("first token", "{:.1f}"),
+        "all": column("all tokens", "{:.1f}"),
+        "again": column("again", "{:.2f}"),
+        "graphs": column("graphs"),
+        "C++ files": column("files"),
+        "peak GiB": column("peak", "{:.2f}", _GIB),
+    }
+    return columns(rows, shown)
+
+
+def _notes(results: dict[str, Any]) -> str:
+    lines = [
+        "first token, all: from the process's begin until the first and the last token came; the "
+        "parts add up to all",
+        "swizzling: what compiling waits for; the rest of it runs beside compiling, in a thread",
+        f"{OTHER}: imports of torch's compiler, evaluating guards, running what was compiled",
+        "again: the same tokens once more",
+        *(f"not available: {LABELS[way]}: {why}" for way, why in results["unavailable"].items()),
+    ]
+    lines += [f"note: {note}" for note in results["notes"]]
+    return "\n".join(lines)

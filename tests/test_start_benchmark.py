@@ -1,0 +1,257 @@
+"""``python -m benchmarks.start`` at toy sizes, and its sums. How fast is not asked here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import ChromiumEventLogger, dynamo_timed
+
+from benchmarks import plot, start, start_report
+from benchmarks.compile_phases import OTHER, PHASES, Spending, followed
+from benchmarks.start_child import STAGES, WAYS
+
+ROOT = Path(__file__).parent.parent
+STORED = ROOT / "benchmarks/results/start-epyc-2-threads.json"
+TOY = "--layers 1 --new-tokens 1 --inner eager --silent"
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+class Seconds:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def spend(spending: Spending, clock: Seconds, *steps: str | int) -> None:
+    """Let timings begin (``"+name"``) and end (``"-name"``), and seconds pass."""
+    for step in steps:
+        if isinstance(step, int):
+            clock.now += step
+        else:
+            (spending.begin if step[0] == "+" else spending.end)(step[1:])
+
+
+# ---- where the time goes
+
+
+def test_each_moment_belongs_to_the_innermost_phase() -> None:
+    spending = Spending(clock := Seconds())
+    spend(spending, clock, 1, "+entire_frame_compile", 2, "+backend_compile", 4)
+    spend(spending, clock, "+inductor_compile", 8, "+compile_file", 16, "-compile_file", 32)
+    spend(spending, clock, "-inductor_compile", "-backend_compile", 64, "-entire_frame_compile")
+    expected = {OTHER: 1, "Dynamo": 66, "AOTAutograd": 4, "Inductor": 40, "C++ compiler": 16}
+    seconds, timings = spending.take()
+    assert seconds == expected
+    assert timings == dict.fromkeys(
+        ("entire_frame_compile", "backend_compile", "inductor_compile", "compile_file"), 1
+    )
+    assert spending.take() == ({OTHER: 0.0}, {})
+
+
+def test_a_timing_without_a_phase_belongs_to_the_one_around_it() -> None:
+    spending = Spending(clock := Seconds())
+    spend(spending, clock, "+GraphLowering.run", 1, "-GraphLowering.run")
+    spend(spending, clock, "+inductor_compile", "+GraphLowering.run", 2, "-GraphLowering.run")
+    assert spending.take()[0] == {OTHER: 1, "Inductor": 2}
+
+
+def test_an_error_ends_the_timings_inside() -> None:
+    spending = Spending(clock := Seconds())
+    spend(spending, clock, "+entire_frame_compile", "+compile_file", 1, "-entire_frame_compile", 2)
+    spend(spending, clock, "-compile_file", 4)
+    assert spending.take()[0] == {"C++ compiler": 1, "Dynamo": 0, OTHER: 6}
+
+
+def test_time_of_other_threads_belongs_to_the_phase_that_runs_meanwhile() -> None:
+    spending = Spending(clock := Seconds())
+    thread = threading.Thread(target=spend, args=(spending, clock, "+compile_file", 1))
+    thread.start()
+    thread.join()
+    assert spending.take() == ({OTHER: 1}, {"compile_file": 1})
+
+
+def test_torch_tells_its_timings_and_this_package_its_own() -> None:
+    """Without it a new torch would move time from a phase to the one around it, in silence."""
+    from models import hidden, mlp
+
+    spending = Spending()
+    begin = ChromiumEventLogger.log_event_start
+    with followed(spending), torch.no_grad():
+        torch.compile(mlp(), backend="mxfp4", options={"inner": "aot_eager"})(hidden())
+    assert ChromiumEventLogger.log_event_start is begin
+    timings = spending.take()[1]
+    for name in ("mxfp4_fx.passes", "mxfp4_fx.fuse_moe", "mxfp4_fx.swizzle"):
+        assert timings[name] >= 1
+    for name in ("entire_frame_compile", "build_guards", "backend_compile"):
+        assert timings[name] == 1
+    assert timings["create_aot_dispatcher_function"] == 1
+
+
+def test_all_timings_with_a_phase_are_in_torch_or_here() -> None:
+    source = "".join(
+        (Path(torch.__file__).parent / file).read_text("utf-8")
+        for file in (
+            "_dynamo/convert_frame.py",
+            "_dynamo/output_graph.py",
+            "_dynamo/backends/inductor.py",
+            "_functorch/aot_autograd.py",
+            "_functorch/_aot_autograd/aot_autograd_result.py",
+            "_inductor/async_compile.py",
+            "_inductor/compile_fx.py",
+            "_inductor/cpp_builder.py",
+        )
+    )
+    for name in PHASES:
+        assert name.startswith("mxfp4_fx.") or f'"{name}"' in source, name
+
+
+def test_nothing_is_told_after_the_context() -> None:
+    spending = Spending(Seconds())
+    with followed(spending), dynamo_timed("compile_file"):
+        pass
+    with dynamo_timed("compile_file"):
+        pass
+    assert spending.take()[1] == {"compile_file": 1}
+
+
+# ---- what the stages amount to
+
+
+def a_start(**changes: Any) -> dict[str, Any]:
+    """Stages of 1, 2, 4, 8 and 16 CPU seconds."""
+    stages = [
+        {
+            "phase": name,
+            "cpu_seconds": 2.0**at,
+            "seconds": 3.0 * 2**at,
+            "spent": {"Dynamo": 0.75 * 2**at, OTHER: 0.25 * 2**at},
+            "timings": {"compile_file": at},
+            "graphs": at,
+            "memory": {"peak": 100 + at},
+            "sampled_peaks": {"with_children": 200 + at} if at else {},
+        }
+        for at, name in enumerate(STAGES)
+    ]
+    return {"layers": 1, "way": "whole", "cache": "cold", "stages": stages, **changes}
+
+
+def test_a_start_is_until_the_last_token_and_its_parts_are_all_of_it() -> None:
+    found = start_report.summarize(a_start(), "cpu")
+    assert found["first token"] == 1 + 2 + 4
+    assert found["all tokens"] == 1 + 2 + 4 + 8 == sum(found["parts"].values())
+    assert found["parts"]["import"] == 1
+    assert found["parts"]["load"] == 2
+    assert found["parts"]["Dynamo"] == 0.75 * (4 + 8)
+    assert found["again"] == 16
+    assert (found["graphs"], found["graphs again"], found["files"]) == (0 + 1 + 2 + 3, 4, 6)
+    assert (found["peak"], found["with_children"]) == (103, 203)
+
+
+def test_wall_time_is_summed_where_that_is_the_clock() -> None:
+    found = start_report.summarize(a_start(), "wall")
+    assert (found["first token"], found["parts"]["import"]) == (21, 3)
+
+
+def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: Path) -> None:
+    results = {
+        "machine": {**dict.fromkeys(("cpu", "torch", "transformers"), "some"), "threads": 2}
+        | {"cores": 2, "load_average_at_start": 0.0},
+        "settings": {"full_size": False, "threads": 2, "prompt_tokens": 8, "new_tokens": 13},
+        "notes": ["on a busy machine"],
+        "unavailable": {"llama.cpp": "llama-cpp-python is not installed"},
+        "starts": [a_start(cache=cache, way=way) for cache in start.CACHES for way in WAYS[:2]],
+    }
+    for each in results["starts"]:
+        each["summary"] = start_report.summarize(each, "cpu")
+    out = start_report.text(results)
+    (row,) = (ln for ln in out.splitlines() if ln.startswith('1, warm, model.compile(backend="m'))
+    cells = row.removeprefix('1, warm, model.compile(backend="mxfp4")').split()
+    assert cells[:3] == ["1.0", "2.0", "9.0"]
+    assert cells[-6:] == ["7.0", "15.0", "16.00", "6", "6", "0.00"]
+    assert "not available: llama.cpp: llama-cpp-python is not installed" in out
+    assert "note: on a busy machine" in out
+    pytest.importorskip("matplotlib")
+    plot.draw(results, tmp_path / "start.svg")
+    drawn = (tmp_path / "start.svg").read_text("utf-8")
+    for label in ("cold caches", "warm caches", "packed, uncompiled, 1 layers", *plot.PART_COLOURS):
+        assert f"<!-- {label} -->" in drawn
+
+
+def test_every_part_has_a_colour() -> None:
+    assert plot.PART_COLOURS.keys() == set(start_report.PARTS)
+
+
+# ---- the stored run
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(STORED.read_text("utf-8"))
+    return loaded
+
+
+def test_the_stored_summaries_follow_from_their_stages(stored: dict[str, Any]) -> None:
+    for each in stored["starts"]:
+        assert each["summary"] == start_report.summarize(each, "cpu")
+        found = each["summary"]
+        assert found["all tokens"] == pytest.approx(sum(found["parts"].values()), rel=0.001)
+
+
+def test_figures_of_the_readme_are_those_of_the_run(stored: dict[str, Any]) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    if STORED.name not in readme:
+        pytest.skip("README does not tell of this run")
+    seconds = {
+        (each["way"], each["layers"], each["cache"]): each["summary"]["all tokens"]
+        for each in stored["starts"]
+    }
+    rows = {(way, layers) for way, layers, _ in seconds if way in ("whole", "pieces")}
+    for way, layers in rows:
+        cold, warm = (seconds[way, layers, cache] for cache in start.CACHES)
+        assert (
+            f"| `{start_report.LABELS[way]}`, {layers} layers | {cold:.0f} | {warm:.0f} |" in readme
+        )
+
+
+# ---- the program
+
+
+def test_an_unknown_way_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        start.main(["--ways", "whole,half"])
+    assert "--ways: half is none of uncompiled, whole, pieces" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
+def test_a_run_tells_all_stages_of_every_way(tmp_path: Path) -> None:
+    path = tmp_path / "start.json"
+    ways = "uncompiled,whole,pieces,llama.cpp"
+    argv = [*TOY.split(), "--ways", ways, "--output", str(path)]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert start.main(argv) == 0
+    results = json.loads(path.read_text("utf-8"))
+    measured = {each["way"] for each in results["starts"]}
+    assert measured | results["unavailable"].keys() == set(ways.split(","))
+    assert {"uncompiled", "whole"} <= measured
+    for each in results["starts"]:
+        assert [stage["phase"] for stage in each["stages"]] == list(STAGES)
+        assert each["summary"] == start_report.summarize(each, "cpu")
+        found = each["summary"]
+        assert found["all tokens"] == pytest.approx(sum(found["parts"].values()), rel=0.01)
+        compiled = each["way"] != "uncompiled"
+        assert (found["graphs"] > 0) == compiled == (found["parts"]["Dynamo"] > 0)
+        assert (found["parts"]["passes"] > 0) == compiled
+    assert str(tmp_path) not in path.read_text("utf-8") + out.getvalue()
