@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,7 +26,6 @@ from mxfp4_fx.core import compilation, forks, torch_private
 from mxfp4_fx.core.errors import (
     InflatedExpertsWarning,
     MissedRewriteError,
-    MissedRewriteWarning,
     NoExpertsWarning,
     OptionError,
     RepeatedSwizzleWarning,
@@ -42,12 +40,11 @@ from mxfp4_fx.huggingface.inflated import note_of_inflated
 from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
 from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
+from mxfp4_fx.telling import is_told, note_told, tell, warn
 
 HOOK = -4  # our key among a module's hooks; torch's are not negative
 
 
-# A module or function -> the warnings that were given about it.
-_told: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()  # modules and functions that have called experts
 _told_of_size: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that may be inflated
 _watched: dict[nn.Module, int] = {}  # modules with our hooks -> calls that need them
@@ -153,12 +150,11 @@ class Call:
         message = "nothing in what it called looks like GPT-OSS experts"
         if self.options.strict:
             raise MissedRewriteError(f"strict=True, and {message}")
-        fresh = [subject for subject in subjects if message not in _told.get(subject, ())]
+        fresh = [subject for subject in subjects if not is_told(subject, message)]
         if fresh:
             name = getattr(fresh[0], "__qualname__", type(fresh[0]).__name__)
             warn(f"{message}: {name} runs without MXFP4", NoExpertsWarning)
-            for subject in fresh:
-                _told.setdefault(subject, set()).add(message)
+            note_told(fresh, message)
 
     @torch.compiler.disable  # here and below: Dynamo would compile the bookkeeping
     def enter(self, module: nn.Module) -> None:
@@ -218,7 +214,7 @@ class Call:
         fresh = {
             module: name
             for module, name in self.offloaded.items()
-            if told not in _told.get(module, ()) and self.left(module) is None
+            if not is_told(module, told) and self.left(module) is None
         }
         if self.observer is not None or not fresh:
             return
@@ -229,8 +225,7 @@ class Call:
             f"again, because a device_map offloads them:{shown}{more}",
             RepeatedSwizzleWarning,
         )
-        for module in fresh:
-            _told.setdefault(module, set()).add(told)
+        note_told(fresh, told)
 
     def check_skip(self) -> None:
         """Check ``options["skip"]``.
@@ -330,40 +325,6 @@ def observed() -> Iterator[Found]:
         _observer.reset(token)
 
 
-def tell(misses: Sequence[tuple[Miss, list[Any]]], options: Options) -> None:
-    """Warn of misses, once for each module and reason, or raise with ``strict``.
-
-    Raises:
-        MissedRewriteError: there are misses, and ``options.strict`` is set.
-    """
-    if misses and options.strict:
-        lines = "\n".join(f"  {miss}" for miss, _ in misses)
-        raise MissedRewriteError(
-            f"strict=True, and {len(misses)} MoE layer(s) cannot be rewritten:\n{lines}"
-        )
-    fresh = [
-        (miss, modules)
-        for miss, modules in misses
-        if any(str(miss) not in _told.get(module, ()) for module in modules)
-    ]
-    if not fresh:
-        return
-    more = f"\n  and {len(fresh) - 3} more; mxfp4_fx.explain lists all" if fresh[3:] else ""
-    shown = "".join(f"\n  {miss}" for miss, _ in fresh[:3])
-    warn(f"these MoE layers run as they were, not in MXFP4:{shown}{more}", MissedRewriteWarning)
-    # If the warning is raised as an error, this is not reached: the next call raises it again.
-    for miss, modules in fresh:
-        for module in modules:
-            _told.setdefault(module, set()).add(str(miss))
-
-
-def warn(message: str, category: type[Warning]) -> None:
-    # With a shared registry, Python would show a message once, though it is about several models.
-    warnings.warn_explicit(
-        f"backend 'mxfp4': {message}", category, __file__, 0, module=__name__, registry={}
-    )
-
-
 def _why_uncompiled(module: nn.Module) -> str:
     is_of_transformers = type(module).__module__.startswith("transformers.")
     older = why_other_experts() if is_of_transformers else None
@@ -379,7 +340,7 @@ def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
     return functools.partial(Call, options)
 
 
-# If Dynamo compiled a hook by itself, is_dynamo_compiling() would be true and the hook would do nothing.
+# If Dynamo compiled a hook by itself, it would make it do nothing.
 @torch_private.never_compiled
 def _before_experts(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_dynamo_compiling():

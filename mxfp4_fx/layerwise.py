@@ -22,6 +22,7 @@ from mxfp4_fx.core.errors import OptionError, WholeModelWarning
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.experts import look_at
 from mxfp4_fx.huggingface import decoder_layers
+from mxfp4_fx.telling import warn
 
 _numbers = itertools.count()
 
@@ -135,7 +136,7 @@ class _Shared:
 
     def give_up(self, layer: str, why: str) -> None:
         if self.why is None:
-            calls.warn(
+            warn(
                 f"mxfp4_fx.compile compiles the model as a whole, which takes longer, because "
                 f"{layer} cannot be compiled in pieces: {why}",
                 WholeModelWarning,
