@@ -81,14 +81,28 @@ def object_at_capture(context: Any, name: str) -> tuple[Any, Any]:
     return getattr(variable, "value", None), getattr(variable, "source", None)
 
 
-def are_tensors_at_capture(context: Any, name: str, count: int) -> bool:
+def are_tensors(context: Any, name: str, count: int) -> bool:
     """Return whether a local variable holds a tuple of so many tensors."""
     items = getattr(_variable(context, name), "items", None)
     return (
         isinstance(items, list | tuple)
         and len(items) == count
-        and all(_fake(item) is not None for item in items)
+        and all(_fake(item.realize()) is not None for item in items)
     )
+
+
+def is_tensor_or_none(context: Any, name: str) -> bool:
+    """Return whether a local variable holds a tensor or None."""
+    variable = _variable(context, name)
+    return _fake(variable) is not None or bool(variable.python_type() is type(None))
+
+
+def is_in_ddp() -> bool:
+    """Return whether a module is called in DistributedDataParallel, which takes no regions."""
+    if not torch.distributed.is_available():
+        return False
+    name = "DistributedDataParallel._active_ddp_module"
+    return _found("torch.nn.parallel.distributed", name) is not None
 
 
 def tensor_at_capture(context: Any, name: str) -> Tensor | None:
@@ -181,6 +195,6 @@ def invoke_subgraph() -> Any:
 
 def inline(gm: fx.GraphModule, call: fx.Node) -> None:
     """Replace the call of a region by what the region computes."""
-    _found(
-        "torch._higher_order_ops.passes.inline_invoke_subgraph", "inline_invoke_subgraph_nodes"
-    )(gm, [call])
+    _found("torch._higher_order_ops.passes.inline_invoke_subgraph", "inline_invoke_subgraph_nodes")(
+        gm, [call]
+    )

@@ -9,7 +9,7 @@ Both run transformers' own forward of the layer, with an object in the place of 
 head's takes keys and values and ends the forward, the rest's gives them back. What neither needs is
 dead code. :func:`_fits` tries this at first, so that nothing of it is taken for granted.
 
-A layer is captured as usual where this would not be known to serve: see :func:`_slot`.
+A layer is captured as usual where this would not be known to serve: see :func:`_decide_on_layer`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mxfp4_fx.core import compilation, torch_private_capture
+from mxfp4_fx.core import compilation, torch_private
+from mxfp4_fx.core import torch_private_capture as capture
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.likeness import likeness
 
@@ -38,10 +39,10 @@ _STATE = "_mxfp4_fx_regions"  # the attribute of Dynamo's object that holds ours
 # Set by `prepare`: the layer's own forward, and what Dynamo calls while it traces.
 _own: Callable[..., Any]
 _at_capture: Any
-_layer_class: type[nn.Module]
+_layer_class: Any
 
 
-class _Taken(Exception):  # noqa: N818  (it ends a forward, and is no error)
+class _Taken(Exception):
     pass
 
 
@@ -89,16 +90,14 @@ def _rest(
     return _own(layer, hidden_states, mask, None, _Giving(keys, values), False, (cos, sin))
 
 
-def _whole(
-    layer: Any, hidden_states: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor
-) -> Any:
+def _whole(layer: Any, hidden_states: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Any:
     return _own(layer, hidden_states, mask, None, None, False, (cos, sin))
 
 
 def _regions(function: types.FunctionType) -> tuple[Callable[..., Any], ...]:
-    """Return regions of a function. Dynamo reuses graphs of one code object, so each has its own."""
+    """Return regions of a function, each with code of its own: Dynamo reuses a graph by code."""
     return tuple(
-        torch_private_capture.region(
+        capture.region(
             types.FunctionType(
                 function.__code__.replace(co_name=f"{function.__name__}_{at}"),
                 function.__globals__,
@@ -137,7 +136,7 @@ def _are_sizes_one(hidden: Tensor, mask: Tensor | None, cos: Tensor) -> bool:
 def _forward(
     self: Any,
     hidden_states: Tensor,
-    attention_mask: Any = None,
+    attention_mask: Tensor | None = None,
     position_ids: Any = None,
     past_key_values: Any = None,
     use_cache: Any = False,
@@ -146,38 +145,11 @@ def _forward(
 ) -> Any:
     """Stand for the decoder layer's forward while Dynamo traces for this backend."""
     _at_capture(_decide_on_layer)
-    if _is_alike():
+    if _may_share() and _are_sizes_one(hidden_states, attention_mask, position_embeddings[0]):
         cos, sin = position_embeddings
-        mask = attention_mask
-        if _are_sizes_one(hidden_states, mask, cos):
-            if past_key_values is None:
-                if mask is None or mask.shape[3] == hidden_states.shape[1]:
-                    _at_capture(_decide_on_whole)
-                    slot = _slot()
-                    if slot is not None:
-                        hidden_states = _WHOLES[slot](self, hidden_states, mask, cos, sin)
-                        _at_capture(_guard)
-                        return hidden_states
-            else:
-                _at_capture(_decide_on_head)
-                slot = _slot()
-                if slot is not None:
-                    keys, values = _HEADS[slot](self, hidden_states, cos, sin)
-                    keys, values = past_key_values.update(keys, values, self.self_attn.layer_idx)
-                    is_one = (
-                        keys.shape[2] == values.shape[2] and keys.shape[0] == hidden_states.shape[0]
-                    )
-                    if is_one and (mask is None or mask.shape[3] == keys.shape[2]):
-                        _at_capture(_decide_on_rest)
-                        slot = _slot()
-                        if slot is not None:
-                            hidden_states = _RESTS[slot](
-                                self, hidden_states, mask, cos, sin, keys, values
-                            )
-                            _at_capture(_guard)
-                            return hidden_states
-                    _at_capture(_guard)
-                    return _rest(self, hidden_states, mask, cos, sin, keys, values)
+        if past_key_values is None:
+            return _without_cache(self, hidden_states, attention_mask, cos, sin)
+        return _with_cache(self, hidden_states, attention_mask, cos, sin, past_key_values)
     return _own(
         self,
         hidden_states,
@@ -190,12 +162,46 @@ def _forward(
     )
 
 
+def _without_cache(
+    layer: Any, hidden_states: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor
+) -> Any:
+    if mask is None or mask.shape[3] == hidden_states.shape[1]:
+        _at_capture(_decide_on_whole)
+        at = _region_to_use()
+        if at is not None:
+            hidden_states = _WHOLES[at](layer, hidden_states, mask, cos, sin)
+            _at_capture(_guard)
+            return hidden_states
+    return _whole(layer, hidden_states, mask, cos, sin)
+
+
+def _with_cache(
+    layer: Any, hidden_states: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, cache: Any
+) -> Any:
+    _at_capture(_decide_on_head)
+    at = _region_to_use()
+    if at is None:
+        return _own(layer, hidden_states, mask, None, cache, False, (cos, sin))
+    keys, values = _HEADS[at](layer, hidden_states, cos, sin)
+    keys, values = cache.update(keys, values, layer.self_attn.layer_idx)
+    is_one = keys.shape[2] == values.shape[2] and keys.shape[0] == hidden_states.shape[0]
+    if is_one and (mask is None or mask.shape[3] == keys.shape[2]):
+        _at_capture(_decide_on_rest)
+        at = _region_to_use()
+        if at is not None:
+            hidden_states = _RESTS[at](layer, hidden_states, mask, cos, sin, keys, values)
+            _at_capture(_guard)
+            return hidden_states
+    _at_capture(_guard)
+    return _rest(layer, hidden_states, mask, cos, sin, keys, values)
+
+
 # ---- decisions, in plain Python while Dynamo traces: they leave no guards
 
 
 @dataclasses.dataclass
 class _Entry:
-    """A region in use: the likeness, the tensors and Dynamo's source of the layer that was first."""
+    """A region in use: likeness, tensors and Dynamo's source of the layer that came first."""
 
     likeness: Hashable
     fakes: list[Tensor | None]
@@ -219,48 +225,49 @@ class _State:
 
 
 def _decide_on_layer(context: Any) -> None:
-    _decided.firsts = []
-    _decided.likeness = None
-    of_graph = vars(torch_private_capture.graph_under_capture())
+    of_graph = vars(capture.graph_under_capture())
     state = of_graph.get(_STATE)
     if state is None:
         state = of_graph[_STATE] = _State()
-    layer, source = torch_private_capture.object_at_capture(context, "self")
-    _decided.state, _decided.source = state, source
-    if not state.is_on or source is None or type(layer) is not _layer_class:
-        return
-    if layer.gradient_checkpointing and layer.training:
-        return  # a checkpoint is a region
-    # Other attentions may read arguments that the regions do not pass on.
-    if layer.self_attn.config._attn_implementation != "eager":
-        return
-    if not torch_private_capture.are_tensors_at_capture(context, "position_embeddings", 2):
-        return
-    _decided.likeness = likeness(layer)
+    layer, source = capture.object_at_capture(context, "self")
+    _decided.state, _decided.source, _decided.firsts = state, source, []
+    is_usable = (
+        state.is_on
+        and source is not None
+        and type(layer) is _layer_class
+        and not (layer.gradient_checkpointing and layer.training)  # a checkpoint is a region
+        # Other attentions may read arguments that the regions do not pass on.
+        and layer.self_attn.config._attn_implementation == "eager"
+        and capture.are_tensors(context, "position_embeddings", 2)
+        and capture.is_tensor_or_none(context, "attention_mask")
+        and not torch_private.are_transforms_active()
+        and not capture.is_in_ddp()
+    )
+    _decided.likeness = likeness(layer) if is_usable else None
 
 
 def _decide_on(kind: str, *tensors: str) -> Callable[[Any], None]:
     def decide(context: Any) -> None:
         state, alike = _decided.state, _decided.likeness
-        fakes = [torch_private_capture.tensor_at_capture(context, name) for name in tensors]
-        sizes = [*map(torch_private_capture.sizes, fakes)]
+        fakes = [capture.tensor_at_capture(context, name) for name in tensors]
+        sizes = [*map(capture.sizes, fakes)]
         entries = state.entries.setdefault(kind, [])
-        for number, entry in enumerate(entries):
+        for number, entry in enumerate(entries):  # noqa: B007
             # Sizes are compared as they are known now, which may be more than at first.
-            if entry.likeness == alike and [*map(torch_private_capture.sizes, entry.fakes)] == sizes:
+            if entry.likeness == alike and [*map(capture.sizes, entry.fakes)] == sizes:
                 break
         else:
             number, entry = len(entries), _Entry(alike, fakes, _decided.source)
             if number < _MOST:
                 entries.append(entry)
-        _decided.slot = number if number < _MOST else None
+        _decided.at = number if number < _MOST else None
         first = entry.source
-        if first == _decided.source or _decided.slot is None:
+        if first == _decided.source or _decided.at is None:
             return
         if first not in state.guards:
-            state.guards[first] = torch_private_capture.guards_on(first)
+            state.guards[first] = capture.guards_on(first)
         if state.guards[first] is None:
-            _decided.slot = None
+            _decided.at = None
         else:
             _decided.firsts.append(first)
 
@@ -279,18 +286,18 @@ def _guard(context: Any) -> None:
     """
     for first in dict.fromkeys(_decided.firsts):
         guards = _decided.state.guards[first]
-        torch_private_capture.guard_alike(guards, first, _decided.source)
+        capture.guard_alike(guards, first, _decided.source)
 
 
 @torch.compiler.assume_constant_result
-def _is_alike() -> bool:
+def _may_share() -> bool:
     return _decided.likeness is not None
 
 
 @torch.compiler.assume_constant_result
-def _slot() -> int | None:
-    slot: int | None = _decided.slot
-    return slot
+def _region_to_use() -> int | None:
+    at: int | None = _decided.at
+    return at
 
 
 # ---- where
@@ -308,10 +315,10 @@ def prepare(modeling: types.ModuleType) -> bool:
     checkpointed = layer_class.forward
     original = getattr(checkpointed, "__wrapped__", checkpointed)
     _own, _layer_class = hub_modules.unsubstituted(original), layer_class
-    if not torch_private_capture.can_capture_regions() or not _fits(modeling):
+    if not capture.can_capture_regions() or not _fits(modeling):
         return True
-    _at_capture = torch_private_capture.at_capture()
-    _HEADS, _RESTS, _WHOLES = map(_regions, (_head, _rest, _whole))
+    _at_capture = capture.at_capture()
+    _HEADS, _RESTS, _WHOLES = _regions(_head), _regions(_rest), _regions(_whole)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and compilation.compiling_for():

@@ -1,8 +1,8 @@
 """Numbers that a graph gives its regions, in the form that Inductor can take.
 
-Dynamo learns while it captures that two sizes are equal, and then computes with one symbol for both.
-A region may still be given the other. Inductor names a region's inputs by the symbols that they
-were made as, and does not find the one that the tensors' sizes have. A symbolic float is refused.
+Dynamo learns while it captures that two sizes are equal, and then has one symbol for both. A region
+may still be given the other. Inductor names a region's inputs by the symbols that they were made
+as, and does not find the one that the sizes of tensors have. A symbolic float is refused.
 """
 
 from __future__ import annotations
