@@ -38,6 +38,8 @@ def _line(node: fx.Node) -> str:
         return f"input {_name(node)}{_type(node)}"
     if node.op == "output":
         return f"return {_text(node.args[0])}"
+    if node.op == "get_attr":
+        return f"{node.name} = graph {node.target}"
     if isinstance(node.target, torch._ops.OpOverload):
         target = str(node.target)
     elif node.op == "call_method":

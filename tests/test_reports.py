@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Graphs, Layers, compile_with, hidden, mlp, pack
+from models import Graphs, Layers, compile_with, hidden, mlp
 from near_miss import NearMisses, missed, mxfp4_ops, with_experts, with_gate
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -98,31 +98,6 @@ HANDED_ON: dict[str, Any] = {
 
 
 class TestReports(NearMisses):
-    def test_activation_checkpointing(self) -> None:
-        self.assert_missed(
-            Checkpointed(mlp()),
-            """\
-module.experts: it is inside a subgraph (activation checkpointing or a nested compile
-region), which is not searched
-""",
-        )
-
-    def test_activation_checkpointing_of_packed_experts(self) -> None:
-        self.assert_missed(
-            Checkpointed(pack(mlp())),
-            """\
-module.experts: it is inside a subgraph (activation checkpointing or a nested compile
-region), which is not searched
-""",
-        )
-
-    def test_a_nested_region_of_packed_experts(self) -> None:
-        module = pack(mlp())
-        region = torch.compiler.nested_compile_region(lambda x: module(x)[0])
-        # A region that is used once is no subgraph.
-        (miss,) = mxfp4_fx.explain(lambda x: region(region(x)), X).misses
-        assert "inside a subgraph" in miss.reason
-
     def test_weights_that_are_handed_on(self) -> None:
         """By what expert parallelism and sharding put before a matmul, for example."""
         for hand in HANDED_ON.values():

@@ -194,7 +194,8 @@ def _install(
                 call.args = (new, *torch_private.names_of_body(call.target, name), *operands)
         if isinstance(old, fx.Node) and not old.users:
             gm.graph.erase_node(old)
-    gm.delete_all_unused_submodules()
+            if not any(n.target == old.target for n in gm.graph.find_nodes(op="get_attr")):
+                delattr(gm, str(old.target))
 
 
 def _operands(body: fx.Graph, site: _Site, inner: Context, ctx: Context) -> list[Any]:
