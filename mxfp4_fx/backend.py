@@ -49,7 +49,7 @@ def mxfp4(
         MissedRewriteError: with ``strict=True``, the passes report a miss.
     """
     parsed = Options.parse(options, mode)
-    settle_sizes(gm)
+    example_inputs = settle_sizes(gm, example_inputs)
     rewritten, ctx = analyze(gm, example_inputs, parsed)
     refuse_freed(gm, rewritten, ctx)
     announce(ctx)

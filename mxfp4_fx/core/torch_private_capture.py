@@ -179,12 +179,14 @@ def _is_from(source: Any, whole: Any) -> bool:
 # ---- sizes in a graph
 
 
-def symbol(value: Any) -> tuple[Any, Any] | None:
-    """Return the symbol that a symbolic number was made as, and what it is known to be now."""
-    node = getattr(value, "node", None)
-    if not isinstance(value, torch.SymInt) or node is None:
-        return None
-    return node._expr, node.expr
+def settled(value: Any) -> Any:
+    """Return a symbolic int as one made of the symbols that it is known to be equal to now."""
+    if not isinstance(value, torch.SymInt) or not value.node.is_symbolic():
+        return value
+    node = value.node
+    if node._expr == node.expr or node.expr.is_number:
+        return value
+    return node.shape_env.create_symintnode(node.expr, hint=node.hint)
 
 
 @functools.cache
