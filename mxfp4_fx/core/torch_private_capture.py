@@ -75,6 +75,22 @@ def graph_under_capture() -> Any:
     return _found("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx")().output
 
 
+def scalars_seen() -> Any:
+    """Return Dynamo's memory of the numbers it has met; it is a new one after a reset."""
+    return _found("torch._dynamo.pgo", "get_code_state")()
+
+
+def are_floats_symbolic() -> bool:
+    """Return whether Dynamo takes each float that it meets as an input (``dynamic=True``)."""
+    return not _found("torch._dynamo.config", "assume_static_by_default")
+
+
+def path(source: Any) -> str:
+    """Return Dynamo's name of a source."""
+    name = source.name  # a method before torch 2.12
+    return str(name() if callable(name) else name)
+
+
 def object_at_capture(context: Any, name: str) -> tuple[Any, Any]:
     """Return the object that a local variable holds, and Dynamo's source of it; or (None, None)."""
     variable = _variable(context, name)

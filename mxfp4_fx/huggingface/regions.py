@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core import torch_private_capture as capture
@@ -242,8 +242,39 @@ def _decide_on_layer(context: Any) -> None:
         and capture.is_tensor_or_none(context, "attention_mask")
         and not torch_private.are_transforms_active()
         and not capture.is_in_ddp()
+        and not capture.are_floats_symbolic()  # a region takes no floats
     )
-    _decided.likeness = likeness(layer) if is_usable else None
+    _decided.likeness = (
+        likeness(layer) if is_usable and not _floats.have_changed(layer, source) else None
+    )
+
+
+class _Floats:
+    """The floats that layers had when they were captured.
+
+    From the second value on, Dynamo makes a float an input, which a region cannot take.
+    """
+
+    def __init__(self) -> None:
+        self._epoch: Any = None
+        self._values: dict[str, set[float]] = {}
+
+    def have_changed(self, layer: nn.Module, source: Any) -> bool:
+        """Note a layer's floats; return whether one was another before, at the same place."""
+        epoch = capture.scalars_seen()
+        if epoch is not self._epoch:
+            self._epoch, self._values = epoch, {}
+        changed = False
+        for name, module in layer.named_modules():
+            for key, value in vars(module).items():
+                if isinstance(value, float):
+                    values = self._values.setdefault(f"{capture.path(source)} {name} {key}", set())
+                    values.add(value)
+                    changed = changed or len(values) > 1
+        return changed
+
+
+_floats = _Floats()
 
 
 def _decide_on(kind: str, *tensors: str) -> Callable[[Any], None]:
