@@ -175,8 +175,12 @@ def guard_alike(guards: list[Any], old: Any, new: Any) -> None:
     """Guard an object as another is guarded. ``guards`` are the other's (:func:`guards_on`)."""
     install = _found("torch._dynamo.guards", "install_guard")
 
+    known = {old: new}
+
     def moved(source: Any) -> Any:
-        return source.clone(lambda part: new if part == old else part)
+        if source not in known:  # most paths begin with another guard's path
+            known[source] = source.clone(lambda part: known.get(part, part))
+        return known[source]
 
     for guard in guards:
         make = guard.create_fn
