@@ -92,3 +92,30 @@ def _value(value: Any) -> Hashable:
             return kind, tuple((_value(k), _value(v)) for k, v in value.items())
         return kind, tuple(map(_value, value))
     return "object", id(value)
+
+
+class Floats:
+    """The floats that layers had when they were captured.
+
+    From the second value on, Dynamo makes a float an input, which a region cannot take.
+    """
+
+    def __init__(self) -> None:
+        self._epoch: Any = None
+        self._values: dict[str, set[float]] = {}
+
+    def have_changed(self, layer: nn.Module, source: Any) -> bool:
+        """Note a layer's floats; return whether one was another before, at the same place."""
+        epoch = torch_private_capture.scalars_seen()
+        if epoch is not self._epoch:
+            self._epoch, self._values = epoch, {}
+        changed = False
+        for name, module in layer.named_modules():
+            for key, value in vars(module).items():
+                if isinstance(value, float):
+                    values = self._values.setdefault(
+                        f"{torch_private_capture.path(source)} {name} {key}", set()
+                    )
+                    values.add(value)
+                    changed = changed or len(values) > 1
+        return changed

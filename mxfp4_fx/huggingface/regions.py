@@ -23,12 +23,12 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core import torch_private_capture as capture
 from mxfp4_fx.huggingface import hub_modules
-from mxfp4_fx.huggingface.likeness import likeness
+from mxfp4_fx.huggingface.likeness import Floats, likeness
 
 log = logging.getLogger("mxfp4_fx.regions")
 
@@ -94,7 +94,7 @@ def _whole(layer: Any, hidden_states: Tensor, mask: Tensor | None, cos: Tensor, 
     return _own(layer, hidden_states, mask, None, None, False, (cos, sin))
 
 
-def _regions(function: types.FunctionType) -> tuple[Callable[..., Any], ...]:
+def _regions(function: Any) -> tuple[Callable[..., Any], ...]:
     """Return regions of a function, each with code of its own: Dynamo reuses a graph by code."""
     return tuple(
         capture.region(
@@ -114,11 +114,13 @@ _RESTS: tuple[Callable[..., Any], ...] = ()
 _WHOLES: tuple[Callable[..., Any], ...] = ()
 
 
-def _are_sizes_one(hidden: Tensor, mask: Tensor | None, cos: Tensor) -> bool:
+def _are_sizes_one(layer: Any, hidden: Tensor, mask: Tensor | None, cos: Tensor) -> bool:
     """Let Dynamo learn outside of a region which sizes are equal; return whether they are.
 
     A size symbol that is found inside to be another's equal is gone when the graph is reused.
     """
+    if hidden.ndim != 3 or hidden.shape[2] != layer.input_layernorm.weight.shape[0]:
+        return False
     if cos.ndim != 3 or cos.shape[1] != hidden.shape[1]:
         return False
     if cos.shape[0] != 1 and cos.shape[0] != hidden.shape[0]:
@@ -145,7 +147,7 @@ def _forward(
 ) -> Any:
     """Stand for the decoder layer's forward while Dynamo traces for this backend."""
     _at_capture(_decide_on_layer)
-    if _may_share() and _are_sizes_one(hidden_states, attention_mask, position_embeddings[0]):
+    if _may_share() and _are_sizes_one(self, hidden_states, attention_mask, position_embeddings[0]):
         cos, sin = position_embeddings
         if past_key_values is None:
             return _without_cache(self, hidden_states, attention_mask, cos, sin)
@@ -184,7 +186,11 @@ def _with_cache(
         return _own(layer, hidden_states, mask, None, cache, False, (cos, sin))
     keys, values = _HEADS[at](layer, hidden_states, cos, sin)
     keys, values = cache.update(keys, values, layer.self_attn.layer_idx)
-    is_one = keys.shape[2] == values.shape[2] and keys.shape[0] == hidden_states.shape[0]
+    is_one = (
+        keys.shape[0] == hidden_states.shape[0]
+        and values.shape[0] == hidden_states.shape[0]
+        and keys.shape[2] == values.shape[2]
+    )
     if is_one and (mask is None or mask.shape[3] == keys.shape[2]):
         _at_capture(_decide_on_rest)
         at = _region_to_use()
@@ -249,32 +255,7 @@ def _decide_on_layer(context: Any) -> None:
     )
 
 
-class _Floats:
-    """The floats that layers had when they were captured.
-
-    From the second value on, Dynamo makes a float an input, which a region cannot take.
-    """
-
-    def __init__(self) -> None:
-        self._epoch: Any = None
-        self._values: dict[str, set[float]] = {}
-
-    def have_changed(self, layer: nn.Module, source: Any) -> bool:
-        """Note a layer's floats; return whether one was another before, at the same place."""
-        epoch = capture.scalars_seen()
-        if epoch is not self._epoch:
-            self._epoch, self._values = epoch, {}
-        changed = False
-        for name, module in layer.named_modules():
-            for key, value in vars(module).items():
-                if isinstance(value, float):
-                    values = self._values.setdefault(f"{capture.path(source)} {name} {key}", set())
-                    values.add(value)
-                    changed = changed or len(values) > 1
-        return changed
-
-
-_floats = _Floats()
+_floats = Floats()
 
 
 def _decide_on(kind: str, *tensors: str) -> Callable[[Any], None]:
