@@ -128,6 +128,15 @@ def test_decoding_shares_graphs_at_symbolic_lengths() -> None:
     assert decoding
 
 
+@pytest.mark.exhaustive
+def test_inductor_takes_symbolic_lengths() -> None:
+    model = models.model(num_hidden_layers=4, eos_token_id=None)
+    model.compile(backend="mxfp4", fullgraph=True, options={"inner": "eager", "regions": False})
+    want = model.generate(IDS, max_new_tokens=4)
+    model.compile(backend="mxfp4", fullgraph=True)
+    assert torch.equal(model.generate(IDS, max_new_tokens=4), want)
+
+
 def test_gradients_are_the_same() -> None:
     def gradients(options: dict[str, Any]) -> list[Tensor]:
         model = layers(2)
