@@ -218,7 +218,7 @@ def test_layers_that_differ_share_no_graph(is_first: bool) -> None:
         change(layer)
     compiled, regions = captured(model)
     assert torch.equal(logits(compiled), logits(model))
-    assert regions.graphs == [[3]]  # two layers, and one whose hook is called outside of the region
+    assert regions.graphs == [[2]]
 
 
 def test_a_parameter_of_two_layers_is_shared() -> None:

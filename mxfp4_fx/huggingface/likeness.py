@@ -34,7 +34,7 @@ def likeness(layer: nn.Module) -> Hashable | None:
     parts: list[Hashable] = []
     tensors: set[int] = set()
     for name, module in layer.named_modules(remove_duplicate=False):
-        if module is not layer and not _is_plain(module):
+        if not _is_plain(module):
             return None
         if type(module).__module__.partition(".")[0] not in _KNOWN or _is_random(module):
             return None
