@@ -18,6 +18,7 @@ from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.ops.fingerprint import fingerprint
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.pipeline import run_pipeline
+from mxfp4_fx.passes.region_sizes import settle_sizes
 from mxfp4_fx.passes.report import GraphReport
 from mxfp4_fx.weights.bindings import InputPlan
 from mxfp4_fx.weights.freed import is_freed
@@ -51,6 +52,7 @@ def mxfp4(
         MissedRewriteError: with ``strict=True``, the passes report a miss.
     """
     parsed = Options.parse(options, mode)
+    example_inputs = settle_sizes(gm, example_inputs)
     rewritten, ctx = analyze(gm, example_inputs, parsed)
     refuse_freed(gm, rewritten, ctx)
     announce(ctx)

@@ -30,6 +30,8 @@ class Options:
         free_weights: give the memory of each expert weight back as soon as it is swizzled. Only the
             compiled model can use a dense weight then; ``mxfp4_fx.restore`` undoes it.
         skip: patterns of the names of modules to leave alone; see ``skip.py``.
+        regions: capture the repeated layer as a nested compile region, whose graph is compiled once
+            for all layers that are alike.
         mode: the ``mode=`` of ``torch.compile``; reaches Inductor.
     """
 
@@ -40,6 +42,7 @@ class Options:
     verify: bool = False
     free_weights: bool = False
     skip: tuple[str, ...] = ()
+    regions: bool = True
     mode: str | None = None
 
     @classmethod
@@ -66,7 +69,7 @@ class Options:
                 f"options['kernels'] is {self.kernels!r}; it must be one of "
                 f"{', '.join(KERNELS)}.{_nearest(self.kernels, KERNELS)}"
             )
-        for name in ("strict", "verify", "free_weights"):
+        for name in ("strict", "verify", "free_weights", "regions"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"options[{name!r}] must be True or False.")
         if not (isinstance(self.inner, str) or callable(self.inner)):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core import compilation, forks, version
-from mxfp4_fx.huggingface import hub_modules
+from mxfp4_fx.huggingface import hub_modules, regions
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 _INTEGRATION = "transformers.integrations.mxfp4"
@@ -47,6 +47,8 @@ def _prepare_loop(modeling: types.ModuleType) -> bool:
     experts = getattr(modeling, "GptOssExperts", None)
     original = getattr(getattr(experts, "forward", None), "__wrapped__", None)
     if interface is None or original is None:
+        return False
+    if not regions.prepare(modeling):
         return False
     _substitute(original, interface.ALL_EXPERTS_FUNCTIONS["grouped_mm"])
     _take_as_constants(interface)
