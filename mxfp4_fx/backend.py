@@ -11,7 +11,7 @@ from torch.compiler import config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mxfp4_fx import calls
-from mxfp4_fx.core import compilation, torch_private
+from mxfp4_fx.core import compilation, torch_private_dynamo
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.huggingface.capture import prepare_capture
@@ -117,7 +117,7 @@ def bind(
     with plan.swizzling_ahead(
         tuple(ctx.inputs),
         is_quiet=options.inner == "inductor"
-        and torch_private.inductor_measures(options.mode, options.inductor),
+        and torch_private_dynamo.inductor_measures(options.mode, options.inductor),
         are_freed=options.free_weights,
     ):
         compiled = compile_inner(lowered, plan.examples(ctx.inputs, fakes), options)
@@ -184,7 +184,7 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
     """Compile a graph with the inner compiler."""
     if options.inner != "inductor":
         inner = options.inner
-        backend = torch_private.backend_named(inner) if isinstance(inner, str) else inner
+        backend = torch_private_dynamo.backend_named(inner) if isinstance(inner, str) else inner
         compiled: CompiledGraph = backend(gm, inputs)
         return compiled
 
@@ -192,7 +192,7 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
         # Torch's caches outlive this version of the package.
         tag = f"{config.cache_key_tag}{fingerprint()}"
         with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-            compiled: CompiledGraph = torch_private.compile_with_inductor(
+            compiled: CompiledGraph = torch_private_dynamo.compile_with_inductor(
                 gm, inputs, options.mode, options.inductor
             )
         return compiled
@@ -203,7 +203,7 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
         # Torch survives a broken entry of its caches, but not a broken file that an entry names.
         if not _is_of_a_file(error):
             raise
-        with torch_private.empty_caches():
+        with torch_private_dynamo.empty_caches():
             try:
                 compiled = by_inductor()
             except Exception:

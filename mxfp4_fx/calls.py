@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxfp4_fx.core import compilation, forks, torch_private
+from mxfp4_fx.core import compilation, forks, torch_private_dynamo
 from mxfp4_fx.core.errors import (
     InflatedExpertsWarning,
     MissedRewriteError,
@@ -341,7 +341,7 @@ def _call_with(keywords: dict[str, Any]) -> Callable[[], Call]:
 
 
 # If Dynamo compiled a hook by itself, it would make it do nothing.
-@torch_private.never_compiled
+@torch_private_dynamo.never_compiled
 def _before_experts(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_dynamo_compiling():
         # Dynamo guards the marks because they are read: skipped experts get a graph of their own.
@@ -352,7 +352,7 @@ def _before_experts(module: nn.Module, args: Any) -> None:
         call.enter(module)
 
 
-@torch_private.never_compiled
+@torch_private_dynamo.never_compiled
 def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_dynamo_compiling():
         return

@@ -11,7 +11,7 @@ from torch import fx
 
 from mxfp4_fx import calls
 from mxfp4_fx.backend import analyze, bind, refuse_freed
-from mxfp4_fx.core import compilation, torch_private
+from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
 from mxfp4_fx.core.console import size_in_words
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.report import Miss, Rewrite
@@ -103,7 +103,9 @@ def explain(
     chosen = dict(options) if options else None
     # Recompilations are counted apart: Dynamo's limit applies as in a fresh process, and the user's
     # own compilations lose none of theirs.
-    isolated: dict[str, Any] = {"isolate_recompiles": True} if torch_private.can_isolate() else {}
+    isolated: dict[str, Any] = (
+        {"isolate_recompiles": True} if torch_private_dynamo.can_isolate() else {}
+    )
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     with calls.observed() as found, torch_private.without_compiled_calls(modules):
         run = torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen, **isolated)

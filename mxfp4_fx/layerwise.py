@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from mxfp4_fx import calls, limits
 from mxfp4_fx.backend import CompiledGraph, mxfp4
-from mxfp4_fx.core import compilation, torch_private
+from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import OptionError, WholeModelWarning
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.experts import look_at
@@ -159,7 +159,7 @@ class _Layer:
         self._records = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch_private.is_traced():
+        if torch_private_dynamo.is_traced():
             return torch_private.uncompiled(self.layer)(*args, **kwargs)
         call = calls.current()
         if call is not None and self.experts in call.experts:
@@ -221,7 +221,7 @@ class _Layer:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    return decoder_layers.CacheUseError, *torch_private.capture_errors()
+    return decoder_layers.CacheUseError, *torch_private_dynamo.capture_errors()
 
 
 def _kind(hidden: Tensor, cache: Any) -> tuple[Any, ...]:
@@ -240,7 +240,7 @@ class _Top:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = torch_private.uncompiled(self._model)
-        if torch_private.is_traced():
+        if torch_private_dynamo.is_traced():
             return call(*args, **kwargs)
         if self._shared.why is None:
             with calls.Call(self._shared.options, call):

@@ -24,7 +24,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import mxfp4_fx
 from mxfp4_fx import calls
-from mxfp4_fx.core import compilation, torch_private
+from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
 from mxfp4_fx.errors import TorchVersionError
 
 PACKAGE = Path(mxfp4_fx.__file__).parent
@@ -87,7 +87,7 @@ def test_private_names_stand_in_their_files() -> None:
 )
 def test_what_torch_lacks_is_told_by_name(module: str, name: str) -> None:
     with pytest.raises(TorchVersionError) as raised:
-        torch_private._found(module, name)
+        torch_private.look_up(module, name)
     assert re.search("_no_such_(name|module)", str(raised.value))
     assert f"torch {torch.__version__} does not have" in str(raised.value)
 
@@ -295,7 +295,7 @@ def test_what_cannot_be_captured_whole_is_told_by_known_errors() -> None:
         torch._dynamo.graph_break()
         return x
 
-    with pytest.raises(torch_private.capture_errors()):
+    with pytest.raises(torch_private_dynamo.capture_errors()):
         torch.compile(breaks, backend="eager", fullgraph=True)(torch.ones(2))
 
 
@@ -304,16 +304,16 @@ def test_a_length_that_may_vary_is_compiled_once() -> None:
     for length in (3, 4):
         x = torch.ones(length)
         if length == 3:
-            torch_private.let_vary(x, [-1])
+            torch_private_dynamo.let_vary(x, [-1])
         compiled(x)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_an_object_that_dynamo_would_guard_is_another() -> None:
     x = torch.ones(2)
-    assert torch_private.without_address(x) is x
+    assert torch_private_dynamo.without_address(x) is x
     torch._dynamo.mark_static_address(x)
-    other = torch_private.without_address(x)
+    other = torch_private_dynamo.without_address(x)
     assert other is not x
     assert other.data_ptr() == x.data_ptr()
 
@@ -353,7 +353,7 @@ def test_a_lazy_graph_module_runs_the_graph_as_it_is_when_it_is_called() -> None
 
 
 def test_times_stand_beside_torchs_own() -> None:
-    with torch_private.timed("mxfp4_fx.test"):
+    with torch_private_dynamo.timed("mxfp4_fx.test"):
         pass
     assert "mxfp4_fx.test" in torch._dynamo.utils.compile_times("str")
 
@@ -423,11 +423,13 @@ def test_artifacts_are_traced() -> None:
 
 def test_backends_have_names() -> None:
     gm = fx.symbolic_trace(nn.Identity())
-    assert torch_private.backend_named("eager")(gm, [torch.ones(2)])(torch.ones(2)) is not None
+    assert (
+        torch_private_dynamo.backend_named("eager")(gm, [torch.ones(2)])(torch.ones(2)) is not None
+    )
 
 
 def test_inductor_tells_whether_it_measures() -> None:
-    measures = torch_private.inductor_measures
+    measures = torch_private_dynamo.inductor_measures
     assert not measures(None, {})
     assert not measures("reduce-overhead", {"max_autotune": False})
     assert measures("max-autotune", {})
@@ -437,9 +439,9 @@ def test_inductor_tells_whether_it_measures() -> None:
 
 
 def test_inductor_takes_options_and_knows_modes() -> None:
-    modes = torch_private._found("torch._inductor", "list_mode_options")
+    modes = torch_private.look_up("torch._inductor", "list_mode_options")
     assert modes("max-autotune")["max_autotune"] is True
-    compile_fx = torch_private._found("torch._inductor.compile_fx", "compile_fx")
+    compile_fx = torch_private.look_up("torch._inductor.compile_fx", "compile_fx")
     assert "config_patches" in inspect.signature(compile_fx).parameters
 
 
@@ -494,7 +496,7 @@ def test_other_backends_keep_a_context_of_their_own() -> None:
 def test_what_is_never_compiled_by_itself_is_inlined_elsewhere() -> None:
     seen: list[bool] = []
 
-    @torch_private.never_compiled
+    @torch_private_dynamo.never_compiled
     def inner(x: Tensor) -> Tensor:
         seen.append(torch.compiler.is_compiling())
         return x * 2
@@ -521,7 +523,7 @@ def test_the_backend_that_dynamo_compiles_for_is_known() -> None:
 
     @torch.compiler.assume_constant_result
     def ask() -> bool:
-        seen.append(compilation.innermost(torch_private.compiled_with())[0])
+        seen.append(compilation.innermost(torch_private_dynamo.compiled_with())[0])
         return compilation.compiling_for()
 
     @compilation.ours
@@ -531,7 +533,7 @@ def test_the_backend_that_dynamo_compiles_for_is_known() -> None:
     def double_if_ours(x: Tensor) -> Tensor:
         return x * 2 if ask() else x.clone()
 
-    assert torch_private.compiled_with() is None
+    assert torch_private_dynamo.compiled_with() is None
     assert torch.compile(double_if_ours, backend=backend)(torch.ones(1)) == 2
     assert torch.compile(double_if_ours, backend="eager")(torch.ones(1)) == 1
     assert seen == [backend, None]
@@ -544,7 +546,7 @@ def test_a_compiled_call_is_seen_on_the_stack() -> None:
     def look(x: Tensor) -> Tensor:
         seen.append(compilation.compiled_function())
         frames = list(compilation._frames())
-        seen.append([f for frame in frames if (f := torch_private.disabled_by(frame))])
+        seen.append([f for frame in frames if (f := torch_private_dynamo.disabled_by(frame))])
         return x
 
     def calls_it(x: Tensor) -> Tensor:
@@ -560,20 +562,20 @@ def test_a_compiled_call_is_seen_on_the_stack() -> None:
 
 
 def test_the_stance_is_known() -> None:
-    assert torch_private.stance() == "default"
+    assert torch_private_dynamo.stance() == "default"
     with torch.compiler.set_stance("force_eager"):
-        assert torch_private.stance() == "force_eager"
+        assert torch_private_dynamo.stance() == "force_eager"
 
 
 def test_what_is_compiled_is_known() -> None:
     def function(x: Tensor) -> Tensor:
         return x + 1
 
-    assert not torch_private.is_compiled(function.__code__)
+    assert not torch_private_dynamo.is_compiled(function.__code__)
     torch.compile(function, backend="eager")(torch.ones(2))
-    assert torch_private.is_compiled(function.__code__)
+    assert torch_private_dynamo.is_compiled(function.__code__)
     torch.compiler.reset()
-    assert not torch_private.is_compiled(function.__code__)
+    assert not torch_private_dynamo.is_compiled(function.__code__)
 
 
 def test_what_is_untraced_is_no_frame_of_dynamos() -> None:
@@ -582,16 +584,16 @@ def test_what_is_untraced_is_no_frame_of_dynamos() -> None:
     def called_by_c(x: Tensor) -> Tensor:
         return x + 1
 
-    torch_private.untraced(called_by_c)
+    torch_private_dynamo.untraced(called_by_c)
     torch.compile(called_by_c, backend=graphs)(torch.ones(2))
     assert not graphs.seen
 
 
 def test_recompilations_can_be_kept_apart() -> None:
-    assert isinstance(torch_private.can_isolate(), bool)
+    assert isinstance(torch_private_dynamo.can_isolate(), bool)
 
 
-@pytest.mark.skipif(not torch_private.can_isolate(), reason="this torch has one count")
+@pytest.mark.skipif(not torch_private_dynamo.can_isolate(), reason="this torch has one count")
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_call_is_kept_apart_from_within(apart: bool) -> None:
     def function(x: Tensor) -> Tensor:

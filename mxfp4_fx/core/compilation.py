@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import torch_private_dynamo
 from mxfp4_fx.core.torch_private import Backend
 
 _OURS = "_is_mxfp4_backend"
@@ -53,7 +53,7 @@ def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
             backend = backend.func
             continue
         keywords = {**getattr(backend, "kwargs", {}), **keywords}
-        backend = torch_private.wrapped_backend(backend)
+        backend = torch_private_dynamo.wrapped_backend(backend)
     return None, {}
 
 
@@ -61,12 +61,12 @@ def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
 @torch.compiler.assume_constant_result
 def compiling_for() -> bool:
     """Return whether Dynamo captures for a backend of this package now."""
-    return innermost(torch_private.compiled_with())[0] is not None
+    return innermost(torch_private_dynamo.compiled_with())[0] is not None
 
 
 def keywords() -> dict[str, Any]:
     """Return ``options`` and ``mode`` of the compilation for which Dynamo captures now."""
-    given = innermost(torch_private.compiled_with())[1]
+    given = innermost(torch_private_dynamo.compiled_with())[1]
     return {"options": given.get("options"), "mode": given.get("mode")}
 
 
@@ -84,7 +84,7 @@ def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
             return None
         return enter_with(keywords)
 
-    torch_private.have_context(context)
+    torch_private_dynamo.have_context(context)
 
 
 def on_frames(begin: Callable[[], object], sharers: Callable[[types.CodeType], int]) -> None:
@@ -99,7 +99,7 @@ def on_frames(begin: Callable[[], object], sharers: Callable[[types.CodeType], i
             It returns how many share the code, so that the limit holds for each of them.
     """
 
-    def instead_of(original: torch_private.LimitCheck) -> torch_private.LimitCheck:
+    def instead_of(original: torch_private_dynamo.LimitCheck) -> torch_private_dynamo.LimitCheck:
         def check(cache_size: Any, compile_id: Any) -> tuple[bool, str]:
             # A wrapper around the caller would not do: Dynamo looks on the stack for
             # torch.compiler.disable(recursive=False), just above its own frames.
@@ -125,13 +125,13 @@ def on_frames(begin: Callable[[], object], sharers: Callable[[types.CodeType], i
 
         return check
 
-    torch_private.replace_limit_check(instead_of)
+    torch_private_dynamo.replace_limit_check(instead_of)
 
 
 def callers() -> Iterator[types.CodeType]:
     """Yield the code of the functions on the stack, up to the innermost compiled call."""
     for frame in _frames():
-        if torch_private.called_by(frame):
+        if torch_private_dynamo.called_by(frame):
             return
         yield frame.f_code
 
@@ -145,10 +145,10 @@ def compiled_function(*, apart: bool = False) -> tuple[Callable[..., Any], list[
             for this, when it is entered.
     """
     for frame in _frames():
-        called = torch_private.called_by(frame)
+        called = torch_private_dynamo.called_by(frame)
         if called:
             if apart:
-                torch_private.keep_apart(frame)
+                torch_private_dynamo.keep_apart(frame)
             return called
     return None
 
@@ -156,9 +156,9 @@ def compiled_function(*, apart: bool = False) -> tuple[Callable[..., Any], list[
 def why_uncompiled() -> str:
     """Return why Dynamo left the caller uncompiled, as far as the stack shows, and the remedy."""
     if is_eager_by_stance():
-        return f"torch.compiler.set_stance({torch_private.stance()!r}) is on"
+        return f"torch.compiler.set_stance({torch_private_dynamo.stance()!r}) is on"
     for frame in _frames():
-        if torch_private.called_by(frame):
+        if torch_private_dynamo.called_by(frame):
             break
         if limit := reached_limit(frame.f_code):
             return (
@@ -166,7 +166,7 @@ def why_uncompiled() -> str:
                 f"torch._dynamo.config.{limit}: raise that limit beforehand, or let sizes be "
                 "symbolic with torch.compile(dynamic=True)"
             )
-        function = torch_private.disabled_by(frame)
+        function = torch_private_dynamo.disabled_by(frame)
         if function is not None and not _is_of_this_package(function):
             name = getattr(function, "__qualname__", "a function")
             return f"torch.compiler.disable keeps Dynamo out of {name}, which calls it"
@@ -179,12 +179,12 @@ def why_uncompiled() -> str:
 def reached_limit(code: types.CodeType) -> str | None:
     """Return the name in ``torch._dynamo.config`` of the limit that ``code`` reached, or None."""
     # After a reset, nothing is compiled.
-    return _limited.get(code) if torch_private.is_compiled(code) else None
+    return _limited.get(code) if torch_private_dynamo.is_compiled(code) else None
 
 
 def is_eager_by_stance() -> bool:
     """Return whether ``torch.compiler.set_stance`` makes calls run uncompiled."""
-    return "eager" in torch_private.stance()
+    return "eager" in torch_private_dynamo.stance()
 
 
 def _is_of_this_package(function: Any) -> bool:

@@ -12,12 +12,9 @@ A few private attributes are used outside this file, because every call reads th
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
-import inspect
 import operator
 import sys
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -31,30 +28,30 @@ Backend = Callable[..., Any]
 
 
 @contextlib.contextmanager
-def _trusted() -> Iterator[None]:
+def trusted() -> Iterator[None]:
     """Raise ``TorchVersionError`` if the block uses a name that this torch lacks."""
     try:
         yield
     except (ImportError, AttributeError) as error:
-        raise _lacks(error) from error
+        raise lacks(error) from error
 
 
-def _found(module: str, name: str) -> Any:
+def look_up(module: str, name: str) -> Any:
     """Import a module and return the present value of a private name in it."""
     try:
         return operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError) as error:
-        raise _lacks(error) from error
+        raise lacks(error) from error
 
 
-def _lacks(error: Exception) -> TorchVersionError:
+def lacks(error: Exception) -> TorchVersionError:
     return TorchVersionError(
         f"mxfp4_fx uses a private name that torch {torch.__version__} does not have: {error}. "
         "Install another torch (2.11 or newer; 2.13 is tested), or a newer mxfp4_fx"
     )
 
 
-with _trusted():
+with trusted():
     import torch._C._dynamo.eval_frame
     import torch._C._dynamo.guards
     import torch._C._functorch
@@ -115,10 +112,6 @@ with _trusted():
     # Writes an artifact for TORCH_TRACE.
     trace_structured = torch._logging.trace_structured
 
-    _FrameAction = torch._C._dynamo.eval_frame._FrameAction
-    _FrameExecStrategy = torch._C._dynamo.eval_frame._FrameExecStrategy
-    _set_code_exec_strategy = torch._C._dynamo.eval_frame.set_code_exec_strategy
-
 
 # ---- ops
 
@@ -160,7 +153,7 @@ def is_filled_by_fsdp(tensor: Tensor) -> bool:
     """
     if "torch.distributed.fsdp" not in sys.modules:
         return False
-    mapping = _found("torch.distributed._composable_state", "_module_state_mapping")
+    mapping = look_up("torch.distributed._composable_state", "_module_state_mapping")
     states = [reference() for reference in list(mapping.values())]
     return any(
         getattr(parameter, "_unsharded_param", None) is tensor
@@ -223,7 +216,7 @@ def hooks(modules: Iterable[nn.Module]) -> list[Mapping[int, Callable[..., Any]]
 # ---- graphs
 
 
-_STATIC_INPUT = "_dynamo_static_input_type"
+STATIC_INPUT = "_dynamo_static_input_type"
 
 
 def empty_graph_like(graph: fx.Graph) -> fx.Graph:
@@ -248,12 +241,12 @@ def copy_notes(old: fx.GraphModule, new: fx.GraphModule, nodes: Mapping[fx.Node,
 
 def is_noted_as_weight(placeholder: fx.Node) -> bool:
     """Return whether Dynamo notes an input as a fixed object: parameter, buffer or constant."""
-    return _STATIC_INPUT in placeholder.meta.get("tensor_dict", {})
+    return STATIC_INPUT in placeholder.meta.get("tensor_dict", {})
 
 
 def note_as_weight(placeholder: fx.Node) -> None:
     """Note that a new input has a fixed address, as parameters have, and no guard."""
-    placeholder.meta["tensor_dict"] = {_STATIC_INPUT: "unguarded"}
+    placeholder.meta["tensor_dict"] = {STATIC_INPUT: "unguarded"}
     placeholder._dynamo_source = None
 
 
@@ -283,215 +276,10 @@ def source_path(placeholder: fx.Node) -> str:
 
 def note_on_weight(placeholder: fx.Node, is_weight: bool) -> None:
     """Note whether an input of a region is a fixed object, as :func:`is_noted_as_weight` reads."""
-    held = {k: v for k, v in placeholder.meta.get("tensor_dict", {}).items() if k != _STATIC_INPUT}
-    placeholder.meta["tensor_dict"] = held | ({_STATIC_INPUT: "unguarded"} if is_weight else {})
+    held = {k: v for k, v in placeholder.meta.get("tensor_dict", {}).items() if k != STATIC_INPUT}
+    placeholder.meta["tensor_dict"] = held | ({STATIC_INPUT: "unguarded"} if is_weight else {})
 
 
 def without_saved_tensor_hooks() -> Any:
     """Return a context for fake calls without hooks on saved tensors, which may count real ones."""
-    return _found("torch._dynamo.utils", "_disable_saved_tensors_hooks_during_tracing")()
-
-
-# ---- compilers behind this one
-
-
-def backend_named(name: str) -> Backend:
-    """Return the Dynamo backend of that name."""
-    return _found("torch._dynamo", "lookup_backend")(name)
-
-
-def compile_with_inductor(
-    gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: Mapping[str, Any]
-) -> Any:
-    """Compile a graph with Inductor. ``options`` override those of ``torch.compile``'s ``mode``."""
-    compile_fx = _found("torch._inductor.compile_fx", "compile_fx")
-    return compile_fx(gm, inputs, config_patches={**_of_mode(mode), **options} or None)
-
-
-def inductor_measures(mode: str | None, options: Mapping[str, Any]) -> bool:
-    """Return whether Inductor times kernels while it compiles, to choose the fastest."""
-    config, chosen = _found("torch._inductor", "config"), {**_of_mode(mode), **options}
-    names = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise")
-    return any(chosen.get(name, getattr(config, name, False)) for name in names)
-
-
-def _of_mode(mode: str | None) -> dict[str, Any]:
-    return _found("torch._inductor", "list_mode_options")(mode) if mode else {}
-
-
-def empty_caches() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which torch's compile caches are empty."""
-    return _found("torch._inductor.utils", "fresh_cache")()
-
-
-# ---- Dynamo
-
-
-def untraced(function: Callable[..., Any]) -> None:
-    """Keep Dynamo out of a function that C++ calls, and out of all functions below it.
-
-    Dynamo does not see the call from C++ and would compile the function as a frame of its own
-    (``torch.compiler.set_stance("eager_then_compile")``). ``torch.compiler.disable`` prevents that
-    too, but costs microseconds a call. This sets a mark on the code object and wraps nothing.
-    """
-    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    code: types.CodeType = function.__code__
-    _set_code_exec_strategy(code, skip)
-
-
-def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep Dynamo from compiling a function as a frame of its own; it still inlines calls of it."""
-    _found("torch._dynamo.eval_frame", "skip_code")(function.__code__)
-    return function
-
-
-def compiled_with() -> Any:
-    """Return the backend that Dynamo compiles for now, with its wrappers; None if there is none."""
-    current = _found("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx")
-    try:
-        return current().output.compiler_fn
-    except AttributeError:  # no compilation runs in this thread
-        return None
-
-
-def wrapped_backend(backend: Any) -> Any:
-    """Return the backend inside a wrapper of Dynamo or ``torch.compile``; None if there is none.
-
-    The wrapper passes its own attribute ``kwargs`` on to the backend.
-    """
-    return getattr(backend, "compiler_fn", None) or getattr(
-        backend, "_torchdynamo_orig_backend", None
-    )
-
-
-def have_context(make: Callable[[Any], Any]) -> None:
-    """Set the factory of the context that Dynamo enters around each compiled call.
-
-    ``make(backend)`` returns the factory, or None to keep the backend's own.
-
-    Dynamo reads the factory from the backend's attribute ``backend_ctx_ctor``. It enters the
-    context in the caller's thread, before it looks at the called function. ``torch.compile`` wraps
-    the backend in objects that do not pass this attribute on, so this function sets it on the class
-    of the outermost one.
-    """
-
-    def context(wrapper: Any) -> Any:
-        made = make(wrapper)
-        own = vars(wrapper).get("backend_ctx_ctor", contextlib.nullcontext)
-        return own if made is None else made
-
-    outermost = _found("torch._dynamo.repro.after_dynamo", "WrapBackendDebug")
-    outermost.backend_ctx_ctor = property(context)
-
-
-def timed(name: str) -> Any:
-    """Return a context whose time ``torch._dynamo.utils.compile_times()`` and tlparse show."""
-    timings = sys.modules.get("torch._dynamo.utils")  # without Dynamo nobody looks
-    return timings.dynamo_timed(name) if timings else contextlib.nullcontext()
-
-
-def stance() -> str:
-    """Return the present stance of ``torch.compiler.set_stance``."""
-    return str(_found("torch._dynamo.eval_frame", "_stance.stance"))
-
-
-LimitCheck = Callable[[Any, Any], tuple[bool, str]]
-
-
-def replace_limit_check(make: Callable[[LimitCheck], LimitCheck]) -> None:
-    """Replace the check that Dynamo makes before it traces a frame: whether it reached a limit.
-
-    ``make`` takes torch's check and returns another. A check takes two dataclasses: the counts of
-    the compilations of the frame's code, and the compilation's id with its number
-    ``frame_compile_id``. It returns whether a limit is reached, and the limit's name in
-    ``torch._dynamo.config``. Its caller has the locals ``compiler_fn``, the backend in its
-    wrappers, and ``code``.
-    """
-    parameters = inspect.signature(_found("torch._dynamo.convert_frame", "_compile")).parameters
-    for name in ("compiler_fn", "code"):
-        if name not in parameters:
-            raise _lacks(AttributeError(f"_compile's argument {name}"))
-    made = make(_found("torch._dynamo.convert_frame", "exceeds_recompile_limit"))
-    _found("torch._dynamo", "convert_frame").exceeds_recompile_limit = made
-
-
-def is_compiled(code: types.CodeType) -> bool:
-    """Return whether Dynamo has compiled a function, for any backend and arguments."""
-    return bool(_found("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code))
-
-
-def keep_apart(frame: types.FrameType) -> None:
-    """Count the compilations of a compiled call apart from those for other backends.
-
-    The frame is one that :func:`called_by` knows, entering the call's context. All calls that this
-    function sees share a count, and the code that Dynamo compiled for them. A call that has a count
-    of its own (``isolate_recompiles``) keeps it.
-    """
-    context = frame.f_locals["self"]
-    if getattr(context, "_isolate_recompiles_id", None) == -1:
-        context._isolate_recompiles_id = _region()
-
-
-@functools.cache
-def _region() -> int:
-    return int(next(_found("torch._dynamo.eval_frame", "_next_isolate_recompiles_id")))
-
-
-def called_by(frame: types.FrameType) -> tuple[Callable[..., Any], list[Any]] | None:
-    """Return the function and arguments of a compiled call, or None if the frame is none."""
-    if not _is_dynamos(frame, "compile_wrapper"):
-        return None
-    found = frame.f_locals
-    return found["fn"], [*found["args"], *found["kwargs"].values()]
-
-
-def disabled_by(frame: types.FrameType) -> Any:
-    """Return the function that ``torch.compiler.disable`` calls in this frame, or None."""
-    return frame.f_locals.get("fn") if _is_dynamos(frame, "_fn") else None
-
-
-def _is_dynamos(frame: types.FrameType, function: str) -> bool:
-    return frame.f_code.co_name == function and frame.f_code.co_filename == _eval_frame_file()
-
-
-@functools.cache
-def _eval_frame_file() -> str:
-    return str(_found("torch._dynamo.eval_frame", "innermost_fn").__code__.co_filename)
-
-
-@functools.cache
-def capture_errors() -> tuple[type[Exception], ...]:
-    """Return what Dynamo raises with ``fullgraph=True`` if it cannot capture a function whole."""
-    names = "Unsupported", "UserError", "UncapturedHigherOrderOpError", "FailOnRecompileLimitHit"
-    return tuple(_found("torch._dynamo.exc", name) for name in names)
-
-
-def let_vary(tensor: Tensor, dims: Iterable[int]) -> None:
-    """Let Dynamo compile code that takes this tensor for any size of these dimensions."""
-    for dim in dims:
-        if tensor.shape[dim] > 1:
-            _found("torch._dynamo", "maybe_mark_dynamic")(tensor, dim % tensor.ndim)
-
-
-def without_address(tensor: Tensor) -> Tensor:
-    """Return the tensor, as another object if Dynamo would guard the very object."""
-    if not hasattr(tensor, _STATIC_INPUT):
-        return tensor
-    # Dynamo guards a view's base too; but only a view has the gradient.
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.data
-
-
-def is_traced() -> bool:
-    """Return whether this thread's calls are traced, by Dynamo or in one of torch's modes.
-
-    ``torch.compiler.is_compiling()`` is true in all threads while one of them compiles.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return True
-    modes: int = torch._C._len_torch_dispatch_stack()
-    return modes > 0
-
-
-def can_isolate() -> bool:
-    """Return whether ``torch.compile`` can keep one call's recompilations apart from all others."""
-    return "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return look_up("torch._dynamo.utils", "_disable_saved_tensors_hooks_during_tracing")()

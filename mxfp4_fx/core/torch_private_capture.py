@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mxfp4_fx.core.torch_private import _found
+from mxfp4_fx.core.torch_private import look_up
 
 # ---- modules and tensors
 
@@ -62,7 +62,7 @@ def at_capture() -> Any:
 
     ``f`` is a function of a module's. Nothing comes of the call in the graph or its guards.
     """
-    return _found("torch._dynamo.comptime", "comptime")
+    return look_up("torch._dynamo.comptime", "comptime")
 
 
 def can_capture_regions() -> bool:
@@ -72,17 +72,17 @@ def can_capture_regions() -> bool:
 
 def graph_under_capture() -> Any:
     """Return the object that Dynamo collects the present graph in."""
-    return _found("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx")().output
+    return look_up("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx")().output
 
 
 def scalars_seen() -> Any:
     """Return Dynamo's memory of the numbers it has met; it is a new one after a reset."""
-    return _found("torch._dynamo.pgo", "get_code_state")()
+    return look_up("torch._dynamo.pgo", "get_code_state")()
 
 
 def are_floats_symbolic() -> bool:
     """Return whether Dynamo takes each float that it meets as an input (``dynamic=True``)."""
-    return not _found("torch._dynamo.config", "assume_static_by_default")
+    return not look_up("torch._dynamo.config", "assume_static_by_default")
 
 
 def path(source: Any) -> str:
@@ -118,7 +118,7 @@ def is_in_ddp() -> bool:
     if not torch.distributed.is_available():
         return False
     name = "DistributedDataParallel._active_ddp_module"
-    return _found("torch.nn.parallel.distributed", name) is not None
+    return look_up("torch.nn.parallel.distributed", name) is not None
 
 
 def tensor_at_capture(context: Any, name: str) -> Tensor | None:
@@ -153,7 +153,7 @@ def guards_on(source: Any) -> list[Any] | None:
 
     Those on tensors come with the graph's inputs.
     """
-    context = _found("torch._guards", "TracingContext").get()
+    context = look_up("torch._guards", "TracingContext").get()
     found = []
     for guard in context.guards_context.dynamo_guards:
         if not _is_from(guard.originating_source, source):
@@ -173,7 +173,7 @@ def guards_on(source: Any) -> list[Any] | None:
 
 def guard_alike(guards: list[Any], old: Any, new: Any) -> None:
     """Guard an object as another is guarded. ``guards`` are the other's (:func:`guards_on`)."""
-    install = _found("torch._dynamo.guards", "install_guard")
+    install = look_up("torch._dynamo.guards", "install_guard")
 
     known = {old: new}
 
@@ -192,7 +192,7 @@ def guard_alike(guards: list[Any], old: Any, new: Any) -> None:
 
 
 def _is_from(source: Any, whole: Any) -> bool:
-    is_from: bool = _found("torch._dynamo.source", "is_from_source")(source, whole)
+    is_from: bool = look_up("torch._dynamo.source", "is_from_source")(source, whole)
     return is_from
 
 
@@ -217,6 +217,6 @@ def invoke_subgraph() -> Any:
 
 def inline(gm: fx.GraphModule, call: fx.Node) -> None:
     """Replace the call of a region by what the region computes."""
-    _found("torch._higher_order_ops.passes.inline_invoke_subgraph", "inline_invoke_subgraph_nodes")(
-        gm, [call]
-    )
+    look_up(
+        "torch._higher_order_ops.passes.inline_invoke_subgraph", "inline_invoke_subgraph_nodes"
+    )(gm, [call])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import torch_private, torch_private_dynamo
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 _CAPTURING = "transformers.utils.output_capturing"
@@ -252,18 +252,18 @@ class Recording:
 
 def let_lengths_vary(hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
     """Let Dynamo compile what takes a layer's inputs for any number of tokens."""
-    torch_private.let_vary(hidden, [1])
+    torch_private_dynamo.let_vary(hidden, [1])
     for name, dims in _LENGTHS.items():
         given = kwargs.get(name)
         for value in given if isinstance(given, tuple) else (given,):
             if isinstance(value, Tensor):
-                torch_private.let_vary(value, [dim for dim in dims if -dim <= value.ndim])
+                torch_private_dynamo.let_vary(value, [dim for dim in dims if -dim <= value.ndim])
 
 
 def let_cache_lengths_vary(*states: Tensor) -> None:
     """The same for keys and values [batch, heads, tokens, head_dim]."""
     for state in states:
-        torch_private.let_vary(state, [2])
+        torch_private_dynamo.let_vary(state, [2])
 
 
 def for_any_layer(states: Tensor) -> Tensor:
@@ -272,5 +272,5 @@ def for_any_layer(states: Tensor) -> Tensor:
     Of a prompt that is longer than its window, a static cache returns what it was given: values
     with other strides than those that it stores.
     """
-    states = torch_private.without_address(states)
+    states = torch_private_dynamo.without_address(states)
     return states if states.is_contiguous() else states.contiguous()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import GradientError
 
 
@@ -64,7 +64,7 @@ def register(
             return op(*args)
 
     for function in (autograd, forward, save, backward):
-        torch_private.untraced(function)
+        torch_private_dynamo.untraced(function)
     library.impl(op, autograd, "Autograd")
 
 

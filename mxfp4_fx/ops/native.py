@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from mxfp4_fx.core import forks, torch_private
+from mxfp4_fx.core import forks, torch_private, torch_private_dynamo
 from mxfp4_fx.core.console import announced, say
 from mxfp4_fx.core.errors import NativeBuildError
 from mxfp4_fx.core.hardware import CPU_PATH_VARIABLE, CPU_PATHS
@@ -262,7 +262,7 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
         for reason in unusable:
             say(f"{reason}, so the CPU kernels are kept in {directory}")
         title = f"compiling the CPU kernels ({recipe.path}), once for this machine"
-        with torch_private.timed("mxfp4_fx.compile_kernels"), announced(title) as tick:
+        with torch_private_dynamo.timed("mxfp4_fx.compile_kernels"), announced(title) as tick:
             for command in (recipe.compile, recipe.link):
                 if warnings := compiler.run(command, folder, tick):
                     _log.debug("%s", warnings)

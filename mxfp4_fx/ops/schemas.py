@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import torch_private, torch_private_dynamo
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import autograd, backward, operands, reference
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, Activation, Rows, Weight
@@ -253,7 +253,7 @@ def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
         with torch_private.without_keys(torch_private.AUTOCAST):
             return impl(*args)
 
-    torch_private.untraced(run)
+    torch_private_dynamo.untraced(run)
     return run
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from mxfp4_fx.core import torch_private
+from mxfp4_fx.core import torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import PipelineError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
@@ -71,7 +71,7 @@ def run_pipeline(
         holds the report.
     """
     ctx = Context(options, inputs, left or {}, verifying)
-    with torch_private.timed("mxfp4_fx.passes"):
+    with torch_private_dynamo.timed("mxfp4_fx.passes"):
         rewritten = copy_graph(gm)
         for step in PIPELINE:
             run_pass(step, rewritten, ctx)
@@ -93,7 +93,7 @@ def run_pass(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
     """Run one pass; ``TORCH_LOGS="+mxfp4_fx"`` shows the changes, ``TORCH_TRACE`` the graphs."""
     before = _op_counts(gm)
     _trace(f"before_{step.__name__}", gm)
-    with torch_private.timed(f"mxfp4_fx.{step.__name__}"):
+    with torch_private_dynamo.timed(f"mxfp4_fx.{step.__name__}"):
         step(gm, ctx)
         gm.recompile()
     _trace(f"after_{step.__name__}", gm)

@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from mxfp4_fx.core import background, forks, torch_private
+from mxfp4_fx.core import background, forks, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import (
     DeviceFullError,
     KeptWeightsWarning,
@@ -122,7 +122,7 @@ class WeightStore:
         parts = self.find(source.tensors, source.encoding, layout)
         if parts is not None:
             return parts
-        timed = torch_private.timed("mxfp4_fx.swizzle")
+        timed = torch_private_dynamo.timed("mxfp4_fx.swizzle")
         with timed, self._lock, torch_private.as_plain_tensors():
             return self._swizzle(source, layout, name)
 
