@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mxfp4_fx.core.errors import TorchVersionError
 from mxfp4_fx.core.torch_private import look_up
 
 # ---- modules and tensors
@@ -51,10 +52,10 @@ def region(function: Callable[..., Any], most: int) -> Callable[..., Any]:
         most: more graphs than this of one function in one graph are an error, where torch reuses
             graphs without tracing.
     """
-    make = torch.compiler.nested_compile_region
-    if "max_reuse_entries" in inspect.signature(make).parameters:
-        return make(function, max_reuse_entries=most)
-    return make(function)
+    made: Callable[..., Any] = torch.compiler.nested_compile_region(
+        function, max_reuse_entries=most
+    )
+    return made
 
 
 def at_capture() -> Any:
@@ -65,9 +66,31 @@ def at_capture() -> Any:
     return look_up("torch._dynamo.comptime", "comptime")
 
 
+# What this file looks up while Dynamo captures, when a missing name would come too late.
+_INLINE = "torch._higher_order_ops.passes.inline_invoke_subgraph", "inline_invoke_subgraph_nodes"
+_NEEDED = (
+    ("torch._dynamo.comptime", "comptime"),
+    ("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx"),
+    ("torch._dynamo.output_graph", "OutputGraph.resolve_source_value"),
+    ("torch._dynamo.guards", "install_guard"),
+    ("torch._dynamo.source", "is_from_source"),
+    ("torch._guards", "TracingContext"),
+    ("torch._guards", "Source.clone"),
+    _INLINE,
+)
+
+
 def can_capture_regions() -> bool:
-    """Return whether this torch has what this file uses, so that regions may be set."""
-    return hasattr(torch.compiler, "nested_compile_region")
+    """Return whether this torch has what this file uses, so that regions may be set: from 2.13."""
+    make = getattr(torch.compiler, "nested_compile_region", None)
+    if make is None or "max_reuse_entries" not in inspect.signature(make).parameters:
+        return False
+    try:
+        for module, name in _NEEDED:
+            look_up(module, name)
+    except TorchVersionError:
+        return False
+    return True
 
 
 def graph_under_capture() -> Any:
@@ -217,6 +240,4 @@ def invoke_subgraph() -> Any:
 
 def inline(gm: fx.GraphModule, call: fx.Node) -> None:
     """Replace the call of a region by what the region computes."""
-    look_up(
-        "torch._higher_order_ops.passes.inline_invoke_subgraph", "inline_invoke_subgraph_nodes"
-    )(gm, [call])
+    look_up(*_INLINE)(gm, [call])
