@@ -64,6 +64,13 @@ def compiling_for() -> bool:
     return innermost(torch_private_dynamo.compiled_with())[0] is not None
 
 
+@torch.compiler.assume_constant_result
+def compiling_whole_for() -> bool:
+    """Return the same for a backend that is not marked with :func:`ours_for_parts`."""
+    backend = innermost(torch_private_dynamo.compiled_with())[0]
+    return backend is not None and not getattr(backend, _IS_PART, False)
+
+
 def keywords() -> dict[str, Any]:
     """Return ``options`` and ``mode`` of the compilation for which Dynamo captures now."""
     given = innermost(torch_private_dynamo.compiled_with())[1]

@@ -333,7 +333,8 @@ def prepare(modeling: types.ModuleType) -> bool:
     _HEADS, _RESTS, _WHOLES = _regions(_head), _regions(_rest), _regions(_whole)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and compilation.compiling_for():
+        # In a piece of `mxfp4_fx.compile` nothing repeats.
+        if torch.compiler.is_dynamo_compiling() and compilation.compiling_whole_for():
             return _forward(self, *args, **kwargs)
         return _own(self, *args, **kwargs)
 
