@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -64,7 +64,13 @@ def changed(change: Callable[[Any], None], make: Callable[[], Any] = model) -> A
     return whole
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def some(values: Iterable[Any], *common: Any) -> list[Any]:
+    """Parameters of a test, of which these alone run in ``make test``."""
+    rest = [pytest.mark.exhaustive]
+    return [pytest.param(v, marks=() if v in common else rest, id=v.__name__) for v in values]
+
+
+@pytest.mark.parametrize("change", some(CHANGES, hook))
 def test_an_unknown_layer(change: Callable[[Any], None]) -> None:
     graphs = Graphs()
     with pytest.warns(WholeModelWarning, match=CHANGES[change]) as caught:
@@ -75,6 +81,7 @@ def test_an_unknown_layer(change: Callable[[Any], None]) -> None:
     assert rewritten(graphs) == [2]
 
 
+@pytest.mark.exhaustive
 def test_a_hook_that_comes_later() -> None:
     """In the call that meets it, the cache is updated once; later calls are compiled as a whole."""
     whole, other, graphs, cache = model(), mlps_compiled(), Graphs(), DynamicCache()
@@ -130,15 +137,17 @@ def breaks_before_the_update(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize(
     "attention",
-    [
-        asks_first,
-        asks_afterwards,
-        updates_twice,
-        never_updates,
-        breaks_before_the_update,
-        breaks_after_the_update,
-    ],
-    ids=lambda attention: attention.__name__,
+    some(
+        (
+            asks_first,
+            asks_afterwards,
+            updates_twice,
+            never_updates,
+            breaks_before_the_update,
+            breaks_after_the_update,
+        ),
+        *(updates_twice, never_updates),
+    ),
 )
 def test_an_attention_that_cannot_be_cut(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a mutant of the known class; the call that meets it gives the right result, too."""
@@ -216,6 +225,7 @@ class TestAround:
             whole(tokens(), use_cache=False)
         assert "MissedRewriteError" in f"{type(caught.value).__name__} {caught.value}"
 
+    @pytest.mark.exhaustive
     def test_compiled_as_a_whole_later(self) -> None:
         whole, graphs = model(), Graphs()
         expected = compiled(whole)(tokens(), use_cache=True).logits

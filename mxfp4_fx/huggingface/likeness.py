@@ -8,6 +8,7 @@ layers share a graph here only if all that their code can read is equal.
 from __future__ import annotations
 
 import enum
+import types
 from collections.abc import Hashable
 from typing import Any
 
@@ -15,28 +16,54 @@ import torch
 from torch import Tensor, nn
 
 from mxfp4_fx.core import torch_private, torch_private_capture
+from mxfp4_fx.huggingface.packed import PackedExperts
 
 # Attributes in which layers differ although eager attention does not read them while it computes.
 _OWN = {"GptOssAttention": {"layer_idx", "layer_type", "sliding_window"}}
-# The packages whose modules are known to write nothing while they are called.
-_KNOWN = {"torch", "transformers", "mxfp4_fx"}
+# transformers' implementations of experts; None where a module or a config has none.
+_FORMS = {None, "eager", "grouped_mm", "batched_mm"}
 _LARGEST = 64  # entries of a container that is compared
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
+
+
+class Known:
+    """The code of a layer with which regions were tried: nothing else is put into one.
+
+    What cannot be captured whole would be a graph break outside of a region, and is an error in it.
+    """
+
+    def __init__(self, layer: nn.Module, modeling: types.ModuleType) -> None:
+        kinds = {type(module) for module in layer.modules()} | {PackedExperts}
+        self._forwards: dict[type, Any] = {kind: kind.forward for kind in kinds}
+        self._modeling = modeling
+        self._functions = {
+            name: value
+            for name, value in vars(modeling).items()
+            if isinstance(value, types.FunctionType)
+        }
+
+    def is_all_of(self, layer: nn.Module) -> bool:
+        """Return whether a layer runs nothing but this code."""
+        return all(
+            self._forwards.get(type(module)) is type(module).forward
+            and getattr(getattr(module, "config", None), "_experts_implementation", None) in _FORMS
+            for module in layer.modules()
+        ) and all(
+            getattr(self._modeling, name, None) is function
+            for name, function in self._functions.items()
+        )
 
 
 def likeness(layer: nn.Module) -> Hashable | None:
     """Return a value that is equal for layers which compute alike, on weights of their own.
 
-    The result is None if a layer may share its graph with no other: a module of it has hooks, a
-    forward of its own or a class of the user's, two of its parameters are one tensor, or it draws
-    random numbers.
+    The result is None if a layer may share its graph with no other: a module of it has hooks or a
+    forward of its own, two of its parameters are one tensor, or it draws random numbers.
     """
     parts: list[Hashable] = []
     tensors: set[int] = set()
     for name, module in layer.named_modules(remove_duplicate=False):
-        if not _is_plain(module):
-            return None
-        if type(module).__module__.partition(".")[0] not in _KNOWN or _is_random(module):
+        if not _is_plain(module) or _is_random(module):
             return None
         own = _OWN.get(type(module).__name__, ())
         parts.append((name, type(module)))

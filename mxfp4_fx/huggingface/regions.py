@@ -28,7 +28,7 @@ from torch import Tensor
 from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core import torch_private_capture as capture
 from mxfp4_fx.huggingface import hub_modules
-from mxfp4_fx.huggingface.likeness import Floats, likeness
+from mxfp4_fx.huggingface.likeness import Floats, Known, likeness
 
 log = logging.getLogger("mxfp4_fx.regions")
 
@@ -40,6 +40,7 @@ _STATE = "_mxfp4_fx_regions"  # the attribute of Dynamo's object that holds ours
 _own: Callable[..., Any]
 _at_capture: Any
 _layer_class: Any
+_known: Known
 
 
 class _Taken(Exception):
@@ -241,7 +242,8 @@ def _decide_on_layer(context: Any) -> None:
         state.is_on
         and source is not None
         and type(layer) is _layer_class
-        and not (layer.gradient_checkpointing and layer.training)  # a checkpoint is a region
+        and not torch.is_grad_enabled()  # AOTAutograd takes not all regions with gradients
+        and _known.is_all_of(layer)
         # Other attentions may read arguments that the regions do not pass on.
         and layer.self_attn.config._attn_implementation == "eager"
         and capture.are_tensors(context, "position_embeddings", 2)
@@ -320,7 +322,7 @@ def prepare(modeling: types.ModuleType) -> bool:
 
     Nothing is done if the layer is another than the regions are written for.
     """
-    global _own, _at_capture, _layer_class, _HEADS, _RESTS, _WHOLES
+    global _own, _at_capture, _layer_class, _known, _HEADS, _RESTS, _WHOLES
     layer_class = getattr(modeling, "GptOssDecoderLayer", None)
     if layer_class is None or not hasattr(modeling, "GptOssForCausalLM"):
         return False
@@ -341,6 +343,8 @@ def prepare(modeling: types.ModuleType) -> bool:
     torch.compiler.substitute_in_graph(original, skip_signature_check=True)(forward)
     if original is checkpointed:  # before transformers 5.?: Dynamo asks for no substitute of it
         layer_class.forward = functools.wraps(original, updated=())(forward)
+    with torch.no_grad():
+        _known = Known(_small_layer(modeling, 0), modeling)
     return True
 
 
@@ -355,30 +359,36 @@ def _fits(modeling: types.ModuleType) -> bool:
 
 
 def _fits_layer(modeling: types.ModuleType, index: int) -> bool:
+    layer = _small_layer(modeling, index)
+    hidden, mask = torch.arange(24.0).cos().reshape(1, 3, 8), torch.arange(9.0).reshape(1, 1, 3, 3)
+    cos, sin = hidden[..., :2], hidden[..., 2:4]
+    given = {"attention_mask": mask, "position_embeddings": (cos, sin), "use_cache": True}
+    given["position_ids"] = torch.arange(3)[None]
+    for cache in (None, modeling.DynamicCache(config=layer.self_attn.config)):
+        want = _own(layer, hidden, past_key_values=cache, **given)
+        if cache is None:
+            got = _whole(layer, hidden, mask, cos, sin)
+        else:
+            keys, values = _head(layer, hidden, cos, sin)
+            fresh = modeling.DynamicCache(config=layer.self_attn.config).update(keys, values, index)
+            got = _rest(layer, hidden, mask, cos, sin, *fresh)
+        if not torch.equal(got, want):
+            return False
+    return True
+
+
+def _small_layer(modeling: types.ModuleType, index: int) -> Any:
+    """Make a decoder layer on the CPU. No random numbers are drawn."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "num_attention_heads": 4}
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
     config = modeling.GptOssConfig(
         **sizes, **experts, num_hidden_layers=2, vocab_size=8, sliding_window=2
     )
     config._attn_implementation = config._experts_implementation = "eager"
-    with torch.device("meta"):  # no random numbers are drawn
+    with torch.device("meta"):
         layer = modeling.GptOssDecoderLayer(config, index).to(torch.float32).eval()
     layer = layer.to_empty(device="cpu")
     for at, parameter in enumerate(layer.parameters()):
         values = torch.arange(parameter.numel(), dtype=torch.float32) + at
         parameter.copy_(values.sin().reshape(parameter.shape))
-    hidden, mask = torch.arange(24.0).cos().reshape(1, 3, 8), torch.arange(9.0).reshape(1, 1, 3, 3)
-    cos, sin = hidden[..., :2], hidden[..., 2:4]
-    given = {"attention_mask": mask, "position_embeddings": (cos, sin), "use_cache": True}
-    given["position_ids"] = torch.arange(3)[None]
-    for cache in (None, modeling.DynamicCache(config=config)):
-        want = _own(layer, hidden, past_key_values=cache, **given)
-        if cache is None:
-            got = _whole(layer, hidden, mask, cos, sin)
-        else:
-            keys, values = _head(layer, hidden, cos, sin)
-            fresh = modeling.DynamicCache(config=config).update(keys, values, index)
-            got = _rest(layer, hidden, mask, cos, sin, *fresh)
-        if not torch.equal(got, want):
-            return False
-    return True
+    return layer
