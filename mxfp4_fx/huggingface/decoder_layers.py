@@ -37,8 +37,8 @@ class CacheUseError(Exception):
     """A layer uses its cache in another way than by one ``update``."""
 
 
-class _Taken(Exception):
-    pass
+class Taken(Exception):
+    """Ends a layer's forward: its keys and values are taken."""
 
 
 class Taking:
@@ -52,7 +52,7 @@ class Taking:
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *more: Any, **named: Any) -> None:
         # Not even reading the number of the layer: Dynamo would guard it.
         self.taken, self.more, self.named = (k, v), more, named
-        raise _Taken
+        raise Taken
 
 
 class Giving:
@@ -109,7 +109,7 @@ def pieces() -> Pieces:
         taking = Taking()
         try:  # noqa: SIM105 - Dynamo traces this better
             layer.forward(hidden, **kwargs, **{cache: taking})
-        except _Taken:
+        except Taken:
             pass
         if taking.taken is None:
             raise CacheUseError("it does not update its cache")

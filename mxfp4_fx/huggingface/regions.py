@@ -28,6 +28,7 @@ from torch import Tensor
 from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core import torch_private_capture as capture
 from mxfp4_fx.huggingface import hub_modules
+from mxfp4_fx.huggingface.decoder_layers import CacheUseError, Giving, Taken, Taking
 from mxfp4_fx.huggingface.likeness import Floats, Known, likeness
 
 log = logging.getLogger("mxfp4_fx.regions")
@@ -43,40 +44,16 @@ _layer_class: Any
 _known: Known
 
 
-class _Taken(Exception):
-    pass
-
-
-class _Taking:
-    """In the place of a cache: ends the forward with the keys and values that it gets."""
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        raise _Taken(keys, values)
-
-
-class _Giving:
-    """In the place of a cache: gives keys and values that the true cache has returned."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys = keys
-        self.values = values
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        return self.keys, self.values
-
-
-_TAKING = _Taking()
-
-
 # ---- what regions hold: arguments are positional, because naming them costs Dynamo much time
 
 
 def _head(layer: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    taking = Taking()
     try:
-        _own(layer, hidden_states, None, None, _TAKING, False, (cos, sin))
-    except _Taken as taken:
-        return taken.args
-    raise AssertionError("the layer has not updated its cache")
+        _own(layer, hidden_states, None, None, taking, False, (cos, sin))
+    except Taken:
+        return taking.taken
+    raise CacheUseError("it does not update its cache")
 
 
 def _rest(
@@ -88,7 +65,7 @@ def _rest(
     keys: Tensor,
     values: Tensor,
 ) -> Any:
-    return _own(layer, hidden_states, mask, None, _Giving(keys, values), False, (cos, sin))
+    return _own(layer, hidden_states, mask, None, Giving(keys, values), False, (cos, sin))
 
 
 def _whole(layer: Any, hidden_states: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Any:
