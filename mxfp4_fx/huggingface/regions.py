@@ -337,7 +337,8 @@ def _fits(modeling: types.ModuleType) -> bool:
 
 def _fits_layer(modeling: types.ModuleType, index: int) -> bool:
     layer = _small_layer(modeling, index)
-    hidden, mask = torch.arange(24.0).cos().reshape(1, 3, 8), torch.arange(9.0).reshape(1, 1, 3, 3)
+    hidden = torch.arange(24, dtype=torch.float32).cos().reshape(1, 3, 8)
+    mask = torch.arange(9, dtype=torch.float32).reshape(1, 1, 3, 3)
     cos, sin = hidden[..., :2], hidden[..., 2:4]
     given = {"attention_mask": mask, "position_embeddings": (cos, sin), "use_cache": True}
     given["position_ids"] = torch.arange(3)[None]
