@@ -249,7 +249,8 @@ def keep(gm, inputs):
     return gm.forward
 
 torch.compile(model, backend="mxfp4", options={"inner": keep})(ids)
-print(sum("mxfp4.matmul_ogs" in str(node.target) for node in graphs[0].graph.nodes))
+parts = [part for part in graphs[0].modules() if hasattr(part, "graph")]
+print(sum("mxfp4.matmul_ogs" in str(node.target) for part in parts for node in part.graph.nodes))
 """
 
 
@@ -278,13 +279,13 @@ class TestFreshProcess:
     """By name, without an import, logged, traced, and on a machine without a compiler."""
 
     def test_the_experts_are_rewritten(self, done: subprocess.CompletedProcess[str]) -> None:
-        assert done.stdout.split() == ["4"]
+        assert done.stdout.split() == ["2"]  # in the region that both layers share
 
     def test_torch_logs_show_passes_and_layers(
         self, done: subprocess.CompletedProcess[str]
     ) -> None:
         assert "fuse_moe: " in done.stderr
-        assert "moe.default +2" in done.stderr
+        assert "moe.default +1" in done.stderr
         assert "model.layers.1.mlp.experts: grouped_mm -> MXFP4, pytorch kernels" in done.stderr
 
     def test_graphs_are_artifacts_of_the_structured_trace(
