@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from models import Graphs, model, pack, tokens
+from torch import fx
 from transformers import CompileConfig, GptOssForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import mxfp4_fx
+from mxfp4_fx.passes.regions import region_of
 
 LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
 Make = Callable[..., GptOssForCausalLM]
@@ -49,9 +51,14 @@ def generate(whole: GptOssForCausalLM, prompt: torch.Tensor, **kwargs: Any) -> t
 
 
 def mxfp4_calls(graphs: Graphs) -> list[int]:
-    """For each graph, its number of grouped matmuls: two a layer."""
-    counted = [[str(n.target) for n in gm.graph.nodes] for gm in graphs.seen]
-    return [names.count("mxfp4.matmul_ogs.default") for names in counted]
+    """For each graph, its number of grouped matmuls: two a layer. Layers may share a region's."""
+
+    def count(gm: fx.GraphModule) -> int:
+        own = sum(str(node.target) == "mxfp4.matmul_ogs.default" for node in gm.graph.nodes)
+        regions = (region_of(node) for node in gm.graph.nodes)
+        return own + sum(count(region.body) for region in regions if region is not None)
+
+    return [count(gm) for gm in graphs.seen]
 
 
 @pytest.mark.parametrize(
