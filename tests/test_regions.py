@@ -19,11 +19,15 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 
 from mxfp4_fx.core import compilation
 from mxfp4_fx.core.options import Options
+from mxfp4_fx.core.torch_private_capture import can_capture_regions
 from mxfp4_fx.errors import OptionError
 from mxfp4_fx.huggingface.capture import prepare_capture
 
 # The backend of these tests rewrites nothing.
-pytestmark = pytest.mark.filterwarnings("ignore:.*nothing in what it called:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*nothing in what it called:UserWarning"),
+    pytest.mark.skipif(not can_capture_regions(), reason="needs torch 2.13"),
+]
 
 IDS = torch.arange(8)[None] + 3
 
