@@ -121,7 +121,7 @@ def _value(value: Any) -> Hashable:
     return "object", id(value)
 
 
-class Floats:
+class SeenFloats:
     """The floats that layers had when they were captured.
 
     From the second value on, Dynamo makes a float an input, which a region cannot take.

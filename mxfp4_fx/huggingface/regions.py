@@ -29,7 +29,7 @@ from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core import torch_private_capture as capture
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.decoder_layers import CacheUseError, Giving, Taken, Taking
-from mxfp4_fx.huggingface.likeness import Floats, Known, likeness
+from mxfp4_fx.huggingface.likeness import Known, SeenFloats, likeness
 
 log = logging.getLogger("mxfp4_fx.regions")
 
@@ -234,7 +234,7 @@ def _decide_on_layer(context: Any) -> None:
     )
 
 
-_floats = Floats()
+_floats = SeenFloats()
 
 
 def _decide_on(kind: str, *tensors: str) -> Callable[[Any], None]:
