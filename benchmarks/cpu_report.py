@@ -29,20 +29,27 @@ def _head(results: dict[str, Any]) -> str:
     if floors := results["floors"]:
         peaks = (f"{UNITS[u]} {s['median'] / 1e12:.2f}" for u, s in floors["units"].items())
         read = quartiles(floors["read"], 1e9, "{:.1f}")
-        lines.append(f"floors: reading {read} GB/s; TFLOP/s: {', '.join(peaks)}")
+        peak = quartiles(floors["matrix_peak"], 1e12, "{:.2f}")
+        lines.append(f"floors: reading {read} GB/s; multiplying {peak} TFLOP/s")
+        lines.append(f"TFLOP/s of each unit: {', '.join(peaks)}")
     return "\n".join(lines)
 
 
 def _layer(results: dict[str, Any]) -> str:
-    """All times, the largest errors, and the ratios of the path that was measured first."""
+    """All times, the largest errors, and the ratios of the path that was measured first.
+
+    The ratio to vLLM is there if vLLM is.
+    """
     contenders, best = results["contenders"], results["path"]["contender"]
     labels = {name: each["label"].replace("transformers ", "") for name, each in contenders.items()}
+    vllm = {"x vLLM": column(f"speedup_over_vllm/{best}", "{:.2f}")} if "vllm" in labels else {}
     shown = {
         "T": column("tokens"),
         "experts": column("experts_hit"),
         "floor": column("floor/ms", "{:.2f}"),
         "by": column("floor/by"),
         **{label: column(f"ms/{name}/median", "{:.2f}") for name, label in labels.items()},
+        **vllm,
         "x bf16": column(f"speedup_over_best_bf16/{best}", "{:.1f}"),
         "of floor": column(f"fraction_of_floor/{best}", "{:.2f}"),
     }
@@ -51,7 +58,8 @@ def _layer(results: dict[str, Any]) -> str:
     return (
         f"{columns(results['layer'], shown)}\n"
         "milliseconds, medians. x bf16: the best time of transformers over that of "
-        f"{labels[best]}; of floor: the larger floor over it\n"
+        f"{labels[best]}; {'x vLLM: that of vLLM over it; ' if vllm else ''}"
+        "of floor: the larger floor over it\n"
         f"largest relative errors: {', '.join(worst)}"
     )
 

@@ -92,6 +92,11 @@ def chosen_for_cpu() -> dict[str, str]:
     return {"chosen_by_backend": name, "reason": chosen.reason}
 
 
+def has_amx() -> bool:
+    """Whether this process may use AMX for bfloat16; asks the system for it."""
+    return "amx" in hardware.runnable_paths()
+
+
 def native_paths() -> tuple[list[str], dict[str, str]]:
     """(instruction-set paths that work here, the chosen one first; the others with the reason).
 

