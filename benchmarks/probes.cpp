@@ -52,7 +52,7 @@ uint64_t read_chunk(const char* begin, int64_t ahead) {
   constexpr int64_t part = CHUNK / STREAMS;
   Words sum[LINE / WIDTH] = {};
   for (int64_t i = 0; i < part; i += LINE) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int s = 0; s < STREAMS; ++s) {
       const char* line = begin + s * part + i;
       if (ahead) __builtin_prefetch(line + ahead);
@@ -150,30 +150,41 @@ struct DotStep {  // vdpbf16ps
 #endif
 
 #if defined(__AMX_BF16__)
-struct TileStep {  // 2 x 2 tiles of sums, 16 x 16 each, from 2 tiles of A and 2 of B
+// 2 x 2 tiles of sums, 16 x 16 each, from 2 tiles of A and 2 of B for 32 of K. A and B lie in the
+// first cache. With LOADS each step of K loads its 4 tiles, which is the fewest for 4 products;
+// without, the first tiles stay in registers.
+template <bool LOADS>
+struct TileStep {
+  static constexpr int DEPTH = 8;               // steps of K: 32 KiB
+  static constexpr int VALUES = 512, ROW = 64;  // of a tile; bytes
+  alignas(64) uint16_t a[DEPTH][2][VALUES], b[DEPTH][2][VALUES];
   explicit TileStep(int thread) {
     alignas(64) struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint16_t column_bytes[16] = {ROW, ROW, ROW, ROW, ROW, ROW, ROW, ROW};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
     // gcc 12's intrinsic does not say that it reads memory, and the stores above would be dropped.
     keep(&config);
     _tile_loadconfig(&config);
     Random random(thread);
-    alignas(64) uint16_t values[4][512];
-    for (auto& tile : values)
-      for (uint16_t& value : tile) {
+    for (auto* tile : {&a[0][0][0], &b[0][0][0]})
+      for (int i = 0; i < DEPTH * 2 * VALUES; ++i) {
         const float x = random.uniform();
         uint32_t bits;
         __builtin_memcpy(&bits, &x, sizeof bits);
-        value = bits >> 16;
+        tile[i] = bits >> 16;
       }
-    keep(values);
-    _tile_loadd(4, values[0], 64);
-    _tile_loadd(5, values[1], 64);
-    _tile_loadd(6, values[2], 64);
-    _tile_loadd(7, values[3], 64);
+    keep(a), keep(b);
+    load(0);
+  }
+  ~TileStep() { _tile_release(); }
+  TileStep(const TileStep&) = delete;
+  void load(int k) {
+    _tile_loadd(4, a[k][0], ROW);
+    _tile_loadd(6, b[k][0], ROW);
+    _tile_loadd(7, b[k][1], ROW);
+    _tile_loadd(5, a[k][1], ROW);
   }
   void operator()() {
     _tile_zero(0);
@@ -181,6 +192,7 @@ struct TileStep {  // 2 x 2 tiles of sums, 16 x 16 each, from 2 tiles of A and 2
     _tile_zero(2);
     _tile_zero(3);
     for (int repeat = 0; repeat < REPEATS; ++repeat) {
+      if (LOADS) load(repeat % DEPTH);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
@@ -189,6 +201,19 @@ struct TileStep {  // 2 x 2 tiles of sums, 16 x 16 each, from 2 tiles of A and 2
   }
   static constexpr double OPERATIONS = 2.0 * REPEATS * 4 * 16 * 16 * 32;
 };
+
+template <bool LOADS>
+double multiply_tiles(int threads, double seconds) {
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl's and the CPU's number
+  if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) != 0) return UNAVAILABLE;
+  using Step = TileStep<LOADS>;
+  return sustained(threads, seconds, Step::OPERATIONS, [](int t) { return Step(t); });
+}
+#else
+template <bool>
+double multiply_tiles(int, double) {
+  return UNAVAILABLE;
+}
 #endif
 
 }  // namespace
@@ -212,8 +237,8 @@ char* probe_allocate(int64_t bytes, int threads) {
 
 void probe_free(char* data) { std::free(data); }
 
-// Bytes a second of one pass over all chunks; each is read as `streams` (1, 2 or 4) streams, with
-// software prefetch `ahead` bytes ahead (0: none).
+// Bytes a second of one pass over all chunks; each is read as `streams` (1, 2, 4, 8 or 16) streams,
+// with software prefetch `ahead` bytes ahead (0: none).
 double probe_read(const char* data, int64_t bytes, int threads, int streams, int64_t ahead) {
   const int64_t chunks = bytes / CHUNK;
   const double start = omp_get_wtime();
@@ -223,7 +248,9 @@ double probe_read(const char* data, int64_t bytes, int threads, int streams, int
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const char* begin = data + chunk * CHUNK;
-      sum += streams == 4   ? read_chunk<4>(begin, ahead)
+      sum += streams == 16  ? read_chunk<16>(begin, ahead)
+             : streams == 8 ? read_chunk<8>(begin, ahead)
+             : streams == 4 ? read_chunk<4>(begin, ahead)
              : streams == 2 ? read_chunk<2>(begin, ahead)
                             : read_chunk<1>(begin, ahead);
     }
@@ -246,13 +273,13 @@ double probe_avx512_bf16(int threads, double seconds) {
 #endif
 }
 
+// With the loads of tiles that a matmul needs, from the first cache.
 double probe_amx_bf16(int threads, double seconds) {
-#if defined(__AMX_BF16__)
-  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl's and the CPU's number
-  if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) != 0) return UNAVAILABLE;
-  return sustained(threads, seconds, TileStep::OPERATIONS, [](int t) { return TileStep(t); });
-#else
-  return (void)threads, (void)seconds, UNAVAILABLE;
-#endif
+  return multiply_tiles<true>(threads, seconds);
+}
+
+// On registers alone.
+double probe_amx_bf16_registers(int threads, double seconds) {
+  return multiply_tiles<false>(threads, seconds);
 }
 }
