@@ -134,7 +134,6 @@ def layer_results(args: argparse.Namespace, log: Log, clock: Clock) -> dict[str,
     notes = [] if args.end_to_end else ["the whole model was left out (--end-to-end)"]
 
     log("measuring floors")
-    floors: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         probes = None
         try:
@@ -143,6 +142,7 @@ def layer_results(args: argparse.Namespace, log: Log, clock: Clock) -> dict[str,
         except ProbesUnavailable as error:
             unavailable["floors"] = str(error)
         done = run_rounds(cells, inputs, probes, args.rounds, args.seconds, log, clock)
+        rows = [row(problem, tokens, cells, probes) for tokens in args.tokens]
         floors = probes.data() if probes else {}
     log("measuring calls")
     ours = [each for each in everyone if isinstance(each, Ours)]
@@ -160,7 +160,7 @@ def layer_results(args: argparse.Namespace, log: Log, clock: Clock) -> dict[str,
         "rounds": done,
         "contenders": {each.name: described(each, cells) for each in everyone},
         "floors": floors,
-        "layer": [row(problem, tokens, cells, floors) for tokens in args.tokens],
+        "layer": rows,
         "skipped": skipped,
         "unavailable": unavailable,
         "notes": notes + rotation_notes(everyone, min(args.tokens)),
@@ -262,7 +262,7 @@ def described(contender: Contender, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def row(
-    problem: Problem, tokens: int, cells: Sequence[Cell], floors: dict[str, Any]
+    problem: Problem, tokens: int, cells: Sequence[Cell], probes: Probes | None
 ) -> dict[str, Any]:
     """One number of tokens: times in milliseconds."""
     here = [cell for cell in cells if cell.tokens == tokens and cell.samples]
@@ -272,9 +272,7 @@ def row(
     bf16 = {cell.contender.name for cell in here if isinstance(cell.contender, Transformers)}
     best = min((medians[name] for name in bf16), default=None)
     work = problem.work(tokens)
-    least = None
-    if floors:
-        least = floor(work, floors["read"]["median"], floors["matrix_peak"]["median"])
+    least = floor(work, *probes.beside(tokens)) if probes else None
 
     def speedups(other: float | None) -> dict[str, float]:
         return {name: other / medians[name] for name in ms if name in ours and other}

@@ -80,9 +80,9 @@ def main(settings: dict[str, Any]) -> None:
     with phase("measure") as facts, Probes(settings["threads"], room, seconds=0.01) as probes:
         facts["rounds"] = []
         for _ in range(settings["rounds"]):
-            probes.measure()
+            probes.measure(tokens=1)
             facts["rounds"].append(generate(model, ids, new_tokens)[1])
-        facts["read_rates"] = probes.read_rates
+        facts["read_rates"] = [each.read for each in probes.rates]
 
 
 def _graphs() -> int:

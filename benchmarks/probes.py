@@ -7,11 +7,11 @@ is loaded: the two then share one OpenMP runtime, hence one pool of threads.
 from __future__ import annotations
 
 import ctypes
+import statistics
 import subprocess
 import tempfile
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch  # noqa: F401  (first, for its OpenMP runtime)
 
@@ -31,12 +31,24 @@ UNITS = {
 NO_PEAK = "amx_bf16_registers"  # no matmul reaches it, for it has tiles to load
 # (streams a thread, bytes of prefetch ahead); which is best depends on the machine.
 VARIANTS = tuple((streams, ahead) for streams in (1, 2, 4, 8, 16) for ahead in (0, 512, 1024, 2048))
-KEPT_VARIANTS = 3  # of those, the best are measured again in every round
+KEPT_VARIANTS = 2  # of those, the best are measured every time
 CHUNK = 4 << 20  # what probes.cpp reads at a time
 
 
 class ProbesUnavailable(Exception):
     """The probes could not be built or have no memory; the message says why."""
+
+
+class Rates(NamedTuple):
+    """One measurement of the floors, beside contenders at T = ``tokens``."""
+
+    tokens: int
+    read: float  # bytes a second
+    units: dict[str, float]  # FLOP a second
+
+    @property
+    def peak(self) -> float:
+        return max(rate for unit, rate in self.units.items() if unit != NO_PEAK)
 
 
 class Probes:
@@ -55,8 +67,7 @@ class Probes:
         self._data = self._library.probe_allocate(self.bytes, threads)
         if not self._data:
             raise ProbesUnavailable(f"no {self.bytes / 1e9:.1f} GB of memory to read")
-        self.read_rates: list[float] = []  # bytes a second, one for each measurement
-        self.unit_rates: defaultdict[str, list[float]] = defaultdict(list)  # FLOP a second
+        self.rates: list[Rates] = []
         rates = {variant: max(self._read(variant) for _ in range(3)) for variant in VARIANTS}
         self.variants = sorted(VARIANTS, key=lambda variant: -rates[variant])[:KEPT_VARIANTS]
 
@@ -67,26 +78,44 @@ class Probes:
         self._library.probe_free(self._data)
         self._data = None
 
-    def measure(self) -> None:
-        """Measure every floor once more."""
-        self.read_rates.append(max(self._read(variant) for variant in self.variants))
-        for unit in UNITS:
-            rate = getattr(self._library, f"probe_{unit}")(self.threads, self.seconds)
-            if rate > 0:
-                self.unit_rates[unit].append(rate)
+    def measure(self, tokens: int) -> None:
+        """Measure every floor once more, beside contenders at T = ``tokens``."""
+        read = max(self._read(variant) for variant in self.variants)
+        units = {
+            unit: getattr(self._library, f"probe_{unit}")(self.threads, self.seconds)
+            for unit in UNITS
+        }
+        here = {unit: rate for unit, rate in units.items() if rate > 0}
+        self.rates.append(Rates(tokens, read, here))
+
+    def beside(self, tokens: int) -> tuple[float, float]:
+        """Bytes and floating-point operations a second: medians of what was measured beside T.
+
+        If nothing was, of everything.
+        """
+        rates = [each for each in self.rates if each.tokens == tokens] or self.rates
+        return (
+            statistics.median(each.read for each in rates),
+            statistics.median(each.peak for each in rates),
+        )
 
     def data(self) -> dict[str, Any]:
-        """Bytes and floating-point operations a second; the peak is that of the best unit."""
-        units = (rates for unit, rates in self.unit_rates.items() if unit != NO_PEAK)
-        peak = [max(rates) for rates in zip(*units, strict=True)]
+        """Bytes and floating-point operations a second; the peak is that of the best unit.
+
+        ``tokens`` tells beside which T each sample was measured.
+        """
         return {
+            "tokens": [each.tokens for each in self.rates],
             "read": {
-                **summary(self.read_rates),
+                **summary([each.read for each in self.rates]),
                 "buffer_bytes": self.bytes,
                 "variants": [{"streams": s, "prefetch_bytes": a} for s, a in self.variants],
             },
-            "units": {unit: summary(rates) for unit, rates in self.unit_rates.items()},
-            "matrix_peak": summary(peak),
+            "units": {
+                unit: summary([each.units[unit] for each in self.rates])
+                for unit in self.rates[0].units
+            },
+            "matrix_peak": summary([each.peak for each in self.rates]),
         }
 
     def _read(self, variant: tuple[int, int]) -> float:

@@ -1,6 +1,7 @@
-"""Rounds on a CPU: every contender in turn, once for each number of tokens, floors first; again.
+"""Rounds on a CPU: for each number of tokens the floors, then every contender in turn; again.
 
-The machine drifts by a quarter within an hour, so only what is measured side by side is compared.
+A machine drifts by a quarter within an hour, and where its cores are shared it halves its speed
+within seconds. So only what is measured side by side is compared.
 """
 
 from __future__ import annotations
@@ -82,20 +83,27 @@ def run_rounds(
         if clock() - started > at_most and done >= LEAST_SAMPLES:
             log(f"time is up after {done} of {rounds} rounds")
             break
-        if probes is not None:
-            probes.measure()
-        # Nobody always follows the same neighbour, whose traces are left in the caches.
-        for cell in random.Random(done).sample(cells, len(cells)):
-            # A slow call is made twice for a sample, the first time to see how long it takes.
-            wanted = max(LEAST_SAMPLES, int(share / (2 * cell.call_seconds)))
-            is_due = done < LEAST_SAMPLES or _is_due(done, rounds, wanted)
-            if len(cell.samples) < wanted and is_due:
-                cell.take(inputs[cell.tokens], clock)
+        mixed = random.Random(done)
+        for tokens in mixed.sample(list(inputs), len(inputs)):
+            due = [c for c in cells if c.tokens == tokens and _is_due(c, done, rounds, share)]
+            if due and probes is not None:
+                probes.measure(tokens)
+            # Nobody always follows the same neighbour, whose traces are left in the caches.
+            for cell in mixed.sample(due, len(due)):
+                cell.take(inputs[tokens], clock)
         done += 1
         log(f"round {done} of {rounds}: {clock() - started:.0f} s")
     return done
 
 
-def _is_due(turn: int, rounds: int, wanted: int) -> bool:
-    """Whether one of ``wanted`` samples, spread evenly over the rounds, falls on this turn."""
+def _is_due(cell: Cell, turn: int, rounds: int, share: float) -> bool:
+    """Whether the cell takes a sample on this turn: as many as fit into ``share`` seconds, spread
+    evenly over the rounds.
+    """
+    # A slow call is made twice for a sample, the first time to see how long it takes.
+    wanted = max(LEAST_SAMPLES, int(share / (2 * cell.call_seconds)))
+    if len(cell.samples) >= wanted:
+        return False
+    if turn < LEAST_SAMPLES:
+        return True
     return wanted >= rounds or turn * wanted // rounds != (turn - 1) * wanted // rounds
