@@ -204,10 +204,6 @@ def in_autocast(weight: Tensor, x: Tensor) -> Tensor:
         return F.linear(x, weight)
 
 
-def of_an_input(weight: Tensor, x: Tensor) -> Tensor:
-    return F.linear(x, x[0])
-
-
 def then_transposed(weight: Tensor, x: Tensor) -> Tensor:
     y = F.linear(x, weight)
     return y.t_()
@@ -245,7 +241,6 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], Tensor]] = {
     "a computed weight": (Held(lambda w, x: F.linear(x, w * 2)), X),
     "a part of a weight": (Held(lambda w, x: F.linear(x, w[:4])), X),
     "a computed bias": (Held(lambda w, x: F.linear(x, w, w[:, 0] * 2)), X),
-    "an input as weight": (Held(of_an_input), X),
     "a transposed weight": (Held(plain, torch.ones(32, 8).T), X),
     "more rows": (Held(plain), inputs(ROWS + 1)),
     "no rows": (Held(plain), inputs(0)),
@@ -263,6 +258,12 @@ def test_near_misses(name: str) -> None:
     assert count(module, x) == 0
     result, expected = compile_with(module)(x), module(x)
     assert result.device.type == "meta" or torch.equal(result, expected)
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_a_weight_that_is_an_argument() -> None:
+    assert count(plain, torch.ones(8, 32), X) == 0
+    assert count(plain, nn.Parameter(torch.ones(8, 32)), X) == 1
 
 
 class TestOptions:
