@@ -25,7 +25,7 @@ from mxfp4_fx.core.torch_private import is_wrapper
 from mxfp4_fx.ops import target
 from mxfp4_fx.passes.checks import is_parameter
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.effects import Effect, Modes, modes
+from mxfp4_fx.passes.effects import Modes, modes
 from mxfp4_fx.passes.graph import known_tensor, read_call, same_shape, tensor_of
 from mxfp4_fx.passes.memory import Memory, effects_on, is_transformed, may_share
 
@@ -96,8 +96,7 @@ def _needed(graph: fx.Graph) -> set[fx.Node]:
     effects = effects_on(graph)
     needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        has_effect = any(what is not Effect.READS for what in effects[node].values())
-        if node.op == "output" or node in needed or has_effect:
+        if node.op == "output" or node in needed or any(effects[node].values()):
             needed.update((node, *node.all_input_nodes))
     return needed
 
