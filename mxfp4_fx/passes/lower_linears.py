@@ -66,7 +66,7 @@ def lower_linears(gm: fx.GraphModule, ctx: Context) -> None:
     groups = [group for group in _groups(found, memory) if _pays(group)]
     if groups and target.has_native_linears(options.kernels):
         for group in groups:
-            _replace(group)
+            _lower(group)
             ctx.report.linears += len(group)
 
 
@@ -179,7 +179,7 @@ def _pays(group: list[_Linear]) -> bool:
     return size >= hardware.LINEAR_BYTES[weights[0].dtype]
 
 
-def _replace(group: list[_Linear]) -> None:
+def _lower(group: list[_Linear]) -> None:
     first = group[0].node
     graph = first.graph
     call_now = read_call(first)
