@@ -56,8 +56,8 @@ def mxfp4(
     rewritten, ctx = analyze(gm, example_inputs, parsed)
     refuse_freed(gm, rewritten, ctx)
     announce(ctx)
-    if rewritten is gm:
-        compiled = compile_inner(gm, example_inputs, parsed)
+    if not ctx.report.rewrites:  # with the captured graph's inputs
+        compiled = compile_inner(rewritten, example_inputs, parsed)
     else:
         compiled = bind(gm, rewritten, ctx, parsed)
     return noted(compiled, ctx.report)
@@ -232,6 +232,8 @@ def announce(ctx: Context) -> None:
     """Log rewrites and misses; warn once of each miss, or raise with ``strict``."""
     for rewrite in ctx.report.rewrites:
         log.info("%s: %s -> MXFP4, %s kernels", rewrite.layer, rewrite.form, rewrite.kernels)
+    if ctx.report.linears:
+        log.info("%d linears -> native kernels for few rows", ctx.report.linears)
     for miss in ctx.report.misses:
         log.info("not rewritten: %s", miss)
     # A backend that is called directly has no call; the report then covers this graph alone.

@@ -27,12 +27,14 @@ class Explanation:
         rewrites: the layers that become MXFP4.
         misses: the layers that look like experts and stay as they are.
         notes: what else the user should know.
+        linears: how many linears native kernels compute if they have few rows.
     """
 
     graphs: int
     rewrites: tuple[Rewrite, ...]
     misses: tuple[Miss, ...]
     notes: tuple[str, ...] = ()
+    linears: int = 0
 
     @property
     def bytes_before(self) -> int:
@@ -51,6 +53,7 @@ class Explanation:
             "rewrites": [_data(rewrite) for rewrite in self.rewrites],
             "misses": [_data(miss) for miss in self.misses],
             "notes": [*self.notes],
+            "linears": self.linears,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
@@ -77,6 +80,8 @@ class Explanation:
             lines += [f"  at {miss.where}"] if miss.where else []
         if not found:
             lines.append("nothing in it looks like GPT-OSS experts")
+        if self.linears:
+            lines.append(f"{self.linears} linears: native while they have few rows")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -113,7 +118,8 @@ def explain(
     rewrites = tuple(r for report in found.graphs for r in report.rewrites)
     misses = (*(m for report in found.graphs for m in report.misses), *found.outside)
     notes = tuple(dict.fromkeys(found.notes))
-    return Explanation(len(found.graphs), rewrites, tuple(dict.fromkeys(misses)), notes)
+    linears = sum(report.linears for report in found.graphs)
+    return Explanation(len(found.graphs), rewrites, tuple(dict.fromkeys(misses)), notes, linears)
 
 
 @compilation.ours

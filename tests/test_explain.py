@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Layers, compile_with, hidden, mlp, model, tokens
+from models import DTYPES, Layers, compile_with, hidden, mlp, model, tokens
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 from mxfp4_fx.cli import main
+from mxfp4_fx.core import hardware
 from mxfp4_fx.ops import target
 from mxfp4_fx.weights.store import STORE
 
@@ -59,6 +60,20 @@ def test_table_of_misses_names_layer_reason_and_place() -> None:
 def test_a_model_without_experts() -> None:
     text = str(mxfp4_fx.explain(nn.Linear(4, 4), torch.zeros(1, 4)))
     assert text.endswith("nothing in it looks like GPT-OSS experts")
+
+
+def test_linears_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each layer the router's, q, k, v and o, and the head's; layers share pieces."""
+    monkeypatch.setattr(hardware, "LINEAR_BYTES", dict.fromkeys(DTYPES, 0))
+    monkeypatch.setattr(hardware, "linear_rows", lambda dtype: 4)
+    with torch.no_grad():
+        on, off = (
+            mxfp4_fx.explain(model(), tokens(1, 2), options={"linears": linears})
+            for linears in (True, False)
+        )
+    assert str(on) == f"{TABLE}\n11 linears: native while they have few rows"
+    assert on.to_dict()["linears"] == 11
+    assert str(off) == TABLE
 
 
 def test_the_same_as_data() -> None:

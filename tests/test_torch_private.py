@@ -438,6 +438,15 @@ def test_inductor_tells_whether_it_measures() -> None:
         assert measures(None, {})
 
 
+def test_inductor_tells_whether_it_freezes() -> None:
+    freezes = torch_private_dynamo.inductor_freezes
+    assert not freezes("max-autotune", {})
+    assert freezes(None, {"freezing": True})
+    with torch._inductor.config.patch(freezing=True):
+        assert freezes(None, {})
+        assert not freezes(None, {"freezing": False})
+
+
 def test_inductor_takes_options_and_knows_modes() -> None:
     modes = torch_private.look_up("torch._inductor", "list_mode_options")
     assert modes("max-autotune")["max_autotune"] is True

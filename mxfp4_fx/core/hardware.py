@@ -37,12 +37,16 @@ class CpuPath:
         reason: why a CPU gets this path, in words for ``explain`` and ``doctor``.
         pays_on: the path is the best only on this vendor's CPUs; None stands for all vendors.
         for_tests: a CPU gets this path only if ``MXFP4_FX_CPU`` names it.
+        linear_rows: dtype -> see :func:`linear_rows`. Measured with weights of 3 MB and more, on a
+            Xeon with AMX; for the other paths with oneDNN, MKL and torch limited to the same
+            instructions. Other dtypes, and paths that were not measured, are left to torch.
     """
 
     features: Mapping[str, str]
     reason: str
     pays_on: str | None = None
     for_tests: bool = False
+    linear_rows: Mapping[torch.dtype, int] = dataclasses.field(default_factory=dict)
 
     @property
     def compiler_flags(self) -> tuple[str, ...]:
@@ -63,20 +67,38 @@ _AMX = {**_AVX512_BF16, "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
 
 # The best comes first.
 CPU_PATHS: dict[str, CpuPath] = {
-    "amx": CpuPath(_AMX, "the CPU has AMX tiles for bfloat16"),
+    "amx": CpuPath(
+        _AMX,
+        "the CPU has AMX tiles for bfloat16",
+        linear_rows={torch.bfloat16: 5, torch.float16: 12, torch.float32: 12},
+    ),
     "avx512_bf16": CpuPath(
         _AVX512_BF16,
         "the CPU multiplies bfloat16 at twice the rate of float32 and has no AMX",
         # Intel's vdpbf16ps has half the rate of its float32 FMAs, AMD's twice.
         pays_on="AuthenticAMD",
+        # An Intel CPU, which was measured, finds 8; AMD's oneDNN multiplies bfloat16 faster.
+        linear_rows={torch.bfloat16: 4, torch.float16: 12, torch.float32: 12},
     ),
-    "avx512": CpuPath(_AVX512, "the CPU has AVX-512 with VNNI and no fast bfloat16"),
-    "avx2": CpuPath(_AVX2, "the CPU has AVX2 and no AVX-512 with VNNI"),
+    "avx512": CpuPath(
+        _AVX512,
+        "the CPU has AVX-512 with VNNI and no fast bfloat16",
+        linear_rows={torch.bfloat16: 16, torch.float16: 12, torch.float32: 12},
+    ),
+    "avx2": CpuPath(
+        _AVX2,
+        "the CPU has AVX2 and no AVX-512 with VNNI",
+        linear_rows={torch.bfloat16: 16, torch.float16: 12, torch.float32: 8},
+    ),
     "portable": CpuPath({}, f"no vector instructions of this CPU ({platform.machine()}) are known"),
     "amx_emulated": CpuPath(
         _AVX512_BF16, "AMX tiles are computed in software, for tests", for_tests=True
     ),
 }
+
+# The bytes of weights from which the native linear of one row is faster than torch's. A call of it
+# takes longer than torch's, whose linears of small float32 matrices are fast.
+LINEAR_BYTES = {torch.bfloat16: 128 << 10, torch.float16: 1 << 20, torch.float32: 16 << 20}
 
 # The environment variable that forces a path, for tests and benchmarks.
 CPU_PATH_VARIABLE = "MXFP4_FX_CPU"
@@ -108,6 +130,11 @@ def cpu_path() -> str:
             f"it runs {', '.join(runnable_paths())}"
         )
     return forced
+
+
+def linear_rows(dtype: torch.dtype) -> int:
+    """Return up to how many rows of activations the native linear is faster than torch's."""
+    return CPU_PATHS[cpu_path()].linear_rows.get(dtype, 0)
 
 
 def why_cpu_path(path: str) -> str:

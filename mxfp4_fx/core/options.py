@@ -32,6 +32,7 @@ class Options:
         skip: patterns of the names of modules to leave alone; see ``skip.py``.
         regions: capture the repeated layer as a nested compile region, whose graph is compiled once
             for all layers that are alike.
+        linears: compute linears of few rows on a CPU natively.
         mode: the ``mode=`` of ``torch.compile``; reaches Inductor.
     """
 
@@ -43,6 +44,7 @@ class Options:
     free_weights: bool = False
     skip: tuple[str, ...] = ()
     regions: bool = True
+    linears: bool = True
     mode: str | None = None
 
     @classmethod
@@ -69,7 +71,7 @@ class Options:
                 f"options['kernels'] is {self.kernels!r}; it must be one of "
                 f"{', '.join(KERNELS)}.{_nearest(self.kernels, KERNELS)}"
             )
-        for name in ("strict", "verify", "free_weights", "regions"):
+        for name in ("strict", "verify", "free_weights", "regions", "linears"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"options[{name!r}] must be True or False.")
         if not (isinstance(self.inner, str) or callable(self.inner)):

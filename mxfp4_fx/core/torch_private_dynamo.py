@@ -45,6 +45,12 @@ def inductor_measures(mode: str | None, options: Mapping[str, Any]) -> bool:
     return any(chosen.get(name, getattr(config, name, False)) for name in names)
 
 
+def inductor_freezes(mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Return whether Inductor makes constants of the weights, and packs those of linears."""
+    config, chosen = look_up("torch._inductor", "config"), {**_of_mode(mode), **options}
+    return bool(chosen.get("freezing", config.freezing))
+
+
 def _of_mode(mode: str | None) -> dict[str, Any]:
     return look_up("torch._inductor", "list_mode_options")(mode) if mode else {}
 

@@ -8,6 +8,7 @@ activation, which halves it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -182,3 +183,28 @@ def _check_length(name: str, rows: Tensor, total: int) -> None:
         raise ValueError(
             f"mxfp4::matmul_ogs: {name} must be [R] = ({total},); it is {tuple(rows.shape)}"
         )
+
+
+def check_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    """Check the operands of ``linears``; see ``reference.linears``.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if x.ndim == 0 or len(weights) != len(biases):
+        raise ValueError(
+            f"mxfp4::linears: x must be [..., K], with a bias or None for each weight; x is "
+            f"{tuple(x.shape)}, with {len(weights)} weights and {len(biases)} biases"
+        )
+    k = x.shape[-1]
+    for weight, bias in zip(weights, biases, strict=True):
+        if weight.ndim != 2 or weight.shape[1] != k:
+            raise ValueError(
+                f"mxfp4::linears: a weight must be [N, {k}], as x is {tuple(x.shape)}; one is "
+                f"{tuple(weight.shape)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"mxfp4::linears: the bias of a weight {tuple(weight.shape)} must be "
+                f"[{weight.shape[0]}]; one is {tuple(bias.shape)}"
+            )

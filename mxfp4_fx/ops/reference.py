@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from mxfp4_fx.core.formats import dequantize
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.core.torch_private import assert_async
-from mxfp4_fx.ops.operands import Activation, Rows, Weight, make_weight
+from mxfp4_fx.ops.operands import Activation, Rows, Weight, check_linears, make_weight
 
 Routes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -237,6 +237,25 @@ def moe_from_routes(
         hidden, gate_up, gate_up_bias, down, down_bias, gate_up_scales, down_scales, layout
     )
     return _experts(hidden, routes, gate_up_of, gate_up_bias, down_of, down_bias, a, alpha, limit)
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Compute torch's ``linear`` for several weights and one input.
+
+    Args:
+        x: [..., K].
+        weights: [N, K] each, where N may differ; of x's dtype.
+        biases: [N] each, or None for no bias.
+
+    Returns:
+        [..., N] of x's dtype for each weight, contiguous.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    check_linears(x, weights, biases)
+    given = zip(weights, biases, strict=True)
+    return [torch.nn.functional.linear(x, w, b).contiguous() for w, b in given]
 
 
 Matrices = Callable[[int], Tensor]  # from an expert to its matrix [N, K] float32

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,17 +30,20 @@ _REFERENCE = {
     "matmul_ogs": "mxfp4_fx.ops.reference:matmul_ogs",
     "routing": "mxfp4_fx.ops.reference:routing",
     "routing.routes": "mxfp4_fx.ops.reference:routing_from_routes",
+    "linears": "mxfp4_fx.ops.reference:linears",
 }
 # kernels -> op -> "module:function".
 KERNELS: dict[str, dict[str, str]] = {
     "reference": _REFERENCE,
     "pytorch": {**_REFERENCE, "matmul_ogs": "mxfp4_fx.ops.pytorch:matmul_ogs"},
     "cpu": {
+        "linears": "mxfp4_fx.ops.cpu_linear:linears",
         "matmul_ogs": "mxfp4_fx.ops.cpu:matmul_ogs",
         "routing": "mxfp4_fx.ops.cpu:routing",
         "routing.routes": "mxfp4_fx.ops.cpu:routing_from_routes",
     },
     "triton": {
+        **_REFERENCE,
         "matmul_ogs": "mxfp4_fx.ops.triton:matmul_ogs",
         "routing": "mxfp4_fx.ops.triton:routing",
         "routing.routes": "mxfp4_fx.ops.triton:routing_from_routes",
@@ -70,6 +73,8 @@ SCHEMAS = {
     f"str kernels='reference') -> {_ROUTES}",
     "matmul_ogs": f"({_OPERANDS}, str kernels='reference') -> Tensor",
     "matmul_ogs_backward": f"(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor)",
+    "linears": "(Tensor x, Tensor[] weights, Tensor?[] biases, str kernels='reference') -> "
+    "Tensor[]",
 }
 
 
@@ -162,6 +167,16 @@ def _matmul_ogs_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     return backward.matmul_ogs_backward(grad, x, weight, rows, activation)
 
 
+def _linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    kernels: str = "reference",
+) -> list[Tensor]:
+    results: list[Tensor] = kernel(kernels, "linears")(x, weights, biases)
+    return results
+
+
 def _fake_routes(like: Tensor, rows: Any, num_experts: int) -> tuple[Tensor, ...]:
     return (
         like.new_empty((rows,), dtype=torch.float32),
@@ -196,6 +211,16 @@ def _fake_matmul_ogs_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, Tensor]
     x, _, rows, _, _ = operands_of(*flat)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     return grad_x, x.new_empty((rows.total,), dtype=torch.float32)
+
+
+def _fake_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    kernels: str = "reference",
+) -> list[Tensor]:
+    operands.check_linears(x, weights, biases)
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
 
 
 def _fake_moe(hidden: Tensor, *_: Any) -> Tensor:
@@ -234,6 +259,7 @@ _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "routing.routes": (_routing_routes, _fake_routing_routes),
     "matmul_ogs": (_matmul_ogs, _fake_matmul_ogs),
     "matmul_ogs_backward": (_matmul_ogs_backward, _fake_matmul_ogs_backward),
+    "linears": (_linears, _fake_linears),
 }
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "routing": (backward.routing_gradients, backward.save_routing),

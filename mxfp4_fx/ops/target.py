@@ -89,6 +89,23 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
     return Target("cpu", "cpu_panels", f"native {threads}, {path}: {why}")
 
 
+def has_native_linears(requested: str) -> bool:
+    """Return whether the native CPU kernels can compute linears; compile them if need be.
+
+    Where they cannot, torch's own linears are no fault, so there is no warning.
+
+    Args:
+        requested: ``Options.kernels``.
+    """
+    if requested not in ("auto", "cpu"):
+        return False
+    try:
+        native.load(hardware.cpu_path())
+    except (KernelsUnavailableError, NativeBuildError):
+        return False
+    return True
+
+
 def kernels_for(layout: str, device: torch.device) -> str:
     """Return kernels that read a layout on a device.
 

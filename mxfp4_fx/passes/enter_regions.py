@@ -1,4 +1,4 @@
-"""Fourth pass: rewrite the bodies of regions, and bind the weights that each call gives them.
+"""Fifth pass: rewrite the bodies of regions, and bind the weights that each call gives them.
 
 A body is rewritten once for all calls that are alike: the user left the same of their weights,
 the same of their operands are parameters, torch's modes and what else the outer graph does to the
@@ -63,13 +63,14 @@ def enter_regions(gm: fx.GraphModule, ctx: Context, run: Rewriter) -> None:
         body, inner = sites[0].region.body, _inside(sites[0], ctx)
         if _is_as_captured(sites[0]):
             rewritten = run(body, inner)
-            if inner.report.rewrites:
+            if inner.report.changes_graph:
                 _install(gm, rewritten, sites, inner, ctx)
         else:
             inner.report.misses += _unlike_captured(body, inner)
         for site in sites:
             ctx.report.rewrites += [_named(rewrite, site) for rewrite in inner.report.rewrites]
             ctx.report.misses += [_named(miss, site) for miss in inner.report.misses]
+            ctx.report.linears += inner.report.linears
     erase_unread(gm.graph, ctx)
 
 

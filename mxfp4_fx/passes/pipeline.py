@@ -16,6 +16,7 @@ from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import REWRITE, Context, Pass
 from mxfp4_fx.passes.enter_regions import enter_regions
 from mxfp4_fx.passes.fuse_moe import fuse_moe
+from mxfp4_fx.passes.lower_linears import lower_linears
 from mxfp4_fx.passes.lower_moe import lower_moe
 
 log = logging.getLogger("mxfp4_fx.passes")
@@ -37,7 +38,7 @@ def check(gm: fx.GraphModule, ctx: Context) -> None:
 
 
 def rewrite_regions(gm: fx.GraphModule, ctx: Context) -> None:
-    """Fourth pass: the whole pipeline for the bodies of regions; see ``enter_regions.py``."""
+    """Fifth pass: the whole pipeline for the bodies of regions; see ``enter_regions.py``."""
     enter_regions(gm, ctx, _rewrite_body)
 
 
@@ -45,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     canonicalize,  # equal computations look alike ...
     fuse_moe,  # ... so that one pattern finds them; proves and replaces, knows no device
     lower_moe,  # knows the device, proves nothing
+    lower_linears,  # after fuse_moe, whose forms have linears
     rewrite_regions,  # after lower_moe, so that both bind a weight that both read once
     check,  # relies on no other pass
 )
@@ -75,7 +77,7 @@ def run_pipeline(
         rewritten = copy_graph(gm)
         for step in PIPELINE:
             run_pass(step, rewritten, ctx)
-    return (rewritten if ctx.report.rewrites else gm), ctx
+    return (rewritten if ctx.report.changes_graph else gm), ctx
 
 
 def _rewrite_body(body: fx.GraphModule, ctx: Context) -> fx.GraphModule:

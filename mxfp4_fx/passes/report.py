@@ -1,4 +1,4 @@
-"""The report on one graph: rewrites, and misses with their reasons. Plain data."""
+"""The report on one graph: rewrites, misses with their reasons, linears. Plain data."""
 
 from __future__ import annotations
 
@@ -63,7 +63,16 @@ class Miss:
 
 @dataclasses.dataclass
 class GraphReport:
-    """All rewrites and misses of one graph, in the order of the graph."""
+    """All rewrites and misses of one graph, in the order of the graph.
+
+    Attributes:
+        linears: how many linears are computed by this package's op.
+    """
 
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     misses: list[Miss] = dataclasses.field(default_factory=list)
+    linears: int = 0
+
+    @property
+    def changes_graph(self) -> bool:
+        return bool(self.rewrites or self.linears)

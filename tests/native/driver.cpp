@@ -195,6 +195,51 @@ void check_matmul() {
   }
 }
 
+void check_linears() {
+  const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
+  const int64_t rows = random_int(1, 9), k = random_int(1, 150), x_stride = k + random_int(0, 3);
+  const Values x(dtype, (rows - 1) * x_stride + k, 1.);
+  struct {
+    mxfp4_linear_group group;
+    mxfp4_linear linears[3];
+  } a{{x.bytes.data(), rows, x_stride, k, random_int(1, 3), dtype, 1}, {}};
+  std::vector<Values> weights, biases;
+  std::vector<std::vector<char>> results;
+  for (int64_t i = 0; i < a.group.count; i++) {
+    const int64_t n = random_int(1, 60), stride = k + random_int(0, 3);
+    weights.emplace_back(dtype, (n - 1) * stride + k, 1.);
+    biases.emplace_back(dtype, n, 1.);
+    results.emplace_back(static_cast<size_t>(rows * n * mxfp4::dtype_bytes(dtype)));
+    a.linears[i] = {nullptr, nullptr, nullptr, n, stride};
+  }
+  for (int64_t i = 0; i < a.group.count; i++) {
+    a.linears[i].weight = weights[i].bytes.data();
+    a.linears[i].bias = random_int(0, 1) ? biases[i].bytes.data() : nullptr;
+    a.linears[i].y = results[i].data();
+  }
+  mxfp4_linears(&a.group);
+  const double u = dtype == MXFP4_BF16 ? 0x1p-8 : dtype == MXFP4_F16 ? 0x1p-11 : 0x1p-24;
+  for (int64_t i = 0; i < a.group.count; i++) {
+    const mxfp4_linear& linear = a.linears[i];
+    for (int64_t row = 0; row < rows; row++) {
+      for (int64_t n = 0; n < linear.n; n++) {
+        double sum = linear.bias ? biases[i].numbers[n] : 0, size = std::fabs(sum);
+        for (int64_t j = 0; j < k; j++) {
+          const double term =
+              weights[i].numbers[n * linear.stride + j] * x.numbers[row * x_stride + j];
+          sum += term;
+          size += std::fabs(term);
+        }
+        float value;
+        mxfp4::to_f32(mxfp4::element(linear.y, dtype, row * linear.n + n), dtype, 1, &value);
+        const double bound = static_cast<double>(k + 1) * 0x1p-23 * size;
+        const double rounding = std::max(u * (std::fabs(sum) + bound), 0x1p-25);  // of subnormals
+        require(std::fabs(value - sum) <= bound + rounding, "a linear");
+      }
+    }
+  }
+}
+
 void check_quantize() {
   const int64_t experts = random_int(0, 3), n = random_int(1, 80), k = 32 * random_int(1, 5);
   const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
@@ -247,5 +292,6 @@ int main(int argc, char** argv) {
     check_matmul();
     check_quantize();
   }
+  for (int round = 0; round < rounds; round++) check_linears();
   std::printf("%d rounds\n", rounds);
 }

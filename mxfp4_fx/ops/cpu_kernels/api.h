@@ -1,6 +1,6 @@
-// The entry points that Python calls through ctypes (ops/cpu.py, ops/cpu_panels.py). One library is
-// built for each instruction-set path. All libraries have these entry points and read the same
-// layout of weights, `cpu_panels` (panels.h).
+// The entry points that Python calls through ctypes (ops/cpu.py, ops/cpu_linear.py,
+// ops/cpu_panels.py). One library is built for each instruction-set path. All libraries have these
+// entry points and read the same layout of MXFP4 weights, `cpu_panels` (panels.h).
 //
 // Shape letters as in ops/reference.py: T tokens, E experts, A experts per token, R = T * A routed
 // rows, K contraction, N output. Functions that can fail return 0 or an errno: EINVAL if an index
@@ -31,6 +31,21 @@ struct mxfp4_matmul {
   float alpha, limit;
 };
 
+// One linear of mxfp4_linears: its weight, and where its result goes.
+struct mxfp4_linear {
+  const void* weight;  // [N, K], rows `stride` elements apart
+  const void* bias;    // [N], contiguous, or null
+  void* y;             // [rows, N], contiguous; all of it is written
+  int64_t n, stride;
+};
+
+// Arguments of mxfp4_linears, which `count` times mxfp4_linear follows. All tensors have one dtype.
+struct mxfp4_linear_group {
+  const void* x;  // [rows, K], rows `x_stride` elements apart
+  int64_t rows, x_stride, k, count;
+  int32_t dtype, threads;
+};
+
 // Only these names are exported. Libraries of several paths may be loaded side by side, and the
 // loader must not resolve a name of one library to the same name in another.
 #pragma GCC visibility push(default)
@@ -42,6 +57,9 @@ extern "C" {
 int mxfp4_init(int32_t forked);
 
 int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);
+
+// Linears of one input.
+void mxfp4_linears(const mxfp4_linear_group* arguments);
 
 // logits [T, E], rows `stride` elements apart -> gammas, gather, scatter [R], offsets [E + 1].
 int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride,

@@ -4,6 +4,7 @@
 #include "api.h"
 #include "bf16_tile.h"
 #include "f32_tile.h"
+#include "linear.h"
 #include "matmul.h"
 #include "quantize.h"
 #include "routing.h"
@@ -38,6 +39,17 @@ extern "C" int mxfp4_matmul_ogs(const mxfp4_matmul* arguments) {
     return mxfp4::matmul_ogs(*arguments);
   } catch (const std::bad_alloc&) {
     return ENOMEM;
+  }
+}
+
+extern "C" void mxfp4_linears(const mxfp4_linear_group* arguments) {
+  switch (arguments->dtype) {
+    case MXFP4_BF16:
+      return mxfp4::Linears<mxfp4::Bf16Values>(*arguments).run();
+    case MXFP4_F16:
+      return mxfp4::Linears<mxfp4::F16Values>(*arguments).run();
+    default:
+      return mxfp4::Linears<mxfp4::F32Values>(*arguments).run();
   }
 }
 

@@ -19,9 +19,11 @@ class SelfTest {
   bool passes() {
     for (auto& byte : blocks_) byte = static_cast<uint8_t>(random());
     mxfp4_swizzle(blocks_.data(), scales_.data(), 1, N, K, panels_.data(), flags_.data(), 1);
-    for (const int32_t dtype : {MXFP4_F32, MXFP4_BF16, MXFP4_F16})
+    for (const int32_t dtype : {MXFP4_F32, MXFP4_BF16, MXFP4_F16}) {
       for (const int64_t rows : {1, 5, 40})
         if (!passes(dtype, rows)) return false;
+      if (!linears_pass(dtype)) return false;
+    }
     return true;
   }
 
@@ -86,6 +88,43 @@ class SelfTest {
     m.x_dtype = dtype;
     m.bias_dtype = MXFP4_F32;
     return mxfp4_matmul_ogs(&m) == 0 && y == expected;
+  }
+
+  // One linear of 1 to 5 rows, with a remainder of rows and of columns. Weights are multiples of
+  // 1/8 below 1, so that products are multiples of 2^-18, and their sums below 2^6.
+  bool linears_pass(int32_t dtype) {
+    constexpr int64_t rows_of_weight = 11, columns = 50, most = 5;
+    std::vector<float> values(most * columns), weights(rows_of_weight * columns);
+    for (float& value : values) value = activation(dtype);
+    for (float& weight : weights) weight = static_cast<float>(random() % 15) / 8 - .875f;
+    const auto in_dtype = [&](const std::vector<float>& numbers) {
+      std::vector<char> bytes(numbers.size() * static_cast<size_t>(dtype_bytes(dtype)));
+      from_f32(numbers.data(), dtype, static_cast<int64_t>(numbers.size()), bytes.data());
+      return bytes;
+    };
+    const std::vector<char> x = in_dtype(values), weight = in_dtype(weights);
+    for (int64_t rows = 1; rows <= most; rows++) {
+      std::vector<float> sums;
+      for (int64_t row = 0; row < rows; row++) {
+        for (int64_t n = 0; n < rows_of_weight; n++) {
+          float sum = 0;
+          for (int64_t k = 0; k < columns; k++)
+            sum += values[static_cast<size_t>(row * columns + k)] *
+                   weights[static_cast<size_t>(n * columns + k)];
+          sums.push_back(sum);
+        }
+      }
+      const std::vector<char> expected = in_dtype(sums);
+      std::vector<char> y(expected.size());
+      struct {
+        mxfp4_linear_group group;
+        mxfp4_linear linear;
+      } const arguments{{x.data(), rows, columns, columns, 1, dtype, 1},
+                        {weight.data(), nullptr, y.data(), rows_of_weight, columns}};
+      mxfp4_linears(&arguments.group);
+      if (y != expected) return false;
+    }
+    return true;
   }
 };
 
