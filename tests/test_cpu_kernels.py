@@ -44,13 +44,13 @@ def threads() -> Iterator[None]:
 
 # ---- sizes: tiles, panels and chunks that are full, partly filled and several
 
-ROWS = (1, 2, 3, 4, 5, 12, 13, 16, 17, 33, 97)  # of one expert
+ROWS = (1, 2, 3, 4, 5, 6, 7, 12, 13, 16, 17, 33, 97)  # of one expert
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_any_number_of_rows_of_an_expert(cpu: Kernels, rows: int, dtype: torch.dtype) -> None:
-    """Up to a few rows go one by one; more fill tiles, of which the last may be lower."""
+    """Few rows go through integers; more fill tiles, of which the last may be lower."""
     indices = torch.zeros((rows, 1), dtype=torch.long)
     check_matmul(cpu, randn(rows, 96, dtype=dtype), Matrices.random(1, 66, 96, dtype), indices)
 
@@ -112,7 +112,7 @@ def test_a_flag_holds_for_its_panel_alone(cpu: Kernels, rows: int, scale: int) -
 SPREADS = {"moderate": (-8, 8), "wide": (-45, 40), "tiny": (-149, -110), "all": (-149, 60)}
 
 
-@pytest.mark.parametrize(("dtype", "spread", "rows"), covering(DTYPES, list(SPREADS), (1, 2, 20)))
+@pytest.mark.parametrize(("dtype", "spread", "rows"), covering(DTYPES, list(SPREADS), (1, 2, 5, 20)))
 def test_activations_of_any_magnitude(
     cpu: Kernels, rows: int, spread: str, dtype: torch.dtype
 ) -> None:

@@ -1,6 +1,12 @@
 // Rows times a panel on the matrix units of AMX. Operand A is a tile of rows, B the weights in
 // bfloat16, C 16 x 16 float32 sums.
 //
+// Blocks of weights are decoded into the first cache, a chunk at a time, and multiplied from there
+// with one tile of rows after the other, while the next chunk is decoded. Four of the eight tile
+// registers are in use: both halves' sums, the rows, and half a block. All eight would save loads,
+// but cores have few spare registers to rename tiles to, and hyperthreads share them: where the
+// other thread works too, loads and products then wait for each other, at half of the speed.
+//
 // Activations keep all their bits. A bfloat16 activation is one operand, a float16 the sum of two
 // bfloat16 numbers (limbs), a float32 the sum of three; each limb is multiplied with the same
 // weights. As with vdpbf16ps, the units treat subnormals as zero, so rows that have one are
@@ -11,6 +17,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "amx_units.h"
@@ -21,7 +28,6 @@ namespace mxfp4 {
 
 // A block of a panel as two B operands: [half][k / 2][lane][k % 2].
 using AmxWeights = uint16_t[2][BLOCK / 2][LANES][2];
-constexpr int64_t AMX_HALF_BYTES = sizeof(AmxWeights) / 2;
 
 // Decodes codes to bfloat16 with byte lookups; CPUs with AMX do one lookup a cycle.
 struct AmxDecoder {
@@ -45,34 +51,41 @@ struct AmxDecoder {
     largest = _mm512_set1_epi16(SCALE_MAX);
   }
 
-  inline __attribute__((always_inline)) void decode(const uint8_t* panel, int64_t block,
-                                                    AmxWeights& weights) const {
-    prefetch_block(panel, block, PREFETCH);
-    const uint8_t* codes = block_codes(panel, block);
-    const uint8_t* scales = block_scales(panel, block);
-    for (int h = 0; h < 2; h++) {
-      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + h * LANES));
-      const __m512i scale = _mm512_maskz_permutexvar_epi8(0x5555555555555555ull, spread,
-                                                          _mm512_castsi128_si512(bytes));
-      const __m512i down = _mm512_slli_epi16(_mm512_sub_epi16(largest, scale), 7);
-#pragma GCC unroll 4
-      for (int g = 0; g < 4; g++) {
-        const __m512i eight = _mm512_loadu_si512(codes + h * (CODE_BYTES / 2) + g * LINE);
+  // 252 less the scale bytes of 16 rows, as bfloat16 exponents, for both values of a pair.
+  inline __attribute__((always_inline)) __m512i exponents_down(const uint8_t* scales) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+    const __m512i scale =
+        _mm512_maskz_permutexvar_epi8(0x5555555555555555ull, spread, _mm512_castsi128_si512(bytes));
+    return _mm512_slli_epi16(_mm512_sub_epi16(largest, scale), 7);
+  }
+
+  // Group g of a half: 64 bytes of codes -> eight weights of each of 16 rows.
+  inline __attribute__((always_inline)) void decode(const uint8_t* codes, int g, __m512i down,
+                                                    uint16_t (*weights)[LANES][2]) const {
+    __builtin_prefetch(codes + g * LINE + PREFETCH);
+    const __m512i eight = _mm512_loadu_si512(codes + g * LINE);
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-          const __m512i code = i ? _mm512_srli_epi16(eight, 4) : eight;
-          const __m512i l = _mm512_permutexvar_epi8(code, low);
-          const __m512i u = _mm512_permutexvar_epi8(code, high);
-          // 0xca selects bits of the second operand where the first is set, else of the third.
-          const __m512i even =
-              _mm512_ternarylogic_epi32(low_bytes, l, _mm512_slli_epi16(u, 8), 0xca);
-          const __m512i odd =
-              _mm512_ternarylogic_epi32(low_bytes, _mm512_srli_epi16(l, 8), u, 0xca);
-          _mm512_storeu_si512(weights[h][4 * g + 2 * i], _mm512_subs_epu16(even, down));
-          _mm512_storeu_si512(weights[h][4 * g + 2 * i + 1], _mm512_subs_epu16(odd, down));
-        }
-      }
+    for (int i = 0; i < 2; i++) {
+      const __m512i code = i ? _mm512_srli_epi16(eight, 4) : eight;
+      const __m512i l = _mm512_permutexvar_epi8(code, low);
+      const __m512i u = _mm512_permutexvar_epi8(code, high);
+      // 0xca selects bits of the second operand where the first is set, else of the third.
+      const __m512i even = _mm512_ternarylogic_epi32(low_bytes, l, _mm512_slli_epi16(u, 8), 0xca);
+      const __m512i odd = _mm512_ternarylogic_epi32(low_bytes, _mm512_srli_epi16(l, 8), u, 0xca);
+      _mm512_storeu_si512(weights[4 * g + 2 * i], _mm512_subs_epu16(even, down));
+      _mm512_storeu_si512(weights[4 * g + 2 * i + 1], _mm512_subs_epu16(odd, down));
     }
+  }
+
+  // Half h of a block.
+  inline __attribute__((always_inline)) void decode_half(const uint8_t* panel, int64_t block, int h,
+                                                         AmxWeights& weights) const {
+    const uint8_t* scales = block_scales(panel, block) + h * LANES;
+    __builtin_prefetch(scales + PREFETCH);
+    const __m512i down = exponents_down(scales);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++)
+      decode(block_codes(panel, block) + h * (CODE_BYTES / 2), g, down, weights[h]);
   }
 
   static constexpr int64_t PREFETCH = 2048;
@@ -81,9 +94,10 @@ struct AmxDecoder {
 template <int LIMBS_OF_X>
 struct AmxTile {
   static constexpr int ROWS = 16;
-  static int one_by_one(int32_t) { return 1; }
-  // Blocks of a panel that are decoded together; two such buffers fit the L2 cache.
-  static constexpr int64_t CHUNK = 96;
+  // Up to so many rows of an expert are faster in few_rows.h's integers.
+  static int few_rows(int32_t dtype) { return dtype == MXFP4_F32 ? 1 : 2; }
+  // Blocks of a panel that are decoded together; two such buffers fit the L1 cache, beside a tile.
+  static constexpr int64_t CHUNK = 4;
 
   struct Scratch {
     AmxWeights weights[2][CHUNK];
@@ -102,22 +116,26 @@ struct AmxTile {
   // kernel can multiply the row.
   static bool pack(const float* values, int64_t k, int64_t row, int64_t rows, char* tile) {
     uint16_t* target = reinterpret_cast<uint16_t*>(tile) + row * BLOCK;
-    bool able = true;
-    for (int64_t i = 0; i < k; i++) {
-      float rest = values[i];
-      uint16_t* at = target + i / BLOCK * BLOCK * rows + i % BLOCK;
-      for (int limb = 0; limb < LIMBS_OF_X; limb++, at += k * rows) {
-        const uint32_t bits = bits_of(rest);
-        const bool finite = (bits & 0x7f800000) != 0x7f800000;
-        // The upper half of a NaN may look like an infinity; bit 6 keeps it a NaN.
-        const uint32_t upper = bits >> 16 | static_cast<uint32_t>(rest != rest) << 6;
-        *at = static_cast<uint16_t>(upper);
-        able &= rest == 0.f || (upper & 0x7f80) != 0;
-        // Truncation is exact: each limb has the next eight bits of the rest.
-        rest = finite ? rest - float_of(upper << 16) : 0.f;
+    uint32_t unable = 0;
+    for (int64_t b = 0; b < k / BLOCK; b++, values += BLOCK, target += BLOCK * rows) {
+      float rest[BLOCK];
+      std::memcpy(rest, values, sizeof rest);
+      for (int limb = 0; limb < LIMBS_OF_X; limb++) {
+        uint16_t* at = target + limb * k * rows;
+        for (int64_t i = 0; i < BLOCK; i++) {
+          const uint32_t bits = bits_of(rest[i]);
+          const bool finite = (bits & 0x7f800000) != 0x7f800000;
+          // The upper half of a NaN may look like an infinity; bit 6 keeps it a NaN.
+          const uint32_t upper = bits >> 16 | static_cast<uint32_t>(rest[i] != rest[i]) << 6;
+          at[i] = static_cast<uint16_t>(upper);
+          unable |= static_cast<uint32_t>(rest[i] != 0.f) & ((upper & 0x7f80) == 0);
+          // Truncation is exact: each limb has the next eight bits of the rest.
+          const float next = rest[i] - float_of(upper << 16);
+          rest[i] = finite ? next : 0.f;
+        }
       }
     }
-    return able;
+    return !unable;
   }
 
   // sums [tiles][rows][32] += tiles times the panel. `next` is the panel of the next call, or null.
@@ -125,19 +143,21 @@ struct AmxTile {
   static void multiply(const Tiles& x, const uint8_t* panel, const uint8_t* next, float* sums,
                        Scratch& scratch) {
     amx::Configuration configuration;
-    for (int tile = 0; tile < 8; tile++) {
+    for (int tile = 0; tile < 4; tile++) {
       configuration.row_bytes[tile] = 64;
-      configuration.rows[tile] = static_cast<uint8_t>(tile < 6 ? x.rows : 16);
+      configuration.rows[tile] = static_cast<uint8_t>(tile == WEIGHTS ? BLOCK / 2 : x.rows);
     }
     amx::configure(configuration);
     if (x.tiles == 1)
-      multiply_single(x, panel, sums, scratch);
+      multiply_one_tile(x, panel, sums, scratch);
     else
-      multiply_many(x, panel, next, sums, scratch);
+      multiply_tiles(x, panel, next, sums, scratch);
     amx::release();
   }
 
  private:
+  // The tile registers: sums of both halves, rows, weights.
+  enum Register { FIRST, SECOND, ROWS_OF_X, WEIGHTS };
   // Bytes from one row of sums to the next.
   static constexpr int64_t SUMS = PANEL_ROWS * sizeof(float);
 
@@ -146,129 +166,122 @@ struct AmxTile {
     return x.packed + (((t * LIMBS_OF_X + limb) * x.blocks + block) * x.rows) * 64;
   }
 
-  // One tile is bound by memory. Each block is decoded into a small ring while the one before is
-  // multiplied. Even and odd blocks have separate sums, so that neither waits for the other.
-  static void multiply_single(const Tiles& x, const uint8_t* panel, float* sums, Scratch& scratch) {
-    scratch.panel = nullptr;
+  static inline __attribute__((always_inline)) void load_sums(const float* sums) {
+    amx::load<FIRST>(sums, SUMS);
+    amx::load<SECOND>(sums + LANES, SUMS);
+  }
+  static inline __attribute__((always_inline)) void store_sums(float* sums) {
+    amx::store<FIRST>(sums, SUMS);
+    amx::store<SECOND>(sums + LANES, SUMS);
+  }
+
+  // One tile: decoding takes longer than multiplying. Each block is decoded while the one before is
+  // multiplied, a quarter between two instructions of the units, because the CPU looks only so far
+  // ahead for work.
+  static void multiply_one_tile(const Tiles& x, const uint8_t* panel, float* sums,
+                                Scratch& scratch) {
+    const AmxDecoder& decoder = scratch.decoder;
     AmxWeights* ring = scratch.weights[0];
-    amx::load<0>(sums, SUMS);
-    amx::load<1>(sums + LANES, SUMS);
-    amx::zero<2>();
-    amx::zero<3>();
-    scratch.decoder.decode(panel, 0, ring[0]);
+    scratch.panel = nullptr;
+    load_sums(sums);
+    for (int h = 0; h < 2; h++) decoder.decode_half(panel, 0, h, ring[0]);
     for (int64_t b = 0; b < x.blocks; b++) {
-      if (b + 1 < x.blocks) scratch.decoder.decode(panel, b + 1, ring[(b + 1) % 4]);
-      const char* weights = reinterpret_cast<const char*>(ring[b % 4]);
-      for (int limb = 0; limb < LIMBS_OF_X; limb++) {
-        if (b % 2 == 0)
-          add_single<0, 1, 4, 6>(tile(x, 0, limb, b), weights);
-        else
-          add_single<2, 3, 5, 7>(tile(x, 0, limb, b), weights);
+      const AmxWeights& weights = ring[b % CHUNK];
+      if (b + 1 < x.blocks) {
+        const uint8_t* scales = block_scales(panel, b + 1);
+        const uint8_t* codes = block_codes(panel, b + 1);
+        const uint8_t* second = codes + CODE_BYTES / 2;
+        AmxWeights& to = ring[(b + 1) % CHUNK];
+        __builtin_prefetch(scales + AmxDecoder::PREFETCH);
+        amx::load<ROWS_OF_X>(tile(x, 0, 0, b), 64);
+        __m512i down = decoder.exponents_down(scales);
+        decoder.decode(codes, 0, down, to[0]);
+        amx::load<WEIGHTS>(weights[0], 64);
+        decoder.decode(codes, 1, down, to[0]);
+        decoder.decode(codes, 2, down, to[0]);
+        amx::multiply<FIRST, ROWS_OF_X, WEIGHTS>();
+        decoder.decode(codes, 3, down, to[0]);
+        down = decoder.exponents_down(scales + LANES);
+        decoder.decode(second, 0, down, to[1]);
+        amx::load<WEIGHTS>(weights[1], 64);
+        decoder.decode(second, 1, down, to[1]);
+        decoder.decode(second, 2, down, to[1]);
+        amx::multiply<SECOND, ROWS_OF_X, WEIGHTS>();
+        decoder.decode(second, 3, down, to[1]);
+      } else {
+        multiply_block(tile(x, 0, 0, b), weights, [] {});
       }
+      for (int limb = 1; limb < LIMBS_OF_X; limb++)
+        multiply_block(tile(x, 0, limb, b), weights, [] {});
     }
-    alignas(64) float odd[ROWS * PANEL_ROWS];
-    amx::store<0>(sums, SUMS);
-    amx::store<1>(sums + LANES, SUMS);
-    amx::store<2>(odd, SUMS);
-    amx::store<3>(odd + LANES, SUMS);
-    for (int64_t i = 0; i < x.rows * PANEL_ROWS; i++) sums[i] += odd[i];
+    store_sums(sums);
   }
 
-  template <int C0, int C1, int A, int B>
-  static inline __attribute__((always_inline)) void add_single(const char* rows,
-                                                               const char* weights) {
-    amx::load<A>(rows, 64);
-    amx::load<B>(weights, 64);
-    amx::multiply<C0, A, B>();
-    amx::load<B>(weights + AMX_HALF_BYTES, 64);
-    amx::multiply<C1, A, B>();
+  // Adds the products of a tile with a block; calls between() after each product.
+  template <class F>
+  static inline __attribute__((always_inline)) void multiply_block(const char* rows,
+                                                                   const AmxWeights& weights,
+                                                                   F between) {
+    amx::load<ROWS_OF_X>(rows, 64);
+    amx::load<WEIGHTS>(weights[0], 64);
+    amx::multiply<FIRST, ROWS_OF_X, WEIGHTS>();
+    between();
+    amx::load<WEIGHTS>(weights[1], 64);
+    amx::multiply<SECOND, ROWS_OF_X, WEIGHTS>();
+    between();
   }
 
-  // Several tiles are multiplied two at a time with both halves of the panel. These four sums stay
-  // in the units for a whole chunk.
-  static void multiply_many(const Tiles& x, const uint8_t* panel, const uint8_t* next, float* sums,
-                            Scratch& scratch) {
+  // Several tiles: a chunk is decoded while the one before is multiplied with all tiles.
+  static void multiply_tiles(const Tiles& x, const uint8_t* panel, const uint8_t* next, float* sums,
+                             Scratch& scratch) {
     for (int64_t first = 0; first < x.blocks; first += CHUNK) {
-      const int64_t count = x.blocks - first < CHUNK ? x.blocks - first : CHUNK;
+      const int64_t count = std::min(CHUNK, x.blocks - first);
       if (scratch.panel != panel || scratch.first != first) {
         for (int64_t b = 0; b < count; b++)
-          scratch.decoder.decode(panel, first + b, scratch.weights[scratch.buffer][b]);
+          for (int h = 0; h < 2; h++)
+            scratch.decoder.decode_half(panel, first + b, h, scratch.weights[scratch.buffer][b]);
       }
       const AmxWeights* weights = scratch.weights[scratch.buffer];
       scratch.buffer ^= 1;
       const bool last = first + CHUNK >= x.blocks;
       scratch.panel = last ? next : panel;
       scratch.first = last ? 0 : first + CHUNK;
-      const int64_t left = x.blocks - scratch.first;
-      Ahead ahead{scratch, scratch.panel ? (left < CHUNK ? left : CHUNK) : 0,
-                  ceil_div(x.tiles, 2) * LIMBS_OF_X * count};
-      for (int64_t t = 0; t < x.tiles; t += 2) {
-        float* sum = sums + t * x.rows * PANEL_ROWS;
-        if (t + 1 < x.tiles)
-          multiply_two<true>(x, t, first, count, weights, sum, ahead);
-        else
-          multiply_two<false>(x, t, first, count, weights, sum, ahead);
+      Ahead ahead{scratch, scratch.panel ? 2 * std::min(CHUNK, x.blocks - scratch.first) : 0,
+                  2 * x.tiles * LIMBS_OF_X * count};
+      for (int64_t t = 0; t < x.tiles; t++) {
+        float* to = sums + t * x.rows * PANEL_ROWS;
+        load_sums(to);
+        for (int limb = 0; limb < LIMBS_OF_X; limb++) {
+          const char* rows = tile(x, t, limb, first);
+          for (int64_t b = 0; b < count; b++, rows += x.rows * 64)
+            multiply_block(rows, weights[b], [&] { ahead.advance(); });
+        }
+        store_sums(to);
       }
       ahead.finish();
     }
   }
 
-  // Spreads the decoding of the next chunk evenly over the steps of this one, because the units
-  // multiply while the CPU does lookups.
+  // Spreads the decoding of the next chunk, in halves of blocks, evenly over the products with this
+  // one.
   struct Ahead {
     Scratch& scratch;
-    int64_t blocks, steps;
-    int64_t decoded = 0, step = 0;
+    int64_t halves, products;
+    int64_t decoded = 0, product = 0;
 
     inline __attribute__((always_inline)) void advance() {
-      step++;
-      while (decoded * steps < step * blocks) decode();
+      product++;
+      while (decoded * products < product * halves) decode();
     }
     void finish() {
-      while (decoded < blocks) decode();
+      while (decoded < halves) decode();
     }
     inline __attribute__((always_inline)) void decode() {
-      scratch.decoder.decode(scratch.panel, scratch.first + decoded,
-                             scratch.weights[scratch.buffer][decoded]);
+      scratch.decoder.decode_half(scratch.panel, scratch.first + decoded / 2, decoded % 2,
+                                  scratch.weights[scratch.buffer][decoded / 2]);
       decoded++;
     }
   };
-
-  template <bool TWO>
-  static void multiply_two(const Tiles& x, int64_t t, int64_t first, int64_t count,
-                           const AmxWeights* weights, float* sums, Ahead& ahead) {
-    float* second = sums + x.rows * PANEL_ROWS;
-    amx::load<0>(sums, SUMS);
-    amx::load<1>(sums + LANES, SUMS);
-    if (TWO) {
-      amx::load<2>(second, SUMS);
-      amx::load<3>(second + LANES, SUMS);
-    }
-    for (int limb = 0; limb < LIMBS_OF_X; limb++) {
-      const char* a = tile(x, t, limb, first);
-      const char* b = tile(x, t + 1, limb, first);
-      for (int64_t block = 0; block < count; block++) {
-        const char* weight = reinterpret_cast<const char*>(weights[block]);
-        amx::load<4>(a + block * x.rows * 64, 64);
-        amx::load<6>(weight, 64);
-        amx::multiply<0, 4, 6>();
-        amx::load<7>(weight + AMX_HALF_BYTES, 64);
-        amx::multiply<1, 4, 7>();
-        if (TWO) {
-          amx::load<5>(b + block * x.rows * 64, 64);
-          amx::multiply<2, 5, 6>();
-          amx::multiply<3, 5, 7>();
-        }
-        ahead.advance();
-      }
-    }
-    amx::store<0>(sums, SUMS);
-    amx::store<1>(sums + LANES, SUMS);
-    if (TWO) {
-      amx::store<2>(second, SUMS);
-      amx::store<3>(second + LANES, SUMS);
-    }
-  }
 };
 
 }  // namespace mxfp4

@@ -16,16 +16,16 @@
 #include <cstdint>
 
 #include "f32_tile.h"
+#include "few_rows.h"
 #include "numbers.h"
 #include "panels.h"
-#include "single_row.h"
 
 namespace mxfp4 {
 
 struct Bf16Tile {
   // The most rows of a tile whose sums fit the registers, beside a row of the panel and the table.
   static constexpr int ROWS = 12;
-  static int one_by_one(int32_t) { return 0; }
+  static int few_rows(int32_t) { return 0; }
   // Blocks of a buffer: two buffers and the rows they are multiplied with fit L1 and L2.
   static constexpr int64_t CHUNK = 8;
   // A block of a panel in the buffer: [half][k / 2][lane][k % 2].

@@ -1,5 +1,6 @@
-// Rows times a panel in float32 FMAs, on every path. This kernel is right for all scale bytes and
-// all activations. The faster kernels leave the panels and rows that they cannot multiply to it.
+// Rows times a panel in float32 FMAs, on every path; the compiler contracts a * b + c to an FMA.
+// This kernel is right for all scale bytes and all activations. The faster kernels leave the panels
+// and rows that they cannot multiply to it.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 
 #include "numbers.h"
 #include "panels.h"
+#include "vectors.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -14,26 +16,7 @@
 
 namespace mxfp4 {
 
-// Vectors of the path's width; the compiler contracts a * b + c to an FMA.
-#if defined(__AVX512F__)
-constexpr int VECTOR = 16;
-#elif defined(__AVX2__)
-constexpr int VECTOR = 8;
-#else
-constexpr int VECTOR = 4;
-#endif
 constexpr int PANEL_VECTORS = PANEL_ROWS / VECTOR;
-typedef float Vector __attribute__((vector_size(VECTOR * sizeof(float))));
-
-inline Vector load_vector(const float* values) {
-  Vector vector;
-  std::memcpy(&vector, values, sizeof vector);
-  return vector;
-}
-
-inline void store_vector(float* values, Vector vector) {
-  std::memcpy(values, &vector, sizeof vector);
-}
 
 // The bits of 2^(b - 127). Bit 22 makes them the subnormal 2^-127 for byte 0 and NaN for byte 255.
 inline uint32_t scale_bits(uint32_t byte) {
@@ -108,13 +91,13 @@ struct F32Tile {
 #endif
   // Blocks that are decoded at a time and multiplied with all tiles; they fit the L1 cache.
   static constexpr int64_t CHUNK = 4;
-  // Up to so many rows of an expert are faster one by one. Values of 16 bits are exact in
-  // single_row.h's integers, which take half of the time.
-  static int one_by_one(int32_t dtype) {
+  // Up to so many rows of an expert are faster in few_rows.h's integers, in which values of 16 bits
+  // are exact.
+  static int few_rows(int32_t dtype) {
 #if defined(__AVX512F__)
-    return dtype == MXFP4_F32 ? 3 : 4;
+    return dtype == MXFP4_F32 ? 3 : 6;
 #else
-    return dtype == MXFP4_F32 ? 1 : 3;
+    return dtype == MXFP4_F32 ? 1 : 6;
 #endif
   }
   struct Scratch {

@@ -5,8 +5,8 @@
 //             With one they are panels, and a thread computes them for one expert after the other,
 //             so that a token's rows are added in the experts' order for any number of threads.
 //
-// `Tile` is the path's kernel, which multiplies a tile of several rows with a panel. If an expert
-// has few rows, another kernel multiplies them one by one (single_row.h).
+// `Tile` is the path's kernel, which multiplies tiles of several rows with a panel. If an expert
+// has few rows, another kernel multiplies them with several panels at a time (few_rows.h).
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,10 @@ namespace mxfp4 {
 
 // Bytes of an expert's packed rows that are multiplied with one panel after the other; they should
 // fit the L2 cache.
-constexpr int64_t GROUP_BYTES = 512 << 10;
+constexpr int64_t GROUP_BYTES = 1280 << 10;
+
+// Panels that few rows are multiplied with at a time.
+constexpr int64_t STREAMS = 4;
 
 // One call. `Tile` is the kernel for several rows.
 template <class Tile>
@@ -42,7 +45,7 @@ class Matmul {
   int run() {
     if (!is_valid(m)) return EINVAL;
     const int64_t row_bytes = Tile::packed_bytes(m.k);
-    const int64_t few = Tile::one_by_one(m.x_dtype);
+    const int64_t few = Tile::few_rows(m.x_dtype);
     for (int64_t e = 0; e < m.experts; e++) {
       const int64_t first = m.expert_offsets[e], rows = m.expert_offsets[e + 1] - first;
       if (rows) plan.add(e, first, rows, Tile::ROWS, few, row_bytes, m.k);
@@ -54,11 +57,12 @@ class Matmul {
     items = m.scatter_index ? panels : panels * static_cast<int64_t>(plan.experts.size());
     // Ranges are so long that packed rows are used again, and so short that all threads end
     // together.
-    most_items = std::max<int64_t>(1, ceil_div(panels, 2 * threads));
-    least_items = std::max<int64_t>(1, panels / (32 * threads));
+    least_items = std::max(std::min(STREAMS, panels), panels / (32 * threads));
+    most_items = std::max(least_items, ceil_div(panels, 2 * threads));
     tokens = m.scatter_index ? m.rows / m.experts_per_token : 0;
 
-    sums_bytes = line_up(group_rows * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
+    const int64_t most_sums = std::max(group_rows, STREAMS * few);
+    sums_bytes = line_up(most_sums * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
     values_bytes = line_up(m.k * static_cast<int64_t>(sizeof(float)));
     results_bytes = line_up(tokens * most_items * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
     scratch_bytes =
@@ -81,7 +85,7 @@ class Matmul {
   // The memory of one thread.
   struct Buffers {
     typename Tile::Scratch& scratch;
-    float* sums;     // [rows of a group][32]
+    float* sums;     // [rows of a group][32], or [panels][few rows][32]
     float* results;  // [tokens][columns of the range], with a scatter
   };
 
@@ -106,7 +110,7 @@ class Matmul {
       const int64_t to = std::min(end, expert.first_row + expert.rows);
       for (int64_t row = from; row < to; row++) pack_row(expert, row - expert.first_row, values);
       // The thread that packs the last row also writes zeros for the last tile's missing rows.
-      if (expert.one_by_one || from >= to || to < expert.first_row + expert.rows) continue;
+      if (expert.few || from >= to || to < expert.first_row + expert.rows) continue;
       std::memset(values, 0, static_cast<size_t>(m.k) * sizeof(float));
       for (int64_t row = expert.rows; row < expert.tiles * expert.tile_rows; row++)
         pack_values(expert, row, values);
@@ -120,15 +124,13 @@ class Matmul {
 
   void pack_values(Expert& expert, int64_t row, const float* values) {
     char* target = packed.get() + expert.packed;
-    if constexpr (HAS_ROW_KERNEL) {
-      if (expert.one_by_one) {
-        target += row * single_row_bytes(m.k);
-        RowBlock* limbs = reinterpret_cast<RowBlock*>(target);
-        for (int64_t b = 0; b < blocks; b++) limbs[b] = row_block(values + b * BLOCK);
-        std::memcpy(target + single_row_values(m.k), values,
-                    static_cast<size_t>(m.k) * sizeof(float));
-        return;
-      }
+    if (expert.few) {
+      target += row * FewRows::bytes_of(blocks);
+      RowBlock* limbs = reinterpret_cast<RowBlock*>(target);
+      for (int64_t b = 0; b < blocks; b++) limbs[b] = row_block(values + b * BLOCK);
+      std::memcpy(target + FewRows::values_at(blocks), values,
+                  static_cast<size_t>(m.k) * sizeof(float));
+      return;
     }
     const int64_t tile = row / expert.tile_rows;
     const bool able = Tile::pack(values, m.k, row % expert.tile_rows, expert.tile_rows,
@@ -179,21 +181,35 @@ class Matmul {
       const int64_t tiles = std::min(group_tiles, expert.tiles - tile);
       const int64_t row = tile * expert.tile_rows;
       const int64_t rows = std::min(tiles * expert.tile_rows, expert.rows - row);
-      for (int64_t panel = first; panel < last; panel++) {
-        set_biases(expert, panel, tiles * expert.tile_rows, buffers.sums);
+      const int64_t padded = tiles * expert.tile_rows;
+      for (int64_t panel = first, count; panel < last; panel += count) {
+        count = panels_at_once(expert, panel, last);
+        for (int64_t p = 0; p < count; p++)
+          set_biases(expert, panel + p, padded, buffers.sums + p * padded * PANEL_ROWS);
         const uint8_t* codes = m.panels + (expert.id * panels + panel) * panel_bytes(m.k);
         if (m.flags[expert.id * panels + panel] || expert.exceptional)
           multiply_exceptional(expert, row, rows, codes, buffers.sums);
-        else if (expert.one_by_one)
-          multiply_one_by_one(expert, row, rows, codes, buffers.sums);
+        else if (expert.few)
+          multiply_few(expert, codes, count, buffers.sums);
         else
           multiply_tiles(expert, tile, tiles, codes,
                          panel + 1 < last ? codes + panel_bytes(m.k) : nullptr, buffers);
-        for (int64_t r = 0; r < rows; r++)
-          finish(expert.first_row + row + r, panel, buffers.sums + r * PANEL_ROWS, range_begin,
-                 range_end, buffers.results);
+        for (int64_t p = 0; p < count; p++)
+          for (int64_t r = 0; r < rows; r++)
+            finish(expert.first_row + row + r, panel + p,
+                   buffers.sums + (p * padded + r) * PANEL_ROWS, range_begin, range_end,
+                   buffers.results);
       }
     }
+  }
+
+  // How many panels from `panel` on are multiplied together: each is a stream from memory.
+  int64_t panels_at_once(const Expert& expert, int64_t panel, int64_t last) const {
+    if (!expert.few || expert.exceptional) return 1;
+    const uint8_t* flags = m.flags + expert.id * panels + panel;
+    int64_t count = 1;
+    while (count < std::min(STREAMS, last - panel) && !flags[0] && !flags[count]) count++;
+    return count;
   }
 
   void set_biases(const Expert& expert, int64_t panel, int64_t rows, float* sums) const {
@@ -206,16 +222,14 @@ class Matmul {
       std::memcpy(sums + row * PANEL_ROWS, sums, PANEL_ROWS * sizeof(float));
   }
 
-  void multiply_one_by_one([[maybe_unused]] const Expert& expert, [[maybe_unused]] int64_t first,
-                           [[maybe_unused]] int64_t rows, [[maybe_unused]] const uint8_t* codes,
-                           [[maybe_unused]] float* sums) const {
-    if constexpr (HAS_ROW_KERNEL) {
-      for (int64_t row = first; row < first + rows; row++, sums += PANEL_ROWS) {
-        const char* source = packed.get() + expert.packed + row * single_row_bytes(m.k);
-        multiply_row(reinterpret_cast<const RowBlock*>(source),
-                     reinterpret_cast<const float*>(source + single_row_values(m.k)), codes, blocks,
-                     sums);
-      }
+  // All rows of an expert that has few.
+  template <int ROWS = MOST_FEW_ROWS>
+  void multiply_few([[maybe_unused]] const Expert& expert, [[maybe_unused]] const uint8_t* codes,
+                    [[maybe_unused]] int64_t count, [[maybe_unused]] float* sums) const {
+    if constexpr (HAS_FEW_ROWS && ROWS > 0) {
+      if (expert.rows < ROWS) return multiply_few<ROWS - 1>(expert, codes, count, sums);
+      const FewRows rows{packed.get() + expert.packed, FewRows::bytes_of(blocks), blocks};
+      multiply_rows<ROWS>(rows, codes, count, sums, ROWS * PANEL_ROWS);
     }
   }
 

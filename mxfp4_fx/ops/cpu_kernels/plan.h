@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "api.h"
+#include "few_rows.h"
 #include "panels.h"
-#include "single_row.h"
 
 namespace mxfp4 {
 
@@ -34,39 +34,30 @@ struct Expert {
   int64_t first_row, rows;   // among the rows sorted by expert
   int64_t tile_rows, tiles;  // all tiles have this height; the last may have fewer rows
   int64_t packed;            // offset in bytes of the first tile; tiles are contiguous
-  bool one_by_one;           // few rows, each multiplied by single_row.h
+  bool few;                  // rows are multiplied by few_rows.h
   int exceptional;           // 1 if only float32 can multiply one of the rows
 };
-
-// A row for single_row.h: its blocks, then its values.
-inline int64_t single_row_values(int64_t k) {
-  return line_up(k / BLOCK * static_cast<int64_t>(sizeof(RowBlock)));
-}
-
-inline int64_t single_row_bytes(int64_t k) {
-  return single_row_values(k) + line_up(k * static_cast<int64_t>(sizeof(float)));
-}
 
 struct Plan {
   std::vector<Expert> experts;
   int64_t packed_bytes = 0;
   int64_t most_rows = 0;  // of one expert
 
-  // Adds an expert. Its rows form the fewest tiles of at most `most` rows, all of one height. Up to
-  // `few` rows are multiplied one by one.
+  // Adds an expert. Its rows form the fewest tiles of at most `most` rows, all of one height, if
+  // there are more than `few`.
   void add(int64_t id, int64_t first_row, int64_t rows, int64_t most, int64_t few,
            int64_t row_bytes, int64_t k) {
     Expert expert{};
     expert.id = id;
     expert.first_row = first_row;
     expert.rows = rows;
-    expert.one_by_one = HAS_ROW_KERNEL && rows <= few;
+    expert.few = HAS_FEW_ROWS && rows <= few;
     expert.exceptional = k == 0;  // the fast kernels need a first block
-    expert.tiles = ceil_div(rows, most);
+    expert.tiles = expert.few ? 1 : ceil_div(rows, most);
     expert.tile_rows = ceil_div(rows, expert.tiles);
     expert.packed = packed_bytes;
-    packed_bytes += expert.one_by_one ? rows * single_row_bytes(k)
-                                      : line_up(expert.tiles * expert.tile_rows * row_bytes);
+    packed_bytes += line_up(expert.few ? rows * FewRows::bytes_of(k / BLOCK)
+                                       : expert.tiles * expert.tile_rows * row_bytes);
     most_rows = std::max(most_rows, rows);
     experts.push_back(expert);
   }

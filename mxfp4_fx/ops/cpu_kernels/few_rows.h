@@ -1,4 +1,5 @@
-// One row times a panel in exact integers: the fastest way while memory bounds the speed.
+// Few rows times panels in exact integers: the fastest way while memory bounds the speed. Each
+// panel is one stream, and memory is read faster in several streams at a time.
 //
 // A block of activations becomes fixed-point numbers of 24 bits. Each has three signed bytes
 // (limbs), and its value is (limb 0 + 2^8 limb 1 + 2^16 limb 2) times a power of two. A weight w
@@ -26,6 +27,9 @@
 namespace mxfp4 {
 
 constexpr int LIMBS = 3;
+
+// The most rows that are multiplied together.
+constexpr int MOST_FEW_ROWS = 6;
 
 enum class BlockKind : int32_t { EXACT, FLOAT, EXTREME };
 
@@ -88,12 +92,33 @@ inline RowBlock row_block(const float* values) {
   return block;
 }
 
-// sums [32] += values [K] times a panel whose flag is 0.
-inline void multiply_row(const RowBlock* row, const float* values, const uint8_t* panel,
-                         int64_t blocks, float* sums);
+// Rows of activations, `bytes` apart: the blocks of a row, then its values.
+struct FewRows {
+  const char* first;
+  int64_t bytes, blocks;
+
+  static int64_t values_at(int64_t blocks) {
+    return ceil_div(blocks * static_cast<int64_t>(sizeof(RowBlock)), LINE) * LINE;
+  }
+  static int64_t bytes_of(int64_t blocks) {
+    return values_at(blocks) + blocks * BLOCK * static_cast<int64_t>(sizeof(float));
+  }
+  const RowBlock* block(int64_t row, int64_t b) const {
+    return reinterpret_cast<const RowBlock*>(first + row * bytes) + b;
+  }
+  const float* values(int64_t row, int64_t b) const {
+    return reinterpret_cast<const float*>(first + row * bytes + values_at(blocks)) + b * BLOCK;
+  }
+};
+
+// sums [panels][ROWS][32], panels `step` apart, += ROWS rows times neighbouring panels whose flags
+// are 0.
+template <int ROWS>
+void multiply_rows(const FewRows& rows, const uint8_t* panel, int64_t panels, float* sums,
+                   int64_t step);
 
 #if defined(__AVX2__)
-constexpr bool HAS_ROW_KERNEL = true;
+constexpr bool HAS_FEW_ROWS = true;
 
 // Four contiguous bytes of a limb.
 inline int32_t dword(const RowBlock& x, int limb, int index) {
@@ -109,17 +134,23 @@ using RowVector = __m256;
 #endif
 constexpr int ROW_LANES = sizeof(RowVector) / sizeof(float);
 
-// The sums of a block for 16 or 8 output rows: codes of group g are at codes + 64 g.
-inline __attribute__((always_inline)) RowVector limb_products(const uint8_t* codes,
-                                                              const RowBlock& x) {
+// The sums of a block for 16 or 8 output rows and each of ROWS rows of activations. Codes of group
+// g are at codes + 64 g.
+template <int ROWS>
+inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
+                                                         const RowBlock* const (&x)[ROWS],
+                                                         RowVector (&products)[ROWS]) {
 #if defined(__AVX512VNNI__)
   const __m512i table = _mm512_broadcast_i32x4(
       _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
 #if !defined(__AVX512VBMI__)
   const __m512i nibble = _mm512_set1_epi8(15);
 #endif
-  __m512i sum[LIMBS];
-  for (int limb = 0; limb < LIMBS; limb++) sum[limb] = _mm512_set1_epi32(x.start[limb]);
+  __m512i sum[ROWS][LIMBS];
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
+    for (int limb = 0; limb < LIMBS; limb++) sum[r][limb] = _mm512_set1_epi32(x[r]->start[limb]);
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
     const __m512i eight = _mm512_loadu_si512(codes + 64 * g);
@@ -132,46 +163,59 @@ inline __attribute__((always_inline)) RowVector limb_products(const uint8_t* cod
     const __m512i high =
         _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(eight, 4), nibble));
 #endif
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 3
-    for (int limb = 0; limb < LIMBS; limb++) {
-      sum[limb] = _mm512_dpbusd_epi32(sum[limb], low, _mm512_set1_epi32(dword(x, limb, 2 * g)));
-      sum[limb] =
-          _mm512_dpbusd_epi32(sum[limb], high, _mm512_set1_epi32(dword(x, limb, 2 * g + 1)));
+      for (int limb = 0; limb < LIMBS; limb++) {
+        __m512i& into = sum[r][limb];
+        into = _mm512_dpbusd_epi32(into, low, _mm512_set1_epi32(dword(*x[r], limb, 2 * g)));
+        into = _mm512_dpbusd_epi32(into, high, _mm512_set1_epi32(dword(*x[r], limb, 2 * g + 1)));
+      }
     }
   }
-  const __m512i lower = _mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]);
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[2]), _mm512_set1_ps(65536.f),
-                         _mm512_cvtepi32_ps(lower));
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; r++) {
+    const __m512i lower = _mm512_add_epi32(_mm512_slli_epi32(sum[r][1], 8), sum[r][0]);
+    products[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][2]), _mm512_set1_ps(65536.f),
+                                  _mm512_cvtepi32_ps(lower));
+  }
 #else
   const __m256i table = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  __m256i sum[LIMBS];
-  for (int limb = 0; limb < LIMBS; limb++) sum[limb] = _mm256_set1_epi32(x.start[limb]);
+  __m256i sum[ROWS][LIMBS];
+  for (int r = 0; r < ROWS; r++)
+    for (int limb = 0; limb < LIMBS; limb++) sum[r][limb] = _mm256_set1_epi32(x[r]->start[limb]);
 #pragma GCC unroll 2
   for (int two = 0; two < 2; two++) {
-    // Four products of at most 2 * 24 * 128 fit 16 bits.
-    __m256i part[LIMBS];
+    __m256i weights[4];
 #pragma GCC unroll 2
-    for (int g = 2 * two; g < 2 * two + 2; g++) {
-      const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64 * g));
-      const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(eight, nibble));
-      const __m256i high =
+    for (int g = 0; g < 2; g++) {
+      const __m256i eight =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64 * (2 * two + g)));
+      weights[2 * g] = _mm256_shuffle_epi8(table, _mm256_and_si256(eight, nibble));
+      weights[2 * g + 1] =
           _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(eight, 4), nibble));
+    }
+    for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 3
       for (int limb = 0; limb < LIMBS; limb++) {
-        const __m256i products = _mm256_add_epi16(
-            _mm256_maddubs_epi16(low, _mm256_set1_epi32(dword(x, limb, 2 * g))),
-            _mm256_maddubs_epi16(high, _mm256_set1_epi32(dword(x, limb, 2 * g + 1))));
-        part[limb] = g == 2 * two ? products : _mm256_add_epi16(part[limb], products);
+        // Four products of at most 2 * 24 * 128 fit 16 bits.
+        __m256i part = _mm256_setzero_si256();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+          part = _mm256_add_epi16(
+              part,
+              _mm256_maddubs_epi16(weights[i], _mm256_set1_epi32(dword(*x[r], limb, 4 * two + i))));
+        sum[r][limb] = _mm256_add_epi32(sum[r][limb], _mm256_madd_epi16(part, ones));
       }
     }
-    for (int limb = 0; limb < LIMBS; limb++)
-      sum[limb] = _mm256_add_epi32(sum[limb], _mm256_madd_epi16(part[limb], ones));
   }
-  const __m256i lower = _mm256_add_epi32(_mm256_slli_epi32(sum[1], 8), sum[0]);
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[2]), _mm256_set1_ps(65536.f),
-                         _mm256_cvtepi32_ps(lower));
+  for (int r = 0; r < ROWS; r++) {
+    const __m256i lower = _mm256_add_epi32(_mm256_slli_epi32(sum[r][1], 8), sum[r][0]);
+    products[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][2]), _mm256_set1_ps(65536.f),
+                                  _mm256_cvtepi32_ps(lower));
+  }
 #endif
 }
 
@@ -184,7 +228,7 @@ inline __attribute__((always_inline)) RowVector float_products(const uint8_t* co
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
     const __m512i eight = _mm512_loadu_si512(codes + 64 * g);
-#pragma GCC unroll 8
+#pragma GCC unroll 6
     for (int i = 0; i < 8; i++) {
       // The lookup reads the four low bits of a dword.
       const __m512i code = _mm512_srli_epi32(eight, static_cast<unsigned>(4 * i));
@@ -200,7 +244,7 @@ inline __attribute__((always_inline)) RowVector float_products(const uint8_t* co
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
     const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64 * g));
-#pragma GCC unroll 8
+#pragma GCC unroll 6
     for (int i = 0; i < 8; i++) {
       // The lookup reads the three low bits of a dword; the fourth is the sign.
       const __m256 size = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(eight, 4 * i));
@@ -226,48 +270,76 @@ inline __attribute__((always_inline)) RowVector row_scales(const uint8_t* scales
 }
 
 // How far ahead weights are prefetched, in bytes.
-constexpr int64_t ROW_PREFETCH = 2048;
+constexpr int64_t ROW_PREFETCH = 1024;
 
 // Adds the products of a block with values that may overflow or underflow in the fast kernels, are
 // infinite or NaN.
 inline void add_extreme(const float* values, const uint8_t* codes, const uint8_t* scales,
-                        RowVector* sum) {
+                        float* sums) {
   alignas(LINE) F32Block weights;
-  alignas(LINE) float sums[PANEL_ROWS];
   decode_f32(codes, scales, weights);
-  std::memcpy(sums, sum, sizeof sums);
   F32Tile::multiply_chunk<1>(values, &weights, 1, sums);
-  std::memcpy(sum, sums, sizeof sums);
 }
 
-inline void multiply_row(const RowBlock* row, const float* values, const uint8_t* panel,
-                         int64_t blocks, float* sums) {
-  constexpr int PARTS = PANEL_ROWS / ROW_LANES;
-  RowVector sum[PARTS];
-  for (int p = 0; p < PARTS; p++) std::memcpy(&sum[p], sums + p * ROW_LANES, sizeof sum[p]);
-  for (int64_t b = 0; b < blocks; b++) {
-    const uint8_t* codes = block_codes(panel, b);
-    const uint8_t* scales = block_scales(panel, b);
-    prefetch_block(panel, b, ROW_PREFETCH);
-    if (row[b].kind == BlockKind::EXTREME) {
-      add_extreme(values + b * BLOCK, codes, scales, sum);
-      continue;
+// Adds the products of a block of one row, of any kind, to its sums.
+inline void add_any_block(const RowBlock* x, const float* values, const uint8_t* codes,
+                          const uint8_t* scales, float* sums) {
+  if (x->kind == BlockKind::EXTREME) return add_extreme(values, codes, scales, sums);
+  for (int i = 0; i < PANEL_ROWS; i += ROW_LANES, sums += ROW_LANES) {
+    const uint8_t* part = codes + i / LANES * (CODE_BYTES / 2) + i % LANES * 4;
+    RowVector sum, products[1];
+    if (x->kind == BlockKind::EXACT) {
+      limb_products<1>(part, {x}, products);
+      products[0] = products[0] * x->unit;
+    } else {
+      products[0] = float_products(part, values);
     }
-    for (int p = 0; p < PARTS; p++) {
-      const int position = p * ROW_LANES;
-      const uint8_t* part = codes + position / LANES * (CODE_BYTES / 2) + position % LANES * 4;
-      // The unit is applied first: unit times scale may underflow although the sum does not.
-      const RowVector products = __builtin_expect(row[b].kind == BlockKind::EXACT, 1)
-                                     ? limb_products(part, row[b]) * row[b].unit
-                                     : float_products(part, values + b * BLOCK);
-      sum[p] = sum[p] + products * row_scales(scales + position);
+    std::memcpy(&sum, sums, sizeof sum);
+    sum = sum + products[0] * row_scales(scales + i);
+    std::memcpy(sums, &sum, sizeof sum);
+  }
+}
+
+template <int ROWS>
+void multiply_rows(const FewRows& rows, const uint8_t* panel, int64_t panels, float* sums,
+                   int64_t step) {
+  const int64_t panel_bytes = ceil_div(rows.blocks, 2) * PAIR_BYTES;
+  for (int64_t b = 0; b < rows.blocks; b++) {
+    const RowBlock* x[ROWS];
+    bool exact = true;
+    for (int r = 0; r < ROWS; r++) {
+      x[r] = rows.block(r, b);
+      exact &= x[r]->kind == BlockKind::EXACT;
+    }
+    for (int64_t p = 0; p < panels; p++) {
+      const uint8_t* codes = block_codes(panel + p * panel_bytes, b);
+      const uint8_t* scales = block_scales(panel + p * panel_bytes, b);
+      float* to = sums + p * step;
+      prefetch_block(panel + p * panel_bytes, b, ROW_PREFETCH);
+      if (__builtin_expect(!exact, 0)) {
+        for (int r = 0; r < ROWS; r++)
+          add_any_block(x[r], rows.values(r, b), codes, scales, to + r * PANEL_ROWS);
+        continue;
+      }
+      for (int i = 0; i < PANEL_ROWS; i += ROW_LANES) {
+        RowVector products[ROWS];
+        limb_products<ROWS>(codes + i / LANES * (CODE_BYTES / 2) + i % LANES * 4, x, products);
+        const RowVector scale = row_scales(scales + i);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++) {
+          RowVector sum;
+          std::memcpy(&sum, to + r * PANEL_ROWS + i, sizeof sum);
+          // The unit is applied first: unit times scale may underflow although the sum does not.
+          sum = sum + products[r] * x[r]->unit * scale;
+          std::memcpy(to + r * PANEL_ROWS + i, &sum, sizeof sum);
+        }
+      }
     }
   }
-  for (int p = 0; p < PARTS; p++) std::memcpy(sums + p * ROW_LANES, &sum[p], sizeof sum[p]);
 }
 
 #else
-constexpr bool HAS_ROW_KERNEL = false;
+constexpr bool HAS_FEW_ROWS = false;
 #endif
 
 }  // namespace mxfp4
