@@ -2,7 +2,8 @@
 
 ``torch.compile`` captures the model as a whole, and each layer again. Here all decoder layers share
 two compiled pieces, with the update of the KV cache between them, uncompiled. The model around the
-layers stays uncompiled too. A call of it is one ``calls.Call``, as if it were compiled as a whole.
+layers stays uncompiled too, but for a large head on a CPU, which has a native kernel. A call of the
+model is one ``calls.Call``, as if it were compiled as a whole.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor, fx, nn
 
 from mxfp4_fx import calls, limits
 from mxfp4_fx.backend import CompiledGraph, mxfp4
-from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
+from mxfp4_fx.core import compilation, hardware, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import OptionError, WholeModelWarning
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.experts import look_at
 from mxfp4_fx.huggingface import decoder_layers
+from mxfp4_fx.ops import target
 from mxfp4_fx.telling import warn
 
 _numbers = itertools.count()
@@ -61,8 +63,8 @@ def compile(
     shared = _Shared(parsed, arguments, len(found))
     layers = [_Layer(shared, layer, *names) for layer, names in found.items()]
     for module in model.modules():
-        if isinstance(torch_private.called_through(module), _Layer | _Top):  # of an earlier call
-            torch_private.call_through(module, None)
+        if isinstance(torch_private.called_through(module), _Layer | _Head | _Top):
+            torch_private.call_through(module, None)  # of an earlier call
     if not layers or not all(layer.check() for layer in layers):
         torch_private.call_through(model, shared.compiled_whole(model))
         return model
@@ -70,7 +72,12 @@ def compile(
     for layer in layers:
         torch_private.call_through(layer.layer, layer)
     if model not in found:
-        torch_private.call_through(model, _Top(shared, model, layers))
+        head = decoder_layers.head_of(model)
+        if head is not None and _is_native(head, parsed):
+            torch_private.call_through(head, _Head(shared, head))
+        else:
+            head = None
+        torch_private.call_through(model, _Top(shared, model, layers, head))
     return model
 
 
@@ -114,7 +121,11 @@ class _Shared:
         pieces = decoder_layers.pieces()
         self.cache = decoder_layers.cache_name()
         self.head, self.rest, self.whole = (self._compiled(piece, True) for piece in pieces)
-        self.plain = self._compiled(_plain, False)
+        self.plain = self.compiled_call()
+
+    def compiled_call(self) -> Callable[..., Any]:
+        """Return (module, args, kwargs) -> its result, compiled as far as Dynamo gets."""
+        return self._compiled(_plain, False)
 
     def compiled_whole(self, model: nn.Module) -> Callable[..., Any]:
         return torch.compile(torch_private.uncompiled(model), backend=mxfp4, **self._arguments)
@@ -232,11 +243,43 @@ def _plain(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return torch_private.uncompiled(layer)(*args, **kwargs)
 
 
+class _Head:
+    """Calls the model's last linear, compiled: most of what a token reads outside the layers."""
+
+    def __init__(self, shared: _Shared, head: nn.Module) -> None:
+        self._head = head
+        self._hooks = torch_private.hooks([head])
+        self._compiled = shared.compiled_call()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        head = self._head
+        is_changed = any(self._hooks) or "forward" in vars(head)  # Dynamo does not guard hooks
+        if torch_private_dynamo.is_traced() or torch.is_grad_enabled() or is_changed:
+            return torch_private.uncompiled(head)(*args, **kwargs)
+        return self._compiled(head, args, kwargs)
+
+
+def _is_native(head: nn.Linear, options: Options) -> bool:
+    """Return whether ``passes/lower_linears.py`` makes a linear native."""
+    weight = head.weight
+    least = hardware.LINEAR_BYTES.get(weight.dtype)
+    return (
+        options.linears
+        and weight.is_cpu
+        and least is not None
+        and weight.numel() * weight.element_size() >= least
+        and target.has_native_linears(options.kernels)
+    )
+
+
 class _Top:
     """Calls the model around the layers, uncompiled."""
 
-    def __init__(self, shared: _Shared, model: nn.Module, layers: list[_Layer]) -> None:
-        self._shared, self._model, self._layers = shared, model, layers
+    def __init__(
+        self, shared: _Shared, model: nn.Module, layers: list[_Layer], head: nn.Module | None
+    ) -> None:
+        self._shared, self._model = shared, model
+        self._parts = [layer.layer for layer in layers] + ([head] if head else [])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = torch_private.uncompiled(self._model)
@@ -245,8 +288,8 @@ class _Top:
         if self._shared.why is None:
             with calls.Call(self._shared.options, call):
                 return call(*args, **kwargs)
-        for layer in self._layers:
-            torch_private.call_through(layer.layer, None)
+        for part in self._parts:
+            torch_private.call_through(part, None)
         compiled = self._shared.compiled_whole(self._model)
         torch_private.call_through(self._model, compiled)
         return compiled(*args, **kwargs)

@@ -112,7 +112,9 @@ def test_a_flag_holds_for_its_panel_alone(cpu: Kernels, rows: int, scale: int) -
 SPREADS = {"moderate": (-8, 8), "wide": (-45, 40), "tiny": (-149, -110), "all": (-149, 60)}
 
 
-@pytest.mark.parametrize(("dtype", "spread", "rows"), covering(DTYPES, list(SPREADS), (1, 2, 5, 20)))
+@pytest.mark.parametrize(
+    ("dtype", "spread", "rows"), covering(DTYPES, list(SPREADS), (1, 2, 5, 20))
+)
 def test_activations_of_any_magnitude(
     cpu: Kernels, rows: int, spread: str, dtype: torch.dtype
 ) -> None:

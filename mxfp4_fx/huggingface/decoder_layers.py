@@ -179,6 +179,13 @@ def layers_of(top: nn.Module, experts: Iterable[nn.Module]) -> dict[nn.Module, t
     return found
 
 
+def head_of(model: Any) -> nn.Linear | None:
+    """Return the linear that gives a transformers model's logits, if it is torch's own class."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return head if type(head) is nn.Linear and torch_private.called_through(head) is None else None
+
+
 def _known_class() -> Any:
     return getattr(sys.modules.get(_MODELING), "GptOssDecoderLayer", None)
 

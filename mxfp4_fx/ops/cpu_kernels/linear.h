@@ -11,9 +11,9 @@
 #include <cstring>
 
 #include "api.h"
-#include "f32_tile.h"
 #include "numbers.h"
 #include "parallel.h"
+#include "vectors.h"
 
 namespace mxfp4 {
 
@@ -23,8 +23,7 @@ struct Bf16Values {
 
   // The even values, then the odd ones: a bfloat16 is the upper half of a float32.
   static void load(const char* source, Vector* values) {
-    typedef uint32_t Words __attribute__((vector_size(VECTOR * sizeof(uint32_t))));
-    Words words;
+    VectorBits words;
     std::memcpy(&words, source, sizeof words);
     values[0] = reinterpret_cast<Vector>(words << 16);
     values[1] = reinterpret_cast<Vector>(words & 0xffff0000u);

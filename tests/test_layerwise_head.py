@@ -1,0 +1,126 @@
+"""``mxfp4_fx.compile`` and a model's last linear, which is compiled for its native kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import Graphs, model, tokens
+from oracle import Bounded, assert_within, linear
+from torch import Tensor, nn
+from transformers import GptOssForCausalLM
+
+import mxfp4_fx
+from mxfp4_fx.core import hardware
+from mxfp4_fx.core.errors import WholeModelWarning
+from mxfp4_fx.ops import target
+
+VOCABULARY = 1100  # times 64 bfloat16 numbers: more than a native linear needs
+
+pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
+    pytest.mark.skipif(
+        not (target.has_native_linears("auto") and hardware.linear_rows(torch.bfloat16)),
+        reason="this CPU has no native linears",
+    ),
+]
+
+
+def bfloat16(**changes: Any) -> GptOssForCausalLM:
+    return model(torch.bfloat16, vocab_size=VOCABULARY, num_hidden_layers=1, **changes)
+
+
+def compiled(whole: GptOssForCausalLM, **options: Any) -> Graphs:
+    graphs = Graphs()
+    mxfp4_fx.compile(whole, options={"inner": graphs, **options})
+    return graphs
+
+
+def heads(graphs: Graphs) -> int:
+    """The graphs of nothing but a native linear with the weight of a head."""
+    weights = [
+        node.args[1]
+        for gm in graphs.seen
+        for node in gm.graph.nodes
+        if str(node.target) == "mxfp4.linears.default"
+    ]
+    return sum(w[0].meta["example_value"].shape[0] == VOCABULARY for w in weights)
+
+
+def logits_of(head: nn.Linear, hidden: Tensor) -> Bounded:
+    exact = linear(Bounded.exact(hidden), head.weight.double(), torch.zeros(VOCABULARY))
+    return exact.rounded(torch.bfloat16)
+
+
+def test_logits_are_those_of_the_head() -> None:
+    """Of one token, and of more than the native kernel is for."""
+    whole = bfloat16()
+    graphs = compiled(whole)
+    for length in (1, 33):
+        ids = tokens(1, length)
+        hidden = whole.model(ids, use_cache=False).last_hidden_state
+        logits = whole(ids, use_cache=False).logits
+        assert_within(logits[0], logits_of(whole.lm_head, hidden[0]))
+    assert 1 <= heads(graphs) <= 2
+
+
+def test_a_changed_head_is_used() -> None:
+    whole = bfloat16()
+    compiled(whole)
+    whole(tokens(1, 1), use_cache=False)
+    whole.lm_head.weight.data.zero_()
+    assert not whole(tokens(1, 1), use_cache=False).logits.any()
+
+
+def test_a_later_hook_runs() -> None:
+    whole = bfloat16()
+    compiled(whole)
+    whole(tokens(1, 1), use_cache=False)
+    whole.lm_head.register_forward_hook(lambda _module, _args, output: output + 1)
+    hidden = whole.model(tokens(1, 1), use_cache=False).last_hidden_state
+    plain = nn.functional.linear(hidden, whole.lm_head.weight) + 1
+    assert torch.equal(whole(tokens(1, 1), use_cache=False).logits, plain)
+
+
+@pytest.mark.parametrize("why", ["option", "small", "dtype"])
+def test_a_head_that_stays(why: str) -> None:
+    options, vocabulary = {}, VOCABULARY
+    dtype = torch.float32 if why == "dtype" else torch.bfloat16
+    if why == "option":
+        options["linears"] = False
+    elif why == "small":
+        vocabulary = 128
+    whole = model(dtype, vocab_size=vocabulary, num_hidden_layers=1)
+    graphs = compiled(whole, **options)
+    whole(tokens(1, 1), use_cache=False)
+    assert len(graphs.seen) == 1
+
+
+def test_a_head_whose_gradients_are_wanted_stays() -> None:
+    whole = bfloat16().requires_grad_(False)
+    whole.lm_head.requires_grad_(True)
+    graphs = compiled(whole)
+    with torch.enable_grad():
+        whole(tokens(1, 1), use_cache=False).logits.sum().backward()
+    assert whole.lm_head.weight.grad.any()
+    assert heads(graphs) == 0
+
+
+def test_a_model_that_is_compiled_as_a_whole_has_it_too() -> None:
+    whole = bfloat16()
+    graphs = compiled(whole)
+    whole.model.layers[0].register_forward_hook(lambda _module, _args, output: output)
+    with pytest.warns(WholeModelWarning):
+        whole(tokens(1, 1), use_cache=False)
+    found = heads(graphs)
+    whole(tokens(1, 1), use_cache=False)
+    assert heads(graphs) == found + 1
+
+
+def test_compiled_again() -> None:
+    whole = bfloat16()
+    compiled(whole)
+    graphs = compiled(whole)
+    whole(tokens(1, 1), use_cache=False)
+    assert heads(graphs) == 1
