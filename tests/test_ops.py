@@ -408,6 +408,8 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         cases["moe.routes"] = (ops.moe.routes, moe_routes, {})
         cases["expert_ids"] = (ops.expert_ids.default, (indices, e, "wrap", "error"), {})
         cases["matmul_ogs_backward"] = (ops.matmul_ogs_backward.default, back, {})
+        linears = (randn(t, 32), [randn(6, 32), randn(2, 32)], [randn(6), None], "reference")
+        cases["linears"] = (ops.linears.default, linears, {})
     return {
         name: (op, *kernels.there(arguments, keywords))
         for name, (op, arguments, keywords) in cases.items()

@@ -94,7 +94,8 @@ struct AmxDecoder {
 template <int LIMBS_OF_X>
 struct AmxTile {
   static constexpr int ROWS = 16;
-  // Up to so many rows of an expert are faster in few_rows.h's integers.
+  // Up to so many rows of an expert are faster in few_rows.h's integers; at most MOST_FEW.
+  static constexpr int MOST_FEW = 2;
   static int few_rows(int32_t dtype) { return dtype == MXFP4_F32 ? 1 : 2; }
   // Blocks of a panel that are decoded together; two such buffers fit the L1 cache, beside a tile.
   static constexpr int64_t CHUNK = 4;

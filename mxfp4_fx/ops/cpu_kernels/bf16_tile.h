@@ -25,6 +25,7 @@ namespace mxfp4 {
 struct Bf16Tile {
   // The most rows of a tile whose sums fit the registers, beside a row of the panel and the table.
   static constexpr int ROWS = 12;
+  static constexpr int MOST_FEW = 0;
   static int few_rows(int32_t) { return 0; }
   // Blocks of a buffer: two buffers and the rows they are multiplied with fit L1 and L2.
   static constexpr int64_t CHUNK = 8;

@@ -92,7 +92,8 @@ struct F32Tile {
   // Blocks that are decoded at a time and multiplied with all tiles; they fit the L1 cache.
   static constexpr int64_t CHUNK = 4;
   // Up to so many rows of an expert are faster in few_rows.h's integers, in which values of 16 bits
-  // are exact.
+  // are exact; at most MOST_FEW.
+  static constexpr int MOST_FEW = 6;
   static int few_rows(int32_t dtype) {
 #if defined(__AVX512F__)
     return dtype == MXFP4_F32 ? 3 : 6;

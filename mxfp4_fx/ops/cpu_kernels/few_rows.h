@@ -28,9 +28,6 @@ namespace mxfp4 {
 
 constexpr int LIMBS = 3;
 
-// The most rows that are multiplied together.
-constexpr int MOST_FEW_ROWS = 6;
-
 enum class BlockKind : int32_t { EXACT, FLOAT, EXTREME };
 
 // A block of activations. Dword 2 g of a limb is multiplied with the low nibbles of group g, dword

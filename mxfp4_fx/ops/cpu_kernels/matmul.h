@@ -223,7 +223,7 @@ class Matmul {
   }
 
   // All rows of an expert that has few.
-  template <int ROWS = MOST_FEW_ROWS>
+  template <int ROWS = Tile::MOST_FEW>
   void multiply_few([[maybe_unused]] const Expert& expert, [[maybe_unused]] const uint8_t* codes,
                     [[maybe_unused]] int64_t count, [[maybe_unused]] float* sums) const {
     if constexpr (HAS_FEW_ROWS && ROWS > 0) {
