@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import exhaustive
 from models import Graphs, model, tokens
 from oracle import Bounded, assert_within, linear
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def test_a_later_hook_runs() -> None:
     assert torch.equal(whole(tokens(1, 1), use_cache=False).logits, plain)
 
 
-@pytest.mark.parametrize("why", ["option", "small", "dtype"])
+@pytest.mark.parametrize("why", ["option", exhaustive("small"), exhaustive("dtype")])
 def test_a_head_that_stays(why: str) -> None:
     options, vocabulary = {}, VOCABULARY
     dtype = torch.float32 if why == "dtype" else torch.bfloat16
@@ -97,6 +98,7 @@ def test_a_head_that_stays(why: str) -> None:
     assert len(graphs.seen) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_head_whose_gradients_are_wanted_stays() -> None:
     whole = bfloat16().requires_grad_(False)
     whole.lm_head.requires_grad_(True)
@@ -118,6 +120,7 @@ def test_a_model_that_is_compiled_as_a_whole_has_it_too() -> None:
     assert heads(graphs) == found + 1
 
 
+@pytest.mark.exhaustive
 def test_compiled_again() -> None:
     whole = bfloat16()
     compiled(whole)
