@@ -5,6 +5,7 @@
 #include <omp.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <vector>
@@ -149,11 +150,15 @@ struct DotStep {  // vdpbf16ps
 };
 #endif
 
+// Products of tiles, 16 x 16 x 32 each; A and B lie in the first cache. How many tiles a product
+// loads, and how many registers are in use, decides how fast it is beside another hyperthread:
+//   REGISTERS    2 x 2 tiles of sums, whose operands stay in registers
+//   ALL_EIGHT    2 x 2 tiles of sums, with the loads of their operands: the fewest for a product
+//   FOUR         1 x 2 tiles of sums, whose right operands share a register
+enum class Tiles { REGISTERS, ALL_EIGHT, FOUR };
+
 #if defined(__AMX_BF16__)
-// 2 x 2 tiles of sums, 16 x 16 each, from 2 tiles of A and 2 of B for 32 of K. A and B lie in the
-// first cache. With LOADS each step of K loads its 4 tiles, which is the fewest for 4 products;
-// without, the first tiles stay in registers.
-template <bool LOADS>
+template <Tiles KIND>
 struct TileStep {
   static constexpr int DEPTH = 8;               // steps of K: 32 KiB
   static constexpr int VALUES = 512, ROW = 64;  // of a tile; bytes
@@ -176,7 +181,7 @@ struct TileStep {
         tile[i] = bits >> 16;
       }
     keep(a), keep(b);
-    load(0);
+    if (KIND != Tiles::FOUR) load(0);
   }
   ~TileStep() { _tile_release(); }
   TileStep(const TileStep&) = delete;
@@ -186,13 +191,27 @@ struct TileStep {
     _tile_loadd(7, b[k][1], ROW);
     _tile_loadd(5, a[k][1], ROW);
   }
+  // As many products as the others have.
+  void multiply_with_four(int k) {
+    for (int row : {0, 1}) {
+      _tile_loadd(4, a[k][row], ROW);
+      _tile_loadd(6, b[k][0], ROW);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(6, b[k][1], ROW);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+  }
   void operator()() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int repeat = 0; repeat < REPEATS; ++repeat) {
-      if (LOADS) load(repeat % DEPTH);
+      if (KIND == Tiles::FOUR) {
+        multiply_with_four(repeat % DEPTH);
+        continue;
+      }
+      if (KIND == Tiles::ALL_EIGHT) load(repeat % DEPTH);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
@@ -202,15 +221,15 @@ struct TileStep {
   static constexpr double OPERATIONS = 2.0 * REPEATS * 4 * 16 * 16 * 32;
 };
 
-template <bool LOADS>
+template <Tiles KIND>
 double multiply_tiles(int threads, double seconds) {
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl's and the CPU's number
   if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) != 0) return UNAVAILABLE;
-  using Step = TileStep<LOADS>;
+  using Step = TileStep<KIND>;
   return sustained(threads, seconds, Step::OPERATIONS, [](int t) { return Step(t); });
 }
 #else
-template <bool>
+template <Tiles>
 double multiply_tiles(int, double) {
   return UNAVAILABLE;
 }
@@ -275,11 +294,12 @@ double probe_avx512_bf16(int threads, double seconds) {
 
 // With the loads of tiles that a matmul needs, from the first cache.
 double probe_amx_bf16(int threads, double seconds) {
-  return multiply_tiles<true>(threads, seconds);
+  return std::max(multiply_tiles<Tiles::ALL_EIGHT>(threads, seconds),
+                  multiply_tiles<Tiles::FOUR>(threads, seconds));
 }
 
 // On registers alone.
 double probe_amx_bf16_registers(int threads, double seconds) {
-  return multiply_tiles<false>(threads, seconds);
+  return multiply_tiles<Tiles::REGISTERS>(threads, seconds);
 }
 }

@@ -37,6 +37,7 @@ from benchmarks.timing import summary
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks/results/epyc-zen4-2-threads.json"
+STORED_AMX = ROOT / "benchmarks/results/xeon-amx-2-threads.json"
 SIZES = "--hidden 64 --intermediate 96 --experts 8 --top-k 2 --layers 2 --probe-mib 8"
 TOY = f"{SIZES} --rounds 2 --paths best --compiler eager --silent"
 MODEL = "--tiny --prompt-tokens 6 --new-tokens 1 --model-rounds 1"
@@ -454,20 +455,34 @@ def test_an_unknown_peer_is_an_error_that_names_the_known_ones(
     assert known in capsys.readouterr().err
 
 
+def row_of_readme(title: str) -> list[float]:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (line,) = re.findall(rf"^\| {title} \| (.*) \|$", readme, re.MULTILINE)
+    return [float(cell) for cell in line.split(" | ")]
+
+
 def test_figures_of_the_readme_are_those_of_a_run(stored: dict[str, Any]) -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
     assert f"`{STORED.relative_to(ROOT)}`" in readme
     best, rows = stored["path"]["contender"], stored["layer"]
-
-    def row(title: str) -> list[float]:
-        (line,) = re.findall(rf"^\| {title} \| (.*) \|$", readme, re.MULTILINE)
-        return [float(cell) for cell in line.split(" | ")]
-
-    assert row("tokens") == [r["tokens"] for r in rows]
+    assert row_of_readme("tokens") == [r["tokens"] for r in rows]
     faster = [round(r["speedup_over_best_bf16"][best], 1) for r in rows]
-    assert row("times faster than the best of bfloat16") == faster
+    assert row_of_readme("times faster than the best of bfloat16") == faster
     part = [round(r["fraction_of_floor"][best], 2) for r in rows]
-    assert row("part of what the machine can do at best") == part
+    assert row_of_readme("part of what the machine can do at best") == part
     speeds = stored["end_to_end"]["tokens_per_second"]
     decode = [f"{speeds[name]['decode']['median']:.1f}" for name in ("mxfp4", "inductor")]
     assert f"decodes {decode[0]} tokens a second instead of {decode[1]}" in readme
+
+
+def test_figures_of_amx_are_those_of_a_run() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"`{STORED_AMX.relative_to(ROOT)}`" in readme
+    rows = json.loads(STORED_AMX.read_text("utf-8"))["layer"]
+    assert row_of_readme("tokens, with AMX") == [r["tokens"] for r in rows]
+    for title, of, digits in (
+        ("times faster than the best of bfloat16, with AMX", "speedup_over_best_bf16", 1),
+        ("times faster than vLLM's kernel", "speedup_over_vllm", 2),
+        ("part of what the machine can do at best, with AMX", "fraction_of_floor", 2),
+    ):
+        assert row_of_readme(title) == [round(r[of]["amx"], digits) for r in rows]
