@@ -157,7 +157,7 @@ struct AmxTile {
   }
 
  private:
-  // The tile registers: sums of both halves, rows, weights.
+  // The tile registers: sums of the first and the second half, rows, weights.
   enum Register { FIRST, SECOND, ROWS_OF_X, WEIGHTS };
   // Bytes from one row of sums to the next.
   static constexpr int64_t SUMS = PANEL_ROWS * sizeof(float);
@@ -177,38 +177,20 @@ struct AmxTile {
   }
 
   // One tile: decoding takes longer than multiplying. Each block is decoded while the one before is
-  // multiplied, a quarter between two instructions of the units, because the CPU looks only so far
-  // ahead for work.
+  // multiplied.
   static void multiply_one_tile(const Tiles& x, const uint8_t* panel, float* sums,
                                 Scratch& scratch) {
-    const AmxDecoder& decoder = scratch.decoder;
     AmxWeights* ring = scratch.weights[0];
     scratch.panel = nullptr;
     load_sums(sums);
-    for (int h = 0; h < 2; h++) decoder.decode_half(panel, 0, h, ring[0]);
+    for (int h = 0; h < 2; h++) scratch.decoder.decode_half(panel, 0, h, ring[0]);
     for (int64_t b = 0; b < x.blocks; b++) {
       const AmxWeights& weights = ring[b % CHUNK];
       if (b + 1 < x.blocks) {
-        const uint8_t* scales = block_scales(panel, b + 1);
-        const uint8_t* codes = block_codes(panel, b + 1);
-        const uint8_t* second = codes + CODE_BYTES / 2;
-        AmxWeights& to = ring[(b + 1) % CHUNK];
-        __builtin_prefetch(scales + AmxDecoder::PREFETCH);
+        AmxWeights& next = ring[(b + 1) % CHUNK];
         amx::load<ROWS_OF_X>(tile(x, 0, 0, b), 64);
-        __m512i down = decoder.exponents_down(scales);
-        decoder.decode(codes, 0, down, to[0]);
-        amx::load<WEIGHTS>(weights[0], 64);
-        decoder.decode(codes, 1, down, to[0]);
-        decoder.decode(codes, 2, down, to[0]);
-        amx::multiply<FIRST, ROWS_OF_X, WEIGHTS>();
-        decoder.decode(codes, 3, down, to[0]);
-        down = decoder.exponents_down(scales + LANES);
-        decoder.decode(second, 0, down, to[1]);
-        amx::load<WEIGHTS>(weights[1], 64);
-        decoder.decode(second, 1, down, to[1]);
-        decoder.decode(second, 2, down, to[1]);
-        amx::multiply<SECOND, ROWS_OF_X, WEIGHTS>();
-        decoder.decode(second, 3, down, to[1]);
+        multiply_and_decode<FIRST>(weights, panel, b + 1, next, scratch.decoder);
+        multiply_and_decode<SECOND>(weights, panel, b + 1, next, scratch.decoder);
       } else {
         multiply_block(tile(x, 0, 0, b), weights, [] {});
       }
@@ -216,6 +198,28 @@ struct AmxTile {
         multiply_block(tile(x, 0, limb, b), weights, [] {});
     }
     store_sums(sums);
+  }
+
+  // Adds the products of the loaded rows with a half of a block, and decodes the same half of block
+  // `next`: a quarter between two instructions of the units, because the CPU looks only so far
+  // ahead for work.
+  template <int HALF>
+  static inline __attribute__((always_inline)) void multiply_and_decode(const AmxWeights& weights,
+                                                                        const uint8_t* panel,
+                                                                        int64_t next,
+                                                                        AmxWeights& next_weights,
+                                                                        const AmxDecoder& decoder) {
+    const uint8_t* scales = block_scales(panel, next) + HALF * LANES;
+    const uint8_t* codes = block_codes(panel, next) + HALF * (CODE_BYTES / 2);
+    auto* to = next_weights[HALF];
+    __builtin_prefetch(scales + AmxDecoder::PREFETCH);
+    const __m512i down = decoder.exponents_down(scales);
+    decoder.decode(codes, 0, down, to);
+    amx::load<WEIGHTS>(weights[HALF], 64);
+    decoder.decode(codes, 1, down, to);
+    decoder.decode(codes, 2, down, to);
+    amx::multiply<HALF, ROWS_OF_X, WEIGHTS>();
+    decoder.decode(codes, 3, down, to);
   }
 
   // Adds the products of a tile with a block; calls between() after each product.
