@@ -58,6 +58,9 @@ def compile(
             'with torch.compile(function, backend="mxfp4")'
         )
     parsed = Options.parse(options, mode)
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        target.load_ahead(parsed.kernels, parameter.device)
     arguments = {"dynamic": dynamic, "mode": mode, "options": dict(options) if options else None}
     found = decoder_layers.layers_of(model, [module for _, module in look_at(model)[1]])
     shared = _Shared(parsed, arguments, len(found))
@@ -260,15 +263,15 @@ class _Head:
 
 
 def _is_native(head: nn.Linear, options: Options) -> bool:
-    """Return whether ``passes/lower_linears.py`` makes a linear native."""
+    """Return whether ``passes/lower_linears.py`` makes a linear native, if the kernels compile."""
     weight = head.weight
     least = hardware.LINEAR_BYTES.get(weight.dtype)
     return (
         options.linears
+        and options.kernels in ("auto", "cpu")
         and weight.is_cpu
         and least is not None
         and weight.numel() * weight.element_size() >= least
-        and target.has_native_linears(options.kernels)
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from models import Layers, compile_with, hidden
 
 import mxfp4_fx
-from mxfp4_fx.core.errors import KernelsUnavailableError
+from mxfp4_fx.core import hardware
+from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError
+from mxfp4_fx.core.loaded_once import LoadedOnce
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.ops import target
+from mxfp4_fx.ops import native, target
 from mxfp4_fx.ops.target import Target
 from mxfp4_fx.passes.context import Context
 
@@ -69,3 +72,57 @@ def test_a_device_that_nothing_serves_is_refused_each_time() -> None:
     for _ in range(2):
         with pytest.raises(KernelsUnavailableError, match="no 'auto' kernels for device 'meta'"):
             context.target_for(META)
+
+
+class TestLoadAhead:
+    """The native kernels, as if they were not compiled yet."""
+
+    @pytest.fixture
+    def loading(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+        """Takes what loading returns or raises; returns the names of the threads that load."""
+
+        def set_up(result: Any) -> list[str]:
+            threads: list[str] = []
+
+            def load(path: str) -> Any:
+                threads.append(threading.current_thread().name)
+                if isinstance(result, Exception):
+                    raise result
+                return result
+
+            monkeypatch.setattr(native, "libraries", LoadedOnce(load, NativeBuildError, ()))
+            return threads
+
+        return set_up
+
+    def test_who_needs_them_gets_what_a_thread_loads(self, loading: Any) -> None:
+        threads, path = loading("library"), hardware.cpu_path()
+        target.load_ahead("auto", CPU)
+        wait()
+        assert native.load(path) == "library"
+        target.load_ahead("auto", CPU)
+        wait()
+        assert threads == ["mxfp4_fx"]
+
+    def test_who_needs_them_gets_the_failure(self, loading: Any) -> None:
+        threads = loading(NativeBuildError("no compiler"))
+        target.load_ahead("cpu", CPU)
+        wait()
+        with pytest.raises(NativeBuildError, match="no compiler"):
+            native.load(hardware.cpu_path())
+        assert threads == ["mxfp4_fx"]
+
+    @pytest.mark.parametrize(("requested", "device"), [("reference", CPU), ("auto", META)])
+    def test_not_if_others_will_be_chosen(
+        self, loading: Any, requested: str, device: torch.device
+    ) -> None:
+        threads = loading("library")
+        target.load_ahead(requested, device)
+        wait()
+        assert threads == []
+
+
+def wait() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "mxfp4_fx":
+            thread.join()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 import warnings
 
 import torch
@@ -87,6 +88,24 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
         return Target("pytorch", CHECKPOINT_ORDER, f"PyTorch {threads}, for {error}")
     why = hardware.why_cpu_path(path)
     return Target("cpu", "cpu_panels", f"native {threads}, {path}: {why}")
+
+
+def load_ahead(requested: str, device: torch.device) -> None:
+    """Compile the native CPU kernels in a thread, if these will be chosen and are not compiled.
+
+    Whoever needs them first waits for the rest. A failure comes to them, too.
+    """
+    if requested not in ("auto", "cpu") or device.type != "cpu":
+        return
+    with contextlib.suppress(KernelsUnavailableError):
+        path = hardware.cpu_path()
+        if path not in native.libraries.loaded:
+            threading.Thread(target=_load, args=(path,), name="mxfp4_fx").start()
+
+
+def _load(path: str) -> None:
+    with contextlib.suppress(NativeBuildError):
+        native.load(path)
 
 
 def has_native_linears(requested: str) -> bool:
