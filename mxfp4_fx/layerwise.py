@@ -59,8 +59,10 @@ def compile(
         )
     parsed = Options.parse(options, mode)
     parameter = next(model.parameters(), None)
-    if parameter is not None:
+    if parameter is not None and parameter.is_cpu:
         target.load_ahead(parsed.kernels, parameter.device)
+        if parsed.inner == "inductor":
+            torch_private_dynamo.prepare_inductor()
     arguments = {"dynamic": dynamic, "mode": mode, "options": dict(options) if options else None}
     found = decoder_layers.layers_of(model, [module for _, module in look_at(model)[1]])
     shared = _Shared(parsed, arguments, len(found))

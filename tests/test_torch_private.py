@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 from models import Graphs
 from torch import Tensor, fx, nn
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -621,3 +623,24 @@ def test_a_call_is_kept_apart_from_within(apart: bool) -> None:
         for dtype in (torch.float32, torch.float64):
             run(torch.ones(2, dtype=dtype))
     assert len(backend.seen) == apart
+
+
+class TestPreparingInductor:
+    def test_it_compiles_what_its_kernels_need(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """That is, a kernel; in a thread."""
+        made, load = [], CppPythonBindingsCodeCache.load_pybinding
+
+        def noted(*args: Any) -> None:
+            made.append((threading.current_thread(), load(*args)))
+
+        monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding", noted)
+        thread = torch_private_dynamo.prepare_inductor()
+        thread.join()
+        ((there, kernel),) = made
+        assert there is thread
+        assert callable(kernel)
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_failure_is_left_to_inductor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding", None)
+        torch_private_dynamo.prepare_inductor().join()

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -36,6 +37,25 @@ def compile_with_inductor(
     """Compile a graph with Inductor. ``options`` override those of ``torch.compile``'s ``mode``."""
     compile_fx = look_up("torch._inductor.compile_fx", "compile_fx")
     return compile_fx(gm, inputs, config_patches={**_of_mode(mode), **options} or None)
+
+
+def prepare_inductor() -> threading.Thread:
+    """Have Inductor look at this CPU and precompile its C++ headers in a thread, which is returned.
+
+    It does both once for a machine, before its first kernel, which takes ten seconds and more. What
+    goes wrong here goes wrong there again, and is told there.
+    """
+    # Torch's modules import one another in circles, so they are imported here, not in the thread.
+    compiler = look_up("torch._inductor.codecache", "CppPythonBindingsCodeCache")
+    thread = threading.Thread(target=_compile_nothing, args=(compiler,), name="mxfp4_fx")
+    thread.start()
+    return thread
+
+
+def _compile_nothing(compiler: Any) -> None:
+    nothing = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel(float*) {}\n'
+    with contextlib.suppress(Exception):
+        compiler.load_pybinding(["float*"], nothing)
 
 
 def inductor_measures(mode: str | None, options: Mapping[str, Any]) -> bool:
