@@ -273,6 +273,7 @@ def _is_native(head: nn.Linear, options: Options) -> bool:
         and options.kernels in ("auto", "cpu")
         and weight.is_cpu
         and least is not None
+        and target.linear_rows(weight.dtype) > 0
         and weight.numel() * weight.element_size() >= least
     )
 

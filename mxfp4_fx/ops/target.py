@@ -108,6 +108,14 @@ def _load(path: str) -> None:
         native.load(path)
 
 
+def linear_rows(dtype: torch.dtype) -> int:
+    """Return ``hardware.linear_rows``, or 0 if the path that was asked for is none."""
+    try:
+        return hardware.linear_rows(dtype)
+    except KernelsUnavailableError:
+        return 0
+
+
 def has_native_linears(requested: str) -> bool:
     """Return whether the native CPU kernels can compute linears; compile them if need be.
 

@@ -20,7 +20,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mxfp4_fx.core import hardware, torch_private_dynamo
-from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.core.torch_private import is_wrapper
 from mxfp4_fx.ops import target
 from mxfp4_fx.passes.checks import is_parameter
@@ -121,7 +120,7 @@ def _is_for_op(linear: _Linear) -> bool:
     if not same_shape(tuple(y.shape), shape) or not same_shape(y.stride(), _strides(shape)):
         return False
     rows = math.prod(x.shape[:-1])
-    return not statically_known_true(rows > _most_rows(y.dtype))
+    return not statically_known_true(rows > target.linear_rows(y.dtype))
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -137,13 +136,6 @@ def _is_plain(value: Tensor) -> bool:
 def _strides(shape: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the strides of a contiguous tensor."""
     return tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
-
-
-def _most_rows(dtype: torch.dtype) -> int:
-    try:
-        return hardware.linear_rows(dtype)
-    except KernelsUnavailableError:
-        return 0
 
 
 def _groups(linears: list[_Linear], memory: Memory) -> list[list[_Linear]]:

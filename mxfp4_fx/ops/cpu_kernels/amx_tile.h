@@ -5,7 +5,8 @@
 // with one tile of rows after the other, while the next chunk is decoded. Four of the eight tile
 // registers are in use: both halves' sums, the rows, and half a block. All eight would save loads,
 // but cores have few spare registers to rename tiles to, and hyperthreads share them: where the
-// other thread works too, loads and products then wait for each other, at half of the speed.
+// other thread works too, a product with its loads takes four times as long with eight registers in
+// use, and twice as long with four.
 //
 // Activations keep all their bits. A bfloat16 activation is one operand, a float16 the sum of two
 // bfloat16 numbers (limbs), a float32 the sum of three; each limb is multiplied with the same
@@ -94,6 +95,9 @@ struct AmxDecoder {
 template <int LIMBS_OF_X>
 struct AmxTile {
   static constexpr int ROWS = 16;
+  // Bytes of an expert's packed rows that are multiplied with one panel after the other; they
+  // should fit the L2 cache.
+  static constexpr int64_t GROUP_BYTES = 1280 << 10;
   // Up to so many rows of an expert are faster in few_rows.h's integers; at most MOST_FEW.
   static constexpr int MOST_FEW = 2;
   static int few_rows(int32_t dtype) { return dtype == MXFP4_F32 ? 1 : 2; }

@@ -25,6 +25,9 @@ namespace mxfp4 {
 struct Bf16Tile {
   // The most rows of a tile whose sums fit the registers, beside a row of the panel and the table.
   static constexpr int ROWS = 12;
+  // Bytes of an expert's packed rows that are multiplied with one panel after the other; they
+  // should fit the L2 cache.
+  static constexpr int64_t GROUP_BYTES = 512 << 10;
   static constexpr int MOST_FEW = 0;
   static int few_rows(int32_t) { return 0; }
   // Blocks of a buffer: two buffers and the rows they are multiplied with fit L1 and L2.

@@ -225,7 +225,7 @@ inline __attribute__((always_inline)) RowVector float_products(const uint8_t* co
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
     const __m512i eight = _mm512_loadu_si512(codes + 64 * g);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
       // The lookup reads the four low bits of a dword.
       const __m512i code = _mm512_srli_epi32(eight, static_cast<unsigned>(4 * i));
@@ -241,7 +241,7 @@ inline __attribute__((always_inline)) RowVector float_products(const uint8_t* co
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
     const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64 * g));
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
       // The lookup reads the three low bits of a dword; the fourth is the sign.
       const __m256 size = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(eight, 4 * i));

@@ -24,10 +24,6 @@
 
 namespace mxfp4 {
 
-// Bytes of an expert's packed rows that are multiplied with one panel after the other; they should
-// fit the L2 cache.
-constexpr int64_t GROUP_BYTES = 1280 << 10;
-
 // Panels that few rows are multiplied with at a time.
 constexpr int64_t STREAMS = 4;
 
@@ -50,14 +46,16 @@ class Matmul {
       const int64_t first = m.expert_offsets[e], rows = m.expert_offsets[e + 1] - first;
       if (rows) plan.add(e, first, rows, Tile::ROWS, few, row_bytes, m.k);
     }
-    group_tiles = std::max<int64_t>(1, GROUP_BYTES / std::max<int64_t>(1, Tile::ROWS * row_bytes));
+    group_tiles =
+        std::max<int64_t>(1, Tile::GROUP_BYTES / std::max<int64_t>(1, Tile::ROWS * row_bytes));
     const int64_t group_rows = std::min(group_tiles * Tile::ROWS, plan.most_rows + Tile::ROWS);
 
     const int threads = std::max(m.threads, 1);
     items = m.scatter_index ? panels : panels * static_cast<int64_t>(plan.experts.size());
     // Ranges are so long that packed rows are used again, and so short that all threads end
     // together.
-    least_items = std::max(std::min(STREAMS, panels), panels / (32 * threads));
+    least_items = std::max(std::min(few ? STREAMS : 1, panels), panels / (32 * threads));
+    least_items = std::max<int64_t>(1, least_items);
     most_items = std::max(least_items, ceil_div(panels, 2 * threads));
     tokens = m.scatter_index ? m.rows / m.experts_per_token : 0;
 
