@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -243,8 +247,51 @@ def test_what_is_in_a_mapped_file(tmp_path: Path) -> None:
     of_numpy = torch.from_numpy(torch.ones(5000).numpy().copy())
     files = freed.mapped_files()
     assert [freed.is_mapped(t, files) for t in (in_file, here, of_numpy)] == [True, False, False]
+
+
+def pages_of_cache(path: Path) -> int:
+    """How many pages of a file the system has in memory."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        count = -(-len(mapped) // mmap.PAGESIZE)
+        is_cached = (ctypes.c_ubyte * count)()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        libc = ctypes.CDLL(None)
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), is_cached) == 0
+        return sum(entry & 1 for entry in is_cached)
+
+
+def resident_kilobytes(tensor: torch.Tensor) -> int:
+    """How much of a mapped file this process has in its own memory."""
+    found = re.finditer(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*\n(?:.+: .*\n)*?Rss: +([0-9]+) kB",
+        Path("/proc/self/smaps").read_text(),
+        re.MULTILINE,
+    )
+    return next(
+        int(one[3]) for one in found if int(one[1], 16) <= tensor.data_ptr() < int(one[2], 16)
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives memory back so")
+def test_pages_given_back_stay_in_the_systems_cache(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"w": torch.ones(50_000)}, path)
+    in_file = load_file(path)["w"]
+    assert torch.equal(in_file, torch.ones(50_000))
+    before, cached = resident_kilobytes(in_file), pages_of_cache(path)
     freed.page_out([in_file])
-    assert torch.equal(in_file, here)
+    assert resident_kilobytes(in_file) < before / 2
+    assert pages_of_cache(path) == cached
+    assert torch.equal(in_file, torch.ones(50_000))
+
+
+@pytest.mark.parametrize("at", [0, 25_000, 49_999])
+def test_no_write_is_lost_with_pages_given_back(tmp_path: Path, at: int) -> None:
+    save_file({"w": torch.ones(50_000)}, tmp_path / "w.safetensors")
+    in_file = load_file(tmp_path / "w.safetensors")["w"]
+    in_file[at] = 2
+    freed.page_out([in_file])
+    assert (in_file[at].item(), in_file.sum().item()) == (2, 50_001)
 
 
 # ---- the thread itself

@@ -30,7 +30,17 @@ _REMEDY = (
     "ran a part of it uncompiled: see torch._dynamo.config.recompile_limit), give freed weights "
     "their memory again with mxfp4_fx.restore(model), or compile without free_weights"
 )
-_MADV_PAGEOUT = 21  # linux/mman.h; Linux before 5.4 refuses it, which does no harm
+# linux/mman.h. Linux before 5.4 refuses the second, which does no harm.
+_MADV_DONTNEED, _MADV_PAGEOUT = 4, 21
+# Bytes of an entry of /proc/self/pagemap, and values of the last one for pages that are as their
+# file has them.
+_ENTRY = 8
+_IS_PRESENT, _IS_SWAPPED, _IS_OF_FILE = 0x80, 0x40, 0x20
+_UNCHANGED = bytes(
+    byte
+    for byte in range(256)
+    if not byte & _IS_SWAPPED and (byte & _IS_OF_FILE or not byte & _IS_PRESENT)
+)
 # Functions that a freed parameter allows: these read no values.
 _ALLOWED = {
     *("data_ptr", "requires_grad_", "empty_like", "_has_compatible_shallow_copy_type"),
@@ -198,17 +208,32 @@ def _no_bytes(like: Tensor) -> Tensor:
 
 
 def page_out(tensors: Sequence[Tensor]) -> None:
-    """Page out tensors in mapped files, whose mappings live as long as other tensors use them.
+    """Give back the memory of tensors in mapped files; mappings live as long as tensors use them.
 
-    No data is lost: the system reads the pages again, and keeps pages that were written to.
+    No data is lost: the system reads the pages again, and keeps pages that were written to. Pages
+    of the file alone stay in the system's cache, so that the next process need not wait for a disk.
     """
     for tensor in tensors:
         place = _place(tensor)
         start = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (place.stop - start) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0:
+            advice = _MADV_DONTNEED if _are_of_file(start, length) else _MADV_PAGEOUT
             advise = ctypes.CDLL(None).madvise
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_PAGEOUT))
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
+
+
+def _are_of_file(start: int, length: int) -> bool:
+    """Return whether all pages at some addresses are as a file has them: none was written to."""
+    size = length // mmap.PAGESIZE * _ENTRY
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(start // mmap.PAGESIZE * _ENTRY)
+            entries = pagemap.read(size)
+    except OSError:
+        return False
+    changed = entries[_ENTRY - 1 :: _ENTRY].translate(None, delete=_UNCHANGED)
+    return len(entries) == size and not changed
 
 
 def mapped_files() -> list[range]:
