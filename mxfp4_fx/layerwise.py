@@ -2,12 +2,13 @@
 
 ``torch.compile`` captures the model as a whole, and each layer again. Here all decoder layers share
 two compiled pieces, with the update of the KV cache between them, uncompiled. The model around the
-layers stays uncompiled too, but for a large head on a CPU, which has a native kernel. A call of the
+layers stays uncompiled too; a large head on a CPU is computed by its native kernel. A call of the
 model is one ``calls.Call``, as if it were compiled as a whole.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from mxfp4_fx import calls, limits
 from mxfp4_fx.backend import CompiledGraph, mxfp4
-from mxfp4_fx.core import compilation, hardware, torch_private, torch_private_dynamo
+from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import OptionError, WholeModelWarning
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.experts import look_at
@@ -77,11 +78,9 @@ def compile(
     for layer in layers:
         torch_private.call_through(layer.layer, layer)
     if model not in found:
-        head = decoder_layers.head_of(model)
-        if head is not None and _is_native(head, parsed):
-            torch_private.call_through(head, _Head(shared, head))
-        else:
-            head = None
+        head = decoder_layers.head_of(model) if parsed.linears else None
+        if head is not None:
+            torch_private.call_through(head, _Head(head, parsed.kernels))
         torch_private.call_through(model, _Top(shared, model, layers, head))
     return model
 
@@ -126,11 +125,7 @@ class _Shared:
         pieces = decoder_layers.pieces()
         self.cache = decoder_layers.cache_name()
         self.head, self.rest, self.whole = (self._compiled(piece, True) for piece in pieces)
-        self.plain = self.compiled_call()
-
-    def compiled_call(self) -> Callable[..., Any]:
-        """Return (module, args, kwargs) -> its result, compiled as far as Dynamo gets."""
-        return self._compiled(_plain, False)
+        self.plain = self._compiled(_plain, False)
 
     def compiled_whole(self, model: nn.Module) -> Callable[..., Any]:
         return torch.compile(torch_private.uncompiled(model), backend=mxfp4, **self._arguments)
@@ -249,33 +244,42 @@ def _plain(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 class _Head:
-    """Calls the model's last linear, compiled: most of what a token reads outside the layers."""
+    """Calls the model's last linear as ``mxfp4::linears``, which reads the weight once.
 
-    def __init__(self, shared: _Shared, head: nn.Module) -> None:
-        self._head = head
+    Compiled, it would be a graph for prompts, one for decoding and one for further prompts.
+    """
+
+    def __init__(self, head: nn.Linear, kernels: str) -> None:
+        self._head, self._kernels = head, kernels
         self._hooks = torch_private.hooks([head])
-        self._compiled = shared.compiled_call()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and self._is_for_op(args[0]):
+            head = self._head
+            return torch.ops.mxfp4.linears(args[0], [head.weight], [head.bias], "cpu")[0]
+        return torch_private.uncompiled(self._head)(*args, **kwargs)
+
+    def _is_for_op(self, x: Any) -> bool:
+        """Return whether the op computes what the linear does now, as ``lower_linears`` has it."""
         head = self._head
-        is_changed = any(self._hooks) or "forward" in vars(head)  # Dynamo does not guard hooks
-        if torch_private_dynamo.is_traced() or torch.is_grad_enabled() or is_changed:
-            return torch_private.uncompiled(head)(*args, **kwargs)
-        return self._compiled(head, args, kwargs)
+        held = [head.weight, *([] if head.bias is None else [head.bias])]
+        return (
+            type(x) is Tensor
+            and all(type(tensor) is nn.Parameter for tensor in held)
+            and all(tensor.is_cpu and tensor.dtype == x.dtype for tensor in (x, *held))
+            and target.linears_pay(held[:1])
+            and not any(self._hooks)
+            and "forward" not in vars(head)
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch_private.are_transforms_active()
+            and not torch_private_dynamo.is_traced()
+            and self._has_kernels
+        )
 
-
-def _is_native(head: nn.Linear, options: Options) -> bool:
-    """Return whether ``passes/lower_linears.py`` makes a linear native, if the kernels compile."""
-    weight = head.weight
-    least = hardware.LINEAR_BYTES.get(weight.dtype)
-    return (
-        options.linears
-        and options.kernels in ("auto", "cpu")
-        and weight.is_cpu
-        and least is not None
-        and target.linear_rows(weight.dtype) > 0
-        and weight.numel() * weight.element_size() >= least
-    )
+    @functools.cached_property
+    def _has_kernels(self) -> bool:
+        return target.has_native_linears(self._kernels)
 
 
 class _Top:

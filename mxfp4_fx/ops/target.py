@@ -11,8 +11,10 @@ import dataclasses
 import functools
 import threading
 import warnings
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
@@ -114,6 +116,17 @@ def linear_rows(dtype: torch.dtype) -> int:
         return hardware.linear_rows(dtype)
     except KernelsUnavailableError:
         return 0
+
+
+def linears_pay(weights: Sequence[Tensor]) -> bool:
+    """Return whether native linears of one input are faster than torch's if they have few rows.
+
+    Args:
+        weights: the weights of one dtype that one call of the op reads.
+    """
+    dtype = weights[0].dtype
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    return linear_rows(dtype) > 0 and size >= hardware.LINEAR_BYTES[dtype]
 
 
 def has_native_linears(requested: str) -> bool:

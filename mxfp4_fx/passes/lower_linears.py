@@ -62,7 +62,11 @@ def lower_linears(gm: fx.GraphModule, ctx: Context) -> None:
         return
     memory = Memory(gm.graph, ctx.values(gm.graph), ctx.around)
     found = [one for one in found if not any(map(memory.reshaper, (one.node, *one.operands)))]
-    groups = [group for group in _groups(found, memory) if _pays(group)]
+    groups = [
+        group
+        for group in _groups(found, memory)
+        if target.linears_pay([known_tensor(linear.weight) for linear in group])
+    ]
     if groups and target.has_native_linears(options.kernels):
         for group in groups:
             _lower(group)
@@ -162,13 +166,6 @@ def _is_written(linear: _Linear, since: fx.Node, memory: Memory) -> bool:
         since < writer < linear.node and any(may_share(keys, written) for keys in mine)
         for writer, written in memory.writes
     )
-
-
-def _pays(group: list[_Linear]) -> bool:
-    """Return whether the weights are large enough for the op to be faster than torch's linear."""
-    weights = [known_tensor(linear.weight) for linear in group]
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    return size >= hardware.LINEAR_BYTES[weights[0].dtype]
 
 
 def _lower(group: list[_Linear]) -> None:
