@@ -27,6 +27,10 @@ namespace mxfp4 {
 // Panels that few rows are multiplied with at a time.
 constexpr int64_t STREAMS = 4;
 
+// Panels whose sums are finished together, if an expert has at most FEW_SUMS rows. Between panels
+// no weights are read, and memory needs time to come up to speed again.
+constexpr int64_t TOGETHER = 8, FEW_SUMS = 4;
+
 // One call. `Tile` is the kernel for several rows.
 template <class Tile>
 class Matmul {
@@ -54,12 +58,14 @@ class Matmul {
     items = m.scatter_index ? panels : panels * static_cast<int64_t>(plan.experts.size());
     // Ranges are so long that packed rows are used again, and so short that all threads end
     // together.
-    least_items = std::max(std::min(few ? STREAMS : 1, panels), panels / (32 * threads));
+    const int64_t together =
+        plan.most_rows > FEW_SUMS ? 1 : std::min(TOGETHER, items / threads / 2);
+    least_items = std::max(std::min(few ? STREAMS : together, panels), panels / (32 * threads));
     least_items = std::max<int64_t>(1, least_items);
     most_items = std::max(least_items, ceil_div(panels, 2 * threads));
     tokens = m.scatter_index ? m.rows / m.experts_per_token : 0;
 
-    const int64_t most_sums = std::max(group_rows, STREAMS * few);
+    const int64_t most_sums = std::max({group_rows, STREAMS * few, TOGETHER * FEW_SUMS});
     sums_bytes = line_up(most_sums * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
     values_bytes = line_up(m.k * static_cast<int64_t>(sizeof(float)));
     results_bytes = line_up(tokens * most_items * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
@@ -190,8 +196,7 @@ class Matmul {
         else if (expert.few)
           multiply_few(expert, codes, count, buffers.sums);
         else
-          multiply_tiles(expert, tile, tiles, codes,
-                         panel + 1 < last ? codes + panel_bytes(m.k) : nullptr, buffers);
+          multiply_panels(expert, tile, tiles, codes, count, panel + count < last, buffers);
         for (int64_t p = 0; p < count; p++)
           for (int64_t r = 0; r < rows; r++)
             finish(expert.first_row + row + r, panel + p,
@@ -201,12 +206,14 @@ class Matmul {
     }
   }
 
-  // How many panels from `panel` on are multiplied together: each is a stream from memory.
+  // How many panels from `panel` on are finished together. Few rows are also multiplied with all of
+  // them together: each is a stream from memory.
   int64_t panels_at_once(const Expert& expert, int64_t panel, int64_t last) const {
-    if (!expert.few || expert.exceptional) return 1;
+    if (expert.exceptional || !(expert.few || expert.rows <= FEW_SUMS)) return 1;
     const uint8_t* flags = m.flags + expert.id * panels + panel;
+    const int64_t most = std::min(expert.few ? STREAMS : TOGETHER, last - panel);
     int64_t count = 1;
-    while (count < std::min(STREAMS, last - panel) && !flags[0] && !flags[count]) count++;
+    while (count < most && !flags[0] && !flags[count]) count++;
     return count;
   }
 
@@ -231,12 +238,18 @@ class Matmul {
     }
   }
 
-  void multiply_tiles(const Expert& expert, int64_t tile, int64_t tiles, const uint8_t* panel,
-                      const uint8_t* next, const Buffers& buffers) const {
+  // Tiles times `count` panels, one after the other; `more` says that a panel follows them.
+  void multiply_panels(const Expert& expert, int64_t tile, int64_t tiles, const uint8_t* panel,
+                       int64_t count, bool more, const Buffers& buffers) const {
     const int64_t tile_bytes = expert.tile_rows * Tile::packed_bytes(m.k);
     const char* source = packed.get() + expert.packed + tile * tile_bytes;
-    Tile::multiply(Tiles{source, tiles, expert.tile_rows, blocks}, panel, next, buffers.sums,
-                   buffers.scratch);
+    const Tiles rows{source, tiles, expert.tile_rows, blocks};
+    float* sums = buffers.sums;
+    for (int64_t p = 0; p < count; p++, sums += tiles * expert.tile_rows * PANEL_ROWS) {
+      const uint8_t* next = panel + panel_bytes(m.k);
+      Tile::multiply(rows, panel, more || p + 1 < count ? next : nullptr, sums, buffers.scratch);
+      panel = next;
+    }
   }
 
   // Multiplies any weights and activations block by block in float32, which is slow.
