@@ -145,65 +145,66 @@ struct Bf16Tile {
     return _mm512_or_si512(_mm512_slli_epi32(down, 7), _mm512_slli_epi32(down, 23));
   }
 
-  // Reads a line of codes where it stands. With one row, memory bounds the speed, and it is read
-  // fastest line after line, each once. Compilers would read a line again for each of its shifts,
-  // and others before it.
-  template <int N>
-  static inline __attribute__((always_inline)) __m512i load_line(const uint8_t* codes) {
-    __m512i line = _mm512_loadu_si512(codes);
-    if constexpr (N == 1) asm("" : "+v"(line));
-    return line;
+  // Multiplies one row with weights without their scales, and the sums of each block with the
+  // scales. Memory bounds the speed. It is read fastest line after line, each once, by the
+  // hardware's prefetcher alone. The empty asm keeps compilers from reading a line again for each
+  // shift. Each result has four sums, because a product waits for the one before it in a sum.
+  static void multiply_row(const int32_t* x, const uint8_t* panel, int64_t blocks, float* sums) {
+    Sums<1> sum(sums);
+    for (int64_t b = 0; b < blocks; b++, x += BLOCK / 2) {
+      const uint8_t* codes = block_codes(panel, b);
+      const uint8_t* scales = block_scales(panel, b);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++, codes += CODE_BYTES / 2) {
+        __m512 part[4] = {};
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; g++) {
+          __m512i eight = _mm512_loadu_si512(codes + g * LINE);
+          asm("" : "+v"(eight));
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) {
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(x[4 * g + pair_of(i)]);
+            part[i] = _mm512_dpbf16_ps(part[i], pair, (__m512bh)look_up(eight, i, VALUES));
+          }
+        }
+        const __m512 total =
+            _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
+        sum.of[0][h] = _mm512_fmadd_ps(total, row_scales(scales + h * LANES), sum.of[0][h]);
+      }
+    }
+    sum.store(sums);
   }
 
-  // Multiplies a tile with weights without their scales, and the sums of each block with the
-  // scales.
+  // The same for a tile. Its halves share the loads of x.
   template <int N>
   static void multiply_direct(const int32_t* x, const uint8_t* panel, int64_t blocks, float* sums) {
-    // Halves that are multiplied side by side: they share the loads of x. One row leaves too few
-    // sums, and a product waits for the one before it in a sum; so each result has several sums.
-    constexpr int HALVES = N == 1 ? 1 : 2, SETS = N == 1 ? 4 : 1;
+    if constexpr (N == 1) return multiply_row(x, panel, blocks, sums);
     Sums<N> sum(sums);
     for (int64_t b = 0; b < blocks; b++, x += BLOCK / 2 * N) {
       const uint8_t* codes = block_codes(panel, b);
       const uint8_t* scales = block_scales(panel, b);
-      // With one row the hardware's prefetcher suffices, and more prefetches would cost time.
-      if constexpr (N > 1) prefetch_block(panel, b, DIRECT_PREFETCH);
-#pragma GCC unroll 2
-      for (int first = 0; first < 2; first += HALVES) {
-        __m512 part[SETS][N][HALVES] = {};
+      prefetch_block(panel, b, DIRECT_PREFETCH);
+      __m512 part[N][2] = {};
 #pragma GCC unroll 4
-        for (int g = 0; g < 4; g++) {
-          __m512i eight[HALVES];
-#pragma GCC unroll 2
-          for (int h = 0; h < HALVES; h++)
-            eight[h] = load_line<N>(codes + (first + h) * (CODE_BYTES / 2) + g * LINE);
+      for (int g = 0; g < 4; g++) {
+        const __m512i first = _mm512_loadu_si512(codes + g * LINE);
+        const __m512i second = _mm512_loadu_si512(codes + CODE_BYTES / 2 + g * LINE);
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; i++) {
-            __m512bh weights[HALVES];
-#pragma GCC unroll 2
-            for (int h = 0; h < HALVES; h++) weights[h] = (__m512bh)look_up(eight[h], i, VALUES);
-#pragma GCC unroll 12
-            for (int n = 0; n < N; n++) {
-              const __m512bh pair = (__m512bh)_mm512_set1_epi32(x[(4 * g + pair_of(i)) * N + n]);
-              __m512* into = part[i % SETS][n];
-#pragma GCC unroll 2
-              for (int h = 0; h < HALVES; h++)
-                into[h] = _mm512_dpbf16_ps(into[h], pair, weights[h]);
-            }
-          }
-        }
-#pragma GCC unroll 2
-        for (int h = 0; h < HALVES; h++) {
-          const __m512 scale = row_scales(scales + (first + h) * LANES);
+        for (int i = 0; i < 4; i++) {
+          const __m512bh weights[2] = {(__m512bh)look_up(first, i, VALUES),
+                                       (__m512bh)look_up(second, i, VALUES)};
 #pragma GCC unroll 12
           for (int n = 0; n < N; n++) {
-            __m512 total = part[0][n][h];
-#pragma GCC unroll 4
-            for (int set = 1; set < SETS; set++) total = _mm512_add_ps(total, part[set][n][h]);
-            __m512& into = sum.of[n][first + h];
-            into = _mm512_fmadd_ps(total, scale, into);
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(x[(4 * g + pair_of(i)) * N + n]);
+            part[n][0] = _mm512_dpbf16_ps(part[n][0], pair, weights[0]);
+            part[n][1] = _mm512_dpbf16_ps(part[n][1], pair, weights[1]);
           }
         }
+      }
+      for (int h = 0; h < 2; h++) {
+        const __m512 scale = row_scales(scales + h * LANES);
+#pragma GCC unroll 12
+        for (int n = 0; n < N; n++) sum.of[n][h] = _mm512_fmadd_ps(part[n][h], scale, sum.of[n][h]);
       }
     }
     sum.store(sums);
