@@ -65,7 +65,7 @@ def test_any_number_of_columns(cpu: Kernels, rows: int, k: int, dtype: torch.dty
 
 @pytest.mark.parametrize(
     ("t", "n", "activation"),
-    covering((1, 30), (2, 30, 32, 34, 62, 64, 66, 200), ("none", "swiglu")),
+    covering((1, 30), (2, 30, 32, 34, 62, 64, 66, 200, 600), ("none", "swiglu")),
 )
 def test_any_number_of_output_columns(cpu: Kernels, t: int, n: int, activation: str) -> None:
     matrices, indices = Matrices.random(3, n, 64), random_routes(t, 3, 2)[0]
@@ -146,6 +146,20 @@ def test_a_row_with_nan_or_infinity(
     assert torch.equal(y[-1].isnan(), expected[-1].isnan())
     assert torch.equal(y[-1].isinf(), expected[-1].isinf())
     assert y[:-1].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [2, 4, 20, 40])
+def test_a_row_that_needs_float32_leaves_the_others_alone(cpu: Kernels, rows: int) -> None:
+    """One row of one tile or several has a subnormal number, or an infinite one."""
+    x, matrices = randn(rows, 64, dtype=torch.bfloat16), Matrices.random(1, 320, 64, torch.bfloat16)
+    offsets = int32([0, rows])
+    expected = cpu.matmul_ogs(x, matrices, offsets)
+    for value in (2.0**-130, torch.inf):
+        changed = x.clone()
+        changed[rows // 2, 33] = value
+        y = cpu.matmul_ogs(changed, matrices, offsets)
+        others = torch.arange(rows) != rows // 2
+        assert torch.equal(y[others], expected[others])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -119,7 +119,8 @@ Routes random_routes(int64_t tokens, int64_t experts, int64_t per_token) {
 void check_matmul() {
   const int64_t experts = random_int(1, 5), per_token = random_int(1, experts);
   const int64_t tokens = random_int(0, 3) ? random_int(0, 9) : random_int(30, 90);
-  const int64_t n = random_int(0, 1) ? random_int(1, 40) * 2 : random_int(1, 80);
+  const int64_t panels = random_int(0, 7) ? 1 : 5;  // times so many columns
+  const int64_t n = panels * (random_int(0, 1) ? random_int(1, 40) * 2 : random_int(1, 80));
   const int64_t k = 32 * random_int(1, 7);
   const bool gather = random_int(0, 1), scatter = random_int(0, 1), gammas = random_int(0, 1);
   const bool swiglu = n % 2 == 0 && random_int(0, 1), all_scales = random_int(0, 3) == 0;

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "api.h"
 #include "epilogue.h"
@@ -27,6 +28,10 @@ namespace mxfp4 {
 // Panels that few rows are multiplied with at a time.
 constexpr int64_t STREAMS = 4;
 
+// Panels whose sums are finished together, if an expert has at most FEW_SUMS rows. Between panels
+// no weights are read, and memory needs time to come up to speed again.
+constexpr int64_t TOGETHER = 8, FEW_SUMS = 4;
+
 // One call. `Tile` is the kernel for several rows.
 template <class Tile>
 class Matmul {
@@ -40,6 +45,7 @@ class Matmul {
 
   int run() {
     if (!is_valid(m)) return EINVAL;
+    exceptional.resize(static_cast<size_t>(m.rows));
     const int64_t row_bytes = Tile::packed_bytes(m.k);
     const int64_t few = Tile::few_rows(m.x_dtype);
     for (int64_t e = 0; e < m.experts; e++) {
@@ -54,12 +60,14 @@ class Matmul {
     items = m.scatter_index ? panels : panels * static_cast<int64_t>(plan.experts.size());
     // Ranges are so long that packed rows are used again, and so short that all threads end
     // together.
-    least_items = std::max(std::min(few ? STREAMS : 1, panels), panels / (32 * threads));
+    const int64_t together =
+        plan.most_rows > FEW_SUMS ? 1 : std::min(TOGETHER, items / threads / 2);
+    least_items = std::max(std::min(few ? STREAMS : together, panels), panels / (32 * threads));
     least_items = std::max<int64_t>(1, least_items);
     most_items = std::max(least_items, ceil_div(panels, 2 * threads));
     tokens = m.scatter_index ? m.rows / m.experts_per_token : 0;
 
-    const int64_t most_sums = std::max(group_rows, STREAMS * few);
+    const int64_t most_sums = std::max({group_rows, STREAMS * few, TOGETHER * FEW_SUMS});
     sums_bytes = line_up(most_sums * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
     values_bytes = line_up(m.k * static_cast<int64_t>(sizeof(float)));
     results_bytes = line_up(tokens * most_items * PANEL_ROWS * static_cast<int64_t>(sizeof(float)));
@@ -89,6 +97,7 @@ class Matmul {
 
   const mxfp4_matmul& m;
   Plan plan;
+  std::vector<uint8_t> exceptional;  // [rows], 1 for those that only float32 can multiply
   int64_t panels, blocks, columns, panel_columns;
   int64_t items, most_items, least_items, group_tiles, tokens;
   int64_t sums_bytes, values_bytes, results_bytes, scratch_bytes;
@@ -117,10 +126,16 @@ class Matmul {
 
   void pack_row(Expert& expert, int64_t row, float* values) {
     to_f32(input_row(expert.first_row + row), m.x_dtype, m.k, values);
+    if (pack_values(expert, row, values)) return;
+    // Its tile gets zeros. What the row adds to its sums is computed apart.
+    std::memset(values, 0, static_cast<size_t>(m.k) * sizeof(float));
     pack_values(expert, row, values);
+    exceptional[static_cast<size_t>(expert.first_row + row)] = 1;
+    __atomic_store_n(&expert.exceptional, 1, __ATOMIC_RELAXED);
   }
 
-  void pack_values(Expert& expert, int64_t row, const float* values) {
+  // Returns whether the expert's kernel can multiply the row.
+  bool pack_values(const Expert& expert, int64_t row, const float* values) {
     char* target = packed.get() + expert.packed;
     if (expert.few) {
       target += row * FewRows::bytes_of(blocks);
@@ -128,12 +143,11 @@ class Matmul {
       for (int64_t b = 0; b < blocks; b++) limbs[b] = row_block(values + b * BLOCK);
       std::memcpy(target + FewRows::values_at(blocks), values,
                   static_cast<size_t>(m.k) * sizeof(float));
-      return;
+      return true;
     }
     const int64_t tile = row / expert.tile_rows;
-    const bool able = Tile::pack(values, m.k, row % expert.tile_rows, expert.tile_rows,
-                                 target + tile * expert.tile_rows * Tile::packed_bytes(m.k));
-    if (!able) __atomic_store_n(&expert.exceptional, 1, __ATOMIC_RELAXED);
+    return Tile::pack(values, m.k, row % expert.tile_rows, expert.tile_rows,
+                      target + tile * expert.tile_rows * Tile::packed_bytes(m.k));
   }
 
   // Writes zeros for rows whose expert is not held here. With a scatter, write_results writes all.
@@ -185,13 +199,14 @@ class Matmul {
         for (int64_t p = 0; p < count; p++)
           set_biases(expert, panel + p, padded, buffers.sums + p * padded * PANEL_ROWS);
         const uint8_t* codes = m.panels + (expert.id * panels + panel) * panel_bytes(m.k);
-        if (m.flags[expert.id * panels + panel] || expert.exceptional)
-          multiply_exceptional(expert, row, rows, codes, buffers.sums);
-        else if (expert.few)
+        // The fast kernels need a first block.
+        const bool is_plain = m.flags[expert.id * panels + panel] == 0 && blocks > 0;
+        if (is_plain && expert.few)
           multiply_few(expert, codes, count, buffers.sums);
-        else
-          multiply_tiles(expert, tile, tiles, codes,
-                         panel + 1 < last ? codes + panel_bytes(m.k) : nullptr, buffers);
+        else if (is_plain)
+          multiply_panels(expert, tile, tiles, codes, count, panel + count < last, buffers);
+        if (!is_plain || expert.exceptional)
+          multiply_exceptional(expert, row, rows, codes, !is_plain, buffers.sums);
         for (int64_t p = 0; p < count; p++)
           for (int64_t r = 0; r < rows; r++)
             finish(expert.first_row + row + r, panel + p,
@@ -201,12 +216,14 @@ class Matmul {
     }
   }
 
-  // How many panels from `panel` on are multiplied together: each is a stream from memory.
+  // How many panels from `panel` on are finished together. Few rows are also multiplied with all of
+  // them together: each is a stream from memory.
   int64_t panels_at_once(const Expert& expert, int64_t panel, int64_t last) const {
-    if (!expert.few || expert.exceptional) return 1;
+    if (expert.exceptional || !(expert.few || expert.rows <= FEW_SUMS)) return 1;
     const uint8_t* flags = m.flags + expert.id * panels + panel;
+    const int64_t most = std::min(expert.few ? STREAMS : TOGETHER, last - panel);
     int64_t count = 1;
-    while (count < std::min(STREAMS, last - panel) && !flags[0] && !flags[count]) count++;
+    while (count < most && !flags[0] && !flags[count]) count++;
     return count;
   }
 
@@ -231,23 +248,32 @@ class Matmul {
     }
   }
 
-  void multiply_tiles(const Expert& expert, int64_t tile, int64_t tiles, const uint8_t* panel,
-                      const uint8_t* next, const Buffers& buffers) const {
+  // Tiles times `count` panels, one after the other; `more` says that a panel follows them.
+  void multiply_panels(const Expert& expert, int64_t tile, int64_t tiles, const uint8_t* panel,
+                       int64_t count, bool more, const Buffers& buffers) const {
     const int64_t tile_bytes = expert.tile_rows * Tile::packed_bytes(m.k);
     const char* source = packed.get() + expert.packed + tile * tile_bytes;
-    Tile::multiply(Tiles{source, tiles, expert.tile_rows, blocks}, panel, next, buffers.sums,
-                   buffers.scratch);
+    const Tiles rows{source, tiles, expert.tile_rows, blocks};
+    float* sums = buffers.sums;
+    for (int64_t p = 0; p < count; p++, sums += tiles * expert.tile_rows * PANEL_ROWS) {
+      const uint8_t* next = panel + panel_bytes(m.k);
+      Tile::multiply(rows, panel, more || p + 1 < count ? next : nullptr, sums, buffers.scratch);
+      panel = next;
+    }
   }
 
-  // Multiplies any weights and activations block by block in float32, which is slow.
+  // Multiplies any weights and activations block by block in float32, which is slow: the rows that
+  // are exceptional, or all.
   void multiply_exceptional(const Expert& expert, int64_t row, int64_t rows, const uint8_t* panel,
-                            float* sums) const {
+                            bool all, float* sums) const {
     alignas(LINE) F32Block weights;
     alignas(LINE) float values[BLOCK];
     for (int64_t b = 0; b < blocks; b++) {
       decode_f32(block_codes(panel, b), block_scales(panel, b), weights);
       for (int64_t r = 0; r < rows; r++) {
-        const char* input = static_cast<const char*>(input_row(expert.first_row + row + r));
+        const int64_t at = expert.first_row + row + r;
+        if (!all && !exceptional[static_cast<size_t>(at)]) continue;
+        const char* input = static_cast<const char*>(input_row(at));
         to_f32(input + b * BLOCK * dtype_bytes(m.x_dtype), m.x_dtype, BLOCK, values);
         F32Tile::multiply_chunk<1>(values, &weights, 1, sums + r * PANEL_ROWS);
       }

@@ -35,7 +35,7 @@ struct Expert {
   int64_t tile_rows, tiles;  // all tiles have this height; the last may have fewer rows
   int64_t packed;            // offset in bytes of the first tile; tiles are contiguous
   bool few;                  // rows are multiplied by few_rows.h
-  int exceptional;           // 1 if only float32 can multiply one of the rows
+  int exceptional;           // 1 if only float32 can multiply one of the rows of its tiles
 };
 
 struct Plan {
@@ -52,7 +52,6 @@ struct Plan {
     expert.first_row = first_row;
     expert.rows = rows;
     expert.few = HAS_FEW_ROWS && rows <= few;
-    expert.exceptional = k == 0;  // the fast kernels need a first block
     expert.tiles = expert.few ? 1 : ceil_div(rows, most);
     expert.tile_rows = ceil_div(rows, expert.tiles);
     expert.packed = packed_bytes;
