@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import mxfp4_fx
-from benchmarks import command, end_to_end, full_size
+from benchmarks import command, end_to_end, full_size, llama_cpp, measured_process, model_bytes
 from benchmarks.command import Log
 from benchmarks.machine import available_bytes, machine
 from benchmarks.start_child import INDUCTOR, LLAMA, PIECES, WAYS
@@ -147,7 +147,7 @@ def unavailable(way: str, checkpoint: Path, args: argparse.Namespace) -> str | N
         return None
     if way == PIECES and not hasattr(mxfp4_fx, "compile"):
         return "this mxfp4_fx has no function compile"
-    sizes = full_size.model_bytes(full_size.read_config(checkpoint))
+    sizes = model_bytes.of_model(full_size.read_config(checkpoint))
     size = sizes["bfloat16" if way == INDUCTOR else "checkpoint"]
     needed = size + full_size.SPARE_BYTES
     if needed > min(available_bytes(), args.limit_gib * 2**30):
