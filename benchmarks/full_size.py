@@ -104,6 +104,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     full_size_turns.add_arguments(parser)
     args = parser.parse_args(argv)
     args.checkpoint = args.checkpoint.expanduser().resolve()
+    if args.plot and args.only == "memory":
+        parser.error("--plot: the picture is of the turns")
     if unknown := set(args.ways) - set(full_size_turns.WAYS):
         known = ", ".join(full_size_turns.WAYS)
         parser.error(f"--ways: {', '.join(sorted(unknown))} is none of {known}")

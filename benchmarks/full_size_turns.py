@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "measured in the first round only (%(default)s)")  # fmt: skip
     add("--most-uncompiled", type=int, default=512, metavar="TOKENS", help="of a prompt "
         "(%(default)s)")  # fmt: skip
-    add("--llama", type=Path, default=Path("build/llama.cpp"), help="folder that "
+    add("--llama", type=Path, default=llama_cpp.FOLDER, help="folder that "
         "benchmarks.llama_cpp has filled (%(default)s)")  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from benchmarks.machine import COMPILER
 
 VERSION = "0.3.36"
 KINDS = ("bf16", "q8_0")  # of all but the experts
+FOLDER = Path("build/llama.cpp")  # unless another one is named
 HERE = Path(__file__).resolve().parent
 DRIVER = HERE / "llama_driver.cpp"
 # Nothing but the library; for this CPU, as its authors' instructions for a local build have it.
@@ -107,7 +108,7 @@ def order(cell: tuple[Any, ...], states: Path) -> str:
     """
     parts = list(map(str, cell))
     if parts[0] == "decode":
-        parts.append(f"{states}-{parts[1]}.state")
+        parts.append(f"{states}-{parts[1]}-{parts[2]}.state")  # it knows how many sequences
     return ":".join(parts)
 
 
