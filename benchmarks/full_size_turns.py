@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,8 +91,10 @@ def measure(
         try:
             ways[name] = prepare(name, args, ids, scratch, log)
         except Unavailable as error:
-            turns["unavailable"][name] = str(error)
+            turns["unavailable"][name] = reason(str(error))
             log(f"{LABELS[name]} cannot be had: {error}")
+    if not ways:
+        raise SystemExit("none of the ways can be had, so nothing was measured")
     with Probes(args.threads, args.probe_mib << 20, seconds=0.01) as probes:
         for turn in range(args.turns):
             for name in random.Random(turn).sample(list(ways), len(ways)):
@@ -112,8 +115,15 @@ def one(name: str, way: Way, turn: int, log: Log) -> dict[str, Any]:
         told["phases"] = run(title, settings, way.limit, log, way.program(cells))
     except ProcessFailed as error:
         log(str(error))
-        told |= {"failed": str(error), "phases": error.phases}
+        told |= {"failed": reason(str(error)), "phases": error.phases}
     return told
+
+
+def reason(message: str) -> str:
+    """A line of it without folders: the last one that names an error, or else the last one."""
+    lines = message.strip().splitlines()
+    line = next((line for line in reversed(lines) if "Error" in line), lines[-1])
+    return re.sub("[^\\s'\"]*/", "", line)
 
 
 def prepare(name: str, args: argparse.Namespace, ids: Path, scratch: Path, log: Log) -> Way:

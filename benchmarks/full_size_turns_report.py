@@ -146,14 +146,8 @@ def _absent(turns: dict[str, Any]) -> str:
     lines = [f"cannot be had: {LABELS[way]}: {why}" for way, why in turns["unavailable"].items()]
     lines += [
         f"failed: round {told['round'] + 1}, {LABELS[told['way']]}, behind "
-        f"{[phase['phase'] for phase in told['phases']]}: {_reason(told['failed'])}"
+        f"{[phase['phase'] for phase in told['phases']]}: {told['failed']}"
         for told in turns["runs"]
         if told["failed"]
     ]
     return "\n".join(lines)
-
-
-def _reason(message: str) -> str:
-    """A line of it: the last one that names an error, or the last one."""
-    lines = message.strip().splitlines()
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1])

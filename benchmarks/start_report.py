@@ -14,7 +14,7 @@ LABELS = {
     "uncompiled": "packed, uncompiled",
     "whole": 'model.compile(backend="mxfp4")',
     "pieces": "mxfp4_fx.compile(model)",
-    "inductor": 'dense, model.compile(backend="inductor")',
+    "inductor": "Inductor alone, dense",
     "llama.cpp": "llama.cpp",
 }
 

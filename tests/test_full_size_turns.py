@@ -177,7 +177,7 @@ def some_turns() -> dict[str, Any]:
         {"way": way, "round": turn, "phases": phases, "failed": None, "read_rates": [1e9, 3e9]}
         for way, turn, phases in runs
     ]
-    told[-1]["failed"] = "llama.cpp: the process failed:\nSomeError: no room\nlast line"
+    told[-1]["failed"] = "SomeError: no room"
     turns = {
         "settings": {"prefill": [4, 99], "contexts": [5], "batches": [1, 2], "turns": 2}
         | {"most_each_round": 50},
@@ -333,7 +333,8 @@ def test_a_process_that_fails_keeps_what_it_told_and_others_go_on(
 
     def run(name: str, *_: Any) -> list[dict[str, Any]]:
         if "uncompiled" in name:
-            raise measured_process.ProcessFailed(f"{name}: the process failed", told)
+            message = f"{name}: the process failed:\nSomeError: no /some/file\nlast line"
+            raise measured_process.ProcessFailed(message, told)
         return told
 
     monkeypatch.setattr(full_size_turns, "run", run)
@@ -343,4 +344,12 @@ def test_a_process_that_fails_keeps_what_it_told_and_others_go_on(
     full_size_turns.measure(args, config, tmp_path, results, lambda _: None)
     runs = results["turns"]["runs"]
     assert [run["phases"] for run in runs] == 4 * [told]
-    assert [bool(run["failed"]) for run in runs] == [run["way"] == UNCOMPILED for run in runs]
+    failed = {UNCOMPILED: "SomeError: no file", OURS: None}
+    assert [run["failed"] for run in runs] == [failed[run["way"]] for run in runs]
+
+
+def test_none_of_the_ways_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    args = arguments("--checkpoint", str(checkpoint), "--ways", "llama-bf16", "--llama", "none")
+    config = full_size.read_config(checkpoint)
+    with pytest.raises(SystemExit, match="none of the ways can be had"):
+        full_size_turns.measure(args, config, tmp_path, {}, lambda _: None)
