@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decode-tokens", type=int, default=16, help="for each context and batch (%(default)s)")
     add("--most-each-round", type=int, default=2048, metavar="TOKENS", help="longer prompts are "
         "measured in the first round only (%(default)s)")  # fmt: skip
-    add("--most-uncompiled", type=int, default=512, metavar="TOKENS", help="of a prompt "
-        "(%(default)s)")  # fmt: skip
+    add("--most-uncompiled", type=int, default=128, metavar="TOKENS", help="of a prompt, "
+        "in one round (%(default)s)")  # fmt: skip
     add("--llama", type=Path, default=llama_cpp.FOLDER, help="folder that "
         "benchmarks.llama_cpp has filled (%(default)s)")  # fmt: skip
 
@@ -97,7 +97,8 @@ def measure(
         raise SystemExit("none of the ways can be had, so nothing was measured")
     with Probes(args.threads, args.probe_mib << 20, seconds=0.01) as probes:
         for turn in range(args.turns):
-            for name in random.Random(turn).sample(list(ways), len(ways)):
+            due = [name for name, way in ways.items() if way.cells[turn > 0]]
+            for name in random.Random(turn).sample(due, len(due)):
                 for _ in range(READS):
                     probes.measure(tokens=1)
                 turns["runs"].append(one(name, ways[name], turn, log))
@@ -166,12 +167,15 @@ def why_no_vllm() -> str:
 
 
 def cells_of(name: str, args: argparse.Namespace, *, first: bool) -> list[Cell]:
-    """What a way measures in the first round, or in each other one.
+    """What a way measures in the first round, or in each other one; the uncompiled model, which is
+    slow by a factor, has one round.
 
     The first cell comes twice: it reads the weights, and the last of its name is the one that
     counts.
     """
     plain = name == UNCOMPILED
+    if plain and not first:
+        return []
     most = min(
         max(args.prefill) if first else args.most_each_round,
         args.most_uncompiled if plain else max(args.prefill),
