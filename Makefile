@@ -4,8 +4,9 @@
 # make lint    check style, types and the imports between rooms
 # make bench   measure the CPU's kernels beside others: build/cpu.json and a plot
 # make bench-gpu  measure a GPU's kernels beside others: build/gpu.json and a plot
-# make bench-full-size  gpt-oss-20b's sizes on two cores: memory and tokens a second, in a quarter of
-#              an hour, with 14 GB on the disk and 16 GiB of memory: build/full-size.json
+# make bench-full-size  gpt-oss-20b's sizes on two cores: memory, and tokens a second beside others,
+#              in hours, with 14 GB on the disk (40 beside llama.cpp) and 16 GiB of memory:
+#              build/full-size.json and a plot
 # make bench-start  measure where the time of a start goes: build/start.json and a plot, in hours
 # make quality  train a small GPT-OSS and measure what MXFP4 costs it: build/quality.json and a plot
 # make versions  run some tests with each minor release of transformers, torch, Triton and kernels,
@@ -66,7 +67,7 @@ bench-gpu: $(STAMP)
 	.venv/bin/python -m benchmarks.gpu --output build/gpu.json --plot build/gpu.svg
 
 bench-full-size: $(STAMP)
-	.venv/bin/python -m benchmarks.full_size --output build/full-size.json
+	.venv/bin/python -m benchmarks.full_size --output build/full-size.json --plot build/full-size.svg
 
 bench-start: $(STAMP)
 	.venv/bin/python -m benchmarks.start --output build/start.json --plot build/start.svg

@@ -4,12 +4,16 @@
     python -m benchmarks.full_size --layers 2 --vocab 512 --checkpoint DIRECTORY   # to try it out
 
 Writes a checkpoint of random weights (13.8 GB) unless it is there; one of your own does, too. Then
-processes of their own load it packed, compile it with ``free_weights`` and generate, from a cold
-page cache, watched from outside. One with tiny widths and as many layers shows what Python, torch
-and compiling take; one runs the packed model uncompiled. Linux only.
+it measures two things, of which ``--only`` chooses one. Linux only.
 
-The limit is no cgroup's: whoever has more resident memory, mapped pages and child processes
-included, is killed, and the benchmark fails.
+Memory: processes of their own load the checkpoint packed, compile it with ``free_weights`` and
+generate, from a cold page cache, watched from outside. One with tiny widths and as many layers
+shows what Python, torch and compiling take; one runs the packed model uncompiled. The limit is no
+cgroup's: whoever has more resident memory, mapped pages and child processes included, is killed,
+and the benchmark fails.
+
+Turns (``full_size_turns.py``): prompts and decoded tokens, beside the uncompiled model and
+llama.cpp, if ``python -m benchmarks.llama_cpp`` has built it. They take hours at full size.
 """
 
 from __future__ import annotations
@@ -17,35 +21,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from benchmarks import command, end_to_end
+from benchmarks import command, end_to_end, full_size_turns, full_size_turns_report, model_bytes
 from benchmarks.command import Log
 from benchmarks.full_size_report import summarize, text
 from benchmarks.machine import available_bytes, machine
+from benchmarks.measured_process import ROOT, ProcessFailed, choose_cores, run
 from benchmarks.moe import relative_error
-from benchmarks.process_memory import Watch
+from benchmarks.report import paragraphs
 from mxfp4_fx.checkpoints import gpt_oss
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 from mxfp4_fx.core.errors import CheckpointError
-from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 
-ROOT = Path(__file__).resolve().parent.parent
 SPARE_BYTES = 3 << 30  # for Python, torch, compilers and other programs
 SETTINGS = ("threads", "limit_gib", "prompt_tokens", "new_tokens", "uncompiled_tokens", "rounds")
-
-
-class ProcessFailed(SystemExit):
-    """A measured process did not end well, or computed something else; the message says how."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,14 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     facts = machine(args.threads)
     writing = write(args, log)
     config = read_config(args.checkpoint)
-    sizes = model_bytes(config)
+    sizes = model_bytes.of_model(config)
     free, needed = available_bytes(), sizes["checkpoint"] + SPARE_BYTES
     if free < needed:
         raise SystemExit(
             f"{needed / 2**30:.0f} GiB of memory are needed, {free / 2**30:.0f} are free"
         )
-    with tempfile.TemporaryDirectory() as directory:
-        runs, difference = measure_all(args, config, Path(directory), log)
     results: dict[str, Any] = {
         "machine": facts,
         "settings": {
@@ -74,12 +68,19 @@ def main(argv: list[str] | None = None) -> int:
         },
         "bytes": sizes,
         "write": writing,
-        "runs": runs,
-        "logits": difference,
     }
-    results["summary"] = summarize(results)
+    told = []
+    with tempfile.TemporaryDirectory() as directory:
+        if args.only != "turns":
+            results["runs"], results["logits"] = measure_all(args, config, Path(directory), log)
+            results["summary"] = summarize(results)
+            command.write(args.output, results)
+            told.append(text(results))
+        if args.only != "memory":
+            full_size_turns.measure(args, config, Path(directory), results, log)
+            told.append(full_size_turns_report.text(results["turns"]))
     results["seconds"] = time.perf_counter() - started
-    command.finish(args, results, text(results))
+    command.finish(args, results, paragraphs(*told))
     return 0
 
 
@@ -98,9 +99,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="of decoding (%(default)s)")
     add("--probe-mib", type=int, default=1024, help="memory that is read to measure its rate")
     add("--inner", default="inductor", help="what compiles the rewritten graph (%(default)s)")
+    add("--plot", type=Path, help="a picture of the turns, .svg or .png")
+    add("--only", choices=("memory", "turns"), help="leave out the other half")
+    full_size_turns.add_arguments(parser)
     args = parser.parse_args(argv)
     args.checkpoint = args.checkpoint.expanduser().resolve()
-    for name in ("threads", "prompt_tokens", "new_tokens", "rounds"):
+    if args.plot and args.only == "memory":
+        parser.error("--plot: the picture is of the turns")
+    if unknown := set(args.ways) - set(full_size_turns.WAYS):
+        known = ", ".join(full_size_turns.WAYS)
+        parser.error(f"--ways: {', '.join(sorted(unknown))} is none of {known}")
+    for name in ("threads", "prompt_tokens", "new_tokens", "rounds", "turns", "decode_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: 1 or more")
     return args
@@ -130,45 +139,6 @@ def write(args: argparse.Namespace, log: Log) -> dict[str, Any] | None:
     return {"seconds": time.perf_counter() - started}
 
 
-def model_bytes(config: dict[str, Any]) -> dict[str, int]:
-    """Bytes of a checkpoint and what is read of it, from its sizes; floats are bfloat16's.
-
-    Returns:
-        checkpoint: of all tensors.
-        experts, layer: blocks and scales of all layers and of one.
-        bfloat16: of all tensors, were the experts bfloat16.
-        per_token: of the tensors that decoding a token must read: its experts' in every layer, one
-            row of the embedding, all others whole.
-        per_token_experts: the experts' part of that.
-    """
-    sizes = {key: config[key] for key in gpt_oss.KEYS}
-    layers, experts = sizes[gpt_oss.LAYERS], config["num_local_experts"]
-    active = config["num_experts_per_tok"]
-    names = ("checkpoint", "experts", "layer", "bfloat16", "per_token", "per_token_experts")
-    found = dict.fromkeys(names, 0)
-    forms: dict[int, gpt_oss.Form] = dict.fromkeys(range(layers), "packed")
-    for name, axes in gpt_oss.tensors("model.", forms, biases=True, head=True).items():
-        elements = 1
-        for axis in axes:
-            elements *= gpt_oss.size(axis, sizes)
-        is_packed = name.endswith(("_blocks", "_scales"))
-        nbytes = elements * (1 if is_packed else 2)
-        found["checkpoint"] += nbytes
-        found["experts"] += nbytes * is_packed
-        if name.endswith("_blocks"):
-            found["bfloat16"] += 2 * elements * BLOCK // BYTES_PER_BLOCK
-        elif not is_packed:
-            found["bfloat16"] += nbytes
-        if ".experts." in name:
-            nbytes = nbytes * active // experts
-            found["per_token_experts"] += nbytes
-        elif "embed_tokens" in name:
-            nbytes //= config["vocab_size"]
-        found["per_token"] += nbytes
-    found["layer"] = found["experts"] // layers
-    return found
-
-
 def measure_all(
     args: argparse.Namespace, config: dict[str, Any], scratch: Path, log: Log
 ) -> tuple[dict[str, Any], dict[str, float] | None]:
@@ -196,7 +166,7 @@ def measure_all(
     for name, change in changes.items():
         settings = {**common, **change, "logits": str(scratch / f"{name}.pt")}
         runs[name] = {"phases": run(name, settings, limit, log)}
-    runs["baseline"]["bytes"] = model_bytes(read_config(tiny))
+    runs["baseline"]["bytes"] = model_bytes.of_model(read_config(tiny))
     if "uncompiled" not in runs:
         return runs, None
     ours, plain = (torch.load(scratch / f"{name}.pt") for name in ("compiled", "uncompiled"))
@@ -208,95 +178,6 @@ def measure_all(
             f"themselves, rounding explains {bound:.2e}"
         )
     return runs, {"relative_difference": difference, "bound": bound}
-
-
-def run(
-    name: str,
-    settings: dict[str, Any],
-    limit: int,
-    log: Log,
-    program: str = "benchmarks.full_size_child",
-    caches: Path | None = None,
-) -> list[dict[str, Any]]:
-    """The phases of a process of its own.
-
-    Args:
-        program: the module that it runs.
-        caches: a directory for all that it keeps for the next process; None: it keeps nothing of
-            what Inductor made.
-
-    Raises:
-        ProcessFailed: it failed, or had more memory than the limit.
-    """
-    log(f"{name}: starts")
-    forget_pages(Path(settings["checkpoint"]))
-    reader, writer = os.pipe()
-    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile("w+") as errors:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"])}
-        if caches is None:  # compiled anew, as for the first time
-            environment["TORCHINDUCTOR_CACHE_DIR"] = directory
-        else:  # Inductor keeps precompiled headers in the directory for temporary files
-            environment |= {"TMPDIR": str(caches), "MXFP4_FX_CACHE_DIR": str(caches / "kernels")}
-            environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-        process = subprocess.Popen(
-            [sys.executable, "-m", program, json.dumps({**settings, "pipe": writer})],
-            cwd=ROOT,
-            env={**environment, **settings.get("environment", {})},
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            pass_fds=(writer,),
-            start_new_session=True,
-        )
-        os.close(writer)
-        watch = Watch(process.pid, limit, settings.get("sample_seconds", 0.01))
-        watch.start()
-        phases = []
-        try:
-            with os.fdopen(reader, encoding="utf-8") as lines:
-                for line in lines:
-                    phase = json.loads(line)
-                    phase["sampled_peaks"] = watch.take()
-                    phases.append(phase)
-                    peak = phase["memory"]["peak"]
-                    size = f"{peak / 2**30:.2f} GiB"
-                    log(f"{name}: {phase['phase']}: {phase['seconds']:.1f} s, peak {size}")
-                    if peak > limit and watch.exceeded is None:  # between two samples
-                        watch.end(peak)
-            failed = process.wait() != 0
-        finally:
-            process.kill()
-            process.wait()
-            watch.stop()
-        errors.seek(0)
-        if watch.exceeded is not None:
-            raise ProcessFailed(
-                f"{name}: {watch.exceeded / 2**30:.2f} GiB of resident memory after the phases "
-                f"{[phase['phase'] for phase in phases]}; --limit-gib allows {limit / 2**30:.2f}"
-            )
-        if failed:
-            raise ProcessFailed(f"{name}: the process failed:\n{errors.read()[-4000:]}")
-    return phases
-
-
-def choose_cores(count: int) -> list[int]:
-    """So many cores that may be used; those that share a core's units with another come last."""
-    seen: set[str] = set()
-    first: list[int] = []
-    later: list[int] = []
-    for core in sorted(psutil.Process().cpu_affinity()):
-        topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
-        siblings = topology.read_text() if topology.exists() else str(core)
-        (later if siblings in seen else first).append(core)
-        seen.add(siblings)
-    return (first + later)[:count]
-
-
-def forget_pages(checkpoint: Path) -> None:
-    """Let go of what the page cache has of the files: a run starts with reading the disk."""
-    for path in checkpoint.glob("*.safetensors"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":

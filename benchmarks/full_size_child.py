@@ -28,14 +28,14 @@ class Phases:
     def __call__(self, name: str) -> Iterator[dict[str, Any]]:
         """A phase; what the caller puts into the dictionary is told, too."""
         facts: dict[str, Any] = {"load_average": psutil.getloadavg()[0]}
-        graphs = _graphs()
+        graphs = compiled_graphs()
         reset_peak()
         started = time.perf_counter()
         yield facts
         facts["seconds"] = time.perf_counter() - started
         facts["memory"] = {**memory(psutil.Process()), "peak": peak()}
         facts["checkpoint_mapped"] = mapped_bytes(".safetensors")
-        facts["graphs"] = _graphs() - graphs
+        facts["graphs"] = compiled_graphs() - graphs
         print(json.dumps({"phase": name, **facts}), file=self._pipe, flush=True)
 
 
@@ -62,7 +62,7 @@ def main(settings: dict[str, Any]) -> None:
         return
     torch._dynamo.config.recompile_limit = 64  # a cache that grows: more graphs than it expects
     options = {"free_weights": True, "strict": True, "inner": settings["inner"]}
-    model.compile(backend="mxfp4", options=options)
+    mxfp4_fx.compile(model, options=options)
     with phase("first forward"), torch.no_grad():
         logits = model(ids).logits[0, -1].float()
     torch.save(logits, settings["logits"])
@@ -85,7 +85,7 @@ def main(settings: dict[str, Any]) -> None:
         facts["read_rates"] = [each.read for each in probes.rates]
 
 
-def _graphs() -> int:
+def compiled_graphs() -> int:
     """How many graphs Dynamo has compiled in this process."""
     utils = sys.modules.get("torch._dynamo.utils")
     return utils.counters["stats"]["unique_graphs"] if utils else 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 INK, FAINT, GRID = "#1f2933", "#6b7680", "#e3e7eb"
-FLOOR_FILL = "#eef1f4"
+FLOOR_FILL, FLOOR_BAR = "#eef1f4", "#c3cad1"
 # Distinct in hue and lightness, for readers who do not tell hues apart too.
 OURS = ("#0b57a4", "#2389c7", "#2a9d9d", "#5f8ea0", "#7c8fa0")
 PYTORCH = "#7a5ba8"
@@ -55,6 +55,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
             figure = _quality(results)
         elif "starts" in results:
             figure = _start(results)
+        elif "turns" in results:
+            from benchmarks import plot_turns  # it uses this file
+
+            figure = plot_turns.figure(results)
         elif "rows" in results:
             figure = _gpu(results)
         else:
@@ -182,7 +186,7 @@ def _panel(
         axis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("tokens in a call", color=FAINT)
-    _plain(axes, "y")
+    plain(axes, "y")
 
 
 # ---- perplexities and the errors of weights -----------------------------------------------------
@@ -244,7 +248,7 @@ def _perplexities(models: list[dict[str, Any]], axes: Any) -> None:
         )  # fmt: skip
         moved = f"{100 * apart['perplexity'] / base:+.2f} %"
         text = f"{row['perplexity']:.3f}" if is_reference else moved
-        _annotate(axes, f"{text}  {runs}", (row["perplexity"] + bar, y), colour, "left")
+        annotate(axes, f"{text}  {runs}", (row["perplexity"] + bar, y), colour, "left")
         ends += [row["perplexity"] - bar, row["perplexity"] + bar]
     reach = max(max(ends) - min(ends), 1e-3 * base)
     axes.set_xlim(min(ends) - 0.08 * reach, max(ends) + 0.42 * reach)  # room for the labels
@@ -259,16 +263,19 @@ def _weights(weights: dict[str, dict[str, dict[str, float]]], axes: Any) -> None
             colour = COLOURS.get(rule, INK)
             axes.plot(value, y, "o", markersize=8, color=colour, zorder=3)
             side = "right" if value == decibels[0][0] else "left"
-            _annotate(axes, f"{value:.1f}", (value, y), colour, side)
+            annotate(axes, f"{value:.1f}", (value, y), colour, side)
     axes.margins(x=0.35)
     _rows(axes, list(weights), "weights: signal to rounding noise, dB")
 
 
-def _annotate(axes: Any, text: str, at: tuple[float, float], colour: str, side: str) -> None:
+def annotate(
+    axes: Any, text: str, at: tuple[float, float], colour: str, side: str, size: float = 9
+) -> None:
+    """Text beside a point, at its left or its right side."""
     axes.annotate(
         *(text, at),
         xytext=(9 if side == "left" else -9, 0), textcoords="offset points",
-        horizontalalignment=side, verticalalignment="center", color=colour, fontsize=9,
+        horizontalalignment=side, verticalalignment="center", color=colour, fontsize=size,
     )  # fmt: skip
 
 
@@ -277,7 +284,7 @@ def _rows(axes: Any, names: Sequence[str], title: str) -> None:
     axes.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.set_title(title, loc="left", color=INK, fontweight="bold", fontsize=11)
-    _plain(axes, "x")
+    plain(axes, "x")
     axes.tick_params(axis="y", labelcolor=INK)
 
 
@@ -315,11 +322,11 @@ def _start(results: dict[str, Any]) -> Any:
             for row, more in seconds.items():
                 ends[row] += more
         for y, end in enumerate(ends.values()):
-            _annotate(axes, f"{end:.0f}", (end, y), FAINT, "left")
+            annotate(axes, f"{end:.0f}", (end, y), FAINT, "left")
         axes.set_title(f"{cache} caches", loc="left", color=INK, fontweight="bold", fontsize=11)
         axes.margins(x=0.12)
         axes.set_xlabel("seconds until the last token", color=FAINT)
-        _plain(axes, "x")
+        plain(axes, "x")
     axes = panels[0][0]
     axes.set_yticks(range(len(rows)), [f"{LABELS[way]}, {layers} layers" for way, layers in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -343,7 +350,8 @@ def _start(results: dict[str, Any]) -> Any:
 # ---- what all have ------------------------------------------------------------------------------
 
 
-def _plain(axes: Any, grid: str) -> None:
+def plain(axes: Any, grid: str) -> None:
+    """A faint grid across one axis, "x" or "y", and no frame."""
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, length=0)

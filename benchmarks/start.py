@@ -6,12 +6,13 @@
 
 Every measurement is a process of its own that imports, loads a GPT-OSS checkpoint of random
 weights, compiles it, and generates a few tokens, across the end of the sliding window. The first
-process has empty caches (cold), the second one those of the first (warm).
+process has empty caches (cold), the second one those of the first (warm), the system's page cache
+included.
 
 Without ``--full-size`` the models have many layers of tiny width and the times are CPU seconds,
 child processes included: compiling a layer takes as long whatever its width. With it, sizes are
 gpt-oss-20b's and times are wall time; a checkpoint of 13.8 GB is written unless it is there.
-llama.cpp is measured there if ``llama-cpp-python`` is installed and ``--gguf`` names the model.
+llama.cpp is measured, on the same weights, if ``python -m benchmarks.llama_cpp`` has built it.
 Linux only.
 """
 
@@ -19,16 +20,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import mxfp4_fx
-from benchmarks import command, end_to_end, full_size
+from benchmarks import command, end_to_end, full_size, llama_cpp, measured_process, model_bytes
 from benchmarks.command import Log
+from benchmarks.contenders import Unavailable
 from benchmarks.machine import available_bytes, machine
 from benchmarks.start_child import INDUCTOR, LLAMA, PIECES, WAYS
 from benchmarks.start_report import summarize, text
@@ -70,7 +73,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ways", type=command.names, default=WAYS, help=f"some of {','.join(WAYS)} (all)")
     add("--checkpoint", type=Path, help="with --full-size: written if it is absent (in build)")
     add("--vocab", type=int, default=201088, help="of what is written there (%(default)s)")
-    add("--gguf", type=Path, help="with --full-size: the same model for llama.cpp")
+    add("--llama", type=Path, default=llama_cpp.FOLDER, help="folder that benchmarks.llama_cpp "
+        "has filled (%(default)s)")  # fmt: skip
     add("--threads", type=int, default=2, help="and cores (%(default)s)")
     add("--limit-gib", type=float, default=22.0, help="of resident memory (%(default)s)")
     add("--prompt-tokens", type=int, help="(8; with --full-size 112)")
@@ -97,8 +101,7 @@ def measure(
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {
         "checkpoint": str(checkpoint),
-        "gguf": str(args.gguf),
-        "cores": full_size.choose_cores(args.threads),
+        "cores": measured_process.choose_cores(args.threads),
         "clock": "wall" if args.full_size else "cpu",
         "sample_seconds": 0.1,
     }
@@ -109,15 +112,22 @@ def measure(
             results["unavailable"][way] = why
             log(f"{way}: {why}")
             continue
+        program: str | measured_process.Program = "benchmarks.start_child"
+        limit, own = int(args.limit_gib * 2**30), {**settings, "way": way}
+        if way == LLAMA:
+            model = llama_cpp.model(args.llama, checkpoint, "bf16", log)
+            program = llama_program(args, model, scratch, settings["cores"])
+            own["checkpoint"], limit = str(model), sys.maxsize  # mapped pages can be dropped
         with tempfile.TemporaryDirectory(dir=scratch) as caches:
             for cache in CACHES:
-                stages = full_size.run(
+                stages = measured_process.run(
                     f"{layers} layers, {way}, {cache}",
-                    {**settings, "way": way},
-                    int(args.limit_gib * 2**30),
+                    own,
+                    limit,
                     log,
-                    "benchmarks.start_child",
+                    program,
                     Path(caches),
+                    warm_pages=cache == "warm",
                 )
                 start = {"layers": layers, "way": way, "cache": cache, "stages": stages}
                 start["summary"] = summarize(start, settings["clock"])
@@ -137,17 +147,27 @@ def write(args: argparse.Namespace, layers: int, scratch: Path, log: Log) -> Pat
     return write_random_checkpoint(scratch / f"{layers}-layers", shape, progress=False)
 
 
+def llama_program(
+    args: argparse.Namespace, model: Path, scratch: Path, cores: list[int]
+) -> measured_process.Program:
+    """llama.cpp, with the same stages."""
+    ids = scratch / "ids"
+    np.arange(args.prompt_tokens, dtype=np.int32).tofile(ids)
+    orders = [f"generate:{args.prompt_tokens}:{args.new_tokens}"]
+    return lambda pipe: llama_cpp.driver_command(args.llama, pipe, model, ids, cores, orders)
+
+
 def unavailable(way: str, checkpoint: Path, args: argparse.Namespace) -> str | None:
     """Why a way cannot be measured here, if it cannot."""
     if way == LLAMA:
-        if importlib.util.find_spec("llama_cpp") is None:
-            return "llama-cpp-python is not installed"
-        if not args.full_size or args.gguf is None:
-            return "it is measured with --full-size, and --gguf names the model"
+        try:
+            llama_cpp.driver(args.llama)
+        except Unavailable as error:
+            return str(error)
         return None
     if way == PIECES and not hasattr(mxfp4_fx, "compile"):
         return "this mxfp4_fx has no function compile"
-    sizes = full_size.model_bytes(full_size.read_config(checkpoint))
+    sizes = model_bytes.of_model(full_size.read_config(checkpoint))
     size = sizes["bfloat16" if way == INDUCTOR else "checkpoint"]
     needed = size + full_size.SPARE_BYTES
     if needed > min(available_bytes(), args.limit_gib * 2**30):

@@ -1,4 +1,4 @@
-"""The process that ``benchmarks.start`` measures: it starts a model, once, in one way.
+"""The process that ``benchmarks.start`` measures: it starts a model, once, in one way with torch.
 
 It tells its stages, as lines of JSON, through a pipe that it inherits.
 """
@@ -62,9 +62,6 @@ def main(settings: dict[str, Any]) -> None:
     psutil.Process().cpu_affinity(settings["cores"])
     spending = Spending(cpu_seconds if settings["clock"] == "cpu" else time.perf_counter)
     stage = Stages(settings["pipe"], spending)
-    if settings["way"] == LLAMA:
-        start_llama_cpp(settings, stage)
-        return
     with stage("import"):
         import torch
         import transformers  # noqa: F401
@@ -116,24 +113,6 @@ def compile_model(model: Any, settings: dict[str, Any]) -> None:
         mxfp4_fx.compile(model, options=options)
     else:
         model.compile(backend=settings["inner"])
-
-
-def start_llama_cpp(settings: dict[str, Any], stage: Stages) -> None:
-    """The same stages with llama.cpp, of a GGUF file."""
-    with stage("import"):
-        from llama_cpp import Llama
-    count, new = settings["prompt_tokens"], settings["new_tokens"]
-    with stage("load"):
-        model = Llama(
-            settings["gguf"], n_ctx=count + new + 1, n_threads=settings["threads"], verbose=False
-        )
-    stage.begin("first token")
-    tokens = model.generate(list(range(count)), temp=0.0)
-    next(tokens)
-    stage.end()
-    with stage("further tokens"):
-        for _ in range(new):
-            next(tokens)
 
 
 def _counted() -> Counter[str]:

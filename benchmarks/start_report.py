@@ -14,7 +14,7 @@ LABELS = {
     "uncompiled": "packed, uncompiled",
     "whole": 'model.compile(backend="mxfp4")',
     "pieces": "mxfp4_fx.compile(model)",
-    "inductor": 'dense, model.compile(backend="inductor")',
+    "inductor": "Inductor alone, dense",
     "llama.cpp": "llama.cpp",
 }
 
@@ -32,9 +32,9 @@ def summarize(start: dict[str, Any], clock: str) -> dict[str, Any]:
         if stage["phase"] in parts:
             parts[stage["phase"]] += stage[key]
         else:
-            for part, seconds in stage["spent"].items():
+            for part, seconds in stage.get("spent", {OTHER: stage[key]}).items():
                 parts[part] += seconds
-    files = sum(stage["timings"].get("compile_file", 0) for stage in stages)
+    files = sum(stage.get("timings", {}).get("compile_file", 0) for stage in stages)
     return {
         "parts": parts,
         "first token": sum(stage[key] for stage in stages[:3]),
