@@ -102,7 +102,9 @@ class TestGraph(Snapshots):
     def test_grouped_heads_and_a_mask(self) -> None:
         graphs = Graphs()
         compile_with(Attention(), graphs)(*operands())
-        self.assertExpectedInline(readable(graphs.seen[0]), """\
+        self.assertExpectedInline(
+            readable(graphs.seen[0]),
+            """\
 input l_key_: float32[2, 2, 7, 8]
 input l_value_: float32[2, 2, 7, 8]
 input l_query_: float32[2, 6, 5, 8]
@@ -112,7 +114,8 @@ attention_with_sinks_default: float32[2, 5, 6, 8] =
     mxfp4.attention_with_sinks.default(l_query_, l_key_, l_value_, sinks, l_mask_, 0.25,
     'cpu')
 return [attention_with_sinks_default]
-""")
+""",
+        )
 
 
 # ---- what is rewritten
