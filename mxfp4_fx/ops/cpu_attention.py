@@ -9,13 +9,17 @@ Shape letters as in ``reference.py``.
 
 from __future__ import annotations
 
+import errno
 import math
+import struct
 
 import torch
 from torch import Tensor
 
 from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError
 from mxfp4_fx.ops import reference
+from mxfp4_fx.ops.cpu_library import DTYPES, check, library
 from mxfp4_fx.ops.operands import check_attention
 
 # Queries that are computed at a time. Each block reads the keys that its part of the mask lets it
@@ -46,12 +50,14 @@ def attention_with_sinks(
     result = query.new_empty((batch, queries, heads, size))
     if not result.numel() or not keys:
         return result.zero_()
-    if not sinks.isfinite().all():
-        # The product with sigmoid(lse - sink) would hide that softmax makes NaN of such a row.
-        return reference.attention_with_sinks(query, key, value, sinks, mask, scale)
     query, key, value = map(_with_dense_rows, (query, key, value))
     if mask is not None:
         mask = mask.expand(*(1,) * (4 - mask.ndim), *mask.shape[:-1], keys)
+    if queries == 1 and _natively(query, key, value, sinks, mask, scale, result):
+        return result
+    if not sinks.isfinite().all():
+        # The product with sigmoid(lse - sink) would hide that softmax makes NaN of such a row.
+        return reference.attention_with_sinks(query, key, value, sinks, mask, scale)
     floor = None if mask is None or queries == 1 else _floor(query, key, value, sinks, scale)
     for start in range(0, queries, _BLOCK):
         rows = slice(start, min(start + _BLOCK, queries))
@@ -64,6 +70,56 @@ def attention_with_sinks(
         out = result[:, rows]
         _block(query[:, :, rows], key[:, :, seen], value[:, :, seen], sinks, part, scale, out)
     return result
+
+
+def _natively(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    result: Tensor,
+) -> bool:
+    """Compute one query a head into ``result`` [B, 1, H, D]; False if the kernel does not do it.
+
+    ``cpu_kernels/attention.h`` reads keys and values once, as they are.
+    """
+    try:
+        kernel = library().mxfp4_attention_with_sinks
+    except (KernelsUnavailableError, NativeBuildError):
+        return False
+    if mask is not None:
+        mask = _with_dense_rows(mask)
+    batch, heads, _, size = query.shape
+    mask_strides = (0, 0) if mask is None else _strides(mask)[:2]
+    arguments = _ARGUMENTS(
+        *(tensor.data_ptr() for tensor in (query, key, value, sinks)),
+        0 if mask is None else mask.data_ptr(),
+        result.data_ptr(),
+        *(batch, heads, key.shape[1], key.shape[2], size),
+        *query.stride()[:2],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        sinks.stride(0),
+        *mask_strides,
+        *(DTYPES[query.dtype], torch.get_num_threads()),
+        scale,
+    )
+    status = kernel(arguments)
+    if status == errno.ENOTSUP:
+        return False
+    check(status, "attention_with_sinks")
+    return True
+
+
+# From numbers to api.h's mxfp4_attention.
+_ARGUMENTS = struct.Struct("6P16q2if").pack
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Return the strides of x, 0 where one element stands for all."""
+    return [0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)]
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
