@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "api.h"
@@ -21,10 +22,21 @@
 
 namespace mxfp4 {
 
+// Every other lane of two vectors, from a lane on.
+inline VectorBits lanes_from(uint32_t first) {
+#if defined(__AVX512F__)
+  const VectorBits even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+#elif defined(__AVX2__)
+  const VectorBits even = {0, 2, 4, 6, 8, 10, 12, 14};
+#else
+  const VectorBits even = {0, 2, 4, 6};
+#endif
+  return even + first;
+}
+
 // The sum of each of VECTOR vectors, in the vectors' order. The vectors are overwritten.
 inline Vector sums_of(Vector* vectors) {
-  VectorBits even, odd;
-  for (int lane = 0; lane < VECTOR; lane++) even[lane] = 2u * lane, odd[lane] = 2u * lane + 1;
+  const VectorBits even = lanes_from(0), odd = lanes_from(1);
   for (int count = VECTOR; count > 1; count /= 2)
     for (int i = 0; i < count / 2; i++)
       vectors[i] = __builtin_shuffle(vectors[2 * i], vectors[2 * i + 1], even) +
@@ -86,8 +98,9 @@ class Attention {
       float keys[VECTOR * LARGEST];
       load_tile(a_.key, batch * a_.key_batch + head * a_.key_head, a_.key_token, first + at,
                 std::min<int64_t>(VECTOR, count - at), keys);
-      for (int64_t g = 0; g < groups_; g++)
-        store_vector(weights + g * PART + at, products(queries + g * a_.size, keys));
+      for_groups([&](auto heads, int64_t g) {
+        multiply<heads>(queries + g * a_.size, keys, weights + g * PART + at);
+      });
     }
     for (int64_t g = 0; g < groups_; g++)
       weigh(weights + g * PART, batch, head * groups_ + g, first, count, record_of(row + g, part));
@@ -95,26 +108,20 @@ class Attention {
       float values[VECTOR * LARGEST];
       load_tile(a_.value, batch * a_.value_batch + head * a_.value_head, a_.value_token, first + at,
                 std::min<int64_t>(VECTOR, count - at), values);
-      for (int64_t g = 0; g < groups_; g += GROUP) {
-        float* sums[GROUP];
-        for (int64_t i = 0; i < GROUP; i++)
-          sums[i] = record_of(row + std::min(g + i, groups_ - 1), part) + 2;
-        const float* w = weights + g * PART + at;
-        switch (std::min<int64_t>(GROUP, groups_ - g)) {
-          case 1:
-            add_values<1>(w, values, sums);
-            break;
-          case 2:
-            add_values<2>(w, values, sums);
-            break;
-          case 3:
-            add_values<3>(w, values, sums);
-            break;
-          default:
-            add_values<4>(w, values, sums);
-        }
-      }
+      for_groups([&](auto heads, int64_t g) {
+        float* sums[heads];
+        for (int i = 0; i < heads; i++) sums[i] = record_of(row + g + i, part) + 2;
+        add_values<heads>(weights + g * PART + at, values, sums);
+      });
     }
+  }
+
+  // Calls body(a constant number of heads, the first of them) until all heads have been named.
+  template <class F>
+  void for_groups(F body) const {
+    int64_t g = 0;
+    for (; g + GROUP <= groups_; g += GROUP) body(std::integral_constant<int, GROUP>(), g);
+    for (; g < groups_; g++) body(std::integral_constant<int, 1>(), g);
   }
 
   // A row of a tensor as float32, in the order in which Values gives it.
@@ -132,22 +139,40 @@ class Attention {
                  float* out) const {
     for (int64_t t = 0; t < count; t++) {
       const int64_t at = offset + (first + t) * stride;
-      __builtin_prefetch(static_cast<const char*>(tensor) + (at + AHEAD * stride) * Values::BYTES);
+      const char* ahead = static_cast<const char*>(tensor) + (at + AHEAD * stride) * Values::BYTES;
+      for (int64_t line = 0; line < a_.size * Values::BYTES; line += LINE)
+        __builtin_prefetch(ahead + line);
       load(tensor, at, out + t * a_.size);
     }
     std::fill(out + count * a_.size, out + VECTOR * a_.size, 0.f);
   }
-  static constexpr int64_t AHEAD = 16;  // rows
+  static constexpr int64_t AHEAD = 32;  // rows that are prefetched before they are read
+  static constexpr int64_t LINE = 64;   // bytes of a cache's line
 
-  Vector products(const float* query, const float* keys) const {
-    Vector sums[VECTOR];
-    for (int t = 0; t < VECTOR; t++) {
-      Vector sum = {};
-      for (int64_t i = 0; i < a_.size; i += VECTOR)
-        sum = sum + load_vector(query + i) * load_vector(keys + t * a_.size + i);
-      sums[t] = sum;
+  // The products of G queries with VECTOR keys, PART apart for each query.
+  template <int G>
+  void multiply(const float* queries, const float* keys, float* products) const {
+    constexpr int KEYS = 4;  // whose sums stay in registers
+    Vector sums[G][VECTOR];
+    for (int t = 0; t < VECTOR; t += KEYS) {
+      Vector some[G][KEYS] = {};
+      for (int64_t i = 0; i < a_.size; i += VECTOR) {
+        Vector rows[KEYS];
+#pragma GCC unroll 4
+        for (int k = 0; k < KEYS; k++) rows[k] = load_vector(keys + (t + k) * a_.size + i);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+          const Vector query = load_vector(queries + g * a_.size + i);
+#pragma GCC unroll 4
+          for (int k = 0; k < KEYS; k++) some[g][k] = some[g][k] + query * rows[k];
+        }
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+        for (int k = 0; k < KEYS; k++) sums[g][t + k] = some[g][k];
     }
-    return sums_of(sums);
+    for (int g = 0; g < G; g++) store_vector(products + g * PART, sums_of(sums[g]));
   }
 
   // Replaces a part's products by weights, and notes their maximum and their sum.
@@ -185,18 +210,32 @@ class Attention {
   // Adds VECTOR rows of values to the sums of G heads, by their weights, which are PART apart.
   template <int G>
   void add_values(const float* weights, const float* values, float* const* sums) const {
-    for (int64_t i = 0; i < a_.size; i += VECTOR) {
-      Vector parts[G];
+    int64_t i = 0;
+    for (; i + 2 * VECTOR <= a_.size; i += 2 * VECTOR) add_columns<G, 2>(weights, values, sums, i);
+    for (; i < a_.size; i += VECTOR) add_columns<G, 1>(weights, values, sums, i);
+  }
+
+  // Of these, N vectors from column i on.
+  template <int G, int N>
+  void add_columns(const float* weights, const float* values, float* const* sums, int64_t i) const {
+    Vector parts[G][N];
 #pragma GCC unroll 4
-      for (int g = 0; g < G; g++) parts[g] = load_vector(sums[g] + i);
-      for (int t = 0; t < VECTOR; t++) {
-        const Vector row = load_vector(values + t * a_.size + i);
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) parts[g][n] = load_vector(sums[g] + i + n * VECTOR);
+    for (int t = 0; t < VECTOR; t++) {
+      Vector row[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) row[n] = load_vector(values + t * a_.size + i + n * VECTOR);
 #pragma GCC unroll 4
-        for (int g = 0; g < G; g++) parts[g] = parts[g] + row * weights[g * PART + t];
-      }
-#pragma GCC unroll 4
-      for (int g = 0; g < G; g++) store_vector(sums[g] + i, parts[g]);
+      for (int g = 0; g < G; g++)
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) parts[g][n] = parts[g][n] + row[n] * weights[g * PART + t];
     }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) store_vector(sums[g] + i + n * VECTOR, parts[g][n]);
   }
 
   float sink(int64_t head) const {
