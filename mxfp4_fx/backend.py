@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.compiler import config
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -56,7 +57,8 @@ def mxfp4(
     rewritten, ctx = analyze(gm, example_inputs, parsed)
     refuse_freed(gm, rewritten, ctx)
     announce(ctx)
-    if not ctx.report.rewrites:  # with the captured graph's inputs
+    is_verified = parsed.verify and ctx.report.attention
+    if not (ctx.report.rewrites or is_verified):  # with the captured graph's inputs
         compiled = compile_inner(rewritten, example_inputs, parsed)
     else:
         compiled = bind(gm, rewritten, ctx, parsed)
@@ -142,16 +144,19 @@ def bind(
     refuse_freed(captured, verifying, verifying_ctx)
     verifying_plan = plan_inputs(captured, verifying, verifying_ctx)
     # One graph may serve many layers: each is compared in its own first call.
-    verified, layers = WeakTensorKeyDictionary(), len(ctx.report.rewrites)
-    first = plan.bindings[0].slots[0] if plan.bindings else 0
+    verified = WeakTensorKeyDictionary()
+    counts = len(ctx.report.rewrites), len(ctx.report.attention)
+    weights = [binding.slots[0] for binding in plan.bindings]
+    weights += [at for attention in ctx.report.attention for at in attention.inputs]
+    any_layer = torch.empty(0)
 
     def verify_first(*args: Any) -> Any:
-        weight = args[first]
+        weight = args[weights[0]] if weights else any_layer
         if weight in verified:
             return run(*args)
         result = verifying.forward(*verifying_plan.inputs(args))
         verified[weight] = True
-        log.info("verified %d rewritten layers", layers)
+        log.info("verified %d rewritten layers and %d attentions", *counts)
         return result
 
     return verify_first
@@ -232,6 +237,10 @@ def announce(ctx: Context) -> None:
     """Log rewrites and misses; warn once of each miss, or raise with ``strict``."""
     for rewrite in ctx.report.rewrites:
         log.info("%s: %s -> MXFP4, %s kernels", rewrite.layer, rewrite.form, rewrite.kernels)
+    for attention in ctx.report.attention:
+        log.info("%s: attention with sinks -> memory linear in its length", attention.layer)
+    for miss in ctx.report.attention_misses:
+        log.info("attention with sinks stays as it is: %s", miss)
     if ctx.report.linears:
         log.info("%d linears -> native kernels for few rows", ctx.report.linears)
     for miss in ctx.report.misses:

@@ -39,7 +39,7 @@ from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.inflated import note_of_inflated
 from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
-from mxfp4_fx.passes.report import GraphReport, Miss, Rewrite
+from mxfp4_fx.passes.report import Attention, GraphReport, Miss, Rewrite
 from mxfp4_fx.telling import is_told, note_told, tell, warn
 
 HOOK = -4  # our key among a module's hooks; torch's are not negative
@@ -297,7 +297,21 @@ class Call:
 
         rewrites: list[Rewrite] = [rename(rewrite) for rewrite in report.rewrites]
         misses: list[Miss] = [rename(miss) for miss in report.misses]
-        return dataclasses.replace(report, rewrites=rewrites, misses=misses)
+        attention = self._attention(report, args)
+        return dataclasses.replace(report, rewrites=rewrites, misses=misses, attention=attention)
+
+    def _attention(self, report: GraphReport, args: Sequence[Any]) -> list[Attention]:
+        """Return what became one op with the names that these inputs' modules have in the model."""
+        if not report.attention:
+            return []
+        tops = [top for model in self.models if (top := model.top()) is not None]
+        held = {id(p): name for top in tops for name, p in top.named_parameters()}
+
+        def rename(one: Attention) -> Attention:
+            name = next((held[id(args[at])] for at in one.inputs if id(args[at]) in held), "")
+            return dataclasses.replace(one, layer=name.rpartition(".")[0]) if name else one
+
+        return [rename(one) for one in report.attention]
 
     def _subjects(self) -> list[Any]:
         """Return what a warning is about: the modules in the call, or a function without any."""

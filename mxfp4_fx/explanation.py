@@ -14,7 +14,7 @@ from mxfp4_fx.backend import analyze, bind, refuse_freed
 from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
 from mxfp4_fx.core.console import size_in_words
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.passes.report import Miss, Rewrite
+from mxfp4_fx.passes.report import Attention, Miss, Rewrite
 from mxfp4_fx.weights.freed import is_freed
 
 
@@ -28,6 +28,8 @@ class Explanation:
         misses: the layers that look like experts and stay as they are.
         notes: what else the user should know.
         linears: how many linears native kernels compute if they have few rows.
+        attention: the attentions with sinks that become one op, of memory linear in the tokens.
+        attention_misses: what looks like attention with sinks on a CPU and stays as it is.
     """
 
     graphs: int
@@ -35,6 +37,8 @@ class Explanation:
     misses: tuple[Miss, ...]
     notes: tuple[str, ...] = ()
     linears: int = 0
+    attention: tuple[Attention, ...] = ()
+    attention_misses: tuple[Miss, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -54,6 +58,8 @@ class Explanation:
             "misses": [_data(miss) for miss in self.misses],
             "notes": [*self.notes],
             "linears": self.linears,
+            "attention": [_data(attention) for attention in self.attention],
+            "attention_misses": [_data(miss) for miss in self.attention_misses],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
@@ -80,6 +86,12 @@ class Explanation:
             lines += [f"  at {miss.where}"] if miss.where else []
         if not found:
             lines.append("nothing in it looks like GPT-OSS experts")
+        if self.attention:
+            count = len(self.attention)
+            lines.append(f"{count} attentions with sinks: memory linear in the prompt's length")
+        for miss in self.attention_misses:
+            lines += [f"attention with sinks as it was: {miss.layer}", f"  {miss.reason}"]
+            lines += [f"  at {miss.where}"] if miss.where else []
         if self.linears:
             lines.append(f"{self.linears} linears: native while they have few rows")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
@@ -119,7 +131,17 @@ def explain(
     misses = (*(m for report in found.graphs for m in report.misses), *found.outside)
     notes = tuple(dict.fromkeys(found.notes))
     linears = sum(report.linears for report in found.graphs)
-    return Explanation(len(found.graphs), rewrites, tuple(dict.fromkeys(misses)), notes, linears)
+    attention = tuple(one for report in found.graphs for one in report.attention)
+    others = dict.fromkeys(miss for report in found.graphs for miss in report.attention_misses)
+    return Explanation(
+        len(found.graphs),
+        rewrites,
+        tuple(dict.fromkeys(misses)),
+        notes,
+        linears,
+        attention,
+        tuple(others),
+    )
 
 
 @compilation.ours
@@ -147,7 +169,7 @@ def _collect(
     return run
 
 
-def _data(item: Rewrite | Miss) -> dict[str, Any]:
+def _data(item: Rewrite | Miss | Attention) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(item).items() if name != "inputs"}
 
 

@@ -32,6 +32,8 @@ model.layers.0.mlp.experts  grouped_mm  6, top-3  cpu (cpu_panels)  432.0 KiB  6
 model.layers.1.mlp.experts  grouped_mm  6, top-3  cpu (cpu_panels)  432.0 KiB  63.8 KiB
 total                                                               864.0 KiB  127.6 KiB
 cpu (cpu_panels): {CPU.reason}"""
+ATTENTION = "2 attentions with sinks: memory linear in the prompt's length"
+WHOLE = f"{TABLE}\n{ATTENTION}"
 
 
 # The same of two MLPs alone, whose names are shorter by fewer columns.
@@ -47,7 +49,7 @@ LAYERS_TABLE = "\n".join(
 
 def test_table() -> None:
     with torch.no_grad():
-        assert str(mxfp4_fx.explain(model(), tokens())) == TABLE
+        assert str(mxfp4_fx.explain(model(), tokens())) == WHOLE
 
 
 def test_table_of_misses_names_layer_reason_and_place() -> None:
@@ -71,9 +73,9 @@ def test_linears_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
             mxfp4_fx.explain(model(), tokens(1, 2), options={"linears": linears})
             for linears in (True, False)
         )
-    assert str(on) == f"{TABLE}\n11 linears: native while they have few rows"
+    assert str(on) == f"{WHOLE}\n11 linears: native while they have few rows"
     assert on.to_dict()["linears"] == 11
-    assert str(off) == TABLE
+    assert str(off) == WHOLE
 
 
 def test_the_same_as_data() -> None:
@@ -122,7 +124,7 @@ def test_a_model_compiled_in_place_is_explained_and_stays_compiled() -> None:
     whole.compile(backend="mxfp4", options={"inner": "eager"})
     whole.model.layers[0].mlp.compile(backend="mxfp4", options={"inner": "eager"})
     with torch.no_grad():
-        assert str(mxfp4_fx.explain(whole, tokens())) == TABLE
+        assert str(mxfp4_fx.explain(whole, tokens())) == WHOLE
     assert whole._compiled_call_impl is not None
     assert whole.model.layers[0].mlp._compiled_call_impl is not None
 
@@ -172,7 +174,7 @@ class TestCommandLine:
     def test_explain(self, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         argv = ["explain", str(checkpoint), "--dtype", "float32", "--experts", "grouped_mm"]
         assert main(argv) == 0
-        assert capsys.readouterr().out.strip() == TABLE
+        assert capsys.readouterr().out.strip() == WHOLE
 
     @pytest.mark.exhaustive
     def test_experts_are_packed_unless_told_otherwise(

@@ -33,6 +33,7 @@ class Options:
         regions: capture the repeated layer as a nested compile region, whose graph is compiled once
             for all layers that are alike.
         linears: compute linears of few rows on a CPU natively.
+        attention: compute attention with sinks on a CPU in memory linear in the number of tokens.
         mode: the ``mode=`` of ``torch.compile``; reaches Inductor.
     """
 
@@ -45,6 +46,7 @@ class Options:
     skip: tuple[str, ...] = ()
     regions: bool = True
     linears: bool = True
+    attention: bool = True
     mode: str | None = None
 
     @classmethod
@@ -71,7 +73,7 @@ class Options:
                 f"options['kernels'] is {self.kernels!r}; it must be one of "
                 f"{', '.join(KERNELS)}.{_nearest(self.kernels, KERNELS)}"
             )
-        for name in ("strict", "verify", "free_weights", "regions", "linears"):
+        for name in ("strict", "verify", "free_weights", "regions", "linears", "attention"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"options[{name!r}] must be True or False.")
         if not (isinstance(self.inner, str) or callable(self.inner)):

@@ -107,6 +107,15 @@ with trusted():
     exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
     linear = torch._C._nn.linear
     grouped_mm = getattr(torch, "_grouped_mm", None)  # None if this torch lacks it
+
+    # Attention of (query, key, value, dropout, is causal, attn_mask=, scale=) on a CPU in memory
+    # that is linear in their lengths. It takes grouped heads, a mask of the query's dtype that has
+    # four dimensions, and head dims of stride 1. It returns the result, [B, H, Q, D] in memory of
+    # [B, Q, H, D], and the logarithm of each sum of exponentials, float32 [B, H, Q]. None if this
+    # torch lacks it.
+    flash_attention_for_cpu = getattr(
+        torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
+    )
     # Modules whose builtins are ATen's ops of the same names.
     BUILTINS = (torch, *operator.attrgetter("_nn", "_special", "_linalg", "_fft")(torch._C))
     # Writes an artifact for TORCH_TRACE.

@@ -19,7 +19,14 @@ from torch import Tensor
 from mxfp4_fx.core.formats import dequantize
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.core.torch_private import assert_async
-from mxfp4_fx.ops.operands import Activation, Rows, Weight, check_linears, make_weight
+from mxfp4_fx.ops.operands import (
+    Activation,
+    Rows,
+    Weight,
+    check_attention,
+    check_linears,
+    make_weight,
+)
 
 Routes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -256,6 +263,45 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     check_linears(x, weights, biases)
     given = zip(weights, biases, strict=True)
     return [torch.nn.functional.linear(x, w, b).contiguous() for w, b in given]
+
+
+def attention_with_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Compute attention in which each head has a sink: a logit that takes weight and has no value.
+
+    The weights of keys and sink together are ``softmax([query . key * scale + mask, sink])``.
+    B batch, H heads of queries, KV heads of keys and values (KV divides H, and H / KV neighbours
+    share one), Q queries, T keys, D head dim.
+
+    Args:
+        query: [B, H, Q, D]; float32, bfloat16 or float16, as all others.
+        key, value: [B, KV, T, D].
+        sinks: [H].
+        mask: what is added to the logits; broadcasts to [B, H, Q, T]. None for no mask.
+        scale: the factor of the logits.
+
+    Returns:
+        [B, Q, H, D] of query's dtype, contiguous. A query all of whose keys have the weight zero
+        gets zeros.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes do not fit.
+    """
+    check_attention(query, key, value, sinks, mask)
+    batch, heads, queries, _ = query.shape
+    k, v = (x.float().repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
+    logits = query.float() @ k.transpose(2, 3) * scale
+    if mask is not None:
+        logits = logits + mask.float()
+    column = sinks.float().reshape(1, heads, 1, 1).expand(batch, heads, queries, 1)
+    weights = torch.softmax(torch.cat([logits, column], dim=3), dim=3)[..., :-1]
+    return (weights @ v).to(query.dtype).transpose(1, 2).contiguous()
 
 
 Matrices = Callable[[int], Tensor]  # from an expert to its matrix [N, K] float32

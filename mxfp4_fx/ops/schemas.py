@@ -31,12 +31,14 @@ _REFERENCE = {
     "routing": "mxfp4_fx.ops.reference:routing",
     "routing.routes": "mxfp4_fx.ops.reference:routing_from_routes",
     "linears": "mxfp4_fx.ops.reference:linears",
+    "attention_with_sinks": "mxfp4_fx.ops.reference:attention_with_sinks",
 }
 # kernels -> op -> "module:function".
 KERNELS: dict[str, dict[str, str]] = {
     "reference": _REFERENCE,
     "pytorch": {**_REFERENCE, "matmul_ogs": "mxfp4_fx.ops.pytorch:matmul_ogs"},
     "cpu": {
+        "attention_with_sinks": "mxfp4_fx.ops.cpu_attention:attention_with_sinks",
         "linears": "mxfp4_fx.ops.cpu_linear:linears",
         "matmul_ogs": "mxfp4_fx.ops.cpu:matmul_ogs",
         "routing": "mxfp4_fx.ops.cpu:routing",
@@ -75,6 +77,8 @@ SCHEMAS = {
     "matmul_ogs_backward": f"(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor)",
     "linears": "(Tensor x, Tensor[] weights, Tensor?[] biases, str kernels='reference') -> "
     "Tensor[]",
+    "attention_with_sinks": "(Tensor query, Tensor key, Tensor value, Tensor sinks, Tensor? mask, "
+    "float scale, str kernels='reference') -> Tensor",
 }
 
 
@@ -177,6 +181,19 @@ def _linears(
     return results
 
 
+def _attention_with_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    kernels: str = "reference",
+) -> Tensor:
+    result: Tensor = kernel(kernels, "attention_with_sinks")(query, key, value, sinks, mask, scale)
+    return result
+
+
 def _fake_routes(like: Tensor, rows: Any, num_experts: int) -> tuple[Tensor, ...]:
     return (
         like.new_empty((rows,), dtype=torch.float32),
@@ -223,6 +240,20 @@ def _fake_linears(
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
 
 
+def _fake_attention_with_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    kernels: str = "reference",
+) -> Tensor:
+    operands.check_attention(query, key, value, sinks, mask)
+    batch, heads, queries, size = query.shape
+    return query.new_empty((batch, queries, heads, size))
+
+
 def _fake_moe(hidden: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
@@ -260,6 +291,7 @@ _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "matmul_ogs": (_matmul_ogs, _fake_matmul_ogs),
     "matmul_ogs_backward": (_matmul_ogs_backward, _fake_matmul_ogs_backward),
     "linears": (_linears, _fake_linears),
+    "attention_with_sinks": (_attention_with_sinks, _fake_attention_with_sinks),
 }
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "routing": (backward.routing_gradients, backward.save_routing),

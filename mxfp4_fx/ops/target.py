@@ -16,10 +16,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core import hardware
+from mxfp4_fx.core import hardware, torch_private
 from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError, SlowKernelsWarning
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.ops import hub_loader, native
+
+# The kernels that compute attention with sinks, which is lowered on CPUs only.
+ATTENTION = "cpu"
 
 # Kernels -> layouts that they read besides that of their target.
 _READ = {"reference": tuple(LAYOUTS), "hub": hub_loader.LAYOUTS}
@@ -144,6 +147,18 @@ def has_native_linears(requested: str) -> bool:
     except (KernelsUnavailableError, NativeBuildError):
         return False
     return True
+
+
+def has_attention(requested: str) -> bool:
+    """Return whether ``Options.kernels`` lets the CPU's kernels compute attention."""
+    return requested in ("auto", ATTENTION)
+
+
+def why_no_attention() -> str | None:
+    """Return why the CPU's kernels cannot compute attention with sinks, or None if they can."""
+    if torch_private.flash_attention_for_cpu is None:
+        return f"torch {torch.__version__} has no flash attention for CPUs"
+    return None
 
 
 def kernels_for(layout: str, device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Fifth pass: rewrite the bodies of regions, and bind the weights that each call gives them.
+"""Sixth pass: rewrite the bodies of regions, and bind the weights that each call gives them.
 
 A body is rewritten once for all calls that are alike: the user left the same of their weights,
 the same of their operands are parameters, torch's modes and what else the outer graph does to the
@@ -25,12 +25,12 @@ from mxfp4_fx.passes.lower_moe import erase_unread, swizzled_inputs
 from mxfp4_fx.passes.memory import ANY, Around, Memory, may_share
 from mxfp4_fx.passes.origin import owner_name
 from mxfp4_fx.passes.regions import Region, region_of
-from mxfp4_fx.passes.report import Miss, Rewrite
+from mxfp4_fx.passes.report import Attention, Miss, Rewrite
 from mxfp4_fx.passes.suspects import find_suspects
 
 # Runs the pipeline on a copy of a body and returns the copy.
 Rewriter = Callable[[fx.GraphModule, Context], fx.GraphModule]
-_Item = TypeVar("_Item", Rewrite, Miss)
+_Item = TypeVar("_Item", Rewrite, Miss, Attention)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,10 @@ def enter_regions(gm: fx.GraphModule, ctx: Context, run: Rewriter) -> None:
             ctx.report.rewrites += [_named(rewrite, site) for rewrite in inner.report.rewrites]
             ctx.report.misses += [_named(miss, site) for miss in inner.report.misses]
             ctx.report.linears += inner.report.linears
+            ctx.report.attention += [_named(one, site) for one in inner.report.attention]
+            ctx.report.attention_misses += [
+                _named(miss, site) for miss in inner.report.attention_misses
+            ]
     erase_unread(gm.graph, ctx)
 
 
@@ -216,7 +220,7 @@ def _operands(body: fx.Graph, site: _Site, inner: Context, ctx: Context) -> list
 
 
 def _named(item: _Item, site: _Site) -> _Item:
-    """Return a body's rewrite or miss as that of one call: with its inputs and module's name."""
+    """Return what a body reports as that of one call: with its inputs and module's name."""
     inputs = tuple(sorted(slot for at in item.inputs if (slot := site.slots[at]) is not None))
     names = {owner_name(site.region.operands[at]) for at in item.inputs} - {""}
     name = min(names) if len(names) == 1 else item.layer

@@ -28,7 +28,8 @@ class Call:
     """One call in canonical spelling: every argument by name, every default filled in.
 
     Tensor arguments are nodes. Scalar arguments are numbers (Python's or symbolic), even where a
-    node computes them. A *view* has the argument ``shape``, the shape of its result.
+    node computes them. A *view* and an *expand* have the argument ``shape``, the shape of their
+    result.
     """
 
     op: str
@@ -51,9 +52,11 @@ def _signature(like: Callable[..., Any], *dims: str) -> _Signature:
     return _Signature(tuple(p.name for p in parameters), defaults, dims)
 
 
-# Arguments that do not change the value (_IGNORED, _IGNORED_OF) are not in the canonical call.
+# Arguments that do not change the value are not in the canonical call: those of _IGNORED that a
+# signature lacks, and those of _IGNORED_OF.
 _SIGNATURES = {
     "add": _signature(lambda input, other, alpha=1: ...),
+    "sub": _signature(lambda input, other, alpha=1: ...),
     "mul": _signature(lambda input, other: ...),
     "neg": _signature(lambda input: ...),
     "ge": _signature(lambda input, other: ...),
@@ -62,6 +65,11 @@ _SIGNATURES = {
     "sigmoid": _signature(lambda input: ...),
     "silu": _signature(lambda input, inplace=False: ...),
     "chunk": _signature(lambda input, chunks, dim=0: ..., "dim"),
+    "cat": _signature(lambda tensors, dim=0: ..., "dim"),
+    "transpose": _signature(lambda input, dim0, dim1: ..., "dim0", "dim1"),
+    "contiguous": _signature(lambda input, memory_format=torch.contiguous_format: ...),
+    "max": _signature(lambda input, dim, keepdim=False: ..., "dim"),
+    "dropout": _signature(lambda input, p=0.5, training=True, inplace=False: ...),
     "masked_fill": _signature(lambda input, mask, value: ...),
     "getitem": _signature(lambda input, index: ...),
     "cast": _signature(lambda input, dtype: ...),
@@ -93,6 +101,7 @@ _MOVES = {"to", "cpu", "cuda", "xpu"}
 
 _FUNCTIONS: dict[Any, str] = {
     operator.add: "add",
+    operator.sub: "sub",
     operator.mul: "mul",
     operator.neg: "neg",
     operator.ge: "ge",
@@ -103,13 +112,15 @@ _FUNCTIONS: dict[Any, str] = {
     torch.clip: "clamp",
     torch.nn.functional.softmax: "softmax",
     torch.nn.functional.silu: "silu",
+    torch.nn.functional.dropout: "dropout",  # torch.dropout has other arguments
     torch.nn.functional.linear: "linear",
     torch_private.linear: "linear",
 }
 # Ops that have a torch function or a Tensor method of the same name.
-_SAME_NAME = set(_SIGNATURES) - {"getitem", "cast", "grouped_mm", "linear", "floordiv"}
+_SAME_NAME = set(_SIGNATURES) - {"getitem", "cast", "grouped_mm", "linear", "floordiv", "dropout"}
 _FUNCTIONS |= {getattr(torch, n): n for n in _SAME_NAME | _VIEWS if hasattr(torch, n)}
 _METHODS = {n: n for n in _SAME_NAME | _VIEWS} | {"floor_divide": "floordiv", "clip": "clamp"}
+_METHODS["expand"] = "expand"
 # The grouped matmuls that the installed torch has.
 _GROUPED_MM = {
     torch_private.grouped_mm,
@@ -141,7 +152,9 @@ def read_call(node: fx.Node) -> Call | None:
     if name is None:
         return None
     if name in _VIEWS:
-        return _read_view(node)
+        return _read_shape(node, "view")
+    if name == "expand":
+        return _read_shape(node, "expand")
     if name == "cast":
         return _read_cast(node)
     if name.startswith(_OWN):
@@ -152,7 +165,8 @@ def read_call(node: fx.Node) -> Call | None:
     given = dict(zip(signature.names, node.args, strict=False))
     if "self" in node.kwargs or given.keys() & node.kwargs.keys():
         return None
-    given |= {k: v for k, v in node.kwargs.items() if k not in _IGNORED}
+    ignored = _IGNORED - set(signature.names)
+    given |= {k: v for k, v in node.kwargs.items() if k not in ignored}
     if given.keys() - set(signature.names):
         return None
     if signature.names[0] not in given:
@@ -160,8 +174,8 @@ def read_call(node: fx.Node) -> Call | None:
     args = {**signature.defaults, **given}
     if args.keys() != set(signature.names):
         return None
-    for ignored in _IGNORED_OF.get(name, set()) | (_IGNORED & args.keys()):
-        del args[ignored]
+    for without_effect in _IGNORED_OF.get(name, set()):
+        del args[without_effect]
     args = {k: fx.node.map_arg(v, scalar_or_node) for k, v in args.items()}
     _normalize(args, signature.dims)
     return Call(name, args)
@@ -169,23 +183,27 @@ def read_call(node: fx.Node) -> Call | None:
 
 def _normalize(args: dict[str, Any], dims: tuple[str, ...]) -> None:
     """Make dims non-negative and drop a ``dtype`` that changes nothing, in place."""
-    value = tensor_of(args.get("input"))
+    several = args.get("tensors")
+    first = several[0] if isinstance(several, list | tuple) and several else None
+    value = tensor_of(args.get("input", first))
     for dim in dims:
         if isinstance(args[dim], list | tuple) and len(args[dim]) == 1:
             args[dim] = args[dim][0]
         if value is not None and isinstance(args[dim], int) and args[dim] < 0:
             args[dim] += value.ndim
+    if "dim0" in dims and all(isinstance(args[dim], int) for dim in dims):
+        args["dim0"], args["dim1"] = sorted((args["dim0"], args["dim1"]))  # of a transposition
     if value is not None and value.is_floating_point() and args.get("dtype") == value.dtype:
         args["dtype"] = None
 
 
-def _read_view(node: fx.Node) -> Call | None:
-    """Read any change of shape that keeps the order of the elements."""
+def _read_shape(node: fx.Node, op: str) -> Call | None:
+    """Read any change of shape that keeps the order of the elements, or that repeats them."""
     base = node.args[0] if node.args else node.kwargs.get("input")
     before, after = tensor_of(base), tensor_of(node)
     if before is None or after is None or before.dtype != after.dtype:
         return None  # `x.view(dtype)` reinterprets the bits
-    return Call("view", {"input": base, "shape": tuple(after.shape)})
+    return Call(op, {"input": base, "shape": tuple(after.shape)})
 
 
 def _read_cast(node: fx.Node) -> Call | None:

@@ -1,4 +1,4 @@
-"""Fourth pass: lower linears on a CPU to ``mxfp4::linears``, which is fast for few rows.
+"""Fifth pass: lower linears on a CPU to ``mxfp4::linears``, which is fast for few rows.
 
 A linear of few rows takes the time in which its weight is read, and the native kernel reads faster
 than torch's. The op looks at the number of rows when it runs, and calls torch's linear for many.
@@ -26,7 +26,7 @@ from mxfp4_fx.passes.checks import is_parameter
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Modes, modes
 from mxfp4_fx.passes.graph import known_tensor, read_call, same_shape, tensor_of
-from mxfp4_fx.passes.memory import Memory, effects_on, is_transformed, may_share
+from mxfp4_fx.passes.memory import Memory, is_transformed, may_share, needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +75,10 @@ def lower_linears(gm: fx.GraphModule, ctx: Context) -> None:
 
 def _linears(graph: fx.Graph, ctx: Context) -> list[_Linear]:
     """Return the linears of a graph that the op can compute."""
-    modes_at, inputs, needed = modes(graph, ctx.begin), ctx.values(graph), _needed(graph)
+    modes_at, inputs, read = modes(graph, ctx.begin), ctx.values(graph), needed(graph)
     found = []
     for node in graph.nodes:
-        call = read_call(node) if node in needed else None
+        call = read_call(node) if node in read else None
         if call is None or call.op != "linear":
             continue
         operands = call.args["input"], call.args["weight"], call.args["bias"]
@@ -88,20 +88,6 @@ def _linears(graph: fx.Graph, ctx: Context) -> list[_Linear]:
         if are_held and _is_for_op(linear):
             found.append(linear)
     return found
-
-
-def _needed(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that the result or a side effect depends on.
-
-    Compilers drop the others, which no call with needed ones may keep alive: in the pieces of a
-    layer, q or k and v (``huggingface/regions.py``).
-    """
-    effects = effects_on(graph)
-    needed: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op == "output" or node in needed or any(effects[node].values()):
-            needed.update((node, *node.all_input_nodes))
-    return needed
 
 
 def _is_for_op(linear: _Linear) -> bool:

@@ -36,6 +36,9 @@ class Expr:
     def __add__(self, other: Expr | float) -> Expr:
         return Op("add", {"input": self, "other": other, "alpha": 1})
 
+    def __sub__(self, other: Expr) -> Expr:
+        return Op("sub", {"input": self, "other": other, "alpha": 1})
+
     def __mul__(self, other: Expr | Scalar | float) -> Expr:
         return Op("mul", {"input": self, "other": other})
 

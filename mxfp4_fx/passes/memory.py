@@ -145,6 +145,20 @@ def _effects_of(node: fx.Node, bodies: dict[fx.GraphModule, list[Effect]]) -> di
     return found
 
 
+def needed(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that the result or a side effect depends on.
+
+    Compilers drop the others, which no call with needed ones may keep alive: in the pieces of a
+    layer, q or k and v (``huggingface/regions.py``).
+    """
+    effects = effects_on(graph)
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in found or any(effects[node].values()):
+            found.update((node, *node.all_input_nodes))
+    return found
+
+
 def _effects_on_inputs(graph: fx.Graph) -> list[Effect]:
     """Return what a graph may do in place to each of its inputs."""
     memory = Memory(graph, {})

@@ -15,6 +15,7 @@ from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import REWRITE, Context, Pass
 from mxfp4_fx.passes.enter_regions import enter_regions
+from mxfp4_fx.passes.fuse_attention import fuse_attention
 from mxfp4_fx.passes.fuse_moe import fuse_moe
 from mxfp4_fx.passes.lower_linears import lower_linears
 from mxfp4_fx.passes.lower_moe import lower_moe
@@ -38,7 +39,7 @@ def check(gm: fx.GraphModule, ctx: Context) -> None:
 
 
 def rewrite_regions(gm: fx.GraphModule, ctx: Context) -> None:
-    """Fifth pass: the whole pipeline for the bodies of regions; see ``enter_regions.py``."""
+    """Sixth pass: the whole pipeline for the bodies of regions; see ``enter_regions.py``."""
     enter_regions(gm, ctx, _rewrite_body)
 
 
@@ -46,6 +47,7 @@ PIPELINE: tuple[Pass, ...] = (
     canonicalize,  # equal computations look alike ...
     fuse_moe,  # ... so that one pattern finds them; proves and replaces, knows no device
     lower_moe,  # knows the device, proves nothing
+    fuse_attention,  # before lower_linears, which may change nothing that it matches
     lower_linears,  # after fuse_moe, whose forms have linears
     rewrite_regions,  # after lower_moe, so that both bind a weight that both read once
     check,  # relies on no other pass

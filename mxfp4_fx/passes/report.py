@@ -1,4 +1,4 @@
-"""The report on one graph: rewrites, misses with their reasons, linears. Plain data."""
+"""The report on one graph: rewrites, misses with their reasons, attention, linears. Plain data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Rewrite:
 
 @dataclasses.dataclass(frozen=True)
 class Miss:
-    """A layer that looks like experts and stays as it was.
+    """A layer that looks like experts, or attention that looks like one with sinks, and stays.
 
     Attributes:
         layer: the module's name.
@@ -61,18 +61,35 @@ class Miss:
         return f"{self.layer}: {self.reason}{at}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention with sinks that became one op.
+
+    Attributes:
+        layer: the module's name, such as ``model.layers.0.self_attn``.
+        inputs: the captured graph's input that is its sinks, as an index; empty if none is.
+    """
+
+    layer: str
+    inputs: tuple[int, ...] = ()
+
+
 @dataclasses.dataclass
 class GraphReport:
     """All rewrites and misses of one graph, in the order of the graph.
 
     Attributes:
+        rewrites, misses: the layers that are, or look like, experts.
         linears: how many linears are computed by this package's op.
+        attention, attention_misses: what is, or looks like, attention with sinks.
     """
 
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     misses: list[Miss] = dataclasses.field(default_factory=list)
     linears: int = 0
+    attention: list[Attention] = dataclasses.field(default_factory=list)
+    attention_misses: list[Miss] = dataclasses.field(default_factory=list)
 
     @property
     def changes_graph(self) -> bool:
-        return bool(self.rewrites or self.linears)
+        return bool(self.rewrites or self.linears or self.attention)

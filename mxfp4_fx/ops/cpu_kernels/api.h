@@ -1,6 +1,7 @@
-// The entry points that Python calls through ctypes (ops/cpu.py, ops/cpu_linear.py,
-// ops/cpu_panels.py). One library is built for each instruction-set path. All libraries have these
-// entry points and read the same layout of MXFP4 weights, `cpu_panels` (panels.h).
+// The entry points that Python calls through ctypes (ops/cpu.py, ops/cpu_attention.py,
+// ops/cpu_linear.py, ops/cpu_panels.py). One library is built for each instruction-set path. All
+// libraries have these entry points and read the same layout of MXFP4 weights, `cpu_panels`
+// (panels.h).
 //
 // Shape letters as in ops/reference.py: T tokens, E experts, A experts per token, R = T * A routed
 // rows, K contraction, N output. Functions that can fail return 0 or an errno: EINVAL if an index
@@ -46,6 +47,23 @@ struct mxfp4_linear_group {
   int32_t dtype, threads;
 };
 
+// Arguments of mxfp4_attention_with_sinks. All tensors have one dtype; strides are in elements, and
+// those of the last dimensions are 1.
+struct mxfp4_attention {
+  const void* query;  // [B, H, size]
+  const void* key;    // [B, KV, keys, size]; H is a multiple of KV
+  const void* value;  // [B, KV, keys, size]
+  const void* sinks;  // [H]
+  const void* mask;   // [B, H, keys] or null
+  void* result;       // [B, H, size], contiguous; all of it is written
+  int64_t batch, heads, key_heads, keys, size;
+  int64_t query_batch, query_head;
+  int64_t key_batch, key_head, key_token, value_batch, value_head, value_token;
+  int64_t sinks_stride, mask_batch, mask_head;
+  int32_t dtype, threads;
+  float scale;
+};
+
 // Only these names are exported. Libraries of several paths may be loaded side by side, and the
 // loader must not resolve a name of one library to the same name in another.
 #pragma GCC visibility push(default)
@@ -60,6 +78,10 @@ int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);
 
 // Linears of one input.
 void mxfp4_linears(const mxfp4_linear_group* arguments);
+
+// Attention with sinks of one query a head. Returns ENOTSUP, and computes nothing, for heads that
+// are not whole vectors or are larger than 256.
+int mxfp4_attention_with_sinks(const mxfp4_attention* arguments);
 
 // logits [T, E], rows `stride` elements apart -> gammas, gather, scatter [R], offsets [E + 1].
 int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride,

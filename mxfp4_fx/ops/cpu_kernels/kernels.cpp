@@ -2,6 +2,7 @@
 // select the instruction-set path (native.py).
 #include "amx_tile.h"
 #include "api.h"
+#include "attention.h"
 #include "bf16_tile.h"
 #include "f32_tile.h"
 #include "linear.h"
@@ -32,7 +33,29 @@ static int matmul_ogs(const mxfp4_matmul& arguments) {
   return Matmul<F32Tile>(arguments).run();
 }
 
+template <class Values>
+static int attention_with_sinks(const mxfp4_attention& arguments) {
+  if (!Attention<Values>::takes(arguments.size)) return ENOTSUP;
+  try {
+    Attention<Values>(arguments).run();
+  } catch (const std::bad_alloc&) {
+    return ENOMEM;
+  }
+  return 0;
+}
+
 }  // namespace mxfp4
+
+extern "C" int mxfp4_attention_with_sinks(const mxfp4_attention* arguments) {
+  switch (arguments->dtype) {
+    case MXFP4_BF16:
+      return mxfp4::attention_with_sinks<mxfp4::Bf16Values>(*arguments);
+    case MXFP4_F16:
+      return mxfp4::attention_with_sinks<mxfp4::F16Values>(*arguments);
+    default:
+      return mxfp4::attention_with_sinks<mxfp4::F32Values>(*arguments);
+  }
+}
 
 extern "C" int mxfp4_matmul_ogs(const mxfp4_matmul* arguments) {
   try {
