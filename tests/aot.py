@@ -215,7 +215,7 @@ def describe(
 
         spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
         return Fact(kernel, regime, tile, made.metadata.shared, spilled, number("vgpr_count"))
-    usage, code = disassemble(made.asm["cubin"])
+    usage, code = disassemble(made.asm["cubin"], with_code=bool(regime))
     stack, registers = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("STACK", "REG"))
     fact = Fact(kernel, regime, tile, made.metadata.shared, stack, registers)
     for loop in loops(code):
@@ -241,19 +241,23 @@ def describe(
     return fact
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and SASS, by the tools in Triton's package."""
-    import triton
+def disassemble(cubin: bytes, with_code: bool) -> tuple[str, str]:
+    """Resource usage and SASS, by the tools in Triton's package.
+
+    The SASS is empty without ``with_code``: nvdisasm takes half a second for the smallest kernel.
+    """
+    from triton import knobs
+
+    def printed(tool: str, *arguments: str) -> str:
+        done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = (
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            [triton.knobs.nvidia.nvdisasm.path, "-c", file.name],
-        )
-        results = [subprocess.run(c, capture_output=True, text=True, check=True) for c in commands]
-    return results[0].stdout + results[0].stderr, results[1].stdout
+        usage = printed(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        code = printed(knobs.nvidia.nvdisasm.path, "-c", file.name) if with_code else ""
+    return usage, code
 
 
 def loops(code: str) -> list[list[str]]:

@@ -115,10 +115,7 @@ if not importlib.util.find_spec("triton"):
 HUB = ("hub",) if importlib.util.find_spec("kernels") else ()
 ALL = ("reference", "pytorch", *(f"cpu:{path}" for path in CPU_PATHS), *TRITON, *HUB)
 # For what does not depend on the layout: of Triton's kernels one is enough.
-ANY_LAYOUT = [
-    pytest.param(spec, marks=pytest.mark.exhaustive) if spec in TRITON[1:] else spec for spec in ALL
-]
-ROUTING = tuple(spec for spec in ALL if spec not in TRITON[1:])  # which knows nothing of layouts
+ANY_LAYOUT = tuple(spec for spec in ALL if spec not in TRITON[1:])
 
 
 @contextmanager

@@ -31,9 +31,21 @@ RUNS: dict[str, dict[str, str]] = {
     ),
     "all tiles": dict.fromkeys(("sm_75", "sm_90", "sm_100", "sm_120", "gfx942"), "bf16"),
     "more targets": dict.fromkeys((f"sm_80{EACH}", f"sm_89{EACH}", f"gfx950{EACH}"), "bf16"),
-    "more terms": {f"sm_80{EACH}": "fp32", f"sm_90{EACH}": "fp16,fp32", f"sm_100{EACH}": "fp32"},
+    # Two terms and three in each regime and on each kind of matrix unit.
+    "more terms": {
+        "sm_80:streaming": "fp16,fp32",
+        "sm_90:decode,prefill": "fp16,fp32",
+        "sm_100:prefill": "fp32",
+    },
     "more dtypes": {f"sm_75{EACH}": "fp16,fp32"},
-    "oldest": {f"{target}{EACH}": "bf16" for target in TARGETS},
+    # Each target in a regime, and one in all: which regimes a target has is not the compiler's.
+    "oldest": dict.fromkeys(
+        (
+            *("sm_75:decode", "sm_80:decode", "sm_89:streaming", f"sm_90{EACH}", "sm_100:prefill"),
+            *("sm_120:decode", "gfx942:streaming", "gfx950:prefill"),
+        ),
+        "bf16",
+    ),
 }
 
 

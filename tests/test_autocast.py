@@ -14,6 +14,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from combinations import exhaustive
 from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
 from near_miss import edited, swap_methods
 from oracle import assert_as_accurate, assert_within
@@ -246,14 +247,12 @@ def step(module: Any, run: Callable[..., Any], x: Tensor, autocast: bool = True)
 
 
 @pytest.mark.parametrize(
-    "form",
+    ("form", "inner"),
     [
-        "packed",
-        *(pytest.param(f, marks=pytest.mark.exhaustive) for f in ("grouped_mm", "batched_mm")),
+        ("packed", "aot_eager"),
+        *(exhaustive(form, "aot_eager") for form in ("grouped_mm", "batched_mm")),
+        exhaustive("packed", "inductor"),
     ],
-)
-@pytest.mark.parametrize(
-    "inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
 )
 def test_gradients(form: str, inner: str) -> None:
     compiled, eager, exact = frozen(form=form), frozen(form=form), mlp(**IN_FLOAT64)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import read_tensors, write_packed
 from combinations import exhaustive
-from default_load import LAYOUTS, hub_layers, hub_mlp, load
+from default_load import hub_layers, hub_mlp, load
 from models import Graphs, compile_with, hidden, mlp, pack
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
@@ -89,15 +89,14 @@ def test_an_mlp_is_one_place_under_the_name_of_its_experts() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_are_generated(files: Path, layout: str) -> None:
+def test_tokens_are_generated(files: Path) -> None:
     def generate(model: Any) -> Tensor:
         model.forward = compile_with(model.forward, options=STRICT)
-        out: Tensor = model.generate(IDS, max_new_tokens=4, do_sample=False)
+        out: Tensor = model.generate(IDS, max_new_tokens=2, do_sample=False)
         return out
 
     ours = generate(mxfp4_fx.from_pretrained(files, dtype=torch.bfloat16).eval())
-    assert torch.equal(generate(load(files, layout)), ours)
+    assert torch.equal(generate(load(files, "hub_strided")), ours)
 
 
 @pytest.mark.exhaustive

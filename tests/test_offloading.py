@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
-from loaded import IDS, SECOND_LAYER_ON_DISK, logits
+from loaded import SECOND_LAYER_ON_DISK, logits
 from models import Layers, compile_with, hidden, mlp, pack
 from test_freed_uses import freed
 from torch import Tensor, nn
@@ -194,8 +194,3 @@ def test_a_device_map_with_a_layer_on_disk(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(run), expected)
     blocks = [layer.mlp.experts.down_proj_blocks for layer in whole.model.layers]
     assert [type(p) is FreedParameter for p in blocks] == [True, False]
-    explained = mxfp4_fx.explain(whole, IDS)
-    assert [r.layer for r in explained.rewrites] == [
-        f"model.layers.{at}.mlp.experts" for at in range(2)
-    ]
-    assert not explained.misses

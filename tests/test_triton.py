@@ -135,11 +135,11 @@ def test_as_many_tiles_as_there_can_be(any_layout: Kernels) -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_hundred_thousand_tokens(any_layout: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_65537_tokens(any_layout: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = tiles.Tile("any", 0, 0, 1024, 16, 64, 1, 4, 1)  # as few programs as can be
     monkeypatch.setattr(tiles, "choose", lambda *_: tile)
     monkeypatch.setattr(launcher, "_COMBINE_TILE", (1024, 16))
-    tokens = 100_000
+    tokens = (1 << 16) + 1
     logits = random_logits(tokens, 3, torch.float32)
     gammas, gather_index, scatter_index, offsets = any_layout.routing(logits, 1)
     matrices, x = Matrices.random(3, 16, 32), randn(tokens, 32)
