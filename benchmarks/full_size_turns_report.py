@@ -38,7 +38,8 @@ def summarize(turns: dict[str, Any]) -> dict[str, Any]:
             seconds = statistics.median(phase["token_seconds"])
             if kind == "parts":
                 found = parts.setdefault(numbers[0], {})
-                for part, each in {**phase["parts"], "token": seconds}.items():
+                token = sum(phase["parts"].values())
+                for part, each in {**phase["parts"], "token": token}.items():
                     found.setdefault(part, []).append(each)
                 continue
             cell = f"prefill {numbers[0]}" if kind == "prefill" else f"decode {_behind(numbers)}"

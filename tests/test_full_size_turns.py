@@ -94,11 +94,22 @@ def test_an_attention_op_is_counted_once() -> None:
     assert parts_of(events(*layer), 1)[ATTENTION] == pytest.approx(20e-6)
 
 
-def test_an_op_inside_another_is_counted_once_and_tokens_are_averaged() -> None:
+def test_an_op_inside_another_is_counted_once() -> None:
     inside = an_event("aten::addmm", 1001, 1)
-    later = [an_event(e.name, e.time_range.start + 9000, 2) for e in events(("aten::linear", 2))]
-    found = parts_of([*events(("aten::linear", 4)), inside, *later], 2)
-    assert found == pytest.approx({**dict.fromkeys(PARTS, 0), HEAD: 3e-6})
+    found = parts_of([*events(("aten::linear", 4)), inside], 1)
+    assert found == pytest.approx({**dict.fromkeys(PARTS, 0), HEAD: 4e-6})
+
+
+def test_parts_are_of_the_token_that_took_the_median() -> None:
+    tokens: list[Any] = []
+    for number, length in enumerate((4, 900, 2)):
+        shifted = events(("aten::linear", length), (" ", 1))
+        for event in shifted:
+            event.time_range.start += 5000 * number
+            event.time_range.end += 5000 * number
+        tokens += shifted
+    found = parts_of(tokens, 3)
+    assert found == pytest.approx({**dict.fromkeys(PARTS, 0), HEAD: 4e-6, REST: 1e-6})
 
 
 def test_a_profile_of_other_tokens_is_an_error() -> None:
@@ -212,7 +223,7 @@ def test_the_tables_show_rates_parts_and_what_is_missing() -> None:
     assert cells("mxfp4_fx.compile") == ["3", "-", "-", "1"]
     assert cells("times as fast as llama.cpp, bf16") == ["2.5", "-", "-", "4"]
     assert cells("attention") == ["250.00", "1.500", "750.00", "6.0"]
-    assert cells("token") == ["500.00", "3.500", "1750.00", "7.0"]
+    assert cells("token") == ["1250.00", "3.500", "1750.00", "2.8"]
     assert "(prompts of 99: of one); memory was read at 2.0 (1.0 to 3.0) GB/s" in out
     assert "cannot be had: vLLM: no AMX" in out
     assert "failed: round 2, llama.cpp, bf16, behind ['prefill 4']: SomeError: no room" in out
