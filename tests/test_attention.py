@@ -215,6 +215,14 @@ def test_nan_and_infinity(value: float, where: str, queries: int) -> None:
         check(operands)
 
 
+def test_an_infinite_query_that_sees_nothing() -> None:
+    """All its logits are minus infinity: the sink takes all weight."""
+    operands = Operands.random(queries=1)
+    operands = replace(operands, key=operands.key.abs() + 1)
+    operands.query[0, 1, 0, 2] = -torch.inf
+    assert not check(operands)[0, 0, 1].any()
+
+
 def test_all_weight_on_no_key() -> None:
     """Without a sink and with all keys at -inf, softmax makes NaN."""
     operands = Operands.random().masked(torch.full((1, 1, 5, 9), -torch.inf))

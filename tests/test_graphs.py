@@ -402,18 +402,28 @@ class TestWholeModel(Snapshots):
         self.assertExpectedInline(
             readable(gm, only=lambda node: node in ours),
             """\
+input model.layers.0.self_attn.sinks: bfloat16[4]
 input model.layers.0.mlp.experts.gate_up_proj_blocks: uint8[6, 6, 1, 1088]
 input model.layers.0.mlp.experts.gate_up_proj_scales: uint8[6, 6]
 input model.layers.0.mlp.experts.gate_up_proj_bias: bfloat16[6, 192]
 input model.layers.0.mlp.experts.down_proj_blocks: uint8[6, 2, 2, 1088]
 input model.layers.0.mlp.experts.down_proj_scales: uint8[6, 2]
 input model.layers.0.mlp.experts.down_proj_bias: bfloat16[6, 64]
+input model.layers.1.self_attn.sinks: bfloat16[4]
 input model.layers.1.mlp.experts.gate_up_proj_blocks: uint8[6, 6, 1, 1088]
 input model.layers.1.mlp.experts.gate_up_proj_scales: uint8[6, 6]
 input model.layers.1.mlp.experts.gate_up_proj_bias: bfloat16[6, 192]
 input model.layers.1.mlp.experts.down_proj_blocks: uint8[6, 2, 2, 1088]
 input model.layers.1.mlp.experts.down_proj_scales: uint8[6, 2]
 input model.layers.1.mlp.experts.down_proj_bias: bfloat16[6, 64]
+mask: bfloat16[2, 1, 7, 7] = where(attention_mask_1, zeros, -3.3895313892515355e+38)
+mask_1: bfloat16[2, 1, 7, 7] = where(attention_mask_2, zeros_1, -3.3895313892515355e+38)
+q_embed: bfloat16[2, 4, 7, 16] = cat([first_, second_], dim=-1)
+full_key_states: bfloat16[2, 2, 7, 16] = cat([tensor_1, k_embed], dim=-2)
+full_value_states: bfloat16[2, 2, 7, 16] = cat([tensor_2, value_states], dim=-2)
+attention_with_sinks_default: bfloat16[2, 7, 4, 16] =
+    mxfp4.attention_with_sinks.default(q_embed, full_key_states, full_value_states,
+    model.layers.0.self_attn.sinks, mask_1, 0.25, 'cpu')
 hidden_states_9: bfloat16[14, 64] = .reshape(hidden_states_8, -1, 64)
 router_logits: bfloat16[14, 6] = linear(hidden_states_9, model.layers.0.mlp.router.weight,
     model.layers.0.mlp.router.bias)
@@ -432,6 +442,12 @@ matmul_ogs_default_1: bfloat16[14, 64] = mxfp4.matmul_ogs.default(matmul_ogs_def
     model.layers.0.mlp.experts.down_proj_scales, model.layers.0.mlp.experts.down_proj_bias,
     64, getitem_40, scatter_index=getitem_39, gammas=getitem, experts_per_token=3,
     kernels='cpu', layout='cpu_panels')
+q_embed_1: bfloat16[2, 4, 7, 16] = cat([first__2, second__2], dim=-1)
+keys: bfloat16[2, 2, 7, 16] = cat([tensor_3, k_embed_1], dim=-2)
+values: bfloat16[2, 2, 7, 16] = cat([tensor_4, value_states_2], dim=-2)
+attention_with_sinks_default_1: bfloat16[2, 7, 4, 16] =
+    mxfp4.attention_with_sinks.default(q_embed_1, keys, values,
+    model.layers.1.self_attn.sinks, mask, 0.25, 'cpu')
 hidden_states_22: bfloat16[14, 64] = .reshape(hidden_states_21, -1, 64)
 router_logits_1: bfloat16[14, 6] = linear(hidden_states_22,
     model.layers.1.mlp.router.weight, model.layers.1.mlp.router.bias)

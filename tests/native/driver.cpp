@@ -241,6 +241,61 @@ void check_linears() {
   }
 }
 
+void check_attention() {
+  const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
+  mxfp4_attention a{};
+  a.dtype = dtype;
+  a.batch = random_int(1, 2), a.key_heads = random_int(1, 2), a.keys = random_int(1, 300);
+  a.heads = a.key_heads * random_int(1, 6), a.size = 32 * random_int(1, 3);
+  a.threads = 1, a.scale = .25f;
+  const int64_t gap = random_int(0, 3);
+  a.key_token = a.value_token = a.size + gap, a.query_head = a.size, a.sinks_stride = 1;
+  a.query_batch = a.heads * a.size;
+  a.key_head = a.value_head = (a.keys - 1) * a.key_token + a.size;
+  a.key_batch = a.value_batch = a.key_heads * a.key_head;
+  const Values query(dtype, a.batch * a.query_batch, 1.), key(dtype, a.batch * a.key_batch, 1.);
+  const Values value(dtype, a.batch * a.key_batch, 1.), sinks(dtype, a.heads, 1.);
+  const Values mask(dtype, a.keys, 1.);  // one for all
+  std::vector<char> result(
+      static_cast<size_t>(a.batch * a.query_batch * mxfp4::dtype_bytes(dtype)));
+  a.query = query.bytes.data(), a.key = key.bytes.data(), a.value = value.bytes.data();
+  a.sinks = sinks.bytes.data(), a.result = result.data();
+  const bool is_masked = random_int(0, 1);
+  a.mask = is_masked ? mask.bytes.data() : nullptr;
+  require(mxfp4_attention_with_sinks(&a) == 0, "attention");
+  const double u = dtype == MXFP4_BF16 ? 0x1p-8 : dtype == MXFP4_F16 ? 0x1p-11 : 0x1p-24;
+  for (int64_t row = 0; row < a.batch * a.heads; row++) {
+    const int64_t head = row % a.heads;
+    const int64_t first = row / a.heads * a.key_batch + head / (a.heads / a.key_heads) * a.key_head;
+    double total = std::exp(sinks.numbers[head]), error = 0;
+    std::vector<double> sums(a.size), sizes(a.size);
+    for (int64_t t = 0; t < a.keys; t++) {
+      double logit = 0, terms = 0;
+      for (int64_t i = 0; i < a.size; i++) {
+        const double term =
+            query.numbers[row * a.size + i] * key.numbers[first + t * a.key_token + i] * .25;
+        logit += term, terms += std::fabs(term);
+      }
+      if (is_masked) logit += mask.numbers[t], terms += std::fabs(mask.numbers[t]);
+      error = std::max(error, terms + std::fabs(logit));  // of a logit, in roundings
+      total += std::exp(logit);
+      for (int64_t i = 0; i < a.size; i++) {
+        const double term = std::exp(logit) * value.numbers[first + t * a.key_token + i];
+        sums[i] += term, sizes[i] += std::fabs(term);
+      }
+    }
+    // Each logit and the maximum is rounded, then exponentials (2 ulp) and both sums.
+    const double relative = 0x1p-24 * (2 * (a.size + 3) * error + 2 * (a.keys + 20));
+    for (int64_t i = 0; i < a.size; i++) {
+      float found;
+      mxfp4::to_f32(mxfp4::element(result.data(), dtype, row * a.size + i), dtype, 1, &found);
+      const double bound = 2 * relative * sizes[i] / total;
+      const double rounding = std::max(u * (std::fabs(sums[i] / total) + bound), 0x1p-25);
+      require(std::fabs(found - sums[i] / total) <= bound + rounding, "an attention");
+    }
+  }
+}
+
 void check_quantize() {
   const int64_t experts = random_int(0, 3), n = random_int(1, 80), k = 32 * random_int(1, 5);
   const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
@@ -294,5 +349,6 @@ int main(int argc, char** argv) {
     check_quantize();
   }
   for (int round = 0; round < rounds; round++) check_linears();
+  for (int round = 0; round < rounds; round++) check_attention();
   std::printf("%d rounds\n", rounds);
 }

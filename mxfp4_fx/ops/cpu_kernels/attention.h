@@ -182,7 +182,9 @@ class Attention {
     if (a_.mask != nullptr)
       to_f32(element(a_.mask, a_.dtype, batch * a_.mask_batch + head * a_.mask_head + first),
              a_.dtype, count, mask);
+    // Behind the last key: no weight, not even for a query that is infinite.
     std::fill(mask + count, mask + PART, -std::numeric_limits<float>::infinity());
+    std::fill(weights + count, weights + PART, 0.f);
     const int64_t whole = (count + VECTOR - 1) / VECTOR * VECTOR;
     Vector largest = vector_of(sink(head));
     for (int64_t at = 0; at < whole; at += VECTOR) {
