@@ -38,6 +38,6 @@ def test_a_wrong_result_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda query, key, value, mask: torch.zeros(1, query.shape[2], 64, 64)
 
     monkeypatch.setattr(attention, "layer", layer)
+    threads = str(torch.get_num_threads())
     with pytest.raises(WrongResult, match="eager: off by 1 of the result"):
-        threads = str(torch.get_num_threads())
         attention.main([*TOY.split()[:-1], "--threads", threads])
