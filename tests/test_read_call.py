@@ -54,6 +54,10 @@ SAME: dict[str, list[Callable[[Tensor], Any]]] = {
         lambda x: x.reshape((3, -1)),
         lambda x: torch.reshape(x, (3, 2)),
     ],
+    "sub": [lambda x: x - 3, lambda x: x.sub(3), lambda x: torch.sub(x, 3)],
+    "transpose": [lambda x: x.transpose(0, 1), lambda x: torch.transpose(x, -1, -2)],
+    "max": [lambda x: x.max(1), lambda x: torch.max(x, dim=-1)],
+    "dropout": [lambda x: F.dropout(x, 0.0), lambda x: F.dropout(x, p=0.0, training=True)],
     "sort": [lambda x: torch.sort(x), lambda x: x.sort(dim=-1, stable=True)],
 }
 
