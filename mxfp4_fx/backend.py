@@ -227,8 +227,9 @@ def _is_of_a_file(error: BaseException | None) -> bool:
 
     A library raises OSError or ImportError, Python code any of the others.
     """
-    kinds = (OSError, ImportError, SyntaxError, AttributeError, ValueError)
-    while error is not None and not isinstance(error, kinds):
+    kinds = (OSError, ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError)
+    is_unparsed = torch_private_dynamo.is_of_unparsed_code
+    while error is not None and not isinstance(error, kinds) and not is_unparsed(error):
         error = getattr(error, "inner_exception", None) or error.__cause__  # Inductor wraps errors
     return error is not None
 

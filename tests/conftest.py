@@ -122,9 +122,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         import implementations
 
         is_routing = metafunc.module.__name__.rpartition(".")[2] == "test_routing"
-        specs = implementations.ROUTING if is_routing else implementations.ALL
-        if metafunc.definition.get_closest_marker("any_layout"):
-            specs = implementations.ANY_LAYOUT
+        is_one_enough = is_routing or metafunc.definition.get_closest_marker("any_layout")
+        specs = implementations.ANY_LAYOUT if is_one_enough else implementations.ALL
         metafunc.parametrize("kernels", specs, indirect=True)
 
 

@@ -114,7 +114,7 @@ if not importlib.util.find_spec("triton"):
 # Without a GPU: the package of hub_package.py, which takes the kernels library to load.
 HUB = ("hub",) if importlib.util.find_spec("kernels") else ()
 ALL = ("reference", "pytorch", *(f"cpu:{path}" for path in CPU_PATHS), *TRITON, *HUB)
-# For what does not depend on the layout: of Triton's kernels one is enough.
+# For what does not depend on the layout, such as routing: of Triton's kernels one is enough.
 ANY_LAYOUT = tuple(spec for spec in ALL if spec not in TRITON[1:])
 
 

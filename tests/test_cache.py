@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import exhaustive
 from models import hidden, mlp
 from torch._dynamo.utils import counters
 from torch._inductor.utils import clear_caches, fresh_cache
@@ -124,10 +125,12 @@ def test_broken_entries_are_made_anew(cache: Path) -> None:
     assert not is_found(compile_anew())
 
 
+@pytest.mark.parametrize("text", ["import ctypes,", exhaustive("import no_"), exhaustive("asyn")])
 def test_a_broken_file_of_an_entry_costs_a_compilation_and_is_told(
-    cache: Path, caplog: pytest.LogCaptureFixture
+    cache: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
-    cut(cache, ".py")
+    for file in cache.rglob("*.py"):
+        file.write_text(text)
     with caplog.at_level(logging.WARNING, "mxfp4_fx"):
         found = compile_anew()
     assert found["autograd_cache_miss"] == 1

@@ -184,7 +184,8 @@ class TestForms:
 )
 def test_a_whole_model(form: str, dtype: torch.dtype, dynamic: bool | None) -> None:
     whole, graphs = model(dtype, form, seed=3), Graphs()
-    run = compile_with(whole, graphs, dynamic=dynamic, options={"regions": False})
+    options = {"regions": False, "attention": False}
+    run = compile_with(whole, graphs, dynamic=dynamic, options=options)
     lengths, count = LENGTHS[dynamic]
     for length in lengths:
         ids = tokens(2, length)

@@ -410,6 +410,8 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         cases["matmul_ogs_backward"] = (ops.matmul_ogs_backward.default, back, {})
         linears = (randn(t, 32), [randn(6, 32), randn(2, 32)], [randn(6), None], "reference")
         cases["linears"] = (ops.linears.default, linears, {})
+        attention = (randn(1, 4, t, 8), *randn(2, 1, 2, t, 8), randn(4), randn(t, t), 0.5)
+        cases["attention_with_sinks"] = (ops.attention_with_sinks.default, attention, {})
     return {
         name: (op, *kernels.there(arguments, keywords))
         for name, (op, arguments, keywords) in cases.items()

@@ -80,6 +80,11 @@ def empty_caches() -> contextlib.AbstractContextManager[Any]:
     return look_up("torch._inductor.utils", "fresh_cache")()
 
 
+def is_of_unparsed_code(error: BaseException) -> bool:
+    """Return whether Inductor could not parse a file of Python code; it hides the SyntaxError."""
+    return type(error) is RuntimeError and str(error).startswith("Failed to import ")
+
+
 # ---- Dynamo
 
 
