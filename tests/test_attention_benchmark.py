@@ -12,6 +12,8 @@ from counted_clock import CountedClock
 from benchmarks import attention
 from benchmarks.contenders import WrongResult
 
+ROOT = Path(__file__).parent.parent
+STORED = ROOT / "benchmarks/results/attention-epyc-2-threads.json"
 TOY = "--tokens 24 --context 24 --rounds 2 --inner eager --silent --output"
 
 
@@ -31,6 +33,25 @@ def test_all_ways_are_measured_and_compared(
         assert list(case["milliseconds"]) == [*attention.WAYS]
         assert set(case["ratio"]["ours"]["samples"]) == {1.0}
     assert "token, 1 queries, 24 keys: eager " in capsys.readouterr().out
+
+
+def test_figures_of_the_readme_are_those_of_a_run() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"]({STORED.relative_to(ROOT)})" in readme
+    cases = {
+        (case["kind"], case["queries"]): case
+        for case in json.loads(STORED.read_text("utf-8"))["attention"]
+    }
+    for title, key in (
+        ("a token behind 4096", ("token", 1)),
+        ("a prompt of 1024", ("full", 1024)),
+        ("a prompt of 4096", ("full", 4096)),
+        ("a prompt of 4096, window of 128", ("sliding", 4096)),
+    ):
+        times = [cases[key]["milliseconds"][way]["median"] for way in attention.WAYS]
+        assert f"| {title}, ms | {' | '.join(f'{time:.1f}' for time in times)} |" in readme
+    peaks = [cases["full", 4096]["peak_bytes"][way] / 2**20 for way in attention.WAYS]
+    assert f"| a prompt of 4096, MiB | {' | '.join(f'{peak:.0f}' for peak in peaks)} |" in readme
 
 
 def test_a_wrong_result_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
