@@ -136,7 +136,8 @@ def test_the_peak_is_the_most_since_it_began_anew() -> None:
     room = 64 << 20
     process_memory.reset_peak()
     before = process_memory.memory(psutil.Process())["resident"]
-    with mmap.mmap(-1, room) as fresh:  # which no memory that was freed before can serve
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, room, private) as fresh:  # which no memory that was freed before can serve
         fresh.write(bytes(room))
     assert process_memory.peak() > before + room // 2
     peak = process_memory.peak()
@@ -158,10 +159,11 @@ def test_mapped_bytes_are_files_and_anonymous_ones_are_not(tmp_path: Path) -> No
     assert process_memory.mapped_bytes(".other") == 0
     read = process_memory.memory(process)
     assert read["mapped"] - before["mapped"] > count // 2 > read["anonymous"] - before["anonymous"]
-    room = bytearray(b"x") * (8 * count)
-    filled = process_memory.memory(process)
-    assert filled["anonymous"] - read["anonymous"] > len(room) // 2
-    assert filled["mapped"] - read["mapped"] < len(room) // 2
+    with mmap.mmap(-1, 8 * count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as room:
+        room.write(bytes(8 * count))
+        filled = process_memory.memory(process)
+        assert filled["anonymous"] - read["anonymous"] > len(room) // 2
+        assert filled["mapped"] - read["mapped"] < len(room) // 2
 
 
 def test_child_processes_count() -> None:
