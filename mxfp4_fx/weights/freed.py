@@ -30,8 +30,8 @@ _REMEDY = (
     "ran a part of it uncompiled: see torch._dynamo.config.recompile_limit), give freed weights "
     "their memory again with mxfp4_fx.restore(model), or compile without free_weights"
 )
-# linux/mman.h. Linux before 5.4 refuses the second, which does no harm.
-_MADV_DONTNEED, _MADV_PAGEOUT = 4, 21
+# linux/mman.h. Linux before 5.4 refuses the last two, which does no harm.
+_MADV_DONTNEED, _MADV_COLD, _MADV_PAGEOUT = 4, 20, 21
 # Bytes of an entry of /proc/self/pagemap, and values of the last one for pages that are as their
 # file has them.
 _ENTRY = 8
@@ -212,15 +212,17 @@ def page_out(tensors: Sequence[Tensor]) -> None:
 
     No data is lost: the system reads the pages again, and keeps pages that were written to. Pages
     of the file alone stay in the system's cache, so that the next process need not wait for a disk.
+    Where memory gets short they go first, before those of weights that are yet to be swizzled.
     """
     for tensor in tensors:
         place = _place(tensor)
         start = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (place.stop - start) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0:
-            advice = _MADV_DONTNEED if _are_of_file(start, length) else _MADV_PAGEOUT
+            is_of_file = _are_of_file(start, length)
             advise = ctypes.CDLL(None).madvise
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
+            for advice in (_MADV_COLD, _MADV_DONTNEED) if is_of_file else (_MADV_PAGEOUT,):
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
 
 
 def _are_of_file(start: int, length: int) -> bool:
