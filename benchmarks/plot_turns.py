@@ -63,7 +63,7 @@ def _parts(turns: dict[str, Any], context: str, axes: Any) -> None:
     axes.margins(x=0.25)
     title = f"ms of a token behind {context}"
     axes.set_title(title, loc="left", color=plot.INK, fontweight="bold", fontsize=11)
-    axes.legend(loc="lower right", frameon=False, labelcolor=plot.INK, fontsize=9)
+    _legend(axes)
     plot.plain(axes, "x")
     axes.tick_params(axis="y", labelcolor=plot.INK)
 
@@ -83,16 +83,18 @@ def _rates(turns: dict[str, Any], axes: Any) -> None:
         axes.barh(at, values, 0.9 * high, color=COLOURS[way], label=LABELS[way])
         for y, value in zip(at, values, strict=True):
             plot.annotate(axes, f"{value:.3g}", (value, y), COLOURS[way], "left", 7.5)
-    axes.set_xscale("log")
     axes.set_yticks(range(len(cells)), cells)
     axes.set_ylim(len(cells) - 0.45, -0.55)
     axes.margins(x=0.12)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     title = "tokens a second: prompts; tokens behind a context x sequences"
     axes.set_title(title, loc="right", color=plot.INK, fontweight="bold", fontsize=11)
+    _legend(axes)
+    plot.plain(axes, "x")
+    axes.tick_params(axis="y", labelcolor=plot.INK)
+
+
+def _legend(axes: Any) -> None:
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.4, -0.05), ncols=3, frameon=False,
         labelcolor=plot.INK, fontsize=9,
     )  # fmt: skip
-    plot.plain(axes, "x")
-    axes.tick_params(axis="y", labelcolor=plot.INK)

@@ -33,6 +33,7 @@ from benchmarks.token_parts import ATTENTION, EXPERTS, HEAD, LINEARS, PARTS, RES
 from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
 
 ROOT = Path(__file__).parent.parent
+STORED = ROOT / "benchmarks/results/full-size-turns-epyc-2-threads.json"
 TURNS = "--only turns --turns 2 --prefill 4,6 --contexts 5,20 --batches 1,2 --decode-tokens 2"
 TOY = f"--tiny --layers 1 --vocab 512 --inner eager --probe-mib 8 --silent {TURNS}"
 
@@ -364,3 +365,20 @@ def test_none_of_the_ways_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     config = full_size.read_config(checkpoint)
     with pytest.raises(SystemExit, match="none of the ways can be had"):
         full_size_turns.measure(args, config, tmp_path, {}, lambda _: None)
+
+
+def test_figures_of_the_readme_are_those_of_a_run() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"]({STORED.relative_to(ROOT)})" in readme
+    found = json.loads(STORED.read_text("utf-8"))["turns"]["summary"]
+    for way, title in (
+        ("ours", "`mxfp4_fx.compile`"),
+        ("llama-bf16", "llama.cpp, bf16"),
+        ("llama-q8_0", "llama.cpp, Q8_0"),
+    ):
+        rates = found["tokens_per_second"][way]
+        first, second, decode = (rates[cell]["median"] for cell in rates)
+        assert f"| {title} | {first:.1f} | {second:.1f} | {decode:.2f} |" in readme
+    parts = {part: each["median"] for part, each in found["parts"]["128"].items()}
+    weights = sum(parts[part] for part in (EXPERTS, LINEARS, HEAD))
+    assert f"of a token's {1e3 * parts['token']:.0f} ms, {1e3 * weights:.0f} read" in readme

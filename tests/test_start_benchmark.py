@@ -20,6 +20,7 @@ from benchmarks.start_child import STAGES, WAYS
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "benchmarks/results/start-epyc-2-threads.json"
+STORED_FULL_SIZE = ROOT / "benchmarks/results/start-full-size-epyc-2-threads.json"
 TOY = "--layers 1 --new-tokens 1 --inner eager --silent"
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -222,6 +223,17 @@ def test_figures_of_the_readme_are_those_of_the_run(stored: dict[str, Any]) -> N
         assert (
             f"| `{start_report.LABELS[way]}`, {layers} layers | {cold:.0f} | {warm:.0f} |" in readme
         )
+
+
+def test_figures_of_the_full_size_are_those_of_the_run() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"]({STORED_FULL_SIZE.relative_to(ROOT)})" in readme
+    seconds = {
+        each["cache"]: each["summary"]["all tokens"]
+        for each in json.loads(STORED_FULL_SIZE.read_text("utf-8"))["starts"]
+        if each["way"] == "pieces"
+    }
+    assert f"takes {seconds['cold']:.0f} s cold and {seconds['warm']:.0f} s warm" in readme
 
 
 # ---- the program
