@@ -26,6 +26,7 @@ from mxfp4_fx.experts import look_at
 from mxfp4_fx.huggingface import decoder_layers
 from mxfp4_fx.ops import target
 from mxfp4_fx.telling import warn
+from mxfp4_fx.weights import mapped
 
 _numbers = itertools.count()
 
@@ -59,13 +60,16 @@ def compile(
             'with torch.compile(function, backend="mxfp4")'
         )
     parsed = Options.parse(options, mode)
+    experts = [module for _, module in look_at(model)[1]]
+    # The disk is read while compilers are loaded and work.
+    mapped.read_ahead(tensor for module in experts for tensor in module.parameters())
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.is_cpu:
         target.load_ahead(parsed.kernels, parameter.device)
         if parsed.inner == "inductor":
             torch_private_dynamo.prepare_inductor()
     arguments = {"dynamic": dynamic, "mode": mode, "options": dict(options) if options else None}
-    found = decoder_layers.layers_of(model, [module for _, module in look_at(model)[1]])
+    found = decoder_layers.layers_of(model, experts)
     shared = _Shared(parsed, arguments, len(found))
     layers = [_Layer(shared, layer, *names) for layer, names in found.items()]
     for module in model.modules():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import re
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from mxfp4_fx.core import background
 from mxfp4_fx.core.errors import NanWeightsWarning
-from mxfp4_fx.weights import freed
+from mxfp4_fx.weights import mapped
 from mxfp4_fx.weights import store as store_module
 from mxfp4_fx.weights.freed import is_freed
 from mxfp4_fx.weights.store import STORE
@@ -198,7 +194,7 @@ def test_weights_swizzled_ahead_in_inference_mode_are_current(made: list[bool]) 
 # ---- with free_weights
 
 
-def mapped(folder: Path) -> Any:
+def in_a_file(folder: Path) -> Any:
     """Packed layers whose experts are a mapped file."""
     layers = pack(Layers())
     tensors = {name: p.detach() for name, p in layers.named_parameters() if "proj_" in name}
@@ -212,16 +208,16 @@ def mapped(folder: Path) -> Any:
 def test_a_mapped_weight_is_swizzled_ahead_and_freed_by_the_first_call(
     tmp_path: Path, made: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, layers = hidden(), mapped(tmp_path)
+    x, layers = hidden(), in_a_file(tmp_path)
     expected = compile_with(pack(Layers()), options=NATIVE)(x)
     given_back: list[int] = []
-    real = freed.page_out
+    real = mapped.page_out
 
     def watching(tensors: Any) -> None:
         given_back.append(len(made))
         real(tensors)
 
-    monkeypatch.setattr(freed, "page_out", watching)
+    monkeypatch.setattr(mapped, "page_out", watching)
     made.clear()
     inner = Inner(lambda: wait_until(lambda: len(given_back) == 4, "all four weights"))
     compiled = compile_with(layers, inner, options={**FREE, **NATIVE})
@@ -238,60 +234,6 @@ def test_other_memory_is_freed_one_by_one_in_the_first_call(made: list[bool]) ->
     compile_with(pack(Layers()), inner, options={**FREE, **NATIVE})(hidden())
     assert before == [0]
     assert made == [False] * 4
-
-
-def test_what_is_in_a_mapped_file(tmp_path: Path) -> None:
-    save_file({"w": torch.ones(5000)}, tmp_path / "w.safetensors")
-    in_file = load_file(tmp_path / "w.safetensors")["w"]
-    here = torch.ones(5000)
-    of_numpy = torch.from_numpy(torch.ones(5000).numpy().copy())
-    files = freed.mapped_files()
-    assert [freed.is_mapped(t, files) for t in (in_file, here, of_numpy)] == [True, False, False]
-
-
-def pages_of_cache(path: Path) -> int:
-    """How many pages of a file the system has in memory."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-        count = -(-len(mapped) // mmap.PAGESIZE)
-        is_cached = (ctypes.c_ubyte * count)()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        libc = ctypes.CDLL(None)
-        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), is_cached) == 0
-        return sum(entry & 1 for entry in is_cached)
-
-
-def resident_kilobytes(tensor: torch.Tensor) -> int:
-    """How much of a mapped file this process has in its own memory."""
-    found = re.finditer(
-        r"^([0-9a-f]+)-([0-9a-f]+) .*\n(?:.+: .*\n)*?Rss: +([0-9]+) kB",
-        Path("/proc/self/smaps").read_text(),
-        re.MULTILINE,
-    )
-    return next(
-        int(one[3]) for one in found if int(one[1], 16) <= tensor.data_ptr() < int(one[2], 16)
-    )
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives memory back so")
-def test_pages_given_back_stay_in_the_systems_cache(tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    save_file({"w": torch.ones(50_000)}, path)
-    in_file = load_file(path)["w"]
-    assert torch.equal(in_file, torch.ones(50_000))
-    before, cached = resident_kilobytes(in_file), pages_of_cache(path)
-    freed.page_out([in_file])
-    assert resident_kilobytes(in_file) < before / 2
-    assert pages_of_cache(path) == cached
-    assert torch.equal(in_file, torch.ones(50_000))
-
-
-@pytest.mark.parametrize("at", [0, 25_000, 49_999])
-def test_no_write_is_lost_with_pages_given_back(tmp_path: Path, at: int) -> None:
-    save_file({"w": torch.ones(50_000)}, tmp_path / "w.safetensors")
-    in_file = load_file(tmp_path / "w.safetensors")["w"]
-    in_file[at] = 2
-    freed.page_out([in_file])
-    assert (in_file[at].item(), in_file.sum().item()) == (2, 50_001)
 
 
 # ---- the thread itself

@@ -47,7 +47,7 @@ def prepare_inductor() -> threading.Thread:
     """
     # Torch's modules import one another in circles, so they are imported here, not in the thread.
     compiler = look_up("torch._inductor.codecache", "CppPythonBindingsCodeCache")
-    thread = threading.Thread(target=_compile_nothing, args=(compiler,), name="mxfp4_fx")
+    thread = threading.Thread(target=_compile_nothing, args=(compiler,), name="mxfp4_fx loads")
     thread.start()
     return thread
 

@@ -105,7 +105,7 @@ def load_ahead(requested: str, device: torch.device) -> None:
     with contextlib.suppress(KernelsUnavailableError):
         path = hardware.cpu_path()
         if path not in native.libraries.loaded:
-            threading.Thread(target=_load, args=(path,), name="mxfp4_fx").start()
+            threading.Thread(target=_load, args=(path,), name="mxfp4_fx builds").start()
 
 
 def _load(path: str) -> None:

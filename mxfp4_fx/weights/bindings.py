@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mxfp4_fx.core import background, torch_private
-from mxfp4_fx.weights import freed
+from mxfp4_fx.weights import mapped
 from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.mapped import MappedFile
 from mxfp4_fx.weights.source import Encoding, Parts, Source
 from mxfp4_fx.weights.state import Mark, mark_of
 from mxfp4_fx.weights.store import STORE, warn_of_repeats
@@ -145,8 +146,10 @@ class InputPlan:
         """
         needed = [binding for binding in self.bindings if self._is_needed(binding, inputs)]
         beside = [binding for binding in needed if _is_native(binding, inputs)]
+        if not is_quiet:
+            mapped.read_ahead(tensor for b in beside for tensor in b.take(inputs))
         if are_freed:
-            files = freed.mapped_files()
+            files = mapped.mapped_files()
             needed = beside = [b for b in beside if self._is_paged(b, inputs, files)]
         made: list[Source] = []
 
@@ -158,7 +161,7 @@ class InputPlan:
                 made.append(source)
                 STORE.get(source, binding.layout, binding.name)
                 if are_freed:
-                    freed.page_out(source.tensors)
+                    mapped.page_out(source.tensors)
 
         if is_quiet:
             beside = []
@@ -200,12 +203,15 @@ class InputPlan:
         with torch_private.as_plain_tensors():
             return STORE.find(tensors, binding.encoding, binding.layout) is None
 
-    def _is_paged(self, binding: Binding, inputs: tuple[Any, ...], files: Sequence[range]) -> bool:
+    def _is_paged(
+        self, binding: Binding, inputs: tuple[Any, ...], files: Sequence[MappedFile]
+    ) -> bool:
         """Return whether :meth:`free` will free a weight whose memory is a file's."""
         source = binding.source(inputs)
         return (
             binding in self._only_swizzled
-            and all(freed.is_mapped(tensor, files) for tensor in source.tensors)
+            and not any(map(is_freed, source.tensors))
+            and all(mapped.is_mapped(tensor, files) for tensor in source.tensors)
             and STORE.can_free(source, binding.layout)
             and not any(map(self._is_lent, source.tensors))
         )

@@ -8,13 +8,8 @@ for torch does not check whether a storage has bytes.
 
 from __future__ import annotations
 
-import bisect
-import ctypes
 import functools
-import mmap
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +17,7 @@ from torch import Tensor, nn
 
 from mxfp4_fx.core import compilation, torch_private
 from mxfp4_fx.core.errors import FreedWeightError
+from mxfp4_fx.weights import mapped
 from mxfp4_fx.weights.deferred import KNOWN, DeferredTensor, name_of
 
 _REMEDY = (
@@ -29,17 +25,6 @@ _REMEDY = (
     "values are in the compiled graph's layout now. Call the compiled model (if you did, Dynamo "
     "ran a part of it uncompiled: see torch._dynamo.config.recompile_limit), give freed weights "
     "their memory again with mxfp4_fx.restore(model), or compile without free_weights"
-)
-# linux/mman.h. Linux before 5.4 refuses the last two, which does no harm.
-_MADV_DONTNEED, _MADV_COLD, _MADV_PAGEOUT = 4, 20, 21
-# Bytes of an entry of /proc/self/pagemap, and values of the last one for pages that are as their
-# file has them.
-_ENTRY = 8
-_IS_PRESENT, _IS_SWAPPED, _IS_OF_FILE = 0x80, 0x40, 0x20
-_UNCHANGED = bytes(
-    byte
-    for byte in range(256)
-    if not byte & _IS_SWAPPED and (byte & _IS_OF_FILE or not byte & _IS_PRESENT)
 )
 # Functions that a freed parameter allows: these read no values.
 _ALLOWED = {
@@ -169,7 +154,7 @@ def free(parameters: Sequence[Tensor]) -> bool:
         except (torch.OutOfMemoryError, _StillAView):
             return False
         for parameter, old, room in zip(parameters, held, rooms, strict=True):
-            page_out([old])
+            mapped.page_out([old])
             is_parameter = isinstance(parameter, nn.Parameter)
             # The class changes first: an interrupt between the two must leave nothing readable.
             parameter.__class__ = FreedParameter if is_parameter else FreedTensor
@@ -205,67 +190,6 @@ def _no_bytes(like: Tensor) -> Tensor:
     room = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
     room.untyped_storage().resize_(0)
     return room
-
-
-def page_out(tensors: Sequence[Tensor]) -> None:
-    """Give back the memory of tensors in mapped files; mappings live as long as tensors use them.
-
-    No data is lost: the system reads the pages again, and keeps pages that were written to. Pages
-    of the file alone stay in the system's cache, so that the next process need not wait for a disk.
-    Where memory gets short they go first, before those of weights that are yet to be swizzled.
-    """
-    for tensor in tensors:
-        place = _place(tensor)
-        start = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (place.stop - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        if length > 0:
-            is_of_file = _are_of_file(start, length)
-            advise = ctypes.CDLL(None).madvise
-            for advice in (_MADV_COLD, _MADV_DONTNEED) if is_of_file else (_MADV_PAGEOUT,):
-                advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))
-
-
-def _are_of_file(start: int, length: int) -> bool:
-    """Return whether all pages at some addresses are as a file has them: none was written to."""
-    size = length // mmap.PAGESIZE * _ENTRY
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            pagemap.seek(start // mmap.PAGESIZE * _ENTRY)
-            entries = pagemap.read(size)
-    except OSError:
-        return False
-    changed = entries[_ENTRY - 1 :: _ENTRY].translate(None, delete=_UNCHANGED)
-    return len(entries) == size and not changed
-
-
-def mapped_files() -> list[range]:
-    """Return the addresses where this process has mapped files, in order; Linux only."""
-    if sys.platform != "linux":
-        return []
-    found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, _, _, _, inode, *_ = line.split()
-        if inode != "0":
-            start, stop = (int(address, 16) for address in addresses.split("-"))
-            found.append(range(start, stop))
-    return found
-
-
-def is_mapped(tensor: Tensor, files: Sequence[range]) -> bool:
-    """Return whether a tensor's storage lies in one of :func:`mapped_files`."""
-    if is_freed(tensor):
-        return False
-    place = _place(tensor)
-    at = bisect.bisect_right(files, place.start, key=lambda file: file.start) - 1
-    return len(place) > 0 and at >= 0 and place.stop <= files[at].stop
-
-
-def _place(tensor: Tensor) -> range:
-    """Return the addresses of a tensor's storage; none if torch itself allocated it."""
-    storage = tensor.untyped_storage()
-    if sys.platform != "linux" or tensor.device.type != "cpu" or storage.resizable():
-        return range(0)
-    return range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
 
 
 def _flat(value: Any) -> Iterator[Any]:
