@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import mmap
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,19 @@ def machine(threads: int | None = None) -> dict[str, Any]:
 def available_bytes() -> int:
     """Memory that programs can still have."""
     return int(psutil.virtual_memory().available)
+
+
+def fresh_memory_rate(size: int = 1 << 30) -> float:
+    """Bytes a second at which one thread gets memory from the system, on huge pages; Linux only.
+
+    A virtual machine may have to ask its host for memory that nothing in it has used lately.
+    """
+    with mmap.mmap(-1, size) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        begin = time.perf_counter()
+        for page in range(0, size, mmap.PAGESIZE):
+            memory[page] = 1
+        return size / (time.perf_counter() - begin)
 
 
 def caches() -> dict[str, int]:

@@ -32,7 +32,7 @@ import mxfp4_fx
 from benchmarks import command, end_to_end, full_size, llama_cpp, measured_process, model_bytes
 from benchmarks.command import Log
 from benchmarks.contenders import Unavailable
-from benchmarks.machine import available_bytes, machine
+from benchmarks.machine import available_bytes, fresh_memory_rate, machine
 from benchmarks.start_child import INDUCTOR, LLAMA, PIECES, WAYS
 from benchmarks.start_report import summarize, text
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "starts": [],
     }
     if args.full_size:
+        results["machine"]["fresh_memory_rate"] = fresh_memory_rate()
         results["notes"].append("torch's worker processes compile C++ files that are not counted")
     with tempfile.TemporaryDirectory() as directory:
         for layers in args.layers:

@@ -65,6 +65,13 @@ def _head(results: dict[str, Any]) -> str:
     )
 
 
+def _fresh_memory(facts: dict[str, Any]) -> list[str]:
+    rate = facts.get("fresh_memory_rate")
+    if rate is None:
+        return []
+    return [f"swizzled weights need new memory; one thread gets {rate / 1e9:.1f} GB/s of it here"]
+
+
 def _table(results: dict[str, Any]) -> str:
     rows = [
         {
@@ -94,6 +101,7 @@ def _notes(results: dict[str, Any]) -> str:
         "swizzling: what compiling waits for; the rest of it runs beside compiling, in a thread",
         f"{OTHER}: imports of torch's compiler, evaluating guards, running what was compiled",
         "again: the same tokens once more",
+        *_fresh_memory(results["machine"]),
         *(f"not available: {LABELS[way]}: {why}" for way, why in results["unavailable"].items()),
     ]
     lines += [f"note: {note}" for note in results["notes"]]

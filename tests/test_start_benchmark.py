@@ -169,7 +169,7 @@ def test_wall_time_is_summed_where_that_is_the_clock() -> None:
 def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: Path) -> None:
     results = {
         "machine": {**dict.fromkeys(("cpu", "torch", "transformers"), "some"), "threads": 2}
-        | {"cores": 2, "load_average_at_start": 0.0},
+        | {"cores": 2, "load_average_at_start": 0.0, "fresh_memory_rate": 2e9},
         "settings": {"full_size": False, "threads": 2, "prompt_tokens": 8, "new_tokens": 13},
         "notes": ["on a busy machine"],
         "unavailable": {"llama.cpp": "llama-cpp-python is not installed"},
@@ -184,6 +184,7 @@ def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: P
     assert cells[-6:] == ["7.0", "15.0", "16.00", "6", "6", "0.00"]
     assert "not available: llama.cpp: llama-cpp-python is not installed" in out
     assert "note: on a busy machine" in out
+    assert "one thread gets 2.0 GB/s of it here" in out
     pytest.importorskip("matplotlib")
     plot.draw(results, tmp_path / "start.svg")
     drawn = (tmp_path / "start.svg").read_text("utf-8")
