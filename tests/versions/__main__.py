@@ -26,19 +26,19 @@ FOLDER = ROOT / "build" / "versions"
 LIMIT = 1800  # seconds for the tests of one release
 
 
-def run(package: str, version: str) -> dict[str, str]:
-    """Install a release, run its tests and remove it; return behaviour -> outcome."""
+def run(package: str, version: str, behaviours: list[str]) -> dict[str, str]:
+    """Install a release, run some tests and remove it; return behaviour -> outcome."""
     folder = FOLDER / f"{package}-{version}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         error = releases.install(package, version, folder)
-        return {table.ERROR: error} if error else outcomes(package, version, folder)
+        return {table.ERROR: error} if error else outcomes(package, version, folder, behaviours)
     finally:
         shutil.rmtree(folder)
 
 
-def outcomes(package: str, version: str, folder: Path) -> dict[str, str]:
+def outcomes(package: str, version: str, folder: Path, behaviours: list[str]) -> dict[str, str]:
     path = [str(folder), str(ROOT / "tests"), str(ROOT)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
@@ -48,6 +48,7 @@ def outcomes(package: str, version: str, folder: Path) -> dict[str, str]:
         environment["LD_LIBRARY_PATH"] = str(stubs)
     output = folder / "outcomes.json"
     command = [sys.executable, "-m", "versions.behaviours", package, version, str(output)]
+    command += behaviours
     try:
         with folder.with_name(f"{folder.name}.log").open("w") as log:
             subprocess.run(
@@ -65,15 +66,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="versions", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("packages", nargs="*", help=f"of {', '.join(BEHAVIOURS)}; all by default")
     parser.add_argument("--only", action="append", metavar="VERSION", help="run this release alone")
+    parser.add_argument("--behaviour", action="append", metavar="NAME", help="run this alone; the "
+        "outcomes of others stay")  # fmt: skip
     args = parser.parse_args(argv)
     results: dict[str, Any] = table.read()
     for package in args.packages or BEHAVIOURS:
         found = releases.plan(releases.available(package), releases.oldest(package))
         old = results.get(package, {}).get("versions", {})
-        done = {version: old[version] for version in found if args.only and version in old}
+        is_part = args.only or args.behaviour
+        done = {version: old[version] for version in found if is_part and version in old}
         for version in args.only or found:
             begun = time.monotonic()
-            done[version] = run(package, version)
+            kept = old.get(version, {}) if args.behaviour else {}
+            if not kept or table.ERROR in kept:
+                kept, behaviours = {}, [*BEHAVIOURS[package]]
+            else:
+                behaviours = args.behaviour
+            done[version] = kept | run(package, version, behaviours)
             told = table.summary(done[version])
             print(f"{package} {version}: {told} ({time.monotonic() - begun:.0f} s)", flush=True)
             results[package] = {"machine": machine(), "versions": done}

@@ -1,7 +1,7 @@
 """What is run with each version: some behaviours, and the tests that show them.
 
-``python -m versions.behaviours PACKAGE VERSION FILE`` runs those of a package in its process, which
-must find that version, and writes their outcomes as JSON.
+``python -m versions.behaviours PACKAGE VERSION FILE BEHAVIOUR ...`` runs some of a package in its
+process, which must find that version, and writes their outcomes as JSON.
 """
 
 from __future__ import annotations
@@ -41,6 +41,13 @@ MODELS = {
     "`explain`": ("test_explain.py::test_table",),
     "`verify`": ("test_verification.py::test_right_rewrites_pass[",),
     "Inductor": ("test_backend.py::TestInner::test_inductor[dtype0-",),
+    "attention": (
+        "test_fuse_attention.py::test_generate[whole",
+        "test_fuse_attention.py::test_log",
+    ),
+    "linears": ("test_lower_linears.py::TestGptOss::test_whole",),
+    "`mxfp4_fx.compile`": ("test_layerwise.py::TestCompilations::test_one_for_prompts_",),
+    "regions": ("test_regions.py::test_layers_with_a_cache_", "test_regions.py::test_generate_gi"),
 }
 BEHAVIOURS: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers": MODELS,
@@ -117,7 +124,8 @@ def run(behaviours: Mapping[str, Sequence[str]], folder: Path) -> dict[str, str]
 
 
 if __name__ == "__main__":
-    package, version, output = sys.argv[1:]
+    package, version, output, *names = sys.argv[1:]
     found = importlib.metadata.version(package)
     assert found.partition("+")[0] == version, f"{package} {found} is found, not {version}"
-    Path(output).write_text(json.dumps(run(BEHAVIOURS[package], TESTS)), "utf-8")
+    chosen = {name: BEHAVIOURS[package][name] for name in names}
+    Path(output).write_text(json.dumps(run(chosen, TESTS)), "utf-8")
