@@ -21,6 +21,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.ops import cpu_attention
+from mxfp4_fx.ops.operands import Attention
 
 attention_with_sinks = torch.ops.mxfp4.attention_with_sinks
 KERNELS = ("reference", "pytorch", "cpu")
@@ -260,9 +261,9 @@ def test_keys_that_the_mask_hides_are_not_read(monkeypatch: pytest.MonkeyPatch) 
     read: list[int] = []
     block = cpu_attention._block
 
-    def counted(query: Tensor, key: Tensor, *args: object) -> None:
-        read.append(key.shape[2])
-        block(query, key, *args)  # type: ignore[arg-type]
+    def counted(operands: Attention, out: Tensor) -> None:
+        read.append(operands.key.shape[2])
+        block(operands, out)
 
     monkeypatch.setattr(cpu_attention, "_block", counted)
     monkeypatch.setattr(cpu_attention, "_BLOCK", 10)

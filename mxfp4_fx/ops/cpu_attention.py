@@ -20,7 +20,7 @@ from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError
 from mxfp4_fx.ops import reference
 from mxfp4_fx.ops.cpu_library import DTYPES, check, library
-from mxfp4_fx.ops.operands import check_attention
+from mxfp4_fx.ops.operands import Attention
 
 # Queries that are computed at a time. Each block reads the keys that its part of the mask lets it
 # see: with fewer queries these are fewer, with more the matmuls are larger.
@@ -29,14 +29,7 @@ _BLOCK = 128
 _NO_WEIGHT = 200.0
 
 
-def attention_with_sinks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor,
-    mask: Tensor | None,
-    scale: float,
-) -> Tensor:
+def attention_with_sinks(operands: Attention) -> Tensor:
     """Compute ``ops.reference.attention_with_sinks``.
 
     Logits and sums are float32. What a key's mask leaves without weight is not computed.
@@ -44,7 +37,8 @@ def attention_with_sinks(
     Raises:
         TypeError, ValueError: dtypes or shapes do not fit.
     """
-    check_attention(query, key, value, sinks, mask)
+    operands.check()
+    query, key, value, sinks, mask, scale = operands
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
     result = query.new_empty((batch, queries, heads, size))
@@ -53,12 +47,13 @@ def attention_with_sinks(
     query, key, value = map(_with_dense_rows, (query, key, value))
     if mask is not None:
         mask = mask.expand(*(1,) * (4 - mask.ndim), *mask.shape[:-1], keys)
-    if queries == 1 and _natively(query, key, value, sinks, mask, scale, result):
+    whole = Attention(query, key, value, sinks, mask, scale)
+    if queries == 1 and _natively(whole, result):
         return result
     if not sinks.isfinite().all():
         # The product with sigmoid(lse - sink) would hide that softmax makes NaN of such a row.
-        return reference.attention_with_sinks(query, key, value, sinks, mask, scale)
-    floor = None if mask is None or queries == 1 else _floor(query, key, value, sinks, scale)
+        return reference.attention_with_sinks(whole)
+    floor = None if mask is None or queries == 1 else _floor(whole)
     for start in range(0, queries, _BLOCK):
         rows = slice(start, min(start + _BLOCK, queries))
         part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
@@ -67,20 +62,12 @@ def attention_with_sinks(
             result[:, rows] = 0
             continue
         part = None if part is None else part[..., seen]
-        out = result[:, rows]
-        _block(query[:, :, rows], key[:, :, seen], value[:, :, seen], sinks, part, scale, out)
+        block = Attention(query[:, :, rows], key[:, :, seen], value[:, :, seen], sinks, part, scale)
+        _block(block, result[:, rows])
     return result
 
 
-def _natively(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    result: Tensor,
-) -> bool:
+def _natively(operands: Attention, result: Tensor) -> bool:
     """Compute one query a head into ``result`` [B, 1, H, D]; False if the kernel does not do it.
 
     ``cpu_kernels/attention.h`` reads keys and values once, as they are.
@@ -89,6 +76,7 @@ def _natively(
         kernel = library().mxfp4_attention_with_sinks
     except (KernelsUnavailableError, NativeBuildError):
         return False
+    query, key, value, sinks, mask, scale = operands
     if mask is not None:
         mask = _with_dense_rows(mask)
     batch, heads, _, size = query.shape
@@ -127,12 +115,13 @@ def _with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _floor(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, scale: float) -> float | None:
+def _floor(operands: Attention) -> float | None:
     """Return the value of a mask from which down a key has no weight beside the sink.
 
     None if there is no such value: a number is infinite or NaN, and reaches the result by any
     weight, zero too.
     """
+    query, key, value, sinks, _, scale = operands
     largest = [max(-low.item(), high.item()) for low, high in map(torch.aminmax, (query, key))]
     logit = math.prod(largest) * query.shape[3] * abs(scale)
     floor = float(sinks.min()) - 2 * logit - _NO_WEIGHT  # twice: logits are rounded
@@ -148,16 +137,9 @@ def _seen(mask: Tensor, floor: float) -> slice:
     return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
 
 
-def _block(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    out: Tensor,
-) -> None:
+def _block(operands: Attention, out: Tensor) -> None:
     """Compute some queries [B, H, Q, D] into ``out`` [B, Q, H, D]; the mask is [.., Q or 1, T]."""
+    query, key, value, sinks, mask, scale = operands
     flash = torch_private.flash_attention_for_cpu
     assert flash is not None  # the pass has asked
     heads, queries = query.shape[1:3]

@@ -210,38 +210,52 @@ def check_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor 
             )
 
 
-def check_attention(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None
-) -> None:
-    """Check the operands of ``attention_with_sinks``; see ``reference.attention_with_sinks``.
+class Attention(NamedTuple):
+    """The operands of ``attention_with_sinks``; see ``reference.attention_with_sinks``."""
 
-    Raises:
-        TypeError: dtypes are not one of ``hardware.DTYPES``, the same for all.
-        ValueError: shapes do not fit.
-    """
-    name = "mxfp4::attention_with_sinks"
-    given = [query, key, value, sinks, *([] if mask is None else [mask])]
-    if query.dtype not in DTYPES or any(tensor.dtype != query.dtype for tensor in given):
-        raise TypeError(
-            f"{name}: all tensors must be float32, bfloat16 or float16, and of one dtype; they are "
-            f"{', '.join(str(tensor.dtype) for tensor in given)}"
-        )
-    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
-        raise ValueError(
-            f"{name}: query must be [B, H, Q, D], key and value [B, KV, T, D]; they are "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    batch, heads, queries, size = query.shape
-    if key.shape[0] != batch or key.shape[3] != size or not key.shape[1] or heads % key.shape[1]:
-        raise ValueError(
-            f"{name}: key and value must be [{batch}, KV, T, {size}], where KV divides {heads}, as "
-            f"query is {tuple(query.shape)}; they are {tuple(key.shape)}"
-        )
-    if sinks.ndim != 1 or sinks.shape[0] != heads:
-        raise ValueError(f"{name}: sinks must be [{heads}]; they are {tuple(sinks.shape)}")
-    if mask is None:
-        return
-    logits = (batch, heads, queries, key.shape[2])
-    sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
-    if mask.ndim > 4 or any(a != b and a != 1 for a, b in zip(sizes, logits, strict=True)):
-        raise ValueError(f"{name}: mask must broadcast to {logits}; it is {tuple(mask.shape)}")
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sinks: Tensor
+    mask: Tensor | None
+    scale: float
+
+    def check(self) -> None:
+        """Check the operands.
+
+        Raises:
+            TypeError: dtypes are not one of ``hardware.DTYPES``, the same for all.
+            ValueError: shapes do not fit.
+        """
+        query, key, value, sinks, mask, _ = self
+        name = "mxfp4::attention_with_sinks"
+        given = [query, key, value, sinks, *([] if mask is None else [mask])]
+        if query.dtype not in DTYPES or any(tensor.dtype != query.dtype for tensor in given):
+            raise TypeError(
+                f"{name}: all tensors must be float32, bfloat16 or float16, and of one dtype; they "
+                f"are {', '.join(str(tensor.dtype) for tensor in given)}"
+            )
+        if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+            raise ValueError(
+                f"{name}: query must be [B, H, Q, D], key and value [B, KV, T, D]; they are "
+                f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+            )
+        batch, heads, queries, size = query.shape
+        if (
+            key.shape[0] != batch
+            or key.shape[3] != size
+            or not key.shape[1]
+            or heads % key.shape[1]
+        ):
+            raise ValueError(
+                f"{name}: key and value must be [{batch}, KV, T, {size}], where KV divides "
+                f"{heads}, as query is {tuple(query.shape)}; they are {tuple(key.shape)}"
+            )
+        if sinks.ndim != 1 or sinks.shape[0] != heads:
+            raise ValueError(f"{name}: sinks must be [{heads}]; they are {tuple(sinks.shape)}")
+        if mask is None:
+            return
+        logits = (batch, heads, queries, key.shape[2])
+        sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+        if mask.ndim > 4 or any(a != b and a != 1 for a, b in zip(sizes, logits, strict=True)):
+            raise ValueError(f"{name}: mask must broadcast to {logits}; it is {tuple(mask.shape)}")

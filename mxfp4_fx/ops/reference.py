@@ -21,9 +21,9 @@ from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.core.torch_private import assert_async
 from mxfp4_fx.ops.operands import (
     Activation,
+    Attention,
     Rows,
     Weight,
-    check_attention,
     check_linears,
     make_weight,
 )
@@ -265,14 +265,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     return [torch.nn.functional.linear(x, w, b).contiguous() for w, b in given]
 
 
-def attention_with_sinks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor,
-    mask: Tensor | None,
-    scale: float,
-) -> Tensor:
+def attention_with_sinks(operands: Attention) -> Tensor:
     """Compute attention in which each head has a sink: a logit that takes weight and has no value.
 
     The weights of keys and sink together are ``softmax([query . key * scale + mask, sink])``.
@@ -280,11 +273,12 @@ def attention_with_sinks(
     share one), Q queries, T keys, D head dim.
 
     Args:
-        query: [B, H, Q, D]; float32, bfloat16 or float16, as all others.
-        key, value: [B, KV, T, D].
-        sinks: [H].
-        mask: what is added to the logits; broadcasts to [B, H, Q, T]. None for no mask.
-        scale: the factor of the logits.
+        operands:
+            query: [B, H, Q, D]; float32, bfloat16 or float16, as all others.
+            key, value: [B, KV, T, D].
+            sinks: [H].
+            mask: what is added to the logits; broadcasts to [B, H, Q, T]. None for no mask.
+            scale: the factor of the logits.
 
     Returns:
         [B, Q, H, D] of query's dtype, contiguous. A query all of whose keys have the weight zero
@@ -293,7 +287,8 @@ def attention_with_sinks(
     Raises:
         TypeError, ValueError: dtypes or shapes do not fit.
     """
-    check_attention(query, key, value, sinks, mask)
+    operands.check()
+    query, key, value, sinks, mask, scale = operands
     batch, heads, queries, _ = query.shape
     k, v = (x.float().repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
     logits = query.float() @ k.transpose(2, 3) * scale

@@ -190,7 +190,8 @@ def _attention_with_sinks(
     scale: float,
     kernels: str = "reference",
 ) -> Tensor:
-    result: Tensor = kernel(kernels, "attention_with_sinks")(query, key, value, sinks, mask, scale)
+    given = operands.Attention(query, key, value, sinks, mask, scale)
+    result: Tensor = kernel(kernels, "attention_with_sinks")(given)
     return result
 
 
@@ -249,7 +250,7 @@ def _fake_attention_with_sinks(
     scale: float,
     kernels: str = "reference",
 ) -> Tensor:
-    operands.check_attention(query, key, value, sinks, mask)
+    operands.Attention(query, key, value, sinks, mask, scale).check()
     batch, heads, queries, size = query.shape
     return query.new_empty((batch, queries, heads, size))
 

@@ -8,37 +8,31 @@ Shape letters as in ``ops/reference.py``; u is the unit roundoff of the operands
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mxfp4_fx.core.errors import VerificationError
+from mxfp4_fx.ops.operands import Attention
 
 _U32 = 2.0**-24
 _LOGITS = 1 << 22  # how many are held at a time
 
 
 @torch.no_grad()
-def compare(
-    layer: str,
-    original: Tensor,
-    rewritten: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor,
-    mask: Tensor | None,
-    scale: float,
-) -> None:
+def compare(layer: str, original: Tensor, rewritten: Tensor, *operands: Any) -> None:
     """Check that two results of one attention, each [B, Q, H, D], differ by rounding alone.
 
     Args:
         layer: the attention's name, for the error.
         original, rewritten: the two results.
-        query, key, value, sinks, mask, scale: see ``reference.attention_with_sinks``.
+        operands: of ``ops.operands.Attention``, in its order.
 
     Raises:
         VerificationError: the results differ by more than the bound.
     """
+    query, key, value, sinks, mask, scale = Attention(*operands)
     batch, heads, queries, _ = query.shape
     groups, keys = heads // key.shape[1], key.shape[2]
     if mask is not None:
