@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import covering, exhaustive
 from implementations import randn
 from models import DTYPES, Graphs, compile_with, model, tokens
 from near_miss import edited
@@ -603,8 +604,9 @@ DOORS: dict[str, Callable[[Any, Graphs], Any]] = {
 
 
 @pytest.mark.usefixtures("no_gradients")
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("door", "cache"), covering(tuple(DOORS), ("dynamic", "static"), strength=1)
+)
 def test_generate(door: str, cache: str) -> None:
     """A sliding and a full layer, a batch with padding, a prompt and single tokens."""
     whole, graphs = model(), Graphs()
@@ -626,7 +628,9 @@ def test_generate(door: str, cache: str) -> None:
 
 
 @pytest.mark.usefixtures("no_gradients")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, exhaustive(torch.float32), exhaustive(torch.float16)]
+)
 def test_logits(dtype: torch.dtype) -> None:
     whole = model(dtype)
     exact = model(dtype, "batched_mm").double()(PROMPT).logits
