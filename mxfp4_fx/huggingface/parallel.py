@@ -4,32 +4,80 @@ from __future__ import annotations
 
 from typing import Any
 
+from mxfp4_fx.core.errors import CheckpointError, OptionError
+from mxfp4_fx.core.version import OLDEST_TO_SPREAD, can_spread
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 
-
-def is_spread(config: Any) -> bool:
-    """Return whether transformers spreads a model over processes, given the model's config."""
-    distributed = getattr(config, "distributed_config", None)
-    sizes = ("tp_size", "pp_size", "fsdp_size", "dp_replicate_size")
-    return any((getattr(distributed, size, 1) or 1) > 1 for size in sizes)
+_DATA_PARALLEL = ("fsdp_size", "dp_replicate_size")
 
 
-def is_expert_parallel(config: Any) -> bool:
+def config_of(model: Any) -> Any:
+    """Return transformers' ``DistributedConfig`` of a model, or None."""
+    return getattr(model.config, "distributed_config", None)
+
+
+def is_spread(distributed: Any) -> bool:
+    """Return whether transformers spreads a model over processes.
+
+    Args:
+        distributed: the ``distributed_config`` of its config, or None.
+    """
+    return any(_size(distributed, size) > 1 for size in ("tp_size", "pp_size", *_DATA_PARALLEL))
+
+
+def is_expert_parallel(distributed: Any) -> bool:
     """Return whether each process has experts of its own."""
-    # The newer `ep_size` sets it, too.
-    return is_spread(config) and config.distributed_config.enable_expert_parallel
+    # The newer `ep_size` sets this, too.
+    return is_spread(distributed) and bool(distributed.enable_expert_parallel)
 
 
-def is_data_parallel(config: Any) -> bool:
+def is_data_parallel(distributed: Any) -> bool:
     """Return whether FSDP holds a model's parameters, and fills them for each call."""
-    distributed = getattr(config, "distributed_config", None)
-    sizes = ("fsdp_size", "dp_replicate_size")
-    return any((getattr(distributed, size, 1) or 1) > 1 for size in sizes)
+    return any(_size(distributed, size) > 1 for size in _DATA_PARALLEL)
 
 
-def is_split(config: Any) -> bool:
+def is_split(distributed: Any) -> bool:
     """Return whether a process loads less than the whole of the experts' parameters."""
-    return is_expert_parallel(config) or is_data_parallel(config)
+    return is_expert_parallel(distributed) or is_data_parallel(distributed)
+
+
+def _size(distributed: Any, name: str) -> int:
+    return getattr(distributed, name, 1) or 1
+
+
+def refuse_older(distributed: Any) -> None:
+    """Raise OptionError if this transformers spreads models in a way that we do not know."""
+    if not can_spread() and distributed is not None:
+        raise OptionError(
+            f"from_pretrained(..., distributed_config=...) with packed experts needs transformers "
+            f"{OLDEST_TO_SPREAD} or newer"
+        )
+
+
+def refuse_eager(config: Any, dense: list[str]) -> None:
+    """Raise OptionError for experts that transformers itself cannot run once they are spread.
+
+    Args:
+        config: of the model.
+        dense: the names of experts that do not become packed.
+    """
+    distributed = config.distributed_config
+    # Its loop gives ids of other processes' experts to `one_hot`, which has no class for them.
+    is_all_reduce = getattr(distributed, "ep_implementation", "auto") in ("auto", "all_reduce")
+    if dense and is_all_reduce and config._experts_implementation == "eager":
+        raise OptionError(
+            f"{dense[0]} is to stay dense, and transformers' eager experts crash where they are "
+            "spread over processes: pass experts_implementation='grouped_mm'"
+        )
+
+
+def refuse_to_save_a_part(distributed: Any) -> None:
+    """Raise CheckpointError if transformers would write one process's layers as the model."""
+    if _size(distributed, "pp_size") > 1:
+        raise CheckpointError(
+            "a model in pipeline stages cannot be saved, for each process has some layers only: "
+            "load it without pp_size to save it"
+        )
 
 
 def plan_packed(model: Any) -> None:
