@@ -36,11 +36,6 @@ def is_data_parallel(distributed: Any) -> bool:
     return any(_size(distributed, size) > 1 for size in _DATA_PARALLEL)
 
 
-def is_split(distributed: Any) -> bool:
-    """Return whether a process loads less than the whole of the experts' parameters."""
-    return is_expert_parallel(distributed) or is_data_parallel(distributed)
-
-
 def _size(distributed: Any, name: str) -> int:
     return getattr(distributed, name, 1) or 1
 
@@ -51,6 +46,15 @@ def refuse_older(distributed: Any) -> None:
         raise OptionError(
             f"from_pretrained(..., distributed_config=...) with packed experts needs transformers "
             f"{OLDEST_TO_SPREAD} or newer"
+        )
+
+
+def refuse_quantizing(distributed: Any, weights: list[str]) -> None:
+    """Raise OptionError if FSDP is to spread weights that are quantized while they are loaded."""
+    if weights and is_data_parallel(distributed):  # it knows their sizes from before
+        raise OptionError(
+            f"{weights[0]} is dense, and FSDP cannot spread what is quantized while it is loaded: "
+            "write an MXFP4 checkpoint first, with mxfp4_fx.quantize_checkpoint(...)"
         )
 
 

@@ -208,7 +208,8 @@ class PackedMxfp4Quantizer(HfQuantizer):
 
     def _replace_experts(self, model: Any, checkpoint_files: Sequence[str]) -> None:
         settings, distributed = self.quantization_config, parallel.config_of(model)
-        is_spread, is_split = parallel.is_spread(distributed), parallel.is_split(distributed)
+        is_spread = parallel.is_spread(distributed)
+        is_split = parallel.is_expert_parallel(distributed)
         checkpoint = _opened(checkpoint_files, model.config, renaming(settings.key_mapping))
         check(checkpoint, ignore_sizes=settings.ignore_sizes)
         if is_spread:
@@ -247,7 +248,8 @@ class PackedMxfp4Quantizer(HfQuantizer):
                     set_loading_dtype(packed, projection, dtype, is_split=is_split)
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed)
-        if parallel.is_expert_parallel(distributed):
+        parallel.refuse_quantizing(distributed, self._to_quantize)
+        if is_split:
             parallel.plan_packed(model)
             parallel.refuse_eager(model.config, dense)
         if not found:
