@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import default_load
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,17 +33,31 @@ class Loaded:
         experts: how many experts the layers have here.
         unmapped: the names of blocks and scales that are not pages of the files.
         read: tensor's name -> the ranges of its first dimension that were read.
-        logits: of `loaded.IDS`, uncompiled.
-        generated: the tokens that the compiled model makes of them, and their logits.
-        left: the bytes of blocks and scales that are not freed by then.
+        uncompiled, compiled: logits of `loaded.IDS`, compiled with ``free_weights``.
+        left: the bytes of blocks and scales that are not freed then.
     """
 
     experts: list[int]
     unmapped: list[str]
     read: dict[str, list[slice]]
-    logits: Tensor
-    generated: tuple[Tensor, Tensor]
+    uncompiled: Tensor
+    compiled: Tensor
     left: int
+
+
+@dataclasses.dataclass
+class Told:
+    """What a rank is told.
+
+    Attributes:
+        faults: fault of the second rank while they load -> what this rank is told, "nothing" of it.
+        refusal: what ``explain`` on the first rank alone says to it.
+        explanation: what ``explain`` on all ranks says.
+    """
+
+    faults: dict[str, str]
+    refusal: str
+    explanation: str
 
 
 def spread(**changes: Any) -> DistributedConfig:
@@ -56,34 +71,36 @@ def load(path: Path, **kwargs: Any) -> Any:
     return mxfp4_fx.from_pretrained(path, **kwargs)
 
 
-def load_run_and_save(checkpoint: Path, saved: Path, freed: Path) -> Loaded:
-    """Load, run, save to `saved`, compile, generate with ``free_weights``, and save to `freed`."""
+def answer(checkpoint: Path, dense: Path, other: Path, folder: Path) -> tuple[Loaded, Told]:
+    """Load, run and save models; the folders' names are those of `load_run_and_save`, and "dense".
+
+    Args:
+        dense: a checkpoint with dense experts.
+        other: one that differs from `checkpoint` a little.
+    """
+    found, model = load_run_and_save(checkpoint, folder)
+    load(dense).save_pretrained(folder / "dense")
+    return found, Told(fail_while_loading(checkpoint, other), *explain_on_one(model))
+
+
+def load_run_and_save(checkpoint: Path, folder: Path) -> tuple[Loaded, Any]:
+    """Load, save to "saved", compile and run with ``free_weights``, and save to "freed"."""
     with recorded_slices() as read:
         model = load(checkpoint)
     files, held = mapped_files(), bytes_of(model)
     unmapped = [name for name, parameter in held.items() if not is_mapped(parameter, files)]
-    experts = [
-        module.num_experts for module in model.modules() if isinstance(module, PackedExperts)
-    ]
+    experts = [m.num_experts for m in model.modules() if isinstance(m, PackedExperts)]
     uncompiled = logits(model)
-    model.save_pretrained(saved)
-    model.compile(backend="mxfp4", options={"inner": "eager", "strict": True, "free_weights": True})
-    generated = generate(model)
+    model.save_pretrained(folder / "saved")
+    options = {"inner": "eager", "strict": True, "free_weights": True}
+    compiled = logits(torch.compile(model, backend="mxfp4", options=options))
     left = sum(parameter.untyped_storage().nbytes() for parameter in bytes_of(model).values())
-    model.save_pretrained(freed)
-    return Loaded(experts, unmapped, read, uncompiled, generated, left)
+    model.save_pretrained(folder / "freed")
+    return Loaded(experts, unmapped, read, uncompiled, compiled, left), model
 
 
 def bytes_of(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.dtype == torch.uint8}
-
-
-def generate(model: Any, new: int = 4) -> tuple[Tensor, Tensor]:
-    """Return greedy tokens [batch, new] and their logits [new, batch, vocabulary]."""
-    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-    settings |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
-    made = model.generate(IDS, attention_mask=torch.ones_like(IDS), **settings)
-    return made.sequences[:, IDS.shape[1] :], torch.stack(made.logits)
 
 
 @contextmanager
@@ -165,20 +182,25 @@ def no_memory(*_: object, **__: object) -> object:
     raise torch.OutOfMemoryError("no room for the experts")
 
 
-def explain_on_one(checkpoint: Path) -> list[str]:
-    """Explain on the first rank alone, then on all; return what this rank gets to know."""
-    model, found = load(checkpoint), []
+def explain_on_one(model: Any) -> tuple[str, str]:
+    """Explain a model on the first rank alone, and then on all."""
+    refusal = ""
     if dist.get_rank() == 0:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(explanation, "PATIENCE", 0.5)
             try:
                 mxfp4_fx.explain(model, IDS)
             except mxfp4_fx.errors.Mxfp4Error as error:
-                found.append(str(error))
+                refusal = str(error)
     dist.barrier()
     with torch.no_grad():
-        return [*found, str(mxfp4_fx.explain(model, IDS))]
+        return refusal, str(mxfp4_fx.explain(model, IDS))
 
 
-def faults(checkpoint: Path, other: Path) -> tuple[dict[str, str], list[str]]:
-    return fail_while_loading(checkpoint, other), explain_on_one(checkpoint)
+def load_as_transformers_does(checkpoint: Path) -> tuple[Tensor, str]:
+    """Return logits of transformers' own MXFP4 modules, compiled, and what ``explain`` says."""
+    model = default_load.load(checkpoint, distributed_config=spread())
+    options = {"inner": "eager", "strict": True}
+    compiled = logits(torch.compile(model, backend="mxfp4", options=options))
+    with torch.no_grad():
+        return compiled, str(mxfp4_fx.explain(model, IDS))
