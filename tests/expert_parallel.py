@@ -24,6 +24,8 @@ from mxfp4_fx.huggingface import meeting
 from mxfp4_fx.huggingface.packed import PackedExperts
 from mxfp4_fx.weights.freed import is_mapped, mapped_files
 
+WORLD = 2  # ranks that give an `answer`
+
 
 @dataclasses.dataclass
 class Loaded:
@@ -53,11 +55,13 @@ class Told:
         faults: fault of the second rank while they load -> what this rank is told, "nothing" of it.
         refusal: what ``explain`` on the first rank alone says to it.
         explanation: what ``explain`` on all ranks says.
+        refusals: what cannot be done where experts are spread -> how that is said.
     """
 
     faults: dict[str, str]
     refusal: str
     explanation: str
+    refusals: dict[str, str]
 
 
 def spread(**changes: Any) -> DistributedConfig:
@@ -80,7 +84,23 @@ def answer(checkpoint: Path, dense: Path, other: Path, folder: Path) -> tuple[Lo
     """
     found, model = load_run_and_save(checkpoint, folder)
     load(dense).save_pretrained(folder / "dense")
-    return found, Told(fail_while_loading(checkpoint, other), *explain_on_one(model))
+    return found, Told(
+        fail_while_loading(checkpoint, other),
+        *explain_on_one(model),
+        {
+            "dequantize": told(lambda: mxfp4_fx.dequantize(model)),
+            "eager": told(lambda: load(checkpoint, skip="*.0", experts_implementation="eager")),
+            "FSDP": told(
+                lambda: load(dense, distributed_config=DistributedConfig(fsdp_size=WORLD))
+            ),
+            "stages": told(
+                lambda: load(
+                    checkpoint, distributed_config=DistributedConfig(pp_size=WORLD)
+                ).save_pretrained(folder / "stages")
+            ),
+            "device": told(lambda: load(checkpoint, experts_device="cpu")),
+        },
+    )
 
 
 def load_run_and_save(checkpoint: Path, folder: Path) -> tuple[Loaded, Any]:
@@ -97,6 +117,10 @@ def load_run_and_save(checkpoint: Path, folder: Path) -> tuple[Loaded, Any]:
     left = sum(parameter.untyped_storage().nbytes() for parameter in bytes_of(model).values())
     model.save_pretrained(folder / "freed")
     return Loaded(experts, unmapped, read, uncompiled, compiled, left), model
+
+
+def load_and_run(checkpoint: Path, folder: Path) -> Loaded:
+    return load_run_and_save(checkpoint, folder)[0]
 
 
 def bytes_of(model: Any) -> dict[str, Tensor]:
@@ -146,15 +170,10 @@ def recorded_slices() -> Iterator[dict[str, list[slice]]]:
 def fail_while_loading(checkpoint: Path, other: Path) -> dict[str, str]:
     """Load with one fault after the other on the second rank; return fault -> what one is told."""
     is_second = dist.get_rank() == 1
-    told: dict[str, str] = {}
+    found: dict[str, str] = {}
 
     def attempt(fault: str, run: Callable[[], object]) -> None:
-        try:
-            run()
-            told[fault] = "nothing"
-        except Exception as error:
-            told[fault] = f"{type(error).__name__}: {error}"
-        gc.collect()
+        found[fault] = told(run)
 
     attempt("checkpoint", lambda: load(other if is_second else checkpoint))
     skip = "model.layers.0.mlp.experts" if is_second else ()
@@ -175,7 +194,18 @@ def fail_while_loading(checkpoint: Path, other: Path) -> dict[str, str]:
         given = {"quantization_config": quantization, "distributed_config": spread()}
         attempt("door", lambda: AutoModelForCausalLM.from_pretrained(checkpoint, **given))
     attempt("none", lambda: load(checkpoint))
-    return told
+    return found
+
+
+def told(run: Callable[[], object]) -> str:
+    """Return the exception that a call ends with, or "nothing"."""
+    try:
+        run()
+        return "nothing"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        gc.collect()
 
 
 def no_memory(*_: object, **__: object) -> object:

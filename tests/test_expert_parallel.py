@@ -11,14 +11,12 @@ import pytest
 import ranks
 import torch
 from checkpoints import copied, edit_tensors, read_tensors, write_packed
-from expert_parallel import Loaded, Told
+from expert_parallel import WORLD, Loaded, Told
 from loaded import assert_same_tensors, dequantized, exact_logits, logits, write_dense
 from oracle import assert_as_accurate
 from torch import Tensor
 
 import mxfp4_fx
-
-WORLD = 2
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +84,7 @@ def test_what_each_rank_quantizes_of_its_own_is_what_one_process_quantizes(folde
 
 @pytest.mark.exhaustive
 def test_one_expert_for_each_rank(checkpoint: Path, tmp_path: Path) -> None:
-    found = ranks.run(expert_parallel.load_run_and_save, 4, tmp_path, checkpoint, tmp_path)
+    found = ranks.run(expert_parallel.load_and_run, 4, tmp_path, checkpoint, tmp_path)
     assert [one.experts for one in found] == [[1, 1]] * 4
     check_logits(found, checkpoint)
     check_saved(tmp_path / "freed", checkpoint)
@@ -164,3 +162,20 @@ def test_explain_on_one_rank_says_what_to_do(told: list[Told]) -> None:
     assert "call it on every rank" in refusal
     for one in told:
         assert "2 of 2 MoE layers rewritten, 1 graph" in one.explanation
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    {
+        "dequantize": "DequantizeError: model.layers.0.mlp.experts is spread over processes",
+        "eager": "OptionError: model.layers.0.mlp.experts is to stay dense, .*='grouped_mm'",
+        "FSDP": r"OptionError: layers.0.* is dense, and FSDP .*quantize_checkpoint",
+        "stages": "CheckpointError: a model in pipeline stages cannot be saved",
+        "device": "OptionError: .*experts_device=..., distributed_config=.*pass one of them",
+    }.items(),
+)
+def test_what_cannot_be_done_is_said(told: list[Told], what: str, reason: str) -> None:
+    # A rank may be told by the other that this one cannot load.
+    said = [one.refusals[what] for one in told]
+    assert any(re.match(reason, text) for text in said), said
+    assert all(re.search(reason, text) for text in said), said
