@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Graphs, compile_with, hidden, mlp, pack
+from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
 from sharded import as_dtensor, sharded
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
@@ -50,6 +50,13 @@ def swizzles(run: Callable[[], Any]) -> int:
 
 
 no_gradients = pytest.mark.usefixtures("no_gradients")
+
+
+@no_gradients
+@pytest.mark.exhaustive
+def test_inductor_computes_with_shards() -> None:
+    module, x = sharded(mlp()), hidden()
+    assert_near(compile_with(module, inner="inductor", options=STRICT)(x)[0], mlp()(x)[0])
 
 
 @no_gradients
@@ -184,6 +191,38 @@ def test_a_partial_dtensor_is_a_miss(form: str) -> None:
     )
     assert "placement is Partial" in str(told[0].message)
     assert_near(result, module(x)[0])
+
+
+@no_gradients
+@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+def test_experts_that_stay_are_told_and_run_beside_what_is_rewritten(form: str) -> None:
+    whole, ids = model(num_hidden_layers=1, form=form), tokens()
+    sharded(whole.model.layers[0].mlp)
+    options = {"skip": ["model.layers.0.mlp.experts"]}
+    told = mxfp4_fx.explain(whole, ids, options=options)
+    assert [miss.layer for miss in told.misses] == options["skip"]
+    assert told.attention
+    assert_near(compile_with(whole, options=options)(ids).logits, whole(ids).logits)
+
+
+class Writes(nn.Module):
+    """An MLP of DTensors, and a write through another DTensor to the memory of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = sharded(mlp())
+        self.other = as_dtensor(self.mlp.experts.gate_up_proj.to_local())
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.mlp(x)[0]
+        self.other.mul_(2)
+        return result
+
+
+@no_gradients
+def test_a_write_in_the_graph_through_another_dtensor_is_a_miss() -> None:
+    with pytest.warns(MissedRewriteWarning, match="gate_up is written to in the graph, by mul_"):
+        compile_with(Writes())(hidden())
 
 
 @no_gradients
