@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from models import Graphs, compile_with, hidden, mlp
+from one_rank import OneRank, by_fmod
 from oracle import assert_as_accurate
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
-
-import mxfp4_fx
 
 
 def grouped_with_masked_result(self: Any, x: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
@@ -90,6 +89,16 @@ def test_behind_the_router(form: str, dynamic: bool) -> None:
     assert not {"clamp", "clamp_", "masked_fill", "masked_fill_"} & set(calls)
 
 
+@pytest.mark.parametrize("form", OLDER)
+def test_one_rank_of_an_older_release(form: str) -> None:
+    module, x, graphs = OneRank(mlp(form=form), 1, 2, by_fmod), hidden(), Graphs()
+    out = compile_with(module, graphs)(x)
+    (routing,) = (n for n in graphs.seen[0].graph.nodes if "routing" in str(n.target))
+    assert (str(routing.target), routing.args[1:]) == ("mxfp4.routing.default", (3, 3, 3))
+    exact = OneRank(mlp(form="batched_mm"), 1, 2, by_fmod).double()(x.double())
+    assert_as_accurate(out, module(x), exact)
+
+
 @pytest.mark.parametrize("form", ["grouped_mm", "batched_mm", "masked result"])
 def test_routes_to_other_experts_count_nothing(form: str) -> None:
     experts, x, graphs = guarded(form).experts, hidden()[0], Graphs()
@@ -146,9 +155,12 @@ def test_an_id_out_of_range_is_named() -> None:
         compile_with(mlp().experts)(*args)
 
 
-def test_clamped_ids_without_the_router_are_not_proven() -> None:
-    """Their scores might not be zero: only the router's ids are known to be below E."""
-    experts = guarded("clamped ids").experts
-    args = hidden()[0], torch.randint(0, 6, (7, 3)), torch.rand(7, 3)
-    (miss,) = mxfp4_fx.explain(experts, *args).misses
-    assert "the router is not" in miss.reason
+def test_clamped_ids_are_the_first_and_the_last_expert() -> None:
+    """Whatever their scores are: only a rank's own routes are known to have zeros there."""
+    experts, x, graphs = guarded("clamped ids").experts, hidden()[0], Graphs()
+    indices = torch.tensor([[-7, 6, 3], [6, 9, -1], [5, 4, 6], [2, 1, 0]] + [[1, 2, 8]] * 3)
+    weights = torch.rand(7, 3)
+    out = compile_with(experts, graphs)(x, indices, weights)
+    assert "mxfp4.routing.routes" in [str(n.target) for n in graphs.seen[0].graph.nodes]
+    exact = copy.deepcopy(experts).double()(x.double(), indices, weights.double())
+    assert_as_accurate(out, experts(x, indices, weights), exact)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import operator
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -155,23 +154,6 @@ def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def is_filled_by_fsdp(tensor: Tensor) -> bool:
-    """Return whether FSDP2 fills the tensor anew for each forward.
-
-    Object and version stay the same then, and maybe the address.
-    """
-    if "torch.distributed.fsdp" not in sys.modules:
-        return False
-    mapping = look_up("torch.distributed._composable_state", "_module_state_mapping")
-    states = [reference() for reference in list(mapping.values())]
-    return any(
-        getattr(parameter, "_unsharded_param", None) is tensor
-        for state in states
-        for group in getattr(state, "_fsdp_param_groups", ())
-        for parameter in group.fsdp_params
-    )
-
-
 def has_parameter_mark(tensor: Tensor) -> bool:
     """Return whether ``nn.Parameter`` made the tensor a parameter and kept its class."""
     return hasattr(tensor, "_is_param")
@@ -220,6 +202,11 @@ def hooks(modules: Iterable[nn.Module]) -> list[Mapping[int, Callable[..., Any]]
     of_all = vars(nn.modules.module)
     found = [of_all[f"_global_{kind}_hooks"] for kind in kinds]
     return found + [vars(module)[f"_{kind}_hooks"] for module in modules for kind in kinds]
+
+
+def default_store() -> Any:
+    """Return the store through which the processes of the default group found each other."""
+    return look_up("torch.distributed.distributed_c10d", "_get_default_store")()
 
 
 # ---- graphs

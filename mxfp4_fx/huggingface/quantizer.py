@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from mxfp4_fx.checkpoints.files import CONFIG, read_json
 from mxfp4_fx.core.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
+from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.arguments import check_scale_rule, refuse
 from mxfp4_fx.huggingface.conversions import (
     BYTES,
@@ -40,9 +42,12 @@ from mxfp4_fx.huggingface.conversions import (
     QuantizeExperts,
     bytes_of,
     exactly,
+    nan_blocks,
     set_loading_dtype,
 )
+from mxfp4_fx.huggingface.meeting import Meeting, identity
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.huggingface.shards import gathered_state_dict
 from mxfp4_fx.huggingface.unpacking import unpack_experts
 
 OUR_METHOD = "mxfp4_fx"
@@ -105,6 +110,7 @@ class Mxfp4Config(transformers.Mxfp4Config):
         key_mapping: patterns of names in the files -> replacements, as in transformers.
         ignore_sizes: accept tensors of other sizes than the config's, except the experts';
             transformers then initializes new ones.
+        meeting: of the processes that load the model, if ``from_pretrained`` began it.
 
     Raises:
         OptionError: an argument has no meaning here.
@@ -135,6 +141,7 @@ class Mxfp4Config(transformers.Mxfp4Config):
         self.skip = Skip.of(skip)
         self.key_mapping: Mapping[str, str] = {}
         self.ignore_sizes = False
+        self.meeting: Meeting | None = None
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what transformers sets on the config that it makes of a packed checkpoint's.
@@ -190,17 +197,32 @@ class PackedMxfp4Quantizer(HfQuantizer):
     ) -> None:
         if use_kernels:
             refuse("use_kernels")
-        _refuse_processes(model)
-        settings = self.quantization_config
-        checkpoint = _opened(checkpoint_files or (), model.config, renaming(settings.key_mapping))
+        distributed = parallel.config_of(model)
+        parallel.refuse_older(distributed)
+        meeting = self.quantization_config.meeting or Meeting(parallel.is_spread(distributed))
+        # Nothing here sees what fails between the two methods, but then this quantizer dies.
+        weakref.finalize(self, meeting.fail)
+        self._meeting = meeting
+        with meeting:
+            self._replace_experts(model, checkpoint_files or ())
+
+    def _replace_experts(self, model: Any, checkpoint_files: Sequence[str]) -> None:
+        settings, distributed = self.quantization_config, parallel.config_of(model)
+        is_spread = parallel.is_spread(distributed)
+        is_split = parallel.is_expert_parallel(distributed)
+        checkpoint = _opened(checkpoint_files, model.config, renaming(settings.key_mapping))
         check(checkpoint, ignore_sizes=settings.ignore_sizes)
+        if is_spread:
+            self._meeting.compare(identity(checkpoint, model.config, settings))
         consistency.warn_of_strays(checkpoint)
         entries = settings.modules_to_not_convert
         skipped = {layer for entry in entries for layer in checkpoint.matching(entry)}
         more = checkpoint.skipped(settings.skip) - skipped
-        self._nan_blocks = checkpoint.nan_blocks()
+        # Processes that share the experts read no more than their own, and count these later.
+        self._nan_blocks = {} if is_spread else checkpoint.nan_blocks()
         self._to_quantize: list[str] = []
         self._to_dequantize: list[str] = []
+        dense: list[str] = []
         found = False
         for name, experts in list(model.named_modules()):
             if not isinstance(experts, GptOssExperts):
@@ -214,6 +236,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 entries.append(name)
             if layer in skipped | more:
                 self._to_dequantize += weights if is_packed else []
+                dense.append(name)
                 continue
             found = True
             with torch.device("meta"):
@@ -222,9 +245,13 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 self._to_quantize += weights
                 for projection, weight in zip(PROJECTIONS, weights, strict=True):
                     dtype = checkpoint.tensors[checkpoint.prefix + weight].dtype
-                    set_loading_dtype(packed, projection, dtype)
+                    set_loading_dtype(packed, projection, dtype, is_split=is_split)
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed)
+        parallel.refuse_quantizing(distributed, self._to_quantize)
+        if is_split:
+            parallel.plan_packed(model)
+            parallel.refuse_eager(model.config, dense)
         if not found:
             warnings.warn(
                 f"no experts of this {type(model).__name__} will be MXFP4: all are skipped by "
@@ -237,10 +264,20 @@ class PackedMxfp4Quantizer(HfQuantizer):
         self.pre_quantized = not self._to_quantize
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        _refuse_processes(model)  # older versions split the model only now
-        for module in model.modules():
+        with self._meeting:
+            self._finish(model)
+            self._meeting.end()
+        return model
+
+    def _finish(self, model: Any) -> None:
+        distributed = parallel.config_of(model)
+        for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # the loader makes every float a trainable parameter
+                if not parallel.is_data_parallel(distributed):  # FSDP knows the parameters it wraps
+                    module.keep_shards()
+                if parallel.is_spread(distributed):
+                    self._nan_blocks |= nan_blocks(module, name)
             elif isinstance(module, GptOssExperts):
                 setattr(module, KEEP_DENSE, True)  # skipped: the backend leaves it dense, too
         warn_of_nan_blocks(self._nan_blocks)
@@ -257,7 +294,17 @@ class PackedMxfp4Quantizer(HfQuantizer):
             )
             and not (isinstance(conversion, WeightRenaming) and mapping)
         ]
-        return model
+
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Return what is saved: None, for transformers' own, unless processes share the experts.
+
+        Raises:
+            CheckpointError: this process has some layers only.
+        """
+        parallel.refuse_to_save_a_part(parallel.config_of(model))
+        return gathered_state_dict(model), {}
 
     def get_weight_conversions(self) -> list[Any]:
         """Return a conversion for each weight whose form differs between files and model."""
@@ -299,13 +346,6 @@ class PackedMxfp4Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _refuse_processes(model: Any) -> None:
-    if getattr(model.config, "distributed_config", None) is not None:
-        refuse("distributed_config")
-    if getattr(model, "_device_mesh", None) is not None:
-        refuse("tp_plan")
 
 
 def _opened(files: Sequence[str], config: Any, rename: Callable[[str], str] = str) -> Checkpoint:

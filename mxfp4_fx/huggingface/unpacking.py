@@ -67,6 +67,13 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             f"{type(model).__name__} has no packed experts: pass a model that "
             f"mxfp4_fx.from_pretrained returned"
         )
+    for names in places.values():
+        if cast(PackedExperts, model.get_submodule(names[0])).shards:
+            raise DequantizeError(
+                f"{names[0]} is spread over processes, for which dense experts are loaded in "
+                f"another way: load the checkpoint with transformers, the same distributed_config "
+                f"and Mxfp4Config(dequantize=True) instead"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise DequantizeError(
