@@ -184,7 +184,7 @@ def all_reduce(fabric: Fabric, ranks: int, size: float) -> float:
 
 
 def all_to_all(fabric: Fabric, ranks: int, size: float) -> float:
-    """One exchange: the busiest rank sends or receives ``size`` bytes, those for itself included."""
+    """One exchange: the busiest rank sends or receives ``size`` bytes, its own rows included."""
     links = min(fabric.host, ranks)
     parts = [(links - 1, fabric.inside), (ranks - links, fabric.between)]
     parts = [(peers, link) for peers, link in parts if peers]
