@@ -17,8 +17,8 @@ REFUSED = {
         "experts are MXFP4 already; the rest of the model stays as it is",
     ),
     **dict.fromkeys(
-        ("tp_plan", "distributed_config", "tp_size", "device_mesh"),
-        "packed experts cannot be split among processes; use device_map=",
+        ("tp_plan", "tp_size", "device_mesh"),
+        "pass distributed_config=DistributedConfig(...)",
     ),
 }
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
-from mxfp4_fx.huggingface.packed import PROJECTIONS
+from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.huggingface.shards import Shard
 from mxfp4_fx.huggingface.unpacking import dense_weight
 
 # The ends of the names of packed weights' parameters.
@@ -80,12 +81,35 @@ def _only(tensors: Any) -> Tensor:
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
-def set_loading_dtype(module: nn.Module, projection: str, dtype: torch.dtype) -> None:
+def set_loading_dtype(
+    module: PackedExperts, projection: str, dtype: torch.dtype, *, is_split: bool = False
+) -> None:
     """Give blocks and scales, still on meta, the dtype to which the loader casts what it reads.
 
     This must be the stored dtype of a dense weight until the weight is quantized, and uint8
-    afterwards.
+    afterwards. If the loader splits the weight among processes (`is_split`), they must also have
+    its shape until then: the loader takes a tensor of one dimension less for a single expert.
     """
-    for name in (f"{projection}_blocks", f"{projection}_scales"):
-        empty = torch.empty_like(module.get_parameter(name), dtype=dtype, device="meta")
+    h, i = module.hidden_size, module.intermediate_size
+    n, k = (2 * i, h) if projection == "gate_up_proj" else (h, i)
+    for name, ending in (
+        (f"{projection}_blocks", (n, k // BLOCK, BYTES_PER_BLOCK)),
+        (f"{projection}_scales", (n, k // BLOCK)),
+    ):
+        old = module.get_parameter(name)
+        shape = (old.shape[0], *((k, n) if is_split else ending))
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        shard = Shard.of(old)
+        empty = empty if shard is None else shard.share(empty)
         module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+
+def nan_blocks(experts: PackedExperts, name: str) -> dict[str, int]:
+    """Return name -> number of NaN bytes, for the scales of which this process holds any."""
+    counts = {}
+    for projection in PROJECTIONS:
+        scales: Any = experts.get_parameter(f"{projection}_scales")
+        held = scales.to_local() if Shard.of(scales) else scales
+        if count := int((held == E8M0_NAN).sum()):
+            counts[f"{name}.{projection}_scales"] = count
+    return counts

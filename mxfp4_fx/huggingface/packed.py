@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.checkpoints.gpt_oss import PROJECTIONS
 from mxfp4_fx.core.errors import SlowKernelsWarning
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
+from mxfp4_fx.huggingface.shards import Shard
 from mxfp4_fx.ops import target
 from mxfp4_fx.ops.operands import ALPHA, LIMIT
 from mxfp4_fx.weights.freed import is_freed
@@ -35,6 +37,8 @@ class PackedExperts(nn.Module):
         down_proj_blocks, down_proj_scales: uint8 [E, H, I/32, 16] and [E, H, I/32].
         gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
         alpha, limit: SwiGLU's constants.
+        shards: parameter's name -> how the processes share it, for those of which this one holds a
+            part. E, in the shapes above, is then the number of experts of this process.
         stays_on: the device on which the parameters stay when the model is moved, or None: they
             move along. :func:`~mxfp4_fx.huggingface.placement.place_experts` sets it.
 
@@ -62,6 +66,7 @@ class PackedExperts(nn.Module):
         self.alpha = alpha
         self.limit = limit
         self.stays_on: torch.device | None = None
+        self.shards: dict[str, Shard] = {}
         sizes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
         for name, (n, k) in zip(PROJECTIONS, sizes, strict=True):
             shape = (num_experts, n, k // BLOCK)
@@ -118,6 +123,35 @@ class PackedExperts(nn.Module):
             **by,
         )
         return out if home == device else out.to(home)
+
+    @torch.no_grad()
+    def keep_shards(self) -> None:
+        """Hold this process's parts of DTensor parameters as plain parameters."""
+        for name, parameter in self._parameters.items():
+            shard = Shard.of(parameter)
+            if parameter is not None and shard is not None:
+                self.shards[name] = shard
+                part = nn.Parameter(shard.part_of(parameter), requires_grad=False)
+                self.register_parameter(name, part)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name, shard in self.shards.items():
+                part = STORE.values_of(self.get_parameter(name)).detach()
+                destination[prefix + name] = shard.distributed(part)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        parts = {
+            prefix + name: shard.part_of(state_dict[prefix + name])
+            for name, shard in self.shards.items()
+            if prefix + name in state_dict
+        }
+        super()._load_from_state_dict({**state_dict, **parts}, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
         """Let ``fn`` convert the parameters, as all of ``nn.Module``'s methods do.

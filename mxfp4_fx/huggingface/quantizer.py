@@ -33,6 +33,7 @@ from mxfp4_fx.checkpoints.files import CONFIG, read_json
 from mxfp4_fx.core.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
+from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.arguments import check_scale_rule, refuse
 from mxfp4_fx.huggingface.conversions import (
     BYTES,
@@ -40,9 +41,11 @@ from mxfp4_fx.huggingface.conversions import (
     QuantizeExperts,
     bytes_of,
     exactly,
+    nan_blocks,
     set_loading_dtype,
 )
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.huggingface.shards import gathered_state_dict
 from mxfp4_fx.huggingface.unpacking import unpack_experts
 
 OUR_METHOD = "mxfp4_fx"
@@ -190,7 +193,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
     ) -> None:
         if use_kernels:
             refuse("use_kernels")
-        _refuse_processes(model)
+        is_spread = parallel.is_spread(model.config)
         settings = self.quantization_config
         checkpoint = _opened(checkpoint_files or (), model.config, renaming(settings.key_mapping))
         check(checkpoint, ignore_sizes=settings.ignore_sizes)
@@ -198,7 +201,8 @@ class PackedMxfp4Quantizer(HfQuantizer):
         entries = settings.modules_to_not_convert
         skipped = {layer for entry in entries for layer in checkpoint.matching(entry)}
         more = checkpoint.skipped(settings.skip) - skipped
-        self._nan_blocks = checkpoint.nan_blocks()
+        # Processes that share the experts read no more than their own, and count these later.
+        self._nan_blocks = {} if is_spread else checkpoint.nan_blocks()
         self._to_quantize: list[str] = []
         self._to_dequantize: list[str] = []
         found = False
@@ -222,9 +226,13 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 self._to_quantize += weights
                 for projection, weight in zip(PROJECTIONS, weights, strict=True):
                     dtype = checkpoint.tensors[checkpoint.prefix + weight].dtype
-                    set_loading_dtype(packed, projection, dtype)
+                    set_loading_dtype(
+                        packed, projection, dtype, is_split=parallel.is_split(model.config)
+                    )
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed)
+        if parallel.is_expert_parallel(model.config):
+            parallel.plan_packed(model)
         if not found:
             warnings.warn(
                 f"no experts of this {type(model).__name__} will be MXFP4: all are skipped by "
@@ -237,10 +245,13 @@ class PackedMxfp4Quantizer(HfQuantizer):
         self.pre_quantized = not self._to_quantize
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        _refuse_processes(model)  # older versions split the model only now
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # the loader makes every float a trainable parameter
+                if not parallel.is_data_parallel(model.config):  # FSDP keeps its own
+                    module.keep_shards()
+                if parallel.is_spread(model.config):
+                    self._nan_blocks |= nan_blocks(module, name)
             elif isinstance(module, GptOssExperts):
                 setattr(module, KEEP_DENSE, True)  # skipped: the backend leaves it dense, too
         warn_of_nan_blocks(self._nan_blocks)
@@ -258,6 +269,12 @@ class PackedMxfp4Quantizer(HfQuantizer):
             and not (isinstance(conversion, WeightRenaming) and mapping)
         ]
         return model
+
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Return what is saved: None, for transformers' own, unless processes share the experts."""
+        return gathered_state_dict(model), {}
 
     def get_weight_conversions(self) -> list[Any]:
         """Return a conversion for each weight whose form differs between files and model."""
@@ -299,13 +316,6 @@ class PackedMxfp4Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _refuse_processes(model: Any) -> None:
-    if getattr(model.config, "distributed_config", None) is not None:
-        refuse("distributed_config")
-    if getattr(model, "_device_mesh", None) is not None:
-        refuse("tp_plan")
 
 
 def _opened(files: Sequence[str], config: Any, rename: Callable[[str], str] = str) -> Checkpoint:

@@ -1,0 +1,49 @@
+"""What packed experts need of transformers to be spread over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
+
+
+def is_spread(config: Any) -> bool:
+    """Return whether transformers spreads a model over processes, given the model's config."""
+    distributed = getattr(config, "distributed_config", None)
+    sizes = ("tp_size", "pp_size", "fsdp_size", "dp_replicate_size")
+    return any((getattr(distributed, size, 1) or 1) > 1 for size in sizes)
+
+
+def is_expert_parallel(config: Any) -> bool:
+    """Return whether each process has experts of its own."""
+    # The newer `ep_size` sets it, too.
+    return is_spread(config) and config.distributed_config.enable_expert_parallel
+
+
+def is_data_parallel(config: Any) -> bool:
+    """Return whether FSDP holds a model's parameters, and fills them for each call."""
+    distributed = getattr(config, "distributed_config", None)
+    sizes = ("fsdp_size", "dp_replicate_size")
+    return any((getattr(distributed, size, 1) or 1) > 1 for size in sizes)
+
+
+def is_split(config: Any) -> bool:
+    """Return whether a process loads less than the whole of the experts' parameters."""
+    return is_expert_parallel(config) or is_data_parallel(config)
+
+
+def plan_packed(model: Any) -> None:
+    """Let blocks and scales be split among processes as the weight is that they stand for.
+
+    transformers' plan names the weights of ``GptOssExperts``; it stays for those that are dense.
+    """
+    plan: dict[str, str] = model.ep_plan if hasattr(model, "ep_plan") else model.tp_plan
+    is_any_dense = any(
+        hasattr(module, PROJECTIONS[0]) and not isinstance(module, PackedExperts)
+        for module in model.modules()
+    )
+    for name, style in list(plan.items()):
+        if name.endswith(tuple(f".experts.{projection}" for projection in PROJECTIONS)):
+            plan |= {f"{name}_blocks": style, f"{name}_scales": style}
+            if not is_any_dense:
+                del plan[name]

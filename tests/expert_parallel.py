@@ -1,0 +1,107 @@
+"""What each rank does in the tests of expert parallelism: see ``ranks.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from loaded import logits
+from torch import Tensor
+from transformers import modeling_utils
+from transformers.distributed import DistributedConfig
+
+import mxfp4_fx
+from mxfp4_fx.huggingface.packed import PackedExperts
+from mxfp4_fx.weights.freed import is_mapped, mapped_files
+
+
+@dataclasses.dataclass
+class Loaded:
+    """What a rank found of a model that it loaded its part of.
+
+    Attributes:
+        experts: how many experts the layers have here.
+        unmapped: the names of blocks and scales that are not pages of the files.
+        read: tensor's name -> the ranges of its first dimension that were read.
+        logits: of `loaded.IDS`, uncompiled.
+    """
+
+    experts: list[int]
+    unmapped: list[str]
+    read: dict[str, list[slice]]
+    logits: Tensor
+
+
+def spread(**changes: Any) -> DistributedConfig:
+    """Return the config that gives each rank its part of the experts."""
+    world = dist.get_world_size()
+    return DistributedConfig(**{"tp_size": world, "ep_size": world, **changes})
+
+
+def load(path: Path, **kwargs: Any) -> Any:
+    kwargs = {"distributed_config": spread(), "dtype": torch.float32, **kwargs}
+    return mxfp4_fx.from_pretrained(path, **kwargs)
+
+
+def load_and_save(checkpoint: Path, saved: Path) -> Loaded:
+    with recorded_slices() as read:
+        model = load(checkpoint)
+    files = mapped_files()
+    found = Loaded(
+        [module.num_experts for module in model.modules() if isinstance(module, PackedExperts)],
+        [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dtype == torch.uint8 and not is_mapped(parameter, files)
+        ],
+        read,
+        logits(model),
+    )
+    model.save_pretrained(saved)
+    return found
+
+
+@contextmanager
+def recorded_slices() -> Iterator[dict[str, list[slice]]]:
+    """Record which parts of tensors transformers reads from files."""
+    found: dict[str, list[slice]] = {}
+
+    class File:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._file = original(*args, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def __enter__(self) -> Any:
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *args: Any) -> Any:
+            return self._file.__exit__(*args)
+
+        def get_slice(self, name: str) -> Any:
+            return Slice(name, self._file.get_slice(name))
+
+    class Slice:
+        def __init__(self, name: str, part: Any) -> None:
+            self._name, self._part = name, part
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._part, name)
+
+        def __getitem__(self, index: Any) -> Tensor:
+            first = index[0] if isinstance(index, tuple) else index
+            found.setdefault(self._name, []).append(first)
+            return self._part[index]
+
+    original = modeling_utils.safe_open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_utils, "safe_open", File)
+        yield found
