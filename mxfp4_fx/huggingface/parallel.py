@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from mxfp4_fx.core.errors import OptionError
+from mxfp4_fx.huggingface.conversions import bytes_of
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 
 
@@ -18,6 +21,12 @@ def is_expert_parallel(config: Any) -> bool:
     """Return whether each process has experts of its own."""
     # The newer `ep_size` sets it, too.
     return is_spread(config) and config.distributed_config.enable_expert_parallel
+
+
+def is_tensor_parallel(config: Any) -> bool:
+    """Return whether each process has a part of every expert."""
+    distributed = getattr(config, "distributed_config", None)
+    return (getattr(distributed, "tp_size", 1) or 1) > 1 and not is_expert_parallel(config)
 
 
 def is_data_parallel(config: Any) -> bool:
@@ -47,3 +56,37 @@ def plan_packed(model: Any) -> None:
             plan |= {f"{name}_blocks": style, f"{name}_scales": style}
             if not is_any_dense:
                 del plan[name]
+
+
+def cut_packed(model: Any, dense: Sequence[int], quantized: Sequence[str]) -> list[str]:
+    """Plan that each rank has a part of every expert; return the tensors of files that are cut.
+
+    Args:
+        model: the model, not loaded yet, whose packed experts are there already.
+        dense: layers whose experts the user or the checkpoint wants dense.
+        quantized: weights that are dense in the files; they are cut before they are quantized.
+
+    Raises:
+        OptionError: there are such layers, FSDP is to share the parts, or transformers is too old.
+    """
+    if is_data_parallel(model.config):
+        raise OptionError(
+            "FSDP cannot share the parts of experts that tensor parallelism makes: pass ep_size= "
+            "as well, which gives each rank whole experts"
+        )
+    if dense:
+        raise OptionError(
+            f"the experts of layers {', '.join(map(str, dense))} stay dense, and tensor "
+            f"parallelism cuts packed ones only: skip none, or pass ep_size= as well"
+        )
+    try:
+        from mxfp4_fx.huggingface import tensor_parallel
+    except ImportError as error:
+        raise OptionError(
+            f"tensor parallelism of experts needs a newer transformers, with transformers."
+            f"distributed.tensor_parallel: {error}. Upgrade it, or pass ep_size= as well"
+        ) from error
+    converted = {name for weight in quantized for name in bytes_of(weight)}
+    names = tensor_parallel.plan_packed(model)
+    short = (name[name.index("layers.") :] for name in names)
+    return [name for name in short if name not in converted]

@@ -39,6 +39,7 @@ from mxfp4_fx.huggingface.conversions import (
     BYTES,
     DequantizeExperts,
     QuantizeExperts,
+    TakeParts,
     bytes_of,
     exactly,
     nan_blocks,
@@ -231,8 +232,11 @@ class PackedMxfp4Quantizer(HfQuantizer):
                     )
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed)
+        self._to_cut: list[str] = []
         if parallel.is_expert_parallel(model.config):
             parallel.plan_packed(model)
+        elif parallel.is_tensor_parallel(model.config):
+            self._to_cut = parallel.cut_packed(model, sorted(skipped | more), self._to_quantize)
         if not found:
             warnings.warn(
                 f"no experts of this {type(model).__name__} will be MXFP4: all are skipped by "
@@ -263,7 +267,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
             conversion
             for conversion in model._weight_conversions
             if not any(
-                isinstance(operation, QuantizeExperts | DequantizeExperts)
+                isinstance(operation, QuantizeExperts | DequantizeExperts | TakeParts)
                 for operation in getattr(conversion, "operations", ())
             )
             and not (isinstance(conversion, WeightRenaming) and mapping)
@@ -278,7 +282,10 @@ class PackedMxfp4Quantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """Return a conversion for each weight whose form differs between files and model."""
-        conversions = []
+        conversions = [
+            WeightConverter(exactly(name), name, [TakeParts()], force_cpu=True)
+            for name in self._to_cut
+        ]
         for weight in self._to_quantize:
             quantize_it = QuantizeExperts(self.quantization_config.scale_rule, self._nan_blocks)
             conversions.append(WeightConverter(exactly(weight), bytes_of(weight), [quantize_it]))

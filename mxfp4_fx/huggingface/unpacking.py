@@ -38,7 +38,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
 
     Raises:
         DequantizeError: the model has neither packed experts nor dense ones that ``free_weights``
-            freed, or a part of it is offloaded. The model is unchanged.
+            freed, processes share them, or a part of it is offloaded. The model is unchanged.
     """
     unpack_experts(model, dtype)
     for module in model.modules():
@@ -67,6 +67,13 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             f"{type(model).__name__} has no packed experts: pass a model that "
             f"mxfp4_fx.from_pretrained returned"
         )
+    for names in places.values():
+        experts: Any = model.get_submodule(names[0])
+        if experts.shards:
+            raise DequantizeError(
+                f"{names[0]} are a part of what several processes share: save the model with "
+                f"save_pretrained on all of them, and load that in one"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise DequantizeError(
