@@ -11,11 +11,14 @@ from torch import fx
 
 from mxfp4_fx import calls
 from mxfp4_fx.backend import analyze, bind, refuse_freed
-from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
+from mxfp4_fx.core import compilation, ranks, torch_private, torch_private_dynamo
 from mxfp4_fx.core.console import size_in_words
+from mxfp4_fx.core.errors import Mxfp4Error
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.report import Attention, Miss, Rewrite
 from mxfp4_fx.weights.freed import is_freed
+
+PATIENCE = 60.0  # seconds; ranks that run a program together come to a call within some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,9 @@ def explain(
         args, kwargs: its inputs.
         options: as for ``torch.compile(backend="mxfp4", options=...)``.
         dynamic: as for ``torch.compile``.
+
+    Raises:
+        Mxfp4Error: the model is spread over processes, and not all of them call this.
     """
     model = torch_private.unwrapped(model)
     chosen = dict(options) if options else None
@@ -123,7 +129,8 @@ def explain(
     isolated: dict[str, Any] = (
         {"isolate_recompiles": True} if torch_private_dynamo.can_isolate() else {}
     )
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    modules = [*model.modules()] if isinstance(model, torch.nn.Module) else []
+    _require_all_ranks(modules)
     with calls.observed() as found, torch_private.without_compiled_calls(modules):
         run = torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen, **isolated)
         run(*args, **kwargs)
@@ -142,6 +149,21 @@ def explain(
         attention,
         tuple(others),
     )
+
+
+def _require_all_ranks(modules: list[torch.nn.Module]) -> None:
+    """Wait for the ranks that run a model together, and raise an error if some do not come."""
+    together = ranks.of_model(modules)
+    if not together:
+        return
+    try:
+        ranks.gather("explain", together, PATIENCE)
+    except ranks.Absent as absent:
+        raise Mxfp4Error(
+            f"explain(...) runs the model once, which is spread over {ranks.named(together)}, and "
+            f"within {absent.seconds:.0f} seconds {ranks.named(absent.ranks)} did not call it: "
+            "call it on every rank, with the same arguments, and print it on one"
+        ) from absent
 
 
 @compilation.ours

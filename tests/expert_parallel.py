@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loaded import logits
+from loaded import IDS, logits
 from torch import Tensor
-from transformers import modeling_utils
+from transformers import AutoModelForCausalLM, modeling_utils
 from transformers.distributed import DistributedConfig
 
 import mxfp4_fx
+from mxfp4_fx import explanation
+from mxfp4_fx.huggingface import meeting
 from mxfp4_fx.huggingface.packed import PackedExperts
 from mxfp4_fx.weights.freed import is_mapped, mapped_files
 
@@ -105,3 +108,61 @@ def recorded_slices() -> Iterator[dict[str, list[slice]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling_utils, "safe_open", File)
         yield found
+
+
+def fail_while_loading(checkpoint: Path, other: Path) -> dict[str, str]:
+    """Load with one fault after the other on the second rank; return fault -> what one is told."""
+    is_second = dist.get_rank() == 1
+    told: dict[str, str] = {}
+
+    def attempt(fault: str, run: Callable[[], object]) -> None:
+        try:
+            run()
+            told[fault] = "nothing"
+        except Exception as error:
+            told[fault] = f"{type(error).__name__}: {error}"
+        gc.collect()
+
+    attempt("checkpoint", lambda: load(other if is_second else checkpoint))
+    skip = "model.layers.0.mlp.experts" if is_second else ()
+    attempt("options", lambda: load(checkpoint, skip=skip))
+    with pytest.MonkeyPatch.context() as patch:
+        if is_second:
+            patch.setattr(meeting, "__version__", "0.0.1")
+        attempt("versions", lambda: load(checkpoint))
+    attempt("path", lambda: load(checkpoint / "nowhere" if is_second else checkpoint))
+    with pytest.MonkeyPatch.context() as patch:
+        if is_second:
+            patch.setattr(PackedExperts, "keep_shards", no_memory)
+        attempt("memory", lambda: load(checkpoint))
+    with pytest.MonkeyPatch.context() as patch:
+        if is_second:
+            patch.setattr(modeling_utils, "convert_and_load_state_dict_in_model", no_memory)
+        quantization = mxfp4_fx.Mxfp4Config()
+        given = {"quantization_config": quantization, "distributed_config": spread()}
+        attempt("door", lambda: AutoModelForCausalLM.from_pretrained(checkpoint, **given))
+    attempt("none", lambda: load(checkpoint))
+    return told
+
+
+def no_memory(*_: object, **__: object) -> object:
+    raise torch.OutOfMemoryError("no room for the experts")
+
+
+def explain_on_one(checkpoint: Path) -> list[str]:
+    """Explain on the first rank alone, then on all; return what this rank gets to know."""
+    model, found = load(checkpoint), []
+    if dist.get_rank() == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(explanation, "PATIENCE", 0.5)
+            try:
+                mxfp4_fx.explain(model, IDS)
+            except mxfp4_fx.errors.Mxfp4Error as error:
+                found.append(str(error))
+    dist.barrier()
+    with torch.no_grad():
+        return [*found, str(mxfp4_fx.explain(model, IDS))]
+
+
+def faults(checkpoint: Path, other: Path) -> tuple[dict[str, str], list[str]]:
+    return fail_while_loading(checkpoint, other), explain_on_one(checkpoint)

@@ -42,7 +42,7 @@ ATTRIBUTES = {
 # ... those of accelerate and transformers, and a named tuple's method.
 OTHERS = {
     *("_active_collector", "_attn_implementation", "_experts_implementation"),
-    *("_hf_hook", "_is_hooked", "_weight_conversions", "_replace"),
+    *("_device_mesh", "_hf_hook", "_is_hooked", "_weight_conversions", "_replace"),
 }
 
 

@@ -222,6 +222,11 @@ def hooks(modules: Iterable[nn.Module]) -> list[Mapping[int, Callable[..., Any]]
     return found + [vars(module)[f"_{kind}_hooks"] for module in modules for kind in kinds]
 
 
+def default_store() -> Any:
+    """Return the store through which the processes of the default group found each other."""
+    return look_up("torch.distributed.distributed_c10d", "_get_default_store")()
+
+
 # ---- graphs
 
 

@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 # The oldest whose experts the passes know and whose loader the quantizer fits.
 OLDEST_TRANSFORMERS = "5.8"
+# The oldest that can spread packed experts over processes.
+OLDEST_TO_SPREAD = "5.18"
 
 
 def transformers_version() -> str | None:
@@ -29,6 +31,12 @@ def too_old_transformers() -> str | None:
     if version is None or _numbers(version) >= _numbers(OLDEST_TRANSFORMERS):
         return None
     return version
+
+
+def can_spread() -> bool:
+    """Return whether this transformers loads a model's parts in several processes as we need it."""
+    version = transformers_version()
+    return version is None or _numbers(version) >= _numbers(OLDEST_TO_SPREAD)
 
 
 def why_other_experts() -> str | None:

@@ -83,6 +83,9 @@ class DequantizeExperts(ConversionOps):
         return {full_layer_name: dense_weight(blocks, scales, weight.dtype)}
 
 
+OURS = (QuantizeExperts, TakeParts, DequantizeExperts)
+
+
 def bytes_of(weight: str) -> list[str]:
     """Return the names of the blocks and the scales of a weight."""
     return [f"{weight}_blocks", f"{weight}_scales"]

@@ -53,6 +53,8 @@ def from_pretrained(
             beside a GPU for example; ``device_map`` then names the one device of the rest. None
             means that they go where the rest goes.
         kwargs: further arguments of transformers' ``from_pretrained``: dtype, device_map, ...
+            With ``distributed_config=DistributedConfig(tp_size=W, ep_size=W)`` all W processes of
+            torch.distributed call this, and each loads its own part of the experts.
             A model that is loaded with ``key_mapping`` is saved under its own names, not those of
             the files.
 
@@ -62,7 +64,8 @@ def from_pretrained(
 
     Raises:
         CheckpointError: the checkpoint does not exist, is damaged, or is not a GPT-OSS in MXFP4 or
-            dense; or transformers is not installed, or too old.
+            dense; or transformers is not installed, or too old; or another process that loads the
+            model fails, or loads another one.
         OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
             experts, ``scale_rule`` or ``experts_device`` is unknown, or ``device_map`` names no
             single device beside ``experts_device``.
@@ -83,34 +86,46 @@ def from_pretrained(
         import transformers
         from safetensors import SafetensorError
 
+        from mxfp4_fx.huggingface.meeting import Meeting
+        from mxfp4_fx.huggingface.parallel import is_spread
         from mxfp4_fx.huggingface.placement import devices, place_experts
         from mxfp4_fx.huggingface.quantizer import Mxfp4Config, check, renaming
     except ImportError as error:
         raise CheckpointError(f"loading needs {_NEEDED}: {error}") from error
 
+    distributed = kwargs.get("distributed_config")
+    if isinstance(distributed, dict):
+        from transformers.distributed import DistributedConfig
+
+        kwargs["distributed_config"] = distributed = DistributedConfig.from_dict(distributed)
     rest = None
     if experts_device is not None:  # no map: with one, accelerate's hooks would move the weights
+        if is_spread(distributed):
+            raise OptionError(
+                "from_pretrained(..., experts_device=..., distributed_config=...): pass one of them"
+            )
         experts_device, rest = devices(experts_device, kwargs.pop("device_map", None))
     path = os.path.expanduser(os.fspath(path))
     mapping, ignore_sizes = kwargs.get("key_mapping") or {}, kwargs.get("ignore_mismatched_sizes")
     rename = renaming(mapping)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-    if os.path.isdir(path) and kwargs.get("variant") is None:
-        checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")), rename)
-        check(checkpoint, ignore_sizes=bool(ignore_sizes))
-    else:  # the quantizer checks the files after transformers has found or downloaded them
-        _check_config(path, hub)
-    config, kwargs = _model_config(path, hub, kwargs)
     quantization = Mxfp4Config(skip=skip, scale_rule=scale_rule)
     quantization.key_mapping, quantization.ignore_sizes = mapping, bool(ignore_sizes)
     auto_class = auto_class or transformers.AutoModelForCausalLM
     kwargs["use_safetensors"] = True  # None would allow pickles
-    try:
-        model = auto_class.from_pretrained(
-            path, config=config, quantization_config=quantization, **hub, **kwargs
-        )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    with Meeting(is_spread(distributed)) as quantization.meeting:
+        if os.path.isdir(path) and kwargs.get("variant") is None:
+            checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")), rename)
+            check(checkpoint, ignore_sizes=bool(ignore_sizes))
+        else:  # the quantizer checks the files after transformers has found or downloaded them
+            _check_config(path, hub)
+        config, kwargs = _model_config(path, hub, kwargs)
+        try:
+            model = auto_class.from_pretrained(
+                path, config=config, quantization_config=quantization, **hub, **kwargs
+            )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     if experts_device is not None:
         place_experts(model, experts_device)
     return model if rest is None else model.to(rest)

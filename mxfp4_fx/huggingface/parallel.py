@@ -5,40 +5,88 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mxfp4_fx.core.errors import OptionError
-from mxfp4_fx.huggingface.conversions import bytes_of
+from transformers.core_model_loading import WeightConverter
+
+from mxfp4_fx.core.errors import CheckpointError, OptionError
+from mxfp4_fx.core.version import OLDEST_TO_SPREAD, can_spread
+from mxfp4_fx.huggingface.conversions import TakeParts, bytes_of, exactly
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 
-
-def is_spread(config: Any) -> bool:
-    """Return whether transformers spreads a model over processes, given the model's config."""
-    distributed = getattr(config, "distributed_config", None)
-    sizes = ("tp_size", "pp_size", "fsdp_size", "dp_replicate_size")
-    return any((getattr(distributed, size, 1) or 1) > 1 for size in sizes)
+_DATA_PARALLEL = ("fsdp_size", "dp_replicate_size")
 
 
-def is_expert_parallel(config: Any) -> bool:
+def config_of(model: Any) -> Any:
+    """Return transformers' ``DistributedConfig`` of a model, or None."""
+    return getattr(model.config, "distributed_config", None)
+
+
+def is_spread(distributed: Any) -> bool:
+    """Return whether transformers spreads a model over processes.
+
+    Args:
+        distributed: the ``distributed_config`` of its config, or None.
+    """
+    return any(_size(distributed, size) > 1 for size in ("tp_size", "pp_size", *_DATA_PARALLEL))
+
+
+def is_expert_parallel(distributed: Any) -> bool:
     """Return whether each process has experts of its own."""
-    # The newer `ep_size` sets it, too.
-    return is_spread(config) and config.distributed_config.enable_expert_parallel
+    # The newer `ep_size` sets this, too.
+    return is_spread(distributed) and bool(distributed.enable_expert_parallel)
 
 
-def is_tensor_parallel(config: Any) -> bool:
+def is_tensor_parallel(distributed: Any) -> bool:
     """Return whether each process has a part of every expert."""
-    distributed = getattr(config, "distributed_config", None)
-    return (getattr(distributed, "tp_size", 1) or 1) > 1 and not is_expert_parallel(config)
+    return _size(distributed, "tp_size") > 1 and not is_expert_parallel(distributed)
 
 
-def is_data_parallel(config: Any) -> bool:
+def is_data_parallel(distributed: Any) -> bool:
     """Return whether FSDP holds a model's parameters, and fills them for each call."""
-    distributed = getattr(config, "distributed_config", None)
-    sizes = ("fsdp_size", "dp_replicate_size")
-    return any((getattr(distributed, size, 1) or 1) > 1 for size in sizes)
+    return any(_size(distributed, size) > 1 for size in _DATA_PARALLEL)
 
 
-def is_split(config: Any) -> bool:
+def is_split(distributed: Any) -> bool:
     """Return whether a process loads less than the whole of the experts' parameters."""
-    return is_expert_parallel(config) or is_data_parallel(config)
+    return is_expert_parallel(distributed) or is_data_parallel(distributed)
+
+
+def _size(distributed: Any, name: str) -> int:
+    return getattr(distributed, name, 1) or 1
+
+
+def refuse_older(distributed: Any) -> None:
+    """Raise OptionError if this transformers spreads models in a way that we do not know."""
+    if not can_spread() and distributed is not None:
+        raise OptionError(
+            f"from_pretrained(..., distributed_config=...) with packed experts needs transformers "
+            f"{OLDEST_TO_SPREAD} or newer"
+        )
+
+
+def refuse_eager(config: Any, dense: list[str]) -> None:
+    """Raise OptionError for experts that transformers itself cannot run once they are spread.
+
+    Args:
+        config: of the model.
+        dense: the names of experts that do not become packed.
+    """
+    distributed = config.distributed_config
+    # Its loop gives ids of other processes' experts to `one_hot`, which has no class for them.
+    is_all_reduce = getattr(distributed, "ep_implementation", "auto") in ("auto", "all_reduce")
+    if dense and is_all_reduce and config._experts_implementation == "eager":
+        raise OptionError(
+            f"{dense[0]} is to stay dense, and transformers' eager experts crash where they are "
+            "spread over processes: pass experts_implementation='grouped_mm'"
+        )
+
+
+def refuse_to_save_a_part(distributed: Any) -> None:
+    """Raise CheckpointError if transformers would write one process's layers as the model."""
+    if _size(distributed, "pp_size") > 1:
+        raise CheckpointError(
+            "a model in pipeline stages cannot be saved, for each process has some layers only: "
+            "load it without pp_size to save it"
+        )
 
 
 def plan_packed(model: Any) -> None:
@@ -58,35 +106,33 @@ def plan_packed(model: Any) -> None:
                 del plan[name]
 
 
-def cut_packed(model: Any, dense: Sequence[int], quantized: Sequence[str]) -> list[str]:
-    """Plan that each rank has a part of every expert; return the tensors of files that are cut.
+def cut_packed(model: Any, dense: Sequence[str], quantized: Sequence[str]) -> list[WeightConverter]:
+    """Plan that each rank has a part of every expert; return the conversions of what it reads.
 
     Args:
         model: the model, not loaded yet, whose packed experts are there already.
-        dense: layers whose experts the user or the checkpoint wants dense.
+        dense: the names of experts that do not become packed.
         quantized: weights that are dense in the files; they are cut before they are quantized.
 
     Raises:
-        OptionError: there are such layers, FSDP is to share the parts, or transformers is too old.
+        OptionError: there are dense experts, or FSDP is to share the parts.
     """
-    if is_data_parallel(model.config):
+    if is_data_parallel(config_of(model)):
         raise OptionError(
             "FSDP cannot share the parts of experts that tensor parallelism makes: pass ep_size= "
             "as well, which gives each rank whole experts"
         )
     if dense:
         raise OptionError(
-            f"the experts of layers {', '.join(map(str, dense))} stay dense, and tensor "
-            f"parallelism cuts packed ones only: skip none, or pass ep_size= as well"
+            f"{dense[0]} is to stay dense, and tensor parallelism cuts packed experts only: skip "
+            f"none, or pass ep_size= as well"
         )
-    try:
-        from mxfp4_fx.huggingface import tensor_parallel
-    except ImportError as error:
-        raise OptionError(
-            f"tensor parallelism of experts needs a newer transformers, with transformers."
-            f"distributed.tensor_parallel: {error}. Upgrade it, or pass ep_size= as well"
-        ) from error
-    converted = {name for weight in quantized for name in bytes_of(weight)}
-    names = tensor_parallel.plan_packed(model)
-    short = (name[name.index("layers.") :] for name in names)
-    return [name for name in short if name not in converted]
+    from mxfp4_fx.huggingface import tensor_parallel  # needs a newer transformers
+
+    made = {name for weight in quantized for name in bytes_of(weight)}
+    names = (name[name.index("layers.") :] for name in tensor_parallel.plan_packed(model))
+    return [
+        WeightConverter(exactly(name), name, [TakeParts()], force_cpu=True)
+        for name in names
+        if name not in made
+    ]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,15 @@ from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.arguments import check_scale_rule, refuse
 from mxfp4_fx.huggingface.conversions import (
     BYTES,
+    OURS,
     DequantizeExperts,
     QuantizeExperts,
-    TakeParts,
     bytes_of,
     exactly,
     nan_blocks,
     set_loading_dtype,
 )
+from mxfp4_fx.huggingface.meeting import Meeting, identity
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.huggingface.shards import gathered_state_dict
 from mxfp4_fx.huggingface.unpacking import unpack_experts
@@ -109,6 +111,7 @@ class Mxfp4Config(transformers.Mxfp4Config):
         key_mapping: patterns of names in the files -> replacements, as in transformers.
         ignore_sizes: accept tensors of other sizes than the config's, except the experts';
             transformers then initializes new ones.
+        meeting: of the processes that load the model, if ``from_pretrained`` began it.
 
     Raises:
         OptionError: an argument has no meaning here.
@@ -139,6 +142,7 @@ class Mxfp4Config(transformers.Mxfp4Config):
         self.skip = Skip.of(skip)
         self.key_mapping: Mapping[str, str] = {}
         self.ignore_sizes = False
+        self.meeting: Meeting | None = None
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what transformers sets on the config that it makes of a packed checkpoint's.
@@ -194,10 +198,22 @@ class PackedMxfp4Quantizer(HfQuantizer):
     ) -> None:
         if use_kernels:
             refuse("use_kernels")
-        is_spread = parallel.is_spread(model.config)
-        settings = self.quantization_config
-        checkpoint = _opened(checkpoint_files or (), model.config, renaming(settings.key_mapping))
+        distributed = parallel.config_of(model)
+        parallel.refuse_older(distributed)
+        meeting = self.quantization_config.meeting or Meeting(parallel.is_spread(distributed))
+        # Nothing here sees what fails between the two methods, but then this quantizer dies.
+        weakref.finalize(self, meeting.fail)
+        self._meeting = meeting
+        with meeting:
+            self._replace_experts(model, checkpoint_files or ())
+
+    def _replace_experts(self, model: Any, checkpoint_files: Sequence[str]) -> None:
+        settings, distributed = self.quantization_config, parallel.config_of(model)
+        is_spread, is_split = parallel.is_spread(distributed), parallel.is_split(distributed)
+        checkpoint = _opened(checkpoint_files, model.config, renaming(settings.key_mapping))
         check(checkpoint, ignore_sizes=settings.ignore_sizes)
+        if is_spread:
+            self._meeting.compare(identity(checkpoint, model.config, settings))
         consistency.warn_of_strays(checkpoint)
         entries = settings.modules_to_not_convert
         skipped = {layer for entry in entries for layer in checkpoint.matching(entry)}
@@ -206,6 +222,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         self._nan_blocks = {} if is_spread else checkpoint.nan_blocks()
         self._to_quantize: list[str] = []
         self._to_dequantize: list[str] = []
+        dense: list[str] = []
         found = False
         for name, experts in list(model.named_modules()):
             if not isinstance(experts, GptOssExperts):
@@ -219,6 +236,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 entries.append(name)
             if layer in skipped | more:
                 self._to_dequantize += weights if is_packed else []
+                dense.append(name)
                 continue
             found = True
             with torch.device("meta"):
@@ -227,16 +245,15 @@ class PackedMxfp4Quantizer(HfQuantizer):
                 self._to_quantize += weights
                 for projection, weight in zip(PROJECTIONS, weights, strict=True):
                     dtype = checkpoint.tensors[checkpoint.prefix + weight].dtype
-                    set_loading_dtype(
-                        packed, projection, dtype, is_split=parallel.is_split(model.config)
-                    )
+                    set_loading_dtype(packed, projection, dtype, is_split=is_split)
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed)
-        self._to_cut: list[str] = []
-        if parallel.is_expert_parallel(model.config):
+        self._cutting: list[WeightConverter] = []
+        if parallel.is_expert_parallel(distributed):
             parallel.plan_packed(model)
-        elif parallel.is_tensor_parallel(model.config):
-            self._to_cut = parallel.cut_packed(model, sorted(skipped | more), self._to_quantize)
+            parallel.refuse_eager(model.config, dense)
+        elif parallel.is_tensor_parallel(distributed):
+            self._cutting = parallel.cut_packed(model, dense, self._to_quantize)
         if not found:
             warnings.warn(
                 f"no experts of this {type(model).__name__} will be MXFP4: all are skipped by "
@@ -249,12 +266,19 @@ class PackedMxfp4Quantizer(HfQuantizer):
         self.pre_quantized = not self._to_quantize
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        with self._meeting:
+            self._finish(model)
+            self._meeting.end()
+        return model
+
+    def _finish(self, model: Any) -> None:
+        distributed = parallel.config_of(model)
         for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 module.requires_grad_(False)  # the loader makes every float a trainable parameter
-                if not parallel.is_data_parallel(model.config):  # FSDP keeps its own
+                if not parallel.is_data_parallel(distributed):  # FSDP knows the parameters it wraps
                     module.keep_shards()
-                if parallel.is_spread(model.config):
+                if parallel.is_spread(distributed):
                     self._nan_blocks |= nan_blocks(module, name)
             elif isinstance(module, GptOssExperts):
                 setattr(module, KEEP_DENSE, True)  # skipped: the backend leaves it dense, too
@@ -266,26 +290,24 @@ class PackedMxfp4Quantizer(HfQuantizer):
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
-            if not any(
-                isinstance(operation, QuantizeExperts | DequantizeExperts | TakeParts)
-                for operation in getattr(conversion, "operations", ())
-            )
+            if not any(isinstance(step, OURS) for step in getattr(conversion, "operations", ()))
             and not (isinstance(conversion, WeightRenaming) and mapping)
         ]
-        return model
 
     def get_state_dict_and_metadata(
         self, model: Any
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """Return what is saved: None, for transformers' own, unless processes share the experts."""
+        """Return what is saved: None, for transformers' own, unless processes share the experts.
+
+        Raises:
+            CheckpointError: this process has some layers only.
+        """
+        parallel.refuse_to_save_a_part(parallel.config_of(model))
         return gathered_state_dict(model), {}
 
     def get_weight_conversions(self) -> list[Any]:
         """Return a conversion for each weight whose form differs between files and model."""
-        conversions = [
-            WeightConverter(exactly(name), name, [TakeParts()], force_cpu=True)
-            for name in self._to_cut
-        ]
+        conversions = [*self._cutting]
         for weight in self._to_quantize:
             quantize_it = QuantizeExperts(self.quantization_config.scale_rule, self._nan_blocks)
             conversions.append(WeightConverter(exactly(weight), bytes_of(weight), [quantize_it]))

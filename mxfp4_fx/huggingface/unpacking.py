@@ -38,7 +38,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
 
     Raises:
         DequantizeError: the model has neither packed experts nor dense ones that ``free_weights``
-            freed, processes share them, or a part of it is offloaded. The model is unchanged.
+            freed, or a part of it is offloaded. The model is unchanged.
     """
     unpack_experts(model, dtype)
     for module in model.modules():
@@ -68,11 +68,11 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             f"mxfp4_fx.from_pretrained returned"
         )
     for names in places.values():
-        experts: Any = model.get_submodule(names[0])
-        if experts.shards:
+        if cast(PackedExperts, model.get_submodule(names[0])).shards:
             raise DequantizeError(
-                f"{names[0]} are a part of what several processes share: save the model with "
-                f"save_pretrained on all of them, and load that in one"
+                f"{names[0]} is spread over processes, for which dense experts are loaded in "
+                f"another way: load the checkpoint with transformers, the same distributed_config "
+                f"and Mxfp4Config(dequantize=True) instead"
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
