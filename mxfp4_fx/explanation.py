@@ -84,6 +84,7 @@ class Explanation:
             lines += _table([header, *rows, total])
             lines += dict.fromkeys(f"{_target(r)}: {r.reason}" for r in self.rewrites)
             lines += dict.fromkeys(f"{_target(r)}: {r.travel}" for r in self.rewrites if r.travel)
+            lines += dict.fromkeys(r.router for r in self.rewrites if r.router)
         for miss in self.misses:
             lines += [f"not rewritten: {miss.layer}", f"  {miss.reason}"]
             lines += [f"  at {miss.where}"] if miss.where else []

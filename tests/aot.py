@@ -169,7 +169,7 @@ def others(*routings: tuple[int, list[str]]) -> Iterator[Compilation]:
         "gather_index": "*i32", "scatter_index": "*i32", "expert_offsets": "*i32",
         "block_counts": "*i32", "blocks_before": "*i32", "counts": "*i32",
     }  # fmt: skip
-    numbers = dict.fromkeys(("tokens", "experts", "first_expert", "blocks"), "i32")
+    numbers = dict.fromkeys(("tokens", "choices", "experts", "first_expert", "blocks"), "i32")
     experts = 128
     bb, bg = launcher._SCAN_TILE
     bt, bn = launcher._COMBINE_TILE

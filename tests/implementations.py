@@ -72,8 +72,9 @@ class Kernels:
         y: Tensor = ops.matmul_ogs(*args, **kwargs, layout=self.layout, kernels=self.name)
         return y.cpu()
 
-    def routing(self, logits: Tensor, top_k: int) -> Routes:
-        return self._here(ops.routing(logits.to(self.device), top_k, kernels=self.name))
+    def routing(self, logits: Tensor, top_k: int, *here: int) -> Routes:
+        """``here``: the first expert that is held here, and how many are."""
+        return self._here(ops.routing(logits.to(self.device), top_k, *here, kernels=self.name))
 
     def routing_from_routes(self, *args: Any) -> Routes:
         return self._here(ops.routing.routes(*self.there(args), kernels=self.name))

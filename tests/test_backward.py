@@ -257,6 +257,28 @@ def test_routes_of_others_have_no_gradient() -> None:
     assert not grad_hidden[~mine.any(dim=1)].any()
 
 
+@pytest.mark.any_layout
+def test_logits_of_all_chosen_have_the_gradient_of_what_is_held_here(kernels: Kernels) -> None:
+    """Some experts of a token are held elsewhere, and logits are equal: who is chosen of these?"""
+    mlp = clamped_mlp(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 2, (T, E), generator=generator).float()
+    indices = kernels.topk(logits, A)[1]
+    first, count = 1, 2
+    mine = (indices >= first) & (indices < first + count)
+    part = [Matrices(*(o[first : first + count] for o in m.operands)) for m in mlp]
+
+    def f(hidden: Tensor, logits: Tensor) -> Tensor:
+        routes = kernels.routing(logits, A, first, count)
+        return op_experts(hidden, routes, *part, A, kernels)
+
+    def plain(hidden: Tensor, logits: Tensor) -> Tensor:
+        weights = logits.gather(1, indices).softmax(dim=-1)
+        return plain_experts(hidden, weights * mine, indices, *mlp)
+
+    check_gradients(f, plain, [random_hidden(T, torch.float32), logits])
+
+
 def test_gammas_of_others_hand_no_gradient_on() -> None:
     indices, weights = random_routes(T, E, A)
     weights.requires_grad_()

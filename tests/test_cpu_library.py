@@ -76,11 +76,14 @@ class Library:
         self.call("mxfp4_unswizzle", panels, e, n, k, *out, c_int32(threads))
         return out
 
-    def routing(self, logits: Tensor, top_k: int, threads: int = 1) -> Routes:
+    def routing(
+        self, logits: Tensor, top_k: int, threads: int = 1, first: int = 0, held: int | None = None
+    ) -> Routes:
         t, e = logits.shape
-        out = dirty_routes(t * top_k, e)
+        held = e if held is None else held
+        out = dirty_routes(t * top_k, held)
         dtype = c_int32(CODE[logits.dtype])
-        sizes = (t, logits.stride(0), e, top_k)
+        sizes = (t, logits.stride(0), e, top_k, held, first)
         self.call("mxfp4_routing", logits, dtype, *sizes, *out, c_int32(threads))
         return out
 
@@ -329,16 +332,31 @@ def test_routing_is_the_same_for_any_number_of_threads(
     library: Library, t: int, e: int, k: int
 ) -> None:
     logits = random_logits(t, e, torch.bfloat16)
-    alone = library.routing(logits, k, 1)
-    for threads in (2, 3, 4):
-        assert_same_bits(library.routing(logits, k, threads), alone)
+    for here in ((0, e), (e // 4, e // 2)):
+        alone = library.routing(logits, k, 1, *here)
+        for threads in (2, 3, 4):
+            assert_same_bits(library.routing(logits, k, threads, *here), alone)
+
+
+@pytest.mark.parametrize(("first", "held"), [(0, 0), (0, 3), (3, 4), (6, 9), (-(2**63), 2)])
+def test_experts_elsewhere_are_chosen_and_belong_to_nobody(
+    library: Library, first: int, held: int
+) -> None:
+    logits = random_logits(31, 7)
+    expected = reference.routing(logits, 3, first, held)
+    gammas, *indices = library.routing(logits, 3, 2, first, held)
+    assert_same_bits(tuple(indices), expected[1:])
+    assert torch.equal(gammas == 0, expected[0] == 0)
+    torch.testing.assert_close(gammas, expected[0])
 
 
 def test_routing_refuses_what_has_no_result(library: Library) -> None:
     logits, out = torch.zeros(2, 4), dirty_routes(10, 4)
     dtype, threads = c_int32(0), c_int32(1)
-    for tokens, top_k in ((2, 5), (2, 0), (1 << 31, 1)):
-        sizes = tokens, 4, 4, top_k
+    for tokens, every, top_k, held in (
+        (2, 4, 5, 4), (2, 4, 0, 4), (1 << 31, 4, 1, 4), (2, 4, 2, -1), (2, 1 << 31, 1, 4),
+    ):  # fmt: skip
+        sizes = tokens, 4, every, top_k, held, 0
         status = library.status("mxfp4_routing", logits, dtype, *sizes, *out, threads)
         assert status == errno.EINVAL
 

@@ -420,7 +420,8 @@ add__1, other=mul_4)
         self.assert_missed(
             with_experts({"perm // num_top_k": "perm % num_tokens"}),
             """\
-experts: not the grouped_mm form: expected floordiv(getitem(..), other=A), found mod(..)
+experts: not the grouped_mm form: expected floordiv(getitem(..), other=A), found mod(perm,
+other=7)
 """,
         )
 

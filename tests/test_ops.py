@@ -259,6 +259,23 @@ def test_moe_with_given_routes(dtype: torch.dtype, t: int) -> None:
     assert_within(y, expected_moe(hidden, indices, Bounded.exact(weights), parts))
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["logits", "routes"])
+def test_a_moe_of_experts_held_here_leaves_out_the_others(given: bool) -> None:
+    hidden, parts = randn(9, 48), model_weights(5, torch.float32)
+    logits = random_logits(9, 5)
+    indices, weights = oracle.route(logits, 3)
+    first, last = 1, 3
+    here = [part[first:last] for part in parts]
+    if given:
+        routes = indices, weights.value.float()
+        y = ops.moe.routes(hidden, *routes, *here, ALPHA, LIMIT, first_expert=first)
+    else:
+        y = ops.moe(hidden, logits, *here, 3, ALPHA, LIMIT, first_expert=first)
+    mine = (indices >= first) & (indices < last)
+    of_mine = Bounded(weights.value * mine, weights.error * mine + 2.0**-24)
+    assert_within(y, expected_moe(hidden, indices, of_mine, parts))
+
+
 # ---- numbers that are none
 
 
@@ -355,6 +372,7 @@ def test_bad_operands_are_named(changes: dict[str, Any], message: str) -> None:
         (lambda: ops.routing(randn(4), 1), r"logits must be \[T, E\].*\(4,\)"),
         (lambda: ops.routing(randn(4, 3), 0), "1 <= top_k <= E.*top_k=0"),
         (lambda: ops.routing(randn(4, 3), 4), r"\(4, 3\) with top_k=4"),
+        (lambda: ops.routing(randn(4, 3), 2, 0, -1), "routing: num_experts is negative: -1"),
         (lambda: ops.routing(randn(4, 3), 2, kernels="abacus"), "kernels='abacus' is not one of"),
         (lambda: bad_matmul(kernels="abacus"), "'abacus' is not one of reference, pytorch, cpu"),
         (
@@ -395,6 +413,7 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
     second = (inner, *kernels.operands(down, bias=False), offsets, None, scatter_index, gammas, a)
     cases: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
         "routing": (ops.routing.default, (logits, a), chosen),
+        "routing, one expert": (ops.routing.default, (logits, a, 1, 1), chosen),
         "routing.routes": (ops.routing.routes, (indices, weights, e), chosen),
         "matmul_ogs, first": (ops.matmul_ogs.default, first, swiglu),
         "matmul_ogs, second": (ops.matmul_ogs.default, second, order),

@@ -140,6 +140,23 @@ def test_routes_of_others_go_last_and_weigh_nothing(
     assert torch.equal(routes[0][:end].nan_to_num(), expected.nan_to_num())
 
 
+@pytest.mark.parametrize("t", [0, 1, 70])
+def test_only_rows_of_experts_held_here_keep_what_they_weigh(kernels: Kernels, t: int) -> None:
+    """All experts are chosen from and take part in the softmax."""
+    for dtype, (first, count) in zip(
+        (*DTYPES, torch.float32, torch.float32), ((0, 2), (2, 3), (5, 1), (4, 4), (-2, 6)),
+        strict=True,
+    ):  # fmt: skip
+        logits = random_logits(t, 6, dtype)
+        gammas, _, slots, _ = kernels.routing(logits, 2)
+        weights = torch.empty(2 * t).index_put((slots.long(),), gammas)
+        routes = kernels.routing(logits, 2, first, count)
+        assert_sorted(routes, oracle.route(logits, 2)[0], count, first)
+        end = routes[3][-1]
+        assert torch.equal(routes[0][:end], weights[routes[2].long()][:end])
+        assert not routes[0][end:].any()
+
+
 def test_ranges_of_experts_add_up(kernels: Kernels) -> None:
     """Two holders of experts compute parts whose sum is the whole."""
     indices, weights = random_routes(17, 5, 2)

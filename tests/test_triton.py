@@ -302,18 +302,20 @@ def test_one_program_and_many_sort_alike(
     logits = random_logits(tokens, e)
     indices, weights = random_routes(tokens, e, 4)
 
-    def route() -> tuple[Tensor, ...]:
+    def route(*here: int) -> tuple[Tensor, ...]:
         if given:
             return any_layout.routing_from_routes(indices, weights, e // 2, 1)
-        return any_layout.routing(logits, 4)
+        return any_layout.routing(logits, 4, *here)
 
-    one = route()
+    held = [()] if given else [(), (1, e // 2)]
+    one = [route(*here) for here in held]
     monkeypatch.setattr(launcher, "_ONE_PROGRAM_ROUTES", 0)
-    with launches() as counted:
-        many = route()
-    assert counted == {"decide_kernel": 1, "scan_kernel": 1, "place_kernel": 1}
-    for some, others in zip(one, many, strict=True):
-        assert torch.equal(some, others)
+    for here, alone in zip(held, one, strict=True):
+        with launches() as counted:
+            many = route(*here)
+        assert counted == {"decide_kernel": 1, "scan_kernel": 1, "place_kernel": 1}
+        for some, others in zip(alone, many, strict=True):
+            assert torch.equal(some, others)
 
 
 @pytest.fixture

@@ -103,22 +103,35 @@ def matmul_ogs_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def save_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save the routes: ``setup_context`` of routing. Index outputs have no gradient."""
+    logits, ctx.top_k, first_expert, num_experts, ctx.kernels = inputs
     gammas, _, scatter_index, expert_offsets = output
-    ctx.save_for_backward(gammas, scatter_index, expert_offsets)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
-    ctx.top_k = inputs[1]
+    ctx.shape, ctx.dtype = logits.shape, logits.dtype
+    ctx.is_whole = first_expert == 0 and num_experts in (None, logits.shape[1])
+    # Of experts elsewhere the result has neither weights nor ids.
+    ctx.save_for_backward(gammas if ctx.is_whole else logits, scatter_index, expert_offsets)
 
 
 def routing_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """Return the logits' gradient, through the softmax of the chosen: ``backward`` of routing."""
-    gammas, scatter_index, expert_offsets = ctx.saved_tensors
+    """Return the logits' gradient, through the softmax of the chosen: ``backward`` of routing.
+
+    The gradient of a gamma counts if its expert is held here. It reaches the logits of all chosen.
+    """
+    saved, scatter_index, expert_offsets = ctx.saved_tensors
+    if ctx.is_whole:
+        gammas, dp = saved, _to_slots(grad, scatter_index, ctx.top_k)
+    else:
+        dp = _to_slots(_of_rows_here(grad, expert_offsets), scatter_index, ctx.top_k)
+        # Once more for all experts. The same kernels choose the same of equal logits.
+        gammas, _, scatter_index, expert_offsets = torch.ops.mxfp4.routing(
+            saved, ctx.top_k, kernels=ctx.kernels
+        )
     rows = torch.arange(gammas.shape[0], device=gammas.device, dtype=expert_offsets.dtype)
     expert = torch.searchsorted(expert_offsets[1:].contiguous(), rows, right=True)
-    p, dp, expert = (_to_slots(v, scatter_index, ctx.top_k) for v in (gammas, grad, expert))
+    p, expert = (_to_slots(v, scatter_index, ctx.top_k) for v in (gammas, expert))
     grad_chosen = p * (dp - (p * dp).sum(dim=-1, keepdim=True))
     grad_logits = grad_chosen.new_zeros(ctx.shape).scatter(1, expert, grad_chosen)
-    return grad_logits.to(ctx.dtype), None, None
+    return grad_logits.to(ctx.dtype), None, None, None, None
 
 
 def save_routing_from_routes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -135,9 +148,14 @@ def routing_from_routes_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tens
     It is zero in slots whose expert is not held here.
     """
     scatter_index, expert_offsets = ctx.saved_tensors
-    rows = torch.arange(grad.shape[0], device=grad.device)
-    grad = grad * (rows < expert_offsets[-1])
+    grad = _of_rows_here(grad, expert_offsets)
     return None, _to_slots(grad, scatter_index, ctx.top_k).to(ctx.dtype), None, None, None
+
+
+def _of_rows_here(grad: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Return a gradient [R] with zeros in the rows whose expert is not held here."""
+    rows = torch.arange(grad.shape[0], device=grad.device)
+    return grad.where(rows < expert_offsets[-1], 0)
 
 
 def _to_slots(rows: Tensor, scatter_index: Tensor, top_k: int) -> Tensor:

@@ -78,14 +78,17 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     return y
 
 
-def routing(logits: Tensor, top_k: int) -> Routes:
+def routing(
+    logits: Tensor, top_k: int, first_expert: int = 0, num_experts: int | None = None
+) -> Routes:
     """Compute ``ops.reference.routing``: top-k, softmax and sort in one pass."""
     if logits.dtype not in _DTYPES:
         logits = logits.float()
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     tokens, experts = logits.shape
-    routes = _empty_routes(tokens * top_k, experts)
+    held = experts if num_experts is None else num_experts
+    routes = _empty_routes(tokens * top_k, held)
     _check(
         _library().mxfp4_routing(
             _pointer(logits),
@@ -94,6 +97,8 @@ def routing(logits: Tensor, top_k: int) -> Routes:
             ctypes.c_int64(logits.stride(0)),
             ctypes.c_int64(experts),
             ctypes.c_int64(top_k),
+            ctypes.c_int64(held),
+            ctypes.c_int64(first_expert),
             *map(_pointer, routes),
             torch.get_num_threads(),
         ),

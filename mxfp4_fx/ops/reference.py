@@ -31,18 +31,24 @@ from mxfp4_fx.ops.operands import (
 Routes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def routing(logits: Tensor, top_k: int) -> Routes:
+def routing(
+    logits: Tensor, top_k: int, first_expert: int = 0, num_experts: int | None = None
+) -> Routes:
     """Choose ``top_k`` experts per token and weigh them by a softmax over the chosen logits.
 
     Args:
-        logits: [T, E] float. Equal logits are chosen in ``torch.topk``'s own order.
+        logits: [T, all experts] float. Equal logits are chosen in ``torch.topk``'s own order.
         top_k: A.
+        first_expert: the id of the first expert that is held here.
+        num_experts: E, how many are held here; None for as many as there are logits.
 
     Returns:
         The same four tensors as :func:`routing_from_routes`.
     """
     chosen, indices = torch.topk(logits, top_k, dim=-1)
-    return routing_from_routes(indices, torch.softmax(chosen.float(), dim=-1), logits.shape[1])
+    held = logits.shape[1] if num_experts is None else num_experts
+    weights = torch.softmax(chosen.float(), dim=-1)
+    return routing_from_routes(indices, weights, held, first_expert)
 
 
 def routing_from_routes(
@@ -84,7 +90,7 @@ def expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Ten
         num_experts: E.
         below: the meaning of ids below 0: ``"wrap"`` (counted from the end, down to -E),
             ``"first"`` (expert 0), ``"skip"`` (an expert that is not held here) or ``"error"``.
-        above: the meaning of ids from E on: ``"skip"`` or ``"error"``.
+        above: the meaning of ids from E on: ``"last"`` (expert E-1), ``"skip"`` or ``"error"``.
 
     Returns:
         [T, A] in the same dtype; ids to skip stay outside of [0, E).
@@ -102,6 +108,8 @@ def expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Ten
         if least < low or most > high:
             wrong = least if least < low else most
             raise IndexError(f"expert {wrong} is out of range: there are {num_experts} experts")
+    if above == "last":
+        indices = indices.clamp(max=num_experts - 1)
     if below == "wrap":
         return torch.where(indices < 0, indices + num_experts, indices)
     return indices.clamp(min=0) if below == "first" else indices.clone()
@@ -195,6 +203,7 @@ def moe(
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
     layout: str = CHECKPOINT_ORDER,
+    first_expert: int = 0,
 ) -> Tensor:
     """Compute a GPT-OSS MoE MLP from its router logits on: the logical op, without a layout.
 
@@ -202,7 +211,7 @@ def moe(
 
     Args:
         hidden: [T, H] float.
-        router_logits: [T, E].
+        router_logits: [T, E], or of all experts if E of them are held here.
         gate_up, gate_up_bias: [E, H, 2I] and [E, 2I].
         down, down_bias: [E, I, H] and [E, H].
         top_k: A.
@@ -210,11 +219,13 @@ def moe(
         gate_up_scales, down_scales: for packed weights; ``gate_up`` and ``down`` are then blocks.
         layout: the layout of packed weights, as the model holds them. In checkpoint order, scales
             are uint8 [E, 2I, H/32] and [E, H, I/32], and blocks have an axis of 16 bytes more.
+        first_expert: the id of the first expert held here. What a token's other experts would add
+            is missing in the result.
 
     Returns:
         [T, H] in hidden's dtype. Floats are not quantized here, but when the op is lowered.
     """
-    routes = routing(router_logits, top_k)
+    routes = routing(router_logits, top_k, first_expert, gate_up.shape[0])
     gate_up_of, down_of = _both(
         hidden, gate_up, gate_up_bias, down, down_bias, gate_up_scales, down_scales, layout
     )
@@ -236,9 +247,10 @@ def moe_from_routes(
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
     layout: str = CHECKPOINT_ORDER,
+    first_expert: int = 0,
 ) -> Tensor:
     """Compute :func:`moe` with given routes: ``indices`` [T, A] and ``weights`` [T, A]."""
-    routes = routing_from_routes(indices, weights, gate_up.shape[0])
+    routes = routing_from_routes(indices, weights, gate_up.shape[0], first_expert)
     a = indices.shape[1]
     gate_up_of, down_of = _both(
         hidden, gate_up, gate_up_bias, down, down_bias, gate_up_scales, down_scales, layout

@@ -66,11 +66,12 @@ _OPERANDS = (
 
 SCHEMAS = {
     "moe": f"(Tensor hidden, Tensor router_logits, {_WEIGHTS}, int top_k, float alpha, "
-    f"float limit, {_SCALES}) -> Tensor",
+    f"float limit, {_SCALES}, int first_expert=0) -> Tensor",
     "moe.routes": f"(Tensor hidden, Tensor indices, Tensor weights, {_WEIGHTS}, float alpha, "
-    f"float limit, {_SCALES}) -> Tensor",
+    f"float limit, {_SCALES}, int first_expert=0) -> Tensor",
     "expert_ids": "(Tensor indices, int num_experts, str below, str above) -> Tensor",
-    "routing": f"(Tensor logits, int top_k, str kernels='reference') -> {_ROUTES}",
+    "routing": "(Tensor logits, int top_k, int first_expert=0, int? num_experts=None, "
+    f"str kernels='reference') -> {_ROUTES}",
     "routing.routes": "(Tensor indices, Tensor weights, int num_experts, int first_expert=0, "
     f"str kernels='reference') -> {_ROUTES}",
     "matmul_ogs": f"({_OPERANDS}, str kernels='reference') -> Tensor",
@@ -96,9 +97,15 @@ def kernel(kernels: str, op: str) -> Callable[..., Any]:
     return function
 
 
-def _routing(logits: Tensor, top_k: int, kernels: str = "reference") -> Any:
-    _check_routing(logits, top_k)
-    return kernel(kernels, "routing")(logits, top_k)
+def _routing(
+    logits: Tensor,
+    top_k: int,
+    first_expert: int = 0,
+    num_experts: int | None = None,
+    kernels: str = "reference",
+) -> Any:
+    held = _check_routing(logits, top_k, num_experts)
+    return kernel(kernels, "routing")(logits, top_k, first_expert, held)
 
 
 def _routing_routes(
@@ -203,9 +210,15 @@ def _fake_routes(like: Tensor, rows: Any, num_experts: int) -> tuple[Tensor, ...
     )
 
 
-def _fake_routing(logits: Tensor, top_k: int, kernels: str = "reference") -> tuple[Tensor, ...]:
-    _check_routing(logits, top_k)
-    return _fake_routes(logits, logits.shape[0] * top_k, logits.shape[1])
+def _fake_routing(
+    logits: Tensor,
+    top_k: int,
+    first_expert: int = 0,
+    num_experts: int | None = None,
+    kernels: str = "reference",
+) -> tuple[Tensor, ...]:
+    held = _check_routing(logits, top_k, num_experts)
+    return _fake_routes(logits, logits.shape[0] * top_k, held)
 
 
 def _fake_routing_routes(
@@ -254,7 +267,7 @@ def _fake_attention_with_sinks(
     return query.new_empty((batch, queries, heads, size))
 
 
-def _fake_moe(hidden: Tensor, *_: Any) -> Tensor:
+def _fake_moe(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
@@ -262,12 +275,17 @@ def _fake_expert_ids(indices: Tensor, num_experts: int, below: str, above: str) 
     return torch.empty_like(indices)
 
 
-def _check_routing(logits: Tensor, top_k: int) -> None:
+def _check_routing(logits: Tensor, top_k: int, num_experts: int | None) -> int:
+    """Return how many experts are held here."""
     if logits.ndim != 2 or not 1 <= top_k <= logits.shape[1]:
         raise ValueError(
             f"mxfp4::routing: logits must be [T, E] with 1 <= top_k <= E; "
             f"they are {tuple(logits.shape)} with top_k={top_k}"
         )
+    held = logits.shape[1] if num_experts is None else num_experts
+    if held < 0:
+        raise ValueError(f"mxfp4::routing: num_experts is negative: {held}")
+    return held
 
 
 def _check_routes(indices: Tensor, weights: Tensor, num_experts: int) -> None:

@@ -112,14 +112,18 @@ def _combine(parts: Tensor, y: Tensor, per_token: int, splits: int) -> None:
     )
 
 
-def routing(logits: Tensor, top_k: int) -> Routes:
+def routing(
+    logits: Tensor, top_k: int, first_expert: int = 0, num_experts: int | None = None
+) -> Routes:
     """Compute ``ops.reference.routing``; of equal logits it chooses the first expert.
 
     There is one launch up to 2048 routes, and three beyond or on an Intel GPU.
     """
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    return _route(logits, None, logits.shape[0], top_k, logits.shape[1], 0)
+    tokens, every = logits.shape
+    held = every if num_experts is None else num_experts
+    return _route(logits, None, tokens, top_k, held, first_expert)
 
 
 def routing_from_routes(
@@ -154,7 +158,9 @@ def _route(
     if rows == 0:
         routes[3].zero_()
         return routes
-    groups = triton.next_power_of_2(e + given)
+    choices = 0 if given else source.shape[1]
+    has_others = given or (first_expert, e) != (0, choices)
+    groups = triton.next_power_of_2(max(choices, e + has_others))
     ap = triton.next_power_of_2(a)
     bt = _tokens_per_block(t, ap, groups)
     notes = empty(rows), empty(rows, dtype=torch.float32)
@@ -166,13 +172,15 @@ def _route(
     with hardware.on(device):
         if rows <= _ONE_PROGRAM_ROUTES and one_program:
             routing_kernel[(1,)](
-                *inputs, *routes, t, e, first_expert, GIVEN=given, **shape, num_warps=warps
-            )
+                *inputs, *routes, t, choices, e, first_expert,
+                GIVEN=given, **shape, num_warps=warps,
+            )  # fmt: skip
             return routes
         block_counts, counts = empty(blocks, groups), empty(groups)
         decide_kernel[(blocks,)](
-            *inputs, block_counts, t, e, first_expert, GIVEN=given, **shape, num_warps=warps
-        )
+            *inputs, block_counts, t, choices, e, first_expert,
+            GIVEN=given, **shape, num_warps=warps,
+        )  # fmt: skip
         bb, bg = _SCAN_TILE[0], min(_SCAN_TILE[1], groups)
         scan_kernel[(groups // bg,)](
             block_counts, counts, blocks, BB=bb, BG=bg, GROUPS=groups, **tiles.OPTIONS

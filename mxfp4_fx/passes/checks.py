@@ -18,7 +18,7 @@ from mxfp4_fx.passes.effects import Effect, Modes, effect
 from mxfp4_fx.passes.graph import before_moves, read_call, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch, Op, Rounded
 from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
-from mxfp4_fx.passes.patterns import OUTPUTS, ROUTER_INDICES, ROUTER_SCORES
+from mxfp4_fx.passes.patterns import OUTPUTS, ROUTERS
 
 WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
 # Packed weights only: gate_up and down are blocks then.
@@ -271,4 +271,4 @@ def _ops_of(*results: Op) -> set[Op]:
     return found
 
 
-_ROUTER_OPS = _ops_of(ROUTER_SCORES, ROUTER_INDICES)
+_ROUTER_OPS = _ops_of(*(op for router in ROUTERS for op in (router.scores, router.indices)))

@@ -28,17 +28,11 @@ from mxfp4_fx.passes.checks import (
 )
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.effects import modes
-from mxfp4_fx.passes.graph import before_moves, known_tensor, op_name, tensor_of
+from mxfp4_fx.passes.graph import before_moves, fixed, known_tensor, op_name, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
 from mxfp4_fx.passes.origin import is_of_gpt_oss, module_name, source_line
-from mxfp4_fx.passes.patterns import (
-    FORMS,
-    ROUTER_INDICES,
-    ROUTER_SCORES,
-    ROUTER_SHAPES,
-    Form,
-)
+from mxfp4_fx.passes.patterns import ALL, FORMS, RANK, ROUTERS, E, Form, Router
 from mxfp4_fx.passes.report import Miss, Rewrite
 from mxfp4_fx.passes.suspects import LOGICAL, find_suspects
 
@@ -56,7 +50,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             continue
         try:
             form, match = _match_experts(root)
-            has_router = _match_router(match, form)
+            router, match, origin = _match_router(match, form)
             check_region(root, match, ctx, memory, modes_at)
         except Mismatch as mismatch:
             for layer in _layers_near(root, mismatch, suspects):
@@ -72,10 +66,12 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
         if left is not None:
             ctx.report.misses.append(Miss(layer, left, skipped=True, inputs=inputs))
             continue
-        if not has_router:
+        if router is None:
             match.leaves["indices"] = _insert_ids(root, match, form)
-        moe = _insert_moe(gm, root, match, has_router, form.layout)
-        moe.meta[REWRITE] = _rewrite(layer, form, match, inputs)
+        moe = _insert_moe(gm, root, match, router, form.layout)
+        moe.meta[REWRITE] = dataclasses.replace(
+            _rewrite(layer, form, match, inputs), router=origin, first_expert=_first(match, router)
+        )
         if ctx.verifying:
             _keep_and_compare(layer, root, moe, match, form.layout)
         else:
@@ -117,26 +113,66 @@ def _match_experts(root: fx.Node) -> tuple[Form, Match]:
     raise nearest
 
 
-def _match_router(match: Match, form: Form) -> bool:
-    """Prove the router. Return False if the routes are inputs of the graph and the form allows it.
+def _match_router(match: Match, form: Form) -> tuple[Router | None, Match, str]:
+    """Prove the router, or that the routes may be taken as they are.
 
-    The router's values may have other users, because models return the scores. They stay in the
-    graph. The router may be on another device than the experts.
+    They may if they are inputs of the graph, which no graph can judge, or if the form says what any
+    id means. The router's values may have other users, because models return the scores. They stay
+    in the graph. The router may be on another device than the experts.
+
+    Returns:
+        The router, or None if the routes are taken as they are; the proof of experts and router;
+        and ``Rewrite.router``.
+
+    Raises:
+        Mismatch: no router is proven, and the form relies on one.
     """
     scores, indices = (before_moves(match.leaves[name]) for name in ("scores", "indices"))
-    if scores.op == indices.op == "placeholder" and not form.needs_router:
-        return False
-    try:
-        match.expect(ROUTER_SCORES, scores)
-        match.expect(ROUTER_INDICES, indices)
-        match.solve(ROUTER_SHAPES)
-    except Mismatch as mismatch:
-        mismatch.reason = (
-            "the experts are GPT-OSS's, the router is not (softmax over the top-k logits): "
-            f"{mismatch.reason}"
-        )
-        raise
-    return True
+    if scores.op == indices.op == "placeholder":
+        return None, match, "routes as they are: they are inputs of the graph"
+    failures: list[Mismatch] = []
+    for router in ROUTERS:
+        if router.is_part and not form.takes_sentinels:
+            continue
+        attempt = match.copy()
+        try:
+            attempt.expect(router.scores, scores)
+            attempt.expect(router.indices, indices)
+            attempt.solve(router.shapes)
+            return router, attempt, _range_in_words(attempt, scores) if router.is_part else ""
+        except Mismatch as mismatch:
+            mismatch.reason = f"the router is not ({router.name}): {mismatch.reason}"
+            failures.append(mismatch)
+    nearest = max(failures, key=lambda m: m.matched)
+    if form.takes_sentinels:
+        return None, match, f"routes as they are: {nearest.reason}"
+    nearest.reason = f"the experts are GPT-OSS's, {nearest.reason}"
+    raise nearest
+
+
+def _range_in_words(match: Match, scores: fx.Node) -> str:
+    """Say which experts are here; fix the numbers that say it.
+
+    Raises:
+        Mismatch: the numbers are no range of the router's experts.
+    """
+    numbers = {letter.name: fixed(match.letters[letter.name]) for letter in (RANK, E, ALL)}
+    rank, experts, every = numbers.values()
+    if rank is None or experts is None or every is None:
+        reason = "the rank is computed from data: make it a Python number"
+        raise Mismatch(reason, scores, len(match.nodes))
+    first = rank * experts
+    if not 0 <= first <= every - experts:
+        reason = f"there are no {experts} experts from {first} on among {every}"
+        raise Mismatch(reason, scores, len(match.nodes))
+    match.letters |= numbers
+    return f"{experts} of {every} experts, from {first} on: routes to others count nothing here"
+
+
+def _first(match: Match, router: Router | None) -> int:
+    """Return the id of the first expert that is here."""
+    is_part = router is not None and router.is_part
+    return match.letters[RANK.name] * match.letters[E.name] if is_part else 0
 
 
 def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> Rewrite:
@@ -176,9 +212,12 @@ def _insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
 
 
 def _insert_moe(
-    gm: fx.GraphModule, root: fx.Node, match: Match, has_router: bool, layout: str
+    gm: fx.GraphModule, root: fx.Node, match: Match, router: Router | None, layout: str
 ) -> fx.Node:
-    """Insert the logical op after the region and let it replace the region's result."""
+    """Insert the logical op after the region and let it replace the region's result.
+
+    It takes the router's own ids; what makes a rank's of them goes with the region.
+    """
     weights = [match.leaves[name] for name in WEIGHTS]
     constants = float(match.letters["alpha"]), float(match.letters["limit"])
     scales = [match.leaves[name] for name in SCALES if name in match.leaves]
@@ -186,10 +225,12 @@ def _insert_moe(
     dtype = compute_dtype(match)
     hidden = _cast_after(root, match.leaves["hidden"], dtype)
     with gm.graph.inserting_after(max(root, hidden)):
-        if has_router and not are_routes_moved(match):
+        if router is not None and not are_routes_moved(match):
             logits, top_k = match.leaves["router_logits"], match.letters["A"]
             args = (hidden, logits, *weights, top_k, *constants, *packed)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.default, args)
+            if router.is_part:
+                moe.kwargs = {"first_expert": _first(match, router)}
         else:
             routes = match.leaves["indices"], match.leaves["scores"]
             args = (hidden, *routes, *weights, *constants, *packed)

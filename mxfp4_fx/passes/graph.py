@@ -59,7 +59,10 @@ _SIGNATURES = {
     "sub": _signature(lambda input, other, alpha=1: ...),
     "mul": _signature(lambda input, other: ...),
     "neg": _signature(lambda input: ...),
-    "ge": _signature(lambda input, other: ...),
+    **dict.fromkeys(
+        ("eq", "ne", "lt", "gt", "ge", "mod", "fmod"), _signature(lambda input, other: ...)
+    ),
+    "where": _signature(lambda condition, input, other: ...),
     "floordiv": _signature(lambda input, other: ...),
     "clamp": _signature(lambda input, min=None, max=None: ...),
     "sigmoid": _signature(lambda input: ...),
@@ -104,11 +107,18 @@ _FUNCTIONS: dict[Any, str] = {
     operator.sub: "sub",
     operator.mul: "mul",
     operator.neg: "neg",
+    operator.eq: "eq",
+    operator.ne: "ne",
+    operator.lt: "lt",
+    operator.gt: "gt",
     operator.ge: "ge",
     operator.floordiv: "floordiv",
+    operator.mod: "mod",
     operator.getitem: "getitem",
     operator.matmul: "matmul",
     torch.floor_divide: "floordiv",
+    torch.remainder: "mod",
+    torch.where: "where",  # the method has its arguments in another order
     torch.clip: "clamp",
     torch.nn.functional.softmax: "softmax",
     torch.nn.functional.silu: "silu",
@@ -118,9 +128,10 @@ _FUNCTIONS: dict[Any, str] = {
 }
 # Ops that have a torch function or a Tensor method of the same name.
 _SAME_NAME = set(_SIGNATURES) - {"getitem", "cast", "grouped_mm", "linear", "floordiv", "dropout"}
+_SAME_NAME -= {"mod", "where"}
 _FUNCTIONS |= {getattr(torch, n): n for n in _SAME_NAME | _VIEWS if hasattr(torch, n)}
 _METHODS = {n: n for n in _SAME_NAME | _VIEWS} | {"floor_divide": "floordiv", "clip": "clamp"}
-_METHODS["expand"] = "expand"
+_METHODS |= {"remainder": "mod", "expand": "expand"}
 # The grouped matmuls that the installed torch has.
 _GROUPED_MM = {
     torch_private.grouped_mm,
@@ -266,6 +277,16 @@ def before_moves(node: fx.Node) -> fx.Node:
 def is_known(number: Any) -> bool:
     """Return whether a number is known at compile time; a float of ``.item()`` is not."""
     return not isinstance(number, torch.SymFloat) or number.node.hint is not None
+
+
+def fixed(number: Any) -> int | None:
+    """Return a whole number as an int, or None if it is none or computed from data.
+
+    A symbolic one is fixed to its value by a guard.
+    """
+    if isinstance(number, torch.SymInt):
+        return None if number.node.hint is None else int(number)
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -59,7 +59,7 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
 def _arguments(node: fx.Node) -> dict[str, Any]:
     assert isinstance(node.target, torch_private.OpOverload)
     names = (argument.name for argument in torch_private.schema_of(node.target).arguments)
-    return dict(zip(names, node.args, strict=False))
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def swizzled_inputs(
@@ -122,6 +122,7 @@ def _expand(
     graph = node.graph
     kernels = {"kernels": chosen}
     matmul = {**kernels, "layout": layout}
+    first, experts = values.get("first_expert", 0), int(known_tensor(values["gate_up"]).shape[0])
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         made = graph.call_function(function, args, kwargs)
@@ -137,14 +138,15 @@ def _expand(
 
     with graph.inserting_before(node):
         if node.target is _MXFP4.moe.default:
-            top_k = values["top_k"]
-            routes = call(_MXFP4.routing.default, values["router_logits"], top_k, **kernels)
+            top_k, logits = values["top_k"], values["router_logits"]
+            is_whole = (first, experts) == (0, known_tensor(logits).shape[1])
+            here = [] if is_whole else [first, experts]
+            routes = call(_MXFP4.routing.default, logits, top_k, *here, **kernels)
         else:
             top_k = int(known_tensor(values["indices"]).shape[1])
-            experts = known_tensor(values["gate_up"]).shape[0]
-            routes = call(
-                _MXFP4.routing.routes, values["indices"], values["weights"], experts, **kernels
-            )
+            given = values["indices"], values["weights"]
+            here = [experts, first] if first else [experts]
+            routes = call(_MXFP4.routing.routes, *given, *here, **kernels)
         gammas, gather_index, scatter_index, offsets = (
             call(operator.getitem, routes, i) for i in range(4)
         )

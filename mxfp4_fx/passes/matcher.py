@@ -45,6 +45,9 @@ class Expr:
     def __floordiv__(self, other: Scalar | int) -> Expr:
         return Op("floordiv", {"input": self, "other": other})
 
+    def __mod__(self, other: Scalar | int) -> Expr:
+        return Op("mod", {"input": self, "other": other})
+
     def __getitem__(self, index: Any) -> Expr:
         return Op("getitem", {"input": self, "index": index})
 
@@ -175,6 +178,14 @@ class Match:
         self.letters: dict[str, Any] = {}
         self._numbers: list[tuple[Scalar | float, Any, Op, fx.Node]] = []
         self._agreed = 0
+
+    def copy(self) -> Match:
+        """Return a copy, to try one of several ways to go on; a failure leaves nothing here."""
+        other = Match()
+        other.nodes, other.leaves = dict(self.nodes), dict(self.leaves)
+        other.letters, other._numbers = dict(self.letters), list(self._numbers)
+        other._agreed = self._agreed
+        return other
 
     def expect(self, expr: Expr, value: Any, user: fx.Node | None = None) -> None:
         """Prove that graph value ``value`` computes ``expr``.

@@ -20,6 +20,8 @@ from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Op, Rounded, Scalar
 
 T, A, E, H, I = (Letter(name) for name in "TAEHI")  # noqa: E741
 ALPHA, LIMIT = Letter("alpha"), Letter("limit")
+# Of expert parallelism: which rank's experts are here, and the number of all ranks' experts.
+RANK, ALL = Letter("rank"), Letter("all experts")
 
 HIDDEN, LOGITS = Leaf("hidden"), Leaf("router_logits")
 INDICES, SCORES = Leaf("indices"), Leaf("scores")
@@ -63,21 +65,18 @@ def packed_shapes(layout: str) -> Shapes:
     }
 
 
-ROUTER_SHAPES: Shapes = {"router_logits": (T, E)}
-
-
 class Sentinels(enum.Enum):
     """The treatment of sentinels: ids from E on, which mark routes to experts held elsewhere.
 
     transformers 5.8 to 5.18 always guards against them, later versions under expert parallelism
-    only. Ids from the router's top-k are never sentinels.
+    only. Ids from the router's top-k are never sentinels; a rank's own ids may be (``Router``).
     """
 
     NONE = "nothing"
     ROWS = "input rows and the results of both projections are zeroed"
     RESULT = "input rows and weighted results are zeroed"
     SCORES = "ids are clamped, their scores zeroed"
-    CLAMP = "ids are clamped, and their scores are assumed to be zero"
+    CLAMP = "ids are clamped, and their scores are left as they are"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,6 @@ class Form:
         result: the experts' result as an expression.
         below, above: the form's treatment of ids below 0 and of ids from E on, as ``expert_ids`` in
             ``ops/reference.py`` defines it. The router chooses no such ids.
-        needs_router: whether the form is correct only for ids that the router has chosen.
         shapes: the shapes of the leaves.
         layout: the layout in which the model holds packed weights.
     """
@@ -98,9 +96,33 @@ class Form:
     result: Op
     below: str = "error"
     above: str = "error"
-    needs_router: bool = False
     shapes: Shapes = dataclasses.field(default_factory=lambda: EXPERT_SHAPES)
     layout: str = CHECKPOINT_ORDER
+
+    @property
+    def takes_sentinels(self) -> bool:
+        """Whether ids from E on have a meaning. If they have, all routes do, whoever made them."""
+        return self.above != "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """A way to choose routes.
+
+    Attributes:
+        name: the way in words, for reports.
+        scores, indices: its results as expressions.
+        shapes: the shapes of the leaves.
+        is_part: whether the routes are those of one rank of expert parallelism: ids count from the
+            rank's first expert on, and routes to other ranks' experts have the id E and the score
+            0. For the forms that take sentinels.
+    """
+
+    name: str
+    scores: Op
+    indices: Op
+    shapes: Shapes
+    is_part: bool = False
 
 
 def grouped_mm(histogram_dtype: torch.dtype, sentinels: Sentinels) -> Op:
@@ -181,6 +203,29 @@ def router() -> tuple[Op, Op]:
     return Op("softmax", {"input": top[0], "dim": 1, "dtype": None}), _as_op(top[1])
 
 
+def part_by_where(scores: Expr, indices: Expr) -> tuple[Op, Op]:
+    """Build the routes of one rank from a router's, as transformers does from 5.23 on."""
+    elsewhere = differs(indices // E, RANK)
+    local = Op("where", {"condition": elsewhere, "input": E, "other": indices % E})
+    return filled(scores, elsewhere, 0.0), local
+
+
+def part_by_fmod(scores: Expr, indices: Expr) -> tuple[Op, Op]:
+    """Build the routes of one rank as transformers 5.8 to 5.18 does, in the router's own hook."""
+    elsewhere = differs(indices // E, RANK)
+    local = Op("fmod", {"input": filled(indices, elsewhere, -1), "other": E})
+    return filled(scores, elsewhere, 0.0), filled(local, equals(local, -1), E)
+
+
+def part_of_one_expert(scores: Expr, indices: Expr) -> tuple[Op, Op]:
+    """Build the same where a rank has a single expert: without fmod, as -1 would become 0."""
+    elsewhere = differs(indices // E, RANK)
+    marked = filled(indices, elsewhere, -1)
+    local = filled(marked, Op("gt", {"input": marked, "other": 0}), 0)
+    local = filled(local, Op("lt", {"input": marked, "other": 0}), -1)
+    return filled(scores, elsewhere, 0.0), filled(local, equals(local, -1), E)
+
+
 def _as_op(expr: Expr) -> Op:
     assert isinstance(expr, Op)
     return expr
@@ -249,8 +294,20 @@ def at_least(x: Expr, low: Scalar) -> Expr:
     return Op("ge", {"input": x, "other": low})
 
 
+def equals(x: Expr, other: Scalar | int) -> Expr:
+    return Op("eq", {"input": x, "other": other})
+
+
+def differs(x: Expr, other: Scalar | int) -> Expr:
+    return Op("ne", {"input": x, "other": other})
+
+
 def zeroed(x: Expr, mask: Expr) -> Expr:
-    return Op("masked_fill", {"input": x, "mask": mask, "value": 0.0})
+    return filled(x, mask, 0.0)
+
+
+def filled(x: Expr, mask: Expr, value: Scalar | float) -> Op:
+    return Op("masked_fill", {"input": x, "mask": mask, "value": value})
 
 
 def sigmoid(x: Expr) -> Expr:
@@ -284,7 +341,7 @@ FORMS = (
     ),
     Form("batched_mm", batched_mm(Sentinels.NONE), below="wrap", above="error"),
     Form("batched_mm", batched_mm(Sentinels.SCORES), below="first", above="skip"),
-    Form("batched_mm", batched_mm(Sentinels.CLAMP), needs_router=True),
+    Form("batched_mm", batched_mm(Sentinels.CLAMP), below="first", above="last"),
     *(
         Form(
             "packed" if layout == CHECKPOINT_ORDER else "transformers_mxfp4",
@@ -297,4 +354,19 @@ FORMS = (
         for layout in (CHECKPOINT_ORDER, *HUB_LAYOUTS)
     ),
 )
-ROUTER_SCORES, ROUTER_INDICES = router()
+
+_SOFTMAX = "softmax over the top-k logits"
+
+
+def _part(way: str, routes: tuple[Op, Op], **shapes: tuple[Scalar | int, ...]) -> Router:
+    name = f"{_SOFTMAX}, then the ids and scores of one rank, {way}"
+    return Router(name, *routes, {"router_logits": (T, ALL), **shapes}, is_part=True)
+
+
+_ROUTES = router()
+ROUTERS = (
+    Router(_SOFTMAX, *_ROUTES, {"router_logits": (T, E)}),
+    _part("by where", part_by_where(*_ROUTES)),
+    _part("by fmod", part_by_fmod(*_ROUTES)),
+    _part("of a single expert", part_of_one_expert(*_ROUTES), down_bias=(1, H)),
+)

@@ -19,6 +19,9 @@ class Rewrite:
             model holds them and as swizzled MXFP4.
         inputs: the captured graph's inputs that are its weights, as indices.
         travel: between which devices the hidden states travel, in words, or "".
+        first_expert: the id of the first of the E experts, if a router of more was proven.
+        router: where the routes come from, in words, or "" if the router chooses among these E
+            experts.
     """
 
     layer: str
@@ -36,6 +39,8 @@ class Rewrite:
     bytes_after: int = 0
     inputs: tuple[int, ...] = ()
     travel: str = ""
+    first_expert: int = 0
+    router: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,13 +83,13 @@ void mxfp4_linears(const mxfp4_linear_group* arguments);
 // are not whole vectors or are larger than 256.
 int mxfp4_attention_with_sinks(const mxfp4_attention* arguments);
 
-// logits [T, E], rows `stride` elements apart -> gammas, gather, scatter [R], offsets [E + 1].
-int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride,
-                  int64_t experts, int64_t top_k, float* gammas, int32_t* gather, int32_t* scatter,
-                  int32_t* offsets, int32_t threads);
+// logits [T, all], rows `stride` elements apart -> gammas, gather, scatter [R], offsets [E + 1].
+// Rows with ids outside [first, first + experts) go last and get gamma 0.
+int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride, int64_t all,
+                  int64_t top_k, int64_t experts, int64_t first, float* gammas, int32_t* gather,
+                  int32_t* scatter, int32_t* offsets, int32_t threads);
 
-// The same from given routes: ids [T, A] and weights [T, A], contiguous. Rows with ids outside
-// [first, first + experts) go last and get gamma 0.
+// The same from given routes: ids [T, A] and weights [T, A], contiguous.
 int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const void* weights, int32_t dtype,
                          int64_t tokens, int64_t per_token, int64_t experts, int64_t first,
                          float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,

@@ -77,7 +77,8 @@ class CallMemory {
 
 // The outputs of both functions, and the sort.
 struct Routes {
-  int64_t tokens, per_token, experts;
+  int64_t tokens, per_token;
+  int64_t experts, first;  // those that are held here: how many, and the first one's id
   float* gammas;
   int32_t *gather, *scatter, *offsets;
 
@@ -87,6 +88,13 @@ struct Routes {
   }
 
   int64_t first_token(int thread, int threads) const { return tokens * thread / threads; }
+
+  // Of the experts held here the number of an id, or else `experts`.
+  int64_t expert_of(int64_t id) const {
+    // Unsigned, because a signed difference of two ids could overflow.
+    const uint64_t expert = static_cast<uint64_t>(id) - static_cast<uint64_t>(first);
+    return static_cast<int64_t>(std::min(expert, static_cast<uint64_t>(experts)));
+  }
 
   // Replaces counts[thread][expert], a number of slots, by the row of the first of them. The entry
   // after the last expert counts slots whose expert is not held here.
@@ -132,15 +140,17 @@ inline int threads_for(int64_t work, int64_t of_thread, int32_t threads) {
 }  // namespace mxfp4
 
 extern "C" int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride,
-                             int64_t experts, int64_t top_k, float* gammas, int32_t* gather,
-                             int32_t* scatter, int32_t* offsets, int32_t threads) {
+                             int64_t all, int64_t top_k, int64_t experts, int64_t first,
+                             float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,
+                             int32_t threads) {
   using namespace mxfp4;
-  const Routes routes{tokens, top_k, experts, gammas, gather, scatter, offsets};
-  if (top_k < 1 || top_k > experts || !routes.fits()) return EINVAL;
+  const Routes routes{tokens, top_k, experts, first, gammas, gather, scatter, offsets};
+  if (top_k < 1 || top_k > all || !routes.fits()) return EINVAL;
+  if (all > std::numeric_limits<int32_t>::max()) return EINVAL;
 
   // Candidates and values of each thread, weights and experts of all slots, counts of each thread.
-  const int most = threads_for(tokens * experts, LOGITS_OF_THREAD, threads);
-  const int64_t slots = tokens * top_k, candidates = most * experts;
+  const int most = threads_for(tokens * all, LOGITS_OF_THREAD, threads);
+  const int64_t slots = tokens * top_k, candidates = most * all;
   CallMemory memory(candidates * static_cast<int64_t>(sizeof(Candidate) + sizeof(float)) +
                     slots * static_cast<int64_t>(sizeof(float) + sizeof(int32_t)) +
                     most * (experts + 1) * static_cast<int64_t>(sizeof(int32_t)));
@@ -152,16 +162,16 @@ extern "C" int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, 
   int32_t* counts = chosen + slots;
 
   parallel(most, [&](int thread, int count) {
-    Candidate* queue = all_candidates + thread * experts;
-    float* values = all_values + thread * experts;
+    Candidate* queue = all_candidates + thread * all;
+    float* values = all_values + thread * all;
     const int64_t end = routes.first_token(thread + 1, count);
     for (int64_t token = routes.first_token(thread, count); token < end; token++) {
-      to_f32(element(logits, dtype, token * stride), dtype, experts, values);
-      for (int64_t expert = 0; expert < experts; expert++)
-        queue[expert] = {values[expert], static_cast<int32_t>(expert)};
-      select_largest(queue, experts, top_k);
+      to_f32(element(logits, dtype, token * stride), dtype, all, values);
+      for (int64_t id = 0; id < all; id++) queue[id] = {values[id], static_cast<int32_t>(id)};
+      select_largest(queue, all, top_k);
       softmax(queue, top_k, weights + token * top_k);
-      for (int64_t i = 0; i < top_k; i++) chosen[token * top_k + i] = queue[i].expert;
+      for (int64_t i = 0; i < top_k; i++)
+        chosen[token * top_k + i] = static_cast<int32_t>(routes.expert_of(queue[i].expert));
     }
     routes.sort(
         thread, count, counts, [&](int64_t slot) { return chosen[slot]; },
@@ -175,7 +185,7 @@ extern "C" int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const 
                                     int64_t experts, int64_t first, float* gammas, int32_t* gather,
                                     int32_t* scatter, int32_t* offsets, int32_t threads) {
   using namespace mxfp4;
-  const Routes routes{tokens, per_token, experts, gammas, gather, scatter, offsets};
+  const Routes routes{tokens, per_token, experts, first, gammas, gather, scatter, offsets};
   if (!routes.fits()) return EINVAL;
   const int most = threads_for(tokens * per_token, ROUTES_OF_THREAD, threads);
   CallMemory memory(most * (experts + 1) * static_cast<int64_t>(sizeof(int32_t)));
@@ -185,9 +195,7 @@ extern "C" int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const 
   const auto expert_of = [&](int64_t slot) {
     const int64_t id = index_dtype == MXFP4_I64 ? static_cast<const int64_t*>(ids)[slot]
                                                 : static_cast<const int32_t*>(ids)[slot];
-    // Unsigned, because a signed difference of two ids could overflow.
-    const uint64_t expert = static_cast<uint64_t>(id) - static_cast<uint64_t>(first);
-    return static_cast<int64_t>(std::min(expert, static_cast<uint64_t>(experts)));
+    return routes.expert_of(id);
   };
   const auto weight_of = [&](int64_t slot) {
     float weight;

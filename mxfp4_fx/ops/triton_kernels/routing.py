@@ -7,8 +7,8 @@ block. For few tokens one program does all of it (``routing_kernel``), for many 
 launches.
 
 Shape letters: T tokens, E experts, A experts per token, R = T A slots. GROUPS: a power of 2 that is
-not below the number of groups. The groups are the experts, and with GIVEN routes also group E for
-experts that are not held here.
+not below the number of groups, nor below the number of experts to choose from. The groups are the
+experts that are held here, and group E for all others if there may be any.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TAKEN = tl.constexpr(-(1 << 63))  # below every key
 
 @triton.jit
 def _choose_experts(
-    logits, stride, tokens, block, experts,
+    logits, stride, tokens, block, choices,
     A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Choose a block's top-k experts; return experts and softmax weights [BT, AP].
@@ -34,7 +34,7 @@ def _choose_experts(
     """
     t = block * BT + tl.arange(0, BT)
     expert = tl.arange(0, GROUPS)
-    exists = (t < tokens)[:, None] & (expert < experts)[None, :]
+    exists = (t < tokens)[:, None] & (expert < choices)[None, :]
     row = logits + t.to(tl.int64)[:, None] * stride
     value = tl.load(row + expert[None, :], mask=exists, other=0.0).to(tl.float32)
     bits = value.to(tl.int32, bitcast=True)
@@ -58,21 +58,16 @@ def _choose_experts(
 
 @triton.jit
 def _read_routes(
-    indices, weights, tokens, block, experts, first_expert,
+    indices, weights, tokens, block,
     A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Read a block's given experts and weights [BT, AP].
-
-    Experts that are not held here become group E with weight 0.
-    """
+    """Read a block's given experts and weights [BT, AP]."""
     t = (block * BT + tl.arange(0, BT))[:, None]
     a = tl.arange(0, AP)[None, :]
     exists = (t < tokens) & (a < A)
     slot = t.to(tl.int64) * A + a
-    expert = tl.load(indices + slot, mask=exists, other=0).to(tl.int64) - first_expert
-    weight = tl.load(weights + slot, mask=exists, other=0.0).to(tl.float32)
-    is_here = (expert >= 0) & (expert < experts)
-    return tl.where(is_here, expert, experts).to(tl.int32), tl.where(is_here, weight, 0.0)
+    expert = tl.load(indices + slot, mask=exists, other=0).to(tl.int64)
+    return expert, tl.load(weights + slot, mask=exists, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -85,17 +80,22 @@ def _slots(block, tokens, A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit
 def _decide(
-    source, stride, given_weights, slot_expert, slot_weight, tokens, block, experts, first_expert,
+    source, stride, given_weights, slot_expert, slot_weight, tokens, block,
+    choices, experts, first_expert,
     GIVEN: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Decide a block's routes, store them by slot, and return their counts by group [GROUPS]."""
+    """Decide a block's routes, store them by slot, and return their counts by group [GROUPS].
+
+    Experts that are not held here become group E with weight 0.
+    """
     if GIVEN:
-        expert, weight = _read_routes(
-            source, given_weights, tokens, block, experts, first_expert, A, AP, BT
-        )
+        expert, weight = _read_routes(source, given_weights, tokens, block, A, AP, BT)
     else:
-        expert, weight = _choose_experts(source, stride, tokens, block, experts, A, AP, BT, GROUPS)
+        expert, weight = _choose_experts(source, stride, tokens, block, choices, A, AP, BT, GROUPS)
+    expert = expert.to(tl.int64) - first_expert
+    is_here = (expert >= 0) & (expert < experts)
+    expert, weight = tl.where(is_here, expert, experts).to(tl.int32), tl.where(is_here, weight, 0.0)
     slot, exists = _slots(block, tokens, A, AP, BT)
     expert, weight = expert.reshape(BT * AP), weight.reshape(BT * AP)
     tl.store(slot_expert + slot, expert, mask=exists)
@@ -137,18 +137,18 @@ def _first_places(counts, expert_offsets, tokens, experts, A: tl.constexpr, GROU
     return first
 
 
-@triton.jit(do_not_specialize=["tokens", "first_expert"])
+@triton.jit(do_not_specialize=["tokens", "choices", "first_expert"])
 def routing_kernel(
     source, stride, given_weights, slot_expert, slot_weight,
     gammas, gather_index, scatter_index, expert_offsets,
-    tokens, experts, first_expert,
+    tokens, choices, experts, first_expert,
     GIVEN: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Do all of routing in one program. Grid: (1,).
 
     Args:
-        source: logits [T, E] with rows ``stride`` apart, or expert ids [T, A] with GIVEN.
+        source: logits [T, choices] with rows ``stride`` apart, or expert ids [T, A] with GIVEN.
         given_weights: [T, A], or None.
         slot_expert, slot_weight: scratch memory, [R] int32 and [R] float32.
         gammas, gather_index, scatter_index, expert_offsets: the results, [R] and [E + 1].
@@ -157,8 +157,8 @@ def routing_kernel(
     counts = tl.zeros((GROUPS,), tl.int32)
     for block in range(blocks):
         counts += _decide(
-            source, stride, given_weights, slot_expert, slot_weight, tokens, block, experts,
-            first_expert, GIVEN, A, AP, BT, GROUPS,
+            source, stride, given_weights, slot_expert, slot_weight, tokens, block, choices,
+            experts, first_expert, GIVEN, A, AP, BT, GROUPS,
         )  # fmt: skip
     tl.debug_barrier()  # below, threads read slot_expert and slot_weight of other threads
     before = _first_places(counts, expert_offsets, tokens, experts, A, GROUPS)
@@ -169,10 +169,10 @@ def routing_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "first_expert"])
+@triton.jit(do_not_specialize=["tokens", "choices", "first_expert"])
 def decide_kernel(
     source, stride, given_weights, slot_expert, slot_weight, block_counts,
-    tokens, experts, first_expert,
+    tokens, choices, experts, first_expert,
     GIVEN: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, BT: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -182,8 +182,8 @@ def decide_kernel(
     """
     block = tl.program_id(0)
     counts = _decide(
-        source, stride, given_weights, slot_expert, slot_weight, tokens, block, experts,
-        first_expert, GIVEN, A, AP, BT, GROUPS,
+        source, stride, given_weights, slot_expert, slot_weight, tokens, block, choices,
+        experts, first_expert, GIVEN, A, AP, BT, GROUPS,
     )  # fmt: skip
     tl.store(block_counts + block * GROUPS + tl.arange(0, GROUPS), counts)
 
