@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for way in args.ways:
             for ranks in [1] if way == ONE else [count for count in args.ranks if count > 1]:
                 results["runs"].append(measure(args, way, ranks, checkpoint, log))
+                command.write(args.output, results)  # what there is, should the next one fail
     results["seconds"] = time.perf_counter() - started
     command.finish(args, results, text(results))
     return 0

@@ -19,7 +19,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.pipeline import PIPELINE, copy_graph, run_pass
+from mxfp4_fx.passes.copies import copy_graph
+from mxfp4_fx.passes.pipeline import PIPELINE, run_pass
 
 
 def main(argv: list[str] | None = None) -> int:

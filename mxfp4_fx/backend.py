@@ -15,6 +15,7 @@ from mxfp4_fx import calls
 from mxfp4_fx.core import compilation, torch_private_dynamo
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
+from mxfp4_fx.core.torch_private_distributed import is_dtensor, shard_of
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.ops.fingerprint import fingerprint
 from mxfp4_fx.passes.context import Context
@@ -58,7 +59,8 @@ def mxfp4(
     refuse_freed(gm, rewritten, ctx)
     announce(ctx)
     is_verified = parsed.verify and ctx.report.attention
-    if not (ctx.report.rewrites or is_verified):  # with the captured graph's inputs
+    has_shards = rewritten is not gm and ctx.shards
+    if not (ctx.report.rewrites or is_verified or has_shards):  # with the captured graph's inputs
         compiled = compile_inner(rewritten, example_inputs, parsed)
     else:
         compiled = bind(gm, rewritten, ctx, parsed)
@@ -152,6 +154,8 @@ def bind(
 
     def verify_first(*args: Any) -> Any:
         weight = args[weights[0]] if weights else any_layer
+        if is_dtensor(weight):  # swap_tensors, by which it moves, refuses what has weak references
+            weight = shard_of(weight)
         if weight in verified:
             return run(*args)
         result = verifying.forward(*verifying_plan.inputs(args))
@@ -165,7 +169,7 @@ def bind(
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:
     """Return the map from the captured graph's inputs to the lowered graph's."""
     names = _input_names(captured), _input_names(lowered)
-    return InputPlan(*names, ctx.bindings, _is_lent, _tell_of_lent)
+    return InputPlan(*names, ctx.bindings, ctx.shards, _is_lent, _tell_of_lent)
 
 
 def _is_lent(tensor: Tensor) -> bool:

@@ -32,6 +32,7 @@ from mxfp4_fx.core.errors import (
 )
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, WHY_SKIPPED, Skip
+from mxfp4_fx.core.torch_private_distributed import dtensors_in
 from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
 from mxfp4_fx.huggingface import hub_modules
@@ -41,6 +42,7 @@ from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
 from mxfp4_fx.passes.report import Attention, GraphReport, Miss, Rewrite
 from mxfp4_fx.telling import is_told, note_told, tell, warn
+from mxfp4_fx.weights.store import STORE
 
 HOOK = -4  # our key among a module's hooks; torch's are not negative
 
@@ -107,6 +109,9 @@ class Call:
                 if self.options.skip:
                     names = model.skipped(self.options.skip)
                     skipped += [(module, name in names) for name, module in experts]
+        STORE.look_at(
+            dtensors_in(self.experts)
+        )  # graphs may get no more than views of their shards
         self._outer, self._raised = current(), sys.exc_info()[1]
         _calls.current = self
         with _lock:

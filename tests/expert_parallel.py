@@ -33,12 +33,16 @@ class Loaded:
         unmapped: the names of blocks and scales that are not pages of the files.
         read: tensor's name -> the ranges of its first dimension that were read.
         logits: of `loaded.IDS`, uncompiled.
+        generated: the tokens that the compiled model makes of them, and their logits.
+        left: the bytes of blocks and scales that are not freed by then.
     """
 
     experts: list[int]
     unmapped: list[str]
     read: dict[str, list[slice]]
     logits: Tensor
+    generated: tuple[Tensor, Tensor]
+    left: int
 
 
 def spread(**changes: Any) -> DistributedConfig:
@@ -52,22 +56,34 @@ def load(path: Path, **kwargs: Any) -> Any:
     return mxfp4_fx.from_pretrained(path, **kwargs)
 
 
-def load_and_save(checkpoint: Path, saved: Path) -> Loaded:
+def load_run_and_save(checkpoint: Path, saved: Path, freed: Path) -> Loaded:
+    """Load, run, save to `saved`, compile, generate with ``free_weights``, and save to `freed`."""
     with recorded_slices() as read:
         model = load(checkpoint)
-    files = mapped_files()
-    found = Loaded(
-        [module.num_experts for module in model.modules() if isinstance(module, PackedExperts)],
-        [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.dtype == torch.uint8 and not is_mapped(parameter, files)
-        ],
-        read,
-        logits(model),
-    )
+    files, held = mapped_files(), bytes_of(model)
+    unmapped = [name for name, parameter in held.items() if not is_mapped(parameter, files)]
+    experts = [
+        module.num_experts for module in model.modules() if isinstance(module, PackedExperts)
+    ]
+    uncompiled = logits(model)
     model.save_pretrained(saved)
-    return found
+    model.compile(backend="mxfp4", options={"inner": "eager", "strict": True, "free_weights": True})
+    generated = generate(model)
+    left = sum(parameter.untyped_storage().nbytes() for parameter in bytes_of(model).values())
+    model.save_pretrained(freed)
+    return Loaded(experts, unmapped, read, uncompiled, generated, left)
+
+
+def bytes_of(model: Any) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.dtype == torch.uint8}
+
+
+def generate(model: Any, new: int = 4) -> tuple[Tensor, Tensor]:
+    """Return greedy tokens [batch, new] and their logits [new, batch, vocabulary]."""
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    settings |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    made = model.generate(IDS, attention_mask=torch.ones_like(IDS), **settings)
+    return made.sequences[:, IDS.shape[1] :], torch.stack(made.logits)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch import Tensor
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import Context
-from mxfp4_fx.passes.pipeline import copy_graph, run_pass
+from mxfp4_fx.passes.copies import copy_graph
+from mxfp4_fx.passes.pipeline import run_pass
 
 
 def canonical(f: Callable[..., Any], *args: Any) -> list[str]:

@@ -11,12 +11,15 @@ import ranks
 import torch
 from checkpoints import copied, edit_tensors, read_tensors, write_packed
 from expert_parallel import Loaded
-from loaded import assert_same_tensors, logits
+from loaded import assert_same_tensors, dequantized, exact_logits, logits
+from oracle import assert_as_accurate
 from torch import Tensor
 
 import mxfp4_fx
 
 WORLD = 2
+
+Loading = tuple[list[Loaded], Path]
 
 
 @pytest.fixture(scope="module")
@@ -25,39 +28,69 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Loaded], Path]:
-    folder = tmp_path_factory.mktemp("ranks")
-    saved = folder / "saved"
-    found = ranks.run(expert_parallel.load_and_save, WORLD, folder, checkpoint, saved)
-    return found, saved
+def loaded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Loading:
+    return load_in(WORLD, checkpoint, tmp_path_factory.mktemp("loaded"))
 
 
-def test_each_rank_reads_its_own_experts(loaded: tuple[list[Loaded], Path]) -> None:
+def load_in(world: int, checkpoint: Path, folder: Path) -> Loading:
+    """Let `world` ranks load a checkpoint, and save it to ``saved`` and ``freed`` in a folder."""
+    saved = folder / "saved", folder / "freed"
+    return ranks.run(expert_parallel.load_run_and_save, world, folder, checkpoint, *saved), folder
+
+
+def test_each_rank_reads_and_maps_its_own_experts(loaded: Loading) -> None:
     for rank, found in enumerate(loaded[0]):
         assert found.experts == [2, 2]
         read = {name: parts for name, parts in found.read.items() if ".experts." in name}
         assert len(read) == 2 * 6
         for name, parts in read.items():
             assert parts == [slice(2 * rank, 2 * rank + 2)], name
+        assert found.unmapped == []
 
 
-def test_its_bytes_stay_pages_of_the_files(loaded: tuple[list[Loaded], Path]) -> None:
-    assert [found.unmapped for found in loaded[0]] == [[], []]
+def test_every_rank_computes_the_whole_model(loaded: Loading, checkpoint: Path) -> None:
+    check_results(loaded[0], checkpoint)
 
 
-def test_every_rank_computes_the_whole_model(
-    loaded: tuple[list[Loaded], Path], checkpoint: Path
-) -> None:
-    first, second = (found.logits for found in loaded[0])
-    assert torch.equal(first, second)
-    expected = logits(mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32))
-    torch.testing.assert_close(first, expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("folder", ["saved", "freed"])
+def test_it_is_saved_byte_for_byte(loaded: Loading, checkpoint: Path, folder: str) -> None:
+    check_saved(loaded[1] / folder, checkpoint)
 
 
-def test_it_is_saved_byte_for_byte(loaded: tuple[list[Loaded], Path], checkpoint: Path) -> None:
-    kept = {k: v for k, v in read_tensors(checkpoint).items() if v.dtype == torch.uint8}
-    saved = {k: v for k, v in read_tensors(loaded[1]).items() if v.dtype == torch.uint8}
-    assert_same_tensors(saved, kept)
+def test_weights_of_every_rank_are_freed(loaded: Loading) -> None:
+    assert [found.left for found in loaded[0]] == [0, 0]
+
+
+@pytest.mark.exhaustive
+def test_one_expert_for_each_rank(checkpoint: Path, tmp_path: Path) -> None:
+    found, folder = load_in(4, checkpoint, tmp_path)
+    assert [one.experts for one in found] == [[1, 1]] * 4
+    check_results(found, checkpoint)
+    check_saved(folder / "freed", checkpoint)
+
+
+def check_results(found: list[Loaded], checkpoint: Path) -> None:
+    """Compare the ranks with one another, and with one process and the exact values."""
+    exact = exact_logits(dequantized(checkpoint, torch.float32))
+    model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32)
+    uncompiled, (tokens, last) = logits(model), expert_parallel.generate(model)
+    for one in found:
+        assert torch.equal(one.logits, found[0].logits)
+        assert torch.equal(one.generated[1], found[0].generated[1])
+        assert torch.equal(one.generated[0], tokens)
+    assert_as_accurate(found[0].logits, uncompiled, exact)
+    assert_as_accurate(found[0].generated[1][0], last[0], exact[:, -1])
+
+
+def check_saved(saved: Path, checkpoint: Path) -> None:
+    kept, expected = (
+        {name: tensor for name, tensor in read_tensors(path).items() if "experts" in name}
+        for path in (saved, checkpoint)
+    )
+    for name in expected:
+        if name.endswith("_bias"):  # the model is float32
+            expected[name] = expected[name].float()
+    assert_same_tensors(kept, expected)
 
 
 # ---- faults

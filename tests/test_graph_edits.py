@@ -26,8 +26,9 @@ from mxfp4_fx.backend import bind
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import REWRITE, Context
+from mxfp4_fx.passes.copies import copy_graph
 from mxfp4_fx.passes.fuse_moe import fuse_moe
-from mxfp4_fx.passes.pipeline import copy_graph, run_pipeline
+from mxfp4_fx.passes.pipeline import run_pipeline
 
 # Changes a copied graph, whose nodes it is given by name; returns the nodes it made or changed.
 Change = Callable[[dict[str, fx.Node]], set[fx.Node]]

@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import Context, Pass
+from mxfp4_fx.passes.copies import copy_graph
 from mxfp4_fx.passes.fuse_moe import fuse_moe
 from mxfp4_fx.passes.lower_moe import lower_moe
-from mxfp4_fx.passes.pipeline import copy_graph, run_pass
+from mxfp4_fx.passes.pipeline import run_pass
 
 
 def readable(gm: fx.GraphModule, only: Callable[[fx.Node], bool] = lambda _: True) -> str:

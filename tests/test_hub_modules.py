@@ -17,6 +17,7 @@ from default_load import hub_layers, hub_mlp, load
 from models import Graphs, compile_with, hidden, mlp, pack
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
+from transformers.integrations import mxfp4
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import (
@@ -312,10 +313,6 @@ def repack(layer: Any) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "spread over processes": (
-        lambda layer: setattr(layer.experts, "_is_hooked", True),
-        "transformers spreads its experts over processes",
-    ),
     "not loaded": (
         lambda layer: setattr(layer.experts, "down_proj_precision_config", None),
         "its weights are not loaded",
@@ -336,6 +333,14 @@ REFUSALS: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 
 
+def test_older_experts_that_are_spread_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = hub_mlp()
+    layer.experts._is_hooked = True
+    monkeypatch.delattr(mxfp4.Mxfp4GptOssExperts, "forward_routed", raising=False)  # new in 5.23
+    reason = "transformers spreads its experts over processes: load the model with mxfp4_fx"
+    assert reason in str(hub_modules.why_not(layer, Options()))
+
+
 @pytest.mark.parametrize(("change", "reason"), REFUSALS.values(), ids=REFUSALS)
 def test_a_reason_is_known_for_all_that_is_not_understood(
     change: Callable[[Any], object], reason: str
@@ -348,8 +353,9 @@ def test_a_reason_is_known_for_all_that_is_not_understood(
 
 def test_what_is_not_understood_is_left_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = hub_mlp("hub_hopper")
-    change, reason = REFUSALS["spread over processes"]
+    change, reason = REFUSALS["repacked"]
     change(layer)
+    layer.experts._is_hooked = True  # so that it is called with routes
     prepare_capture()  # or it would take the forward below for transformers' own, for ever
     # In the place of a forward that asks other processes.
     monkeypatch.setattr(type(layer.experts), "forward", lambda self, x, *_: 2 * x)

@@ -26,7 +26,12 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import mxfp4_fx
 from mxfp4_fx import calls
-from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
+from mxfp4_fx.core import (
+    compilation,
+    torch_private,
+    torch_private_distributed,
+    torch_private_dynamo,
+)
 from mxfp4_fx.errors import TorchVersionError
 
 PACKAGE = Path(mxfp4_fx.__file__).parent
@@ -323,7 +328,7 @@ def test_an_object_that_dynamo_would_guard_is_another() -> None:
 def test_fsdps_parameters_are_looked_for_where_it_is_loaded() -> None:
     import torch.distributed.fsdp
 
-    assert not torch_private.is_filled_by_fsdp(torch.ones(2))
+    assert not torch_private_distributed.is_filled_by_fsdp(torch.ones(2))
 
 
 # ---- graphs

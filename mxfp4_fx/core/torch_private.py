@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import operator
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -153,23 +152,6 @@ def as_python_calls() -> Any:
 def storage_key(tensor: Tensor) -> int:
     """Return a key that all tensors of one storage share, whether fake or real."""
     return tensor.untyped_storage()._cdata
-
-
-def is_filled_by_fsdp(tensor: Tensor) -> bool:
-    """Return whether FSDP2 fills the tensor anew for each forward.
-
-    Object and version stay the same then, and maybe the address.
-    """
-    if "torch.distributed.fsdp" not in sys.modules:
-        return False
-    mapping = look_up("torch.distributed._composable_state", "_module_state_mapping")
-    states = [reference() for reference in list(mapping.values())]
-    return any(
-        getattr(parameter, "_unsharded_param", None) is tensor
-        for state in states
-        for group in getattr(state, "_fsdp_param_groups", ())
-        for parameter in group.fsdp_params
-    )
 
 
 def has_parameter_mark(tensor: Tensor) -> bool:

@@ -102,6 +102,8 @@ def _mlp_forward(own: Callable[..., Any]) -> Callable[..., Any]:
             return own(self, hidden_states)
         if _why_not_these(experts) or not _is_served(hidden_states.device):
             return own(self, hidden_states)
+        if _is_spread(experts):  # its call takes the routes, and leads to the experts' own forward
+            return own(self, hidden_states)
         batch_size = hidden_states.shape[0]
         rows = hidden_states.reshape(-1, router.hidden_dim)
         router_logits = nn.functional.linear(rows, router.weight, router.bias)
@@ -177,9 +179,14 @@ def _is_left(module: Any) -> bool:
     return bool(getattr(module, KEEP_DENSE, False)) or bool(getattr(module, SKIPPED, False))
 
 
+def _is_spread(experts: Any) -> bool:
+    """Return whether transformers spreads the experts over processes, by a forward of its own."""
+    return bool(getattr(experts, "_is_hooked", False))
+
+
 def _why_not_these(experts: Any) -> str | None:
     """Return why the weights cannot be captured, or None. Dynamo traces and guards this."""
-    if getattr(experts, "_is_hooked", False):
+    if _is_spread(experts) and not hasattr(experts, "forward_routed"):  # before 5.23
         return f"transformers spreads its experts over processes: {_REMEDY}"
     e, h, i = experts.num_experts, experts.hidden_size, experts.intermediate_size
     for weight, precision, k, n in (

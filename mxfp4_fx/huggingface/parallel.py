@@ -36,18 +36,14 @@ def is_expert_parallel(distributed: Any) -> bool:
 
 
 def is_tensor_parallel(distributed: Any) -> bool:
-    """Return whether each process has a part of every expert."""
-    return _size(distributed, "tp_size") > 1 and not is_expert_parallel(distributed)
+    """Return whether each process has a part of every expert: not if FSDP shares them already."""
+    is_otherwise = is_expert_parallel(distributed) or is_data_parallel(distributed)
+    return _size(distributed, "tp_size") > 1 and not is_otherwise
 
 
 def is_data_parallel(distributed: Any) -> bool:
     """Return whether FSDP holds a model's parameters, and fills them for each call."""
     return any(_size(distributed, size) > 1 for size in _DATA_PARALLEL)
-
-
-def is_split(distributed: Any) -> bool:
-    """Return whether a process loads less than the whole of the experts' parameters."""
-    return is_expert_parallel(distributed) or is_data_parallel(distributed)
 
 
 def _size(distributed: Any, name: str) -> int:
@@ -60,6 +56,15 @@ def refuse_older(distributed: Any) -> None:
         raise OptionError(
             f"from_pretrained(..., distributed_config=...) with packed experts needs transformers "
             f"{OLDEST_TO_SPREAD} or newer"
+        )
+
+
+def refuse_quantizing(distributed: Any, weights: list[str]) -> None:
+    """Raise OptionError if FSDP is to spread weights that are quantized while they are loaded."""
+    if weights and is_data_parallel(distributed):  # it knows their sizes from before
+        raise OptionError(
+            f"{weights[0]} is dense, and FSDP cannot spread what is quantized while it is loaded: "
+            "write an MXFP4 checkpoint first, with mxfp4_fx.quantize_checkpoint(...)"
         )
 
 
@@ -107,7 +112,9 @@ def plan_packed(model: Any) -> None:
 
 
 def cut_packed(model: Any, dense: Sequence[str], quantized: Sequence[str]) -> list[WeightConverter]:
-    """Plan that each rank has a part of every expert; return the conversions of what it reads.
+    """Return the conversions of what a rank reads a part of: none without tensor parallelism.
+
+    With it, the model's plan gets that each rank has a part of every expert.
 
     Args:
         model: the model, not loaded yet, whose packed experts are there already.
@@ -115,13 +122,10 @@ def cut_packed(model: Any, dense: Sequence[str], quantized: Sequence[str]) -> li
         quantized: weights that are dense in the files; they are cut before they are quantized.
 
     Raises:
-        OptionError: there are dense experts, or FSDP is to share the parts.
+        OptionError: there are dense experts.
     """
-    if is_data_parallel(config_of(model)):
-        raise OptionError(
-            "FSDP cannot share the parts of experts that tensor parallelism makes: pass ep_size= "
-            "as well, which gives each rank whole experts"
-        )
+    if not is_tensor_parallel(config_of(model)):
+        return []
     if dense:
         raise OptionError(
             f"{dense[0]} is to stay dense, and tensor parallelism cuts packed experts only: skip "

@@ -209,7 +209,8 @@ class PackedMxfp4Quantizer(HfQuantizer):
 
     def _replace_experts(self, model: Any, checkpoint_files: Sequence[str]) -> None:
         settings, distributed = self.quantization_config, parallel.config_of(model)
-        is_spread, is_split = parallel.is_spread(distributed), parallel.is_split(distributed)
+        is_spread = parallel.is_spread(distributed)
+        is_split = parallel.is_expert_parallel(distributed)
         checkpoint = _opened(checkpoint_files, model.config, renaming(settings.key_mapping))
         check(checkpoint, ignore_sizes=settings.ignore_sizes)
         if is_spread:
@@ -248,12 +249,11 @@ class PackedMxfp4Quantizer(HfQuantizer):
                     set_loading_dtype(packed, projection, dtype, is_split=is_split)
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed)
-        self._cutting: list[WeightConverter] = []
-        if parallel.is_expert_parallel(distributed):
+        parallel.refuse_quantizing(distributed, self._to_quantize)
+        if is_split:
             parallel.plan_packed(model)
             parallel.refuse_eager(model.config, dense)
-        elif parallel.is_tensor_parallel(distributed):
-            self._cutting = parallel.cut_packed(model, dense, self._to_quantize)
+        self._cutting = parallel.cut_packed(model, dense, self._to_quantize)
         if not found:
             warnings.warn(
                 f"no experts of this {type(model).__name__} will be MXFP4: all are skipped by "

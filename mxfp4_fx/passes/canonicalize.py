@@ -1,4 +1,4 @@
-"""First pass: rewrite the graph so that equal computations look alike.
+"""Second pass: rewrite the graph so that equal computations look alike.
 
 - It makes an in-place call functional if the write is visible through one value only.
 - It removes casts and views that change nothing.

@@ -48,6 +48,7 @@ def check_region(
         Mismatch: a check fails; the reason is for the user.
     """
     _check_users(root, match)
+    _check_shards(match, ctx)
     _check_types(match)
     _check_sizes(match)
     _check_device(match, ctx)
@@ -105,6 +106,15 @@ def dtypes_inside(match: Match) -> tuple[torch.dtype, ...]:
         if expr.op in _ARITHMETIC and (value := tensor_of(node)) is not None
     }
     return tuple(dtype for dtype in DTYPES if dtype in {*inside, compute_dtype(match)})
+
+
+def _check_shards(match: Match, ctx: Context) -> None:
+    """Check that no weight is a shard that ``localize`` could not let the graph take."""
+    for name in _SWIZZLED:
+        node = match.leaves.get(name)
+        if node in ctx.no_shards:
+            reason = f"{name} is a shard of a DTensor that cannot be read as it is: "
+            _fail(match, reason + ctx.no_shards[node], node)
 
 
 def _check_types(match: Match) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.ops import target
@@ -29,6 +29,9 @@ class Context:
             may be rewritten. It holds the weights of experts whose module is known. For all others
             the name in the graph decides.
         report: what the passes found: misses by ``fuse_moe``, rewrites by ``lower_moe``.
+        shards: filled by ``localize``: index of an input that is a DTensor -> the shard that the
+            graph reads in its place.
+        no_shards: filled by ``localize``: a call of ``to_local()`` that stays -> why.
         verifying: keep each original region beside its rewrite and compare their results. Such a
             graph is for one eager call.
         around: if the graph is that of a region, what its inputs are outside of it.
@@ -43,6 +46,8 @@ class Context:
     inputs: list[Any]
     left: Mapping[int, str | None] = dataclasses.field(default_factory=dict)
     verifying: bool = False
+    shards: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    no_shards: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     report: GraphReport = dataclasses.field(default_factory=GraphReport)
     around: Around | None = None
     bindings: list[Binding] = dataclasses.field(default_factory=list)
@@ -65,8 +70,12 @@ class Context:
         return self._slots
 
     def values(self, graph: fx.Graph) -> dict[fx.Node, Any]:
-        """Return the captured inputs of the graph -> their example values."""
-        return {node: self.inputs[at] for node, at in self.slots(graph).items()}
+        """Return the captured inputs of the graph -> :meth:`value`."""
+        return {node: self.value(at) for node, at in self.slots(graph).items()}
+
+    def value(self, at: int) -> Any:
+        """Return the example value of a captured input, as the graph reads it."""
+        return self.shards.get(at, self.inputs[at])
 
     @property
     def begin(self) -> Modes | None:

@@ -1,4 +1,4 @@
-"""Sixth pass: rewrite the bodies of regions, and bind the weights that each call gives them.
+"""Seventh pass: rewrite the bodies of regions, and bind the weights that each call gives them.
 
 A body is rewritten once for all calls that are alike: the user left the same of their weights,
 the same of their operands are parameters, torch's modes and what else the outer graph does to the
@@ -89,7 +89,7 @@ def _sites(graph: fx.Graph, ctx: Context) -> list[_Site]:
     for region in regions:
         at = tuple(slots.get(operand) for operand in region.operands)
         weights = tuple(
-            slot is not None and is_parameter(operand, ctx.inputs[slot])
+            slot is not None and is_parameter(operand, ctx.value(slot))
             for slot, operand in zip(at, region.operands, strict=True)
         )
         found.append(_Site(region, at, weights, _around(region, memory, modes_at[region.call])))
@@ -157,7 +157,7 @@ def _unlike_captured(body: fx.GraphModule, inner: Context) -> list[Miss]:
 def _inside(site: _Site, ctx: Context) -> Context:
     """Return the context of a body, as one of its calls has it: None for what is no weight."""
     values = [
-        ctx.inputs[slot] if slot is not None and is_weight else None
+        ctx.value(slot) if slot is not None and is_weight else None
         for slot, is_weight in zip(site.slots, site.weights, strict=True)
     ]
     return ctx.within(values, _left(site, ctx), site.around)

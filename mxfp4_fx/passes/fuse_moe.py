@@ -1,4 +1,4 @@
-"""Second pass: prove that regions are GPT-OSS experts and replace each by ``mxfp4::moe``.
+"""Third pass: prove that regions are GPT-OSS experts and replace each by ``mxfp4::moe``.
 
 The pass rewrites a region only after it has proven the region's dataflow and numbers
 (``patterns.py``) and what the dataflow does not show (``checks.py``). It reports all other nodes

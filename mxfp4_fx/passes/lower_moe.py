@@ -1,4 +1,4 @@
-"""Third pass: lower logical ops to device ops, and expert weights to swizzled MXFP4 inputs.
+"""Fourth pass: lower logical ops to device ops, and expert weights to swizzled MXFP4 inputs.
 
 ``mxfp4::moe`` -> ``routing`` -> ``matmul_ogs`` (SwiGLU) -> ``matmul_ogs`` (gammas, scatter). The
 parameters that only the experts read leave the graph's inputs; in their place come blocks and

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.torch_private import FakeTensor, is_wrapper
+from mxfp4_fx.core.torch_private_distributed import is_dtensor, shard_of
 from mxfp4_fx.passes.effects import Effect, Modes, effect
 from mxfp4_fx.passes.regions import region_of
 
@@ -71,8 +72,9 @@ class Memory:
         # Two inputs have different fake storages even if they share real memory, as a parameter and
         # a view of it do, or two tensors of one numpy array. So the real memory is a second key.
         self._shared: dict[object, object] = {}
-        areas = _areas([value for value in inputs.values() if _has_memory(value)])
-        for node, value in inputs.items():
+        held = {node: shard_of(v) if is_dtensor(v) else v for node, v in inputs.items()}
+        areas = _areas([value for value in held.values() if _has_memory(value)])
+        for node, value in held.items():
             if _has_memory(value):
                 self._shared |= {key: ("input", areas[id(value)]) for key in storages(node)}
         effects = effects_on(graph)

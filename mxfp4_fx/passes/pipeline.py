@@ -14,9 +14,11 @@ from mxfp4_fx.core.errors import PipelineError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import REWRITE, Context, Pass
+from mxfp4_fx.passes.copies import copy_graph
 from mxfp4_fx.passes.enter_regions import enter_regions
 from mxfp4_fx.passes.fuse_attention import fuse_attention
 from mxfp4_fx.passes.fuse_moe import fuse_moe
+from mxfp4_fx.passes.localize import localize
 from mxfp4_fx.passes.lower_linears import lower_linears
 from mxfp4_fx.passes.lower_moe import lower_moe
 
@@ -39,11 +41,12 @@ def check(gm: fx.GraphModule, ctx: Context) -> None:
 
 
 def rewrite_regions(gm: fx.GraphModule, ctx: Context) -> None:
-    """Sixth pass: the whole pipeline for the bodies of regions; see ``enter_regions.py``."""
+    """Seventh pass: the whole pipeline for the bodies of regions; see ``enter_regions.py``."""
     enter_regions(gm, ctx, _rewrite_body)
 
 
 PIPELINE: tuple[Pass, ...] = (
+    localize,  # to_local() is no computation, and all others ask whether an input is a parameter
     canonicalize,  # equal computations look alike ...
     fuse_moe,  # ... so that one pattern finds them; proves and replaces, knows no device
     lower_moe,  # knows the device, proves nothing
@@ -103,19 +106,6 @@ def run_pass(step: Pass, gm: fx.GraphModule, ctx: Context) -> None:
     _trace(f"after_{step.__name__}", gm)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s: %s", step.__name__, _difference(before, _op_counts(gm)))
-
-
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy a graph module: a new graph, the same submodules, and what Dynamo recorded on it."""
-    graph = torch_private.empty_graph_like(gm.graph)
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))
-    old_output, output = (g.output_node() for g in (gm.graph, graph))
-    output.meta = dict(old_output.meta)
-    copy = torch_private.LazyGraphModule(gm, graph)  # passes change it before anyone calls it
-    copy.meta = dict(gm.meta)
-    torch_private.copy_notes(gm, copy, copies)
-    return copy
 
 
 def _op_counts(gm: fx.GraphModule) -> collections.Counter[str]:

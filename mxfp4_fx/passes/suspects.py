@@ -34,7 +34,7 @@ def find_suspects(
     parameters: list[tuple[fx.Node, Inputs]] = [
         (node, Inputs({at}))
         for node, at in ctx.slots(gm.graph).items()
-        if is_parameter(node, ctx.inputs[at])
+        if is_parameter(node, ctx.value(at))
     ]
     # Parameters are attributes of the graph if an option of Dynamo keeps it from lifting them.
     parameters += [(node, Inputs()) for node in gm.graph.find_nodes(op="get_attr")]

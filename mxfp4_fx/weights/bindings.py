@@ -7,18 +7,20 @@ import dataclasses
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from mxfp4_fx.core import background, torch_private
+from mxfp4_fx.core.torch_private_distributed import shard_of
 from mxfp4_fx.weights import freed
 from mxfp4_fx.weights.freed import is_freed
+from mxfp4_fx.weights.notices import warn_of_kept_shard, warn_of_repeats
 from mxfp4_fx.weights.source import Encoding, Parts, Source
 from mxfp4_fx.weights.state import Mark, mark_of
-from mxfp4_fx.weights.store import STORE, warn_of_repeats
+from mxfp4_fx.weights.store import STORE
 from mxfp4_fx.weights.swizzle import is_native
 
 _TITLE = "mxfp4: swizzling expert weights"
@@ -72,6 +74,7 @@ class InputPlan:
         captured: Sequence[str],
         lowered: Sequence[str],
         bindings: Sequence[Binding],
+        wholes: Iterable[int],
         is_lent: Callable[[Tensor], bool],
         tell_of_lent: Callable[[], None],
     ) -> None:
@@ -79,11 +82,15 @@ class InputPlan:
         Args:
             captured, lowered: the names of both graphs' inputs, in order.
             bindings: the weights that the lowered graph reads swizzled.
+            wholes: the positions of DTensors in whose place the lowered graph reads their shards.
             is_lent: whether an input is there for the present call alone, as the user wants it.
             tell_of_lent: warns, at most once, of what lent inputs cost.
         """
         self.bindings = tuple(bindings)
         self._is_lent, self._tell_of_lent = is_lent, tell_of_lent
+        self._wholes = tuple(wholes)
+        bound_slots = {at for binding in bindings for at in binding.slots}
+        self._bound_wholes = tuple(bound_slots.intersection(self._wholes))
         bound = {
             name: (at, part)
             for at, binding in enumerate(bindings)
@@ -107,6 +114,7 @@ class InputPlan:
             inputs: the captured graph's inputs.
             fakes: a fake tensor for each of the lowered graph's inputs.
         """
+        inputs = self._with_shards(inputs)
         return [
             inputs[at] if part is None else fake
             for fake, (at, part) in zip(fakes, self._inputs, strict=True)
@@ -116,6 +124,7 @@ class InputPlan:
         """Return the lowered graph's inputs for a call of the captured graph with ``args``."""
         # As plain tensors: the class of freed parameters would raise an error.
         with torch_private.as_plain_tensors():
+            args = self._with_shards(args)
             before = STORE.swizzled
             parts = self._look_up(args)
             if STORE.swizzled != before:
@@ -143,6 +152,7 @@ class InputPlan:
         Raises:
             BaseException: whatever swizzling raises, after the block.
         """
+        inputs = self._with_shards(inputs)
         needed = [binding for binding in self.bindings if self._is_needed(binding, inputs)]
         beside = [binding for binding in needed if _is_native(binding, inputs)]
         if are_freed:
@@ -180,6 +190,8 @@ class InputPlan:
 
         Lent weights are left out: they are gone after the call.
         """
+        args = self._with_shards(args)
+        self._tell_of_kept(args)
         found = [
             binding
             for binding in self._only_swizzled
@@ -191,6 +203,24 @@ class InputPlan:
         if found:
             for binding in tqdm(found, _TITLE, leave=False, disable=None):
                 STORE.free(binding.source(args), binding.layout, binding.name)
+
+    def _with_shards(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the inputs with shards in the place of DTensors, at which the store looks."""
+        if not self._wholes:
+            return tuple(args)
+        STORE.look_at(args[at] for at in self._bound_wholes)
+        given = list(args)
+        for at in self._wholes:
+            given[at] = shard_of(args[at])
+        return tuple(given)
+
+    def _tell_of_kept(self, args: tuple[Any, ...]) -> None:
+        """Warn, once a weight, that the memory of a DTensor's shard is not freed."""
+        for binding in self._only_swizzled:
+            mark = mark_of(binding.take(args)[0])
+            if mark.is_shard and not mark.kept:
+                mark.kept = True
+                warn_of_kept_shard(binding.name)
 
     def _is_needed(self, binding: Binding, inputs: tuple[Any, ...]) -> bool:
         """Return whether a real weight is to be swizzled for the first call."""

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mxfp4_fx.core.torch_private import TensorGuards, is_wrapper
+from mxfp4_fx.core.torch_private_distributed import shard_of
 
 MARK = "_mxfp4_fx_mark"
 Geometry = tuple[Any, ...]
@@ -32,12 +33,16 @@ class Mark:
         keep: the user restored the tensor, so it is not freed again.
         kept: the tensor's memory could not be freed, and is not tried again.
         told: the store has warned that the weight is swizzled at each call.
+        is_shard: the tensor is what a DTensor wraps.
+        seen: the version of a DTensor when the store last saw it; None if it has not.
     """
 
-    __slots__ = ("__weakref__", "impl", "keep", "kept", "told")
+    __slots__ = ("__weakref__", "impl", "is_shard", "keep", "kept", "seen", "told")
 
     def __init__(self, impl: int) -> None:
         self.impl, self.keep, self.kept, self.told = impl, False, False, False
+        self.is_shard = False
+        self.seen: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return set, ()  # a pickled parameter refers to nothing of this package
@@ -50,13 +55,31 @@ def owner_of(tensor: Tensor) -> Owner:
     """Return what has the mark of a tensor.
 
     That is its storage if :func:`mark_storage` marked that, otherwise the tensor itself, or the
-    base of a view: each call may make its views anew.
+    base of a view: each call may make its views anew. Views of inference tensors know no base, so
+    the storage has their mark, too.
     """
     storage = tensor.untyped_storage()
     if hasattr(storage, MARK):
         return storage
     base = tensor._base
+    if base is None and tensor.is_inference() and not isinstance(tensor, nn.Parameter):
+        return storage
     return tensor if base is None else base
+
+
+def is_written(whole: Tensor) -> bool:
+    """Return whether a DTensor is new to the store, or was written to since this was last asked.
+
+    A write through a DTensor (``copy_``, ``load_state_dict``, an optimizer's step) raises its own
+    version only, a write to its shard the shard's. An inference tensor has no version.
+    """
+    mark = _mark(whole)
+    version = 0 if whole.is_inference() else whole._version
+    if mark.seen == version:
+        return False
+    mark.seen = version
+    mark_of(shard_of(whole)).is_shard = True
+    return True
 
 
 def mark_of(tensor: Tensor) -> Mark:
@@ -158,8 +181,10 @@ class TensorState(State):
 def states_of(tensor: Tensor) -> Iterator[State]:
     """Yield the state of a tensor, or of the tensors that it wraps, as a DTensor does."""
     if is_wrapper(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from states_of(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:  # a DTensor's mesh is among them
+            if isinstance(part, Tensor):
+                yield from states_of(part)
     elif tensor.layout is torch.strided:
         yield State(*_state(tensor))
 

@@ -19,16 +19,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from mxfp4_fx.core import background, forks, torch_private, torch_private_dynamo
-from mxfp4_fx.core.errors import (
-    DeviceFullError,
-    KeptWeightsWarning,
-    NanWeightsWarning,
-    RepeatedSwizzleWarning,
-)
-from mxfp4_fx.core.torch_private import is_filled_by_fsdp
+from mxfp4_fx.core import forks, torch_private, torch_private_dynamo
+from mxfp4_fx.core.errors import DeviceFullError
+from mxfp4_fx.core.torch_private_distributed import gathered_from, is_filled_by_fsdp, shard_of
 from mxfp4_fx.weights import freed
 from mxfp4_fx.weights.entries import Entries, Entry, Key
+from mxfp4_fx.weights.notices import of_full_device, warn_of_kept, warn_of_nan, warn_of_repeats
 from mxfp4_fx.weights.source import MXFP4, Encoding, Parts, Source
 from mxfp4_fx.weights.state import (
     MARK,
@@ -36,6 +32,7 @@ from mxfp4_fx.weights.state import (
     TensorState,
     geometry_of,
     guards_of,
+    is_written,
     mark_of,
     mark_storage,
     owner_of,
@@ -73,6 +70,8 @@ class WeightStore:
         # tensors, would take half as long again.
         if len(tensors) == 1:
             (weight,) = tensors
+            if (base := weight._base) is not None:
+                return self._find_view(weight, base, encoding, layout)
             entry = self._by_key.get((id(getattr(weight, MARK, None)), encoding, layout))
             if entry is None or not entry.states[0].is_current(weight, weight._cdata):
                 return None
@@ -89,6 +88,15 @@ class WeightStore:
             ):
                 return None
         return None if entry.stale or not entry.guards(*tensors) else entry.parts
+
+    def _find_view(
+        self, weight: Tensor, base: Tensor, encoding: Encoding, layout: str
+    ) -> Parts | None:
+        place = weight.shape, weight.stride(), weight.storage_offset()
+        entry = self._by_key.get((id(getattr(base, MARK, None)), encoding, layout, place))
+        if entry is None or entry.stale or not entry.guards(weight):
+            return None
+        return entry.parts if entry.states[0].is_current(weight, base._cdata) else None
 
     def _find_by_storage(
         self, tensors: tuple[Tensor, ...], encoding: Encoding, layout: str
@@ -122,9 +130,22 @@ class WeightStore:
         parts = self.find(source.tensors, source.encoding, layout)
         if parts is not None:
             return parts
+        shards = tuple(map(self._shard_of_copy, source.tensors))
+        if any(a is not b for a, b in zip(shards, source.tensors, strict=True)):
+            return self.get(Source(shards, source.encoding), layout, name)
         timed = torch_private_dynamo.timed("mxfp4_fx.swizzle")
         with timed, self._lock, torch_private.as_plain_tensors():
             return self._swizzle(source, layout, name)
+
+    def look_at(self, wholes: Iterable[Tensor]) -> None:
+        """Notice writes through DTensors, which their shards do not show.
+
+        What reads a shard may have been given the shard alone. So whoever has the DTensors shows
+        them to the store before each call.
+        """
+        written = [whole for whole in wholes if is_written(whole)]
+        if written and self._by_key:
+            self.refresh(written)
 
     def refresh(self, tensors: Iterable[Tensor]) -> int:
         """Mark the weights that were swizzled from these tensors stale.
@@ -192,7 +213,7 @@ class WeightStore:
                 self._entries.renew(tensor)
             if not is_done and not marks[0].kept:
                 marks[0].kept = True
-                _warn_of_kept(name)
+                warn_of_kept(name)
             return is_done
 
     def values(self, source: Source, device: torch.device | None = None) -> tuple[Tensor, ...]:
@@ -256,7 +277,7 @@ class WeightStore:
         key: Key = (*map(id, marks), source.encoding, layout)
         if by_storage:
             key = (*key, *(tensor.storage_offset() for tensor in tensors))
-        elif any(tensor._base is not None for tensor in tensors):
+        elif any(owner_of(tensor) is not tensor for tensor in tensors):
             key = (*key, *(geometry_of(tensor)[:3] for tensor in tensors))
         old = self._by_key.get(key)
         if old is not None and old.is_current(tensors):
@@ -285,18 +306,29 @@ class WeightStore:
         try:
             new.parts = swizzle_weight(readable, layout, room)
         except torch.OutOfMemoryError as error:
-            raise DeviceFullError(_of_full_device(source, name)) from error
+            raise DeviceFullError(of_full_device(source, name)) from error
         self._by_key[key] = new
         for tensor, state in zip(tensors, new.states, strict=True):
             if not state.is_freed:  # a freed tensor may have got values in another way
                 self._entries.note_freed(tensor, False)
         if old is not None:
             self._entries.let_go(old)
-        _warn_of_nan(nan_experts(readable, new.parts, layout), name)
+        warn_of_nan(nan_experts(readable, new.parts, layout), name)
         if new.stale and not marks[0].told:
             marks[0].told = True
             warn_of_repeats(name, "its memory is filled anew for each call, as FSDP does")
         return new.parts
+
+    def _shard_of_copy(self, tensor: Tensor) -> Tensor:
+        """Return the shard that FSDP2 copies to a tensor for each forward; most often ``tensor``.
+
+        The shard stays where it is, and has the version of its values.
+        """
+        whole = gathered_from(tensor)
+        if whole is None:
+            return tensor
+        self.look_at([whole])
+        return shard_of(whole)
 
     def _readable(self, source: Source) -> Source:
         """Return the source with memory for its freed tensors; in MXFP4 if all are freed."""
@@ -355,44 +387,3 @@ def _is_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 # The hook also runs before a step, because a step may be interrupted.
 register_optimizer_step_pre_hook(_is_stepped)
 register_optimizer_step_post_hook(_is_stepped)
-
-
-def warn_of_repeats(name: str, why: str) -> None:
-    """Warn that a weight is swizzled at each call."""
-    background.warn(
-        f"{name or 'an expert weight'} is swizzled again at each call: {why}. The results are "
-        f"right, but swizzling takes longer than the experts themselves",
-        RepeatedSwizzleWarning,
-        stacklevel=3,
-    )
-
-
-def _warn_of_kept(name: str) -> None:
-    background.warn(
-        f"options={{'free_weights': True}} could not give the memory of {name or 'a weight'} back: "
-        "the device has no room to do it, or something refers to the tensor. The model keeps it",
-        KeptWeightsWarning,
-        stacklevel=3,
-    )
-
-
-def _of_full_device(source: Source, name: str) -> str:
-    as_they_are = ""
-    if not source.encoding.of_parameters:
-        as_they_are = ", and options={'kernels': 'hub'} reads the model's own weights as they are"
-    return (
-        f"{source.tensors[0].device} has no room for {name or 'an expert weight'} in its kernels' "
-        "layout beside the model's own weights. options={'free_weights': True} gives each of these "
-        f"back as soon as it is swizzled{as_they_are}"
-    )
-
-
-def _warn_of_nan(experts: list[int], name: str) -> None:
-    if experts:
-        shown = ", ".join(map(str, experts[:8])) + (", ..." if experts[8:] else "")
-        background.warn(
-            f"{name or 'an expert weight'} has infinite or NaN elements (experts {shown}): MXFP4 "
-            f"makes NaN of each block of 32 that holds one",
-            NanWeightsWarning,
-            stacklevel=3,
-        )

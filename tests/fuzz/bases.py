@@ -27,7 +27,7 @@ from torch.nn.functional import linear, softmax
 
 from mxfp4_fx.core import compilation
 from mxfp4_fx.huggingface.capture import prepare_capture
-from mxfp4_fx.passes.pipeline import copy_graph
+from mxfp4_fx.passes.copies import copy_graph
 
 E, A, H, I = 6, 3, 64, 96  # noqa: E741
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fuzz.bases import Base, Edit
-from mxfp4_fx.passes.pipeline import copy_graph
+from mxfp4_fx.passes.copies import copy_graph
 
 Path = tuple[Any, ...]
 Inputs = dict[str, Any]

@@ -34,8 +34,8 @@ from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.passes.canonicalize import canonicalize
 from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.copies import copy_graph
 from mxfp4_fx.passes.fuse_moe import fuse_moe
-from mxfp4_fx.passes.pipeline import copy_graph
 from mxfp4_fx.weights.swizzle import unswizzle_weight
 
 _MXFP4 = torch.ops.mxfp4
