@@ -172,7 +172,8 @@ def text(results: dict[str, Any]) -> str:
     head = (
         f"{facts['cpu']}, {settings['threads']} of {facts['cores']} cores; torch {facts['torch']}, "
         f"transformers {facts['transformers']}; bfloat16, a prompt of {settings['prompt_tokens']} "
-        f"tokens, {settings['new_tokens']} decoded. Of ranks, the slowest or the largest."
+        f"tokens, {settings['new_tokens']} decoded, graphs by {settings['inner']}. "
+        f"Of ranks, the slowest or the largest."
     )
     return paragraphs(
         head, columns(results["runs"], COLUMNS), "\n".join(f"note: {n}" for n in results["notes"])

@@ -68,8 +68,12 @@ def load_and_save(checkpoint: Path, saved: Path) -> None:
     load(checkpoint).save_pretrained(saved)
 
 
-def load_dense(checkpoint: Path, saved: Path, experts: str) -> Tensor:
-    """Load by transformers alone with this package's plan, save, and return logits."""
+def load_dense(checkpoint: Path, saved: Path, experts: str) -> tuple[Tensor, Tensor]:
+    """Load by transformers with this package's plan, and save.
+
+    Returns:
+        Logits, uncompiled and compiled.
+    """
     from mxfp4_fx.huggingface import tensor_parallel
 
     spread = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=tensor_parallel.plan())
@@ -77,7 +81,7 @@ def load_dense(checkpoint: Path, saved: Path, experts: str) -> Tensor:
         checkpoint, dtype=torch.float32, distributed_config=spread, experts_implementation=experts
     )
     model.save_pretrained(saved)
-    return logits(model)
+    return logits(model), logits(torch.compile(model, backend="mxfp4", options=EAGER))
 
 
 def counted_swizzles() -> list[Any]:

@@ -12,7 +12,15 @@ import ranks
 import tensor_parallel
 import torch
 import torch.distributed as dist
-from checkpoints import TINY, read_tensors, write_packed
+from checkpoints import (
+    TINY,
+    copied,
+    edit_config,
+    edit_tensors,
+    read_tensors,
+    unpack_layers,
+    write_packed,
+)
 from loaded import assert_same_tensors, dequantized, exact_logits, logits, write_dense
 from oracle import Bounded, Matrices, assert_as_accurate, assert_within, experts, random_routes
 from tensor_parallel import Answers, load
@@ -27,6 +35,7 @@ from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.huggingface.block_shards import block_range
 from mxfp4_fx.huggingface.tensor_parallel import plan
 
+Two = tuple[list[tuple[Answers, tuple[Tensor, Tensor]]], Path]
 BLOCKS = 5  # of I: 2 ranks have 3 and 2, 3 ranks 2, 2 and 1, 4 ranks 2, 1, 1 and 1
 SHAPE = dataclasses.replace(TINY, intermediate=BLOCKS * BLOCK)
 
@@ -43,10 +52,15 @@ def dense(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dense experts of four blocks, which 2 and 4 ranks can share alike."""
+    """Dense experts of four blocks, for 2 and 4 ranks alike; MXFP4 holds their values."""
     folder = tmp_path_factory.mktemp("even")
     packed = write_packed(folder / "packed", dataclasses.replace(TINY, intermediate=4 * BLOCK))
-    return write_dense(folder / "dense", packed, torch.float32)
+
+    def unpack(tensors: dict[str, Tensor]) -> None:
+        unpack_layers(tensors, 0, 1, dtype=torch.float32)
+
+    path = edit_tensors(copied(packed, folder / "dense"), unpack)
+    return edit_config(path, lambda config: config.pop("quantization_config"))
 
 
 @contextlib.contextmanager
@@ -182,9 +196,7 @@ def test_a_part_is_not_made_dense(checkpoint: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(
-    checkpoint: Path, dense: Path, even: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[tuple[Answers, Tensor]], Path]:
+def two(checkpoint: Path, dense: Path, even: Path, tmp_path_factory: pytest.TempPathFactory) -> Two:
     folder = tmp_path_factory.mktemp("two")
     return ranks.run(tensor_parallel.everything, 2, folder, checkpoint, dense, even, folder), folder
 
@@ -196,9 +208,7 @@ def check_logits(found: list[Tensor], checkpoint: Path) -> None:
     assert_as_accurate(found[0], logits(model), exact_logits(model))
 
 
-def test_two_ranks_compute_the_model(
-    two: tuple[list[tuple[Answers, Tensor]], Path], checkpoint: Path
-) -> None:
+def test_two_ranks_compute_the_model(two: Two, checkpoint: Path) -> None:
     answers = [answer for answer, _ in two[0]]
     for name in ("uncompiled", "compiled", "freed"):
         check_logits([getattr(answer, name) for answer in answers], checkpoint)
@@ -206,7 +216,7 @@ def test_two_ranks_compute_the_model(
 
 
 def test_two_ranks_save_what_one_loaded(
-    two: tuple[list[tuple[Answers, Tensor]], Path], checkpoint: Path, dense: Path, even: Path
+    two: Two, checkpoint: Path, dense: Path, even: Path
 ) -> None:
     def in_float32(path: Path) -> dict[str, Tensor]:
         return {n: t.float() if t.is_floating_point() else t for n, t in read_tensors(path).items()}
@@ -218,18 +228,17 @@ def test_two_ranks_save_what_one_loaded(
 
 
 def test_a_state_dict_is_refused_with_the_remedy(
-    two: tuple[list[tuple[Answers, Tensor]], Path],
+    two: Two,
 ) -> None:
     assert all("model.save_pretrained(...) on all ranks" in a.refused for a, _ in two[0])
 
 
-def test_two_ranks_compute_dense_experts(
-    two: tuple[list[tuple[Answers, Tensor]], Path], even: Path
-) -> None:
+def test_two_ranks_compute_dense_experts(two: Two, even: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(even, dtype=torch.float32)
-    first, second = (found for _, found in two[0])
-    assert torch.equal(first, second)
-    assert_as_accurate(first, logits(model), exact_logits(model))
+    alone, exact = logits(model), exact_logits(model)
+    for first, second in zip(*(found for _, found in two[0]), strict=True):
+        assert torch.equal(first, second)
+        assert_as_accurate(first, alone, exact)
 
 
 @pytest.mark.exhaustive
@@ -243,3 +252,15 @@ def test_more_ranks_compute_and_save_the_model(
     kept = read_tensors(checkpoint)
     saved = read_tensors(tmp_path)
     assert_same_tensors(saved, {n: t.to(saved[n].dtype) for n, t in kept.items()})
+
+
+@pytest.mark.exhaustive
+def test_more_ranks_compute_dense_experts(even: Path, tmp_path: Path) -> None:
+    found = ranks.run(tensor_parallel.load_dense, 4, tmp_path, even, tmp_path, "batched_mm")
+    model = AutoModelForCausalLM.from_pretrained(even, dtype=torch.float32)
+    for each in zip(*found, strict=True):
+        assert all(torch.equal(other, each[0]) for other in each)
+        assert_as_accurate(each[0], logits(model), exact_logits(model))
+    assert_same_tensors(
+        read_tensors(tmp_path), {n: t.float() for n, t in read_tensors(even).items()}
+    )
