@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    TensorParallelLayer,
+    _AllReduceForward,
+)
 
 from mxfp4_fx.core.errors import OptionError
 from mxfp4_fx.core.formats import BLOCK
@@ -80,6 +84,12 @@ class _SumOfParts(type(ALL_PARALLEL_STYLES["moe_tp_experts"])):  # type: ignore[
                 yield
             finally:
                 module._parameters[ONCE] = bias
+
+    def transform_output_post_forward(
+        self, module: nn.Module, output: Any, mesh: Any, source: Any = None
+    ) -> Any:
+        # Older versions add up only if they see DTensors, which packed experts do not hold.
+        return _AllReduceForward.apply(output, mesh.get_group())
 
 
 ALL_PARALLEL_STYLES.register(STYLE, _CutParameters())
