@@ -34,7 +34,7 @@ from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, WHY_SKIPPED, Skip
 from mxfp4_fx.core.torch_private_distributed import dtensors_in
 from mxfp4_fx.core.version import why_other_experts
-from mxfp4_fx.experts import Model, look_at, modules_of, tensors_of
+from mxfp4_fx.experts import Model, is_part, look_at, modules_of, tensors_of
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.inflated import note_of_inflated
@@ -47,7 +47,8 @@ from mxfp4_fx.weights.store import STORE
 HOOK = -4  # our key among a module's hooks; torch's are not negative
 
 
-_seen: weakref.WeakSet[Any] = weakref.WeakSet()  # modules and functions that have called experts
+# Modules and functions that have called experts, or are parts of models that have them.
+_seen: weakref.WeakSet[Any] = weakref.WeakSet()
 _told_of_size: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that may be inflated
 _watched: dict[nn.Module, int] = {}  # modules with our hooks -> calls that need them
 _lock = threading.RLock()
@@ -109,9 +110,7 @@ class Call:
                 if self.options.skip:
                     names = model.skipped(self.options.skip)
                     skipped += [(module, name in names) for name, module in experts]
-        STORE.look_at(
-            dtensors_in(self.experts)
-        )  # graphs may get no more than views of their shards
+        STORE.look_at(dtensors_in(self.experts))  # a graph may be given their shards alone
         self._outer, self._raised = current(), sys.exc_info()[1]
         _calls.current = self
         with _lock:
@@ -152,9 +151,16 @@ class Call:
             return
         if self.observer is not None or all(subject in _seen for subject in subjects):
             return
+        # Who has experts and ran none of them may still have called them in an unknown way.
+        if not self.experts and all(isinstance(s, nn.Module) and is_part(s) for s in subjects):
+            _seen.update(subjects)
+            return
         message = "nothing in what it called looks like GPT-OSS experts"
         if self.options.strict:
-            raise MissedRewriteError(f"strict=True, and {message}")
+            raise MissedRewriteError(
+                f"strict=True, and {message}. If it is a part of a model whose experts are in "
+                "other parts, compile the whole model, or this part without strict"
+            )
         fresh = [subject for subject in subjects if not is_told(subject, message)]
         if fresh:
             name = getattr(fresh[0], "__qualname__", type(fresh[0]).__name__)

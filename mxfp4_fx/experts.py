@@ -19,6 +19,7 @@ from mxfp4_fx.weights.upkeep import wrapped_tensors
 # Classes of experts whose weights `is_stack` may not recognize.
 _OF_THE_HUB = {"Mxfp4GptOssMLP", "Mxfp4GptOssExperts"}
 _EXPERTS = {"GptOssExperts", "PackedExperts", *_OF_THE_HUB}
+_OF_GPT_OSS, _LAYER = "transformers.models.gpt_oss.", "GptOssDecoderLayer"
 _SMALLEST = 32  # side of a matrix that MXFP4 can hold
 _LARGEST = 64  # entries of a container that `modules_of` searches, which it does at every call
 
@@ -94,6 +95,22 @@ def look_at(top: nn.Module) -> tuple[Model, list[tuple[str, nn.Module]]]:
 def looked_at() -> list[nn.Module]:
     """Return the modules that :func:`look_at` was called with and that still live."""
     return list(_models)
+
+
+def is_part(top: nn.Module) -> bool:
+    """Return whether a module without experts is a part of a model whose other parts have them.
+
+    That is so if it has modules of GPT-OSS and none of its layers, each of which has experts (the
+    last stage of a pipeline may be a norm and a head), or if all its parameters are those of a
+    model with experts that was called before.
+    """
+    kinds = {kind for module in top.modules() for kind in type(module).__mro__}
+    names = {kind.__name__ for kind in kinds if kind.__module__.startswith(_OF_GPT_OSS)}
+    if names:
+        return _LAYER not in names
+    held = {id(parameter) for parameter in top.parameters()}
+    others = [other for other, model in list(_models.items()) if model.places]
+    return bool(held) and any(held <= {id(p) for p in other.parameters()} for other in others)
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import default_load
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from mxfp4_fx.huggingface import meeting
 from mxfp4_fx.huggingface.packed import PackedExperts
 from mxfp4_fx.weights.freed import is_mapped, mapped_files
 
+WORLD = 2  # ranks that give an `answer`
+
 
 @dataclasses.dataclass
 class Loaded:
@@ -32,17 +35,33 @@ class Loaded:
         experts: how many experts the layers have here.
         unmapped: the names of blocks and scales that are not pages of the files.
         read: tensor's name -> the ranges of its first dimension that were read.
-        logits: of `loaded.IDS`, uncompiled.
-        generated: the tokens that the compiled model makes of them, and their logits.
-        left: the bytes of blocks and scales that are not freed by then.
+        uncompiled, compiled: logits of `loaded.IDS`, compiled with ``free_weights``.
+        left: the bytes of blocks and scales that are not freed then.
     """
 
     experts: list[int]
     unmapped: list[str]
     read: dict[str, list[slice]]
-    logits: Tensor
-    generated: tuple[Tensor, Tensor]
+    uncompiled: Tensor
+    compiled: Tensor
     left: int
+
+
+@dataclasses.dataclass
+class Told:
+    """What a rank is told.
+
+    Attributes:
+        faults: fault of the second rank while they load -> what this rank is told, "nothing" of it.
+        refusal: what ``explain`` on the first rank alone says to it.
+        explanation: what ``explain`` on all ranks says.
+        refusals: what cannot be done where experts are spread -> how that is said.
+    """
+
+    faults: dict[str, str]
+    refusal: str
+    explanation: str
+    refusals: dict[str, str]
 
 
 def spread(**changes: Any) -> DistributedConfig:
@@ -56,34 +75,56 @@ def load(path: Path, **kwargs: Any) -> Any:
     return mxfp4_fx.from_pretrained(path, **kwargs)
 
 
-def load_run_and_save(checkpoint: Path, saved: Path, freed: Path) -> Loaded:
-    """Load, run, save to `saved`, compile, generate with ``free_weights``, and save to `freed`."""
+def answer(checkpoint: Path, dense: Path, other: Path, folder: Path) -> tuple[Loaded, Told]:
+    """Load, run and save models; the folders' names are those of `load_run_and_save`, and "dense".
+
+    Args:
+        dense: a checkpoint with dense experts.
+        other: one that differs from `checkpoint` a little.
+    """
+    found, model = load_run_and_save(checkpoint, folder)
+    load(dense).save_pretrained(folder / "dense")
+    return found, Told(
+        fail_while_loading(checkpoint, other),
+        *explain_on_one(model),
+        {
+            "dequantize": told(lambda: mxfp4_fx.dequantize(model)),
+            "eager": told(lambda: load(checkpoint, skip="*.0", experts_implementation="eager")),
+            "FSDP": told(
+                lambda: load(dense, distributed_config=DistributedConfig(fsdp_size=WORLD))
+            ),
+            "stages": told(
+                lambda: load(
+                    checkpoint, distributed_config=DistributedConfig(pp_size=WORLD)
+                ).save_pretrained(folder / "stages")
+            ),
+            "device": told(lambda: load(checkpoint, experts_device="cpu")),
+        },
+    )
+
+
+def load_run_and_save(checkpoint: Path, folder: Path) -> tuple[Loaded, Any]:
+    """Load, save to "saved", compile and run with ``free_weights``, and save to "freed"."""
     with recorded_slices() as read:
         model = load(checkpoint)
     files, held = mapped_files(), bytes_of(model)
     unmapped = [name for name, parameter in held.items() if not is_mapped(parameter, files)]
-    experts = [
-        module.num_experts for module in model.modules() if isinstance(module, PackedExperts)
-    ]
+    experts = [m.num_experts for m in model.modules() if isinstance(m, PackedExperts)]
     uncompiled = logits(model)
-    model.save_pretrained(saved)
-    model.compile(backend="mxfp4", options={"inner": "eager", "strict": True, "free_weights": True})
-    generated = generate(model)
+    model.save_pretrained(folder / "saved")
+    options = {"inner": "eager", "strict": True, "free_weights": True}
+    compiled = logits(torch.compile(model, backend="mxfp4", options=options))
     left = sum(parameter.untyped_storage().nbytes() for parameter in bytes_of(model).values())
-    model.save_pretrained(freed)
-    return Loaded(experts, unmapped, read, uncompiled, generated, left)
+    model.save_pretrained(folder / "freed")
+    return Loaded(experts, unmapped, read, uncompiled, compiled, left), model
+
+
+def load_and_run(checkpoint: Path, folder: Path) -> Loaded:
+    return load_run_and_save(checkpoint, folder)[0]
 
 
 def bytes_of(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.dtype == torch.uint8}
-
-
-def generate(model: Any, new: int = 4) -> tuple[Tensor, Tensor]:
-    """Return greedy tokens [batch, new] and their logits [new, batch, vocabulary]."""
-    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-    settings |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
-    made = model.generate(IDS, attention_mask=torch.ones_like(IDS), **settings)
-    return made.sequences[:, IDS.shape[1] :], torch.stack(made.logits)
 
 
 @contextmanager
@@ -129,15 +170,10 @@ def recorded_slices() -> Iterator[dict[str, list[slice]]]:
 def fail_while_loading(checkpoint: Path, other: Path) -> dict[str, str]:
     """Load with one fault after the other on the second rank; return fault -> what one is told."""
     is_second = dist.get_rank() == 1
-    told: dict[str, str] = {}
+    found: dict[str, str] = {}
 
     def attempt(fault: str, run: Callable[[], object]) -> None:
-        try:
-            run()
-            told[fault] = "nothing"
-        except Exception as error:
-            told[fault] = f"{type(error).__name__}: {error}"
-        gc.collect()
+        found[fault] = told(run)
 
     attempt("checkpoint", lambda: load(other if is_second else checkpoint))
     skip = "model.layers.0.mlp.experts" if is_second else ()
@@ -158,27 +194,43 @@ def fail_while_loading(checkpoint: Path, other: Path) -> dict[str, str]:
         given = {"quantization_config": quantization, "distributed_config": spread()}
         attempt("door", lambda: AutoModelForCausalLM.from_pretrained(checkpoint, **given))
     attempt("none", lambda: load(checkpoint))
-    return told
+    return found
+
+
+def told(run: Callable[[], object]) -> str:
+    """Return the exception that a call ends with, or "nothing"."""
+    try:
+        run()
+        return "nothing"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        gc.collect()
 
 
 def no_memory(*_: object, **__: object) -> object:
     raise torch.OutOfMemoryError("no room for the experts")
 
 
-def explain_on_one(checkpoint: Path) -> list[str]:
-    """Explain on the first rank alone, then on all; return what this rank gets to know."""
-    model, found = load(checkpoint), []
+def explain_on_one(model: Any) -> tuple[str, str]:
+    """Explain a model on the first rank alone, and then on all."""
+    refusal = ""
     if dist.get_rank() == 0:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(explanation, "PATIENCE", 0.5)
             try:
                 mxfp4_fx.explain(model, IDS)
             except mxfp4_fx.errors.Mxfp4Error as error:
-                found.append(str(error))
+                refusal = str(error)
     dist.barrier()
     with torch.no_grad():
-        return [*found, str(mxfp4_fx.explain(model, IDS))]
+        return refusal, str(mxfp4_fx.explain(model, IDS))
 
 
-def faults(checkpoint: Path, other: Path) -> tuple[dict[str, str], list[str]]:
-    return fail_while_loading(checkpoint, other), explain_on_one(checkpoint)
+def load_as_transformers_does(checkpoint: Path) -> tuple[Tensor, str]:
+    """Return logits of transformers' own MXFP4 modules, compiled, and what ``explain`` says."""
+    model = default_load.load(checkpoint, distributed_config=spread())
+    options = {"inner": "eager", "strict": True}
+    compiled = logits(torch.compile(model, backend="mxfp4", options=options))
+    with torch.no_grad():
+        return compiled, str(mxfp4_fx.explain(model, IDS))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import faulthandler
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -25,12 +26,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-LAST_RESORT = 240.0  # seconds: only ends a run that hangs
+LAST_RESORT = 300.0  # seconds: only ends a run that hangs
 
-# One process imports all this, and forks the ranks. It has used no thread that they would miss.
+# One process imports all this, and forks the ranks.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
@@ -38,6 +40,9 @@ _FORKS.set_forkserver_preload(
         "torch.distributed.tensor",
         "torch.distributed.distributed_c10d",
         "transformers.models.gpt_oss.modeling_gpt_oss",
+        "mxfp4_fx.explanation",
+        "mxfp4_fx.huggingface.quantizer",
+        "mxfp4_fx.huggingface.hub_modules",
     ]
 )
 
@@ -62,7 +67,7 @@ def run(
     world: int,
     folder: Path,
     *args: Any,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     may_fail: bool = False,
 ) -> list[Any]:
     """Call a function in the processes of a new group.
@@ -83,7 +88,9 @@ def run(
         ours, theirs = _FORKS.Pipe(duplex=False)
         arguments = (theirs, function, rank, world, folder, timeout, args)
         process = _FORKS.Process(target=_serve, args=arguments, daemon=True)
-        process.start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")  # a fork would miss the threads of OpenMP
+            process.start()
         theirs.close()
         started.append((process, ours))
     try:
@@ -146,6 +153,7 @@ def _serve(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(LAST_RESORT * 0.8)  # what it waits for, in its log
     try:
         limit = datetime.timedelta(seconds=timeout)
         store = dist.FileStore(str(folder / "store"), world)

@@ -228,6 +228,50 @@ class TestWhatRan:
         assert len(failures) == 2
 
 
+class Stage(nn.Module):
+    """A part of a model, as a stage of a pipeline has it."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            result = part(x)
+            x = result[0] if isinstance(result, tuple) else result
+        return x
+
+
+class TestParts:
+    """``strict`` judges a model, also where its parts are compiled apart."""
+
+    def test_a_stage_without_layers_may_have_no_experts(self) -> None:
+        whole, x = model(num_hidden_layers=1), hidden()
+        stages = Stage(whole.model.layers[0].mlp), Stage(whole.model.norm, whole.lm_head)
+        last, first = (compile_with(stage, options={"strict": True}) for stage in stages[::-1])
+        assert not told(last, x)
+        assert not told(first, x)
+
+    def test_a_part_of_a_model_that_was_called_may_have_no_experts(self) -> None:
+        whole, x = nn.Sequential(nn.Linear(64, 64), Stage(mlp())), hidden()
+        assert not told(compile_with(whole, options={"strict": True}), x)
+        assert not told(compile_with(whole[0], options={"strict": True}), x)
+
+    def test_layers_of_gpt_oss_without_experts_are_an_error(self) -> None:
+        whole = model(num_hidden_layers=1)
+        whole.model.layers[0].mlp = Stage(nn.Linear(64, 64), nn.Identity())
+        whole.model.layers[0].mlp.forward = lambda x: (x, None)
+        run = compile_with(whole, options={"strict": True})
+        with pytest.raises(MissedRewriteError, match="compile the whole model, or this part"):
+            run(tokens())
+
+    def test_experts_that_a_call_does_not_reach_are_no_excuse(self) -> None:
+        whole = nn.ModuleDict({"mlp": mlp(), "linear": nn.Linear(4, 3)})
+        run = compile_with(lambda x: whole["linear"](x), options={"strict": True})
+        with pytest.raises(MissedRewriteError, match="strict=True, and nothing"):
+            run(torch.zeros(2, 4))
+
+
 class TestNothingStays:
     @pytest.mark.parametrize("options", [{}, {"skip": ["experts"]}])
     def test_on_the_module(self, options: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Graphs, compile_with, hidden, mlp, pack
+from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
 from sharded import as_dtensor, sharded
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
@@ -53,7 +53,16 @@ no_gradients = pytest.mark.usefixtures("no_gradients")
 
 
 @no_gradients
-@pytest.mark.parametrize("placement", [Shard(0), Replicate()])
+@pytest.mark.exhaustive
+def test_inductor_computes_with_shards() -> None:
+    module, x = sharded(mlp()), hidden()
+    assert_near(compile_with(module, inner="inductor", options=STRICT)(x)[0], mlp()(x)[0])
+
+
+@no_gradients
+@pytest.mark.parametrize(
+    "placement", [Shard(0), pytest.param(Replicate(), marks=pytest.mark.exhaustive)]
+)
 def test_experts_are_rewritten_and_swizzled_once(placement: Any) -> None:
     module, x, graphs = sharded(mlp(), placement), hidden(), Graphs()
     compiled = compile_with(module, inner=graphs, options=STRICT)
@@ -174,7 +183,9 @@ def test_a_change_through_either_of_two_dtensors_of_one_memory_is_noticed() -> N
 
 
 @no_gradients
-@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    "form", ["batched_mm", pytest.param("grouped_mm", marks=pytest.mark.exhaustive)]
+)
 def test_a_partial_dtensor_is_a_miss(form: str) -> None:
     module, x = sharded(mlp(form=form), Partial()), hidden()
     with pytest.warns(MissedRewriteWarning) as told:
@@ -184,6 +195,64 @@ def test_a_partial_dtensor_is_a_miss(form: str) -> None:
     )
     assert "placement is Partial" in str(told[0].message)
     assert_near(result, module(x)[0])
+
+
+@no_gradients
+@pytest.mark.parametrize(
+    "form", ["batched_mm", pytest.param("grouped_mm", marks=pytest.mark.exhaustive)]
+)
+def test_experts_that_stay_are_told_and_run_beside_what_is_rewritten(form: str) -> None:
+    whole, ids = model(num_hidden_layers=1, form=form), tokens()
+    sharded(whole.model.layers[0].mlp)
+    options = {"skip": ["model.layers.0.mlp.experts"]}
+    told = mxfp4_fx.explain(whole, ids, options=options)
+    assert [miss.layer for miss in told.misses] == options["skip"]
+    assert told.attention
+    assert_near(compile_with(whole, options=options)(ids).logits, whole(ids).logits)
+
+
+class Writes(nn.Module):
+    """An MLP of DTensors, and a write through another DTensor to the memory of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = sharded(mlp())
+        self.other = as_dtensor(self.mlp.experts.gate_up_proj.to_local())
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.mlp(x)[0]
+        self.other.mul_(2)
+        return result
+
+
+@no_gradients
+def test_a_write_in_the_graph_through_another_dtensor_is_a_miss() -> None:
+    with pytest.warns(MissedRewriteWarning, match="gate_up is written to in the graph, by mul_"):
+        compile_with(Writes())(hidden())
+
+
+class Fills(nn.Module):
+    """An MLP whose weight is written to in each call, outside of any graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = sharded(mlp())
+
+    @torch.compiler.disable
+    def fill(self) -> None:
+        self.mlp.experts.gate_up_proj.mul_(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fill()
+        result: Tensor = self.mlp(x)[0]
+        return result
+
+
+@no_gradients
+def test_a_write_in_the_call_itself_is_noticed() -> None:
+    compiled, other, x = compile_with(Fills(), options=STRICT), Fills(), hidden()
+    for _ in range(2):
+        assert_near(compiled(x), other(x))
 
 
 @no_gradients
@@ -289,6 +358,16 @@ def test_regions_get_shards(regions: Callable[[list[Any]], Callable[[Tensor], Te
     assert any(region_of(node) for node in graphs.seen[0].graph.nodes)
     layers[1].experts._parameters["down_proj"].mul_(2)
     assert swizzles(lambda: compiled(x)) == 1
+
+
+def test_a_region_inside_of_a_region_gets_no_shards() -> None:
+    layer, x = sharded(mlp().requires_grad_(False)), hidden()
+    layer.experts.__class__ = WithProperties
+    del layer.experts.forward
+    inner = in_checkpoints([layer])
+    with pytest.warns(MissedRewriteWarning, match="it is given to a region inside of another one"):
+        result = compile_with(lambda x: checkpoint(inner, x, use_reentrant=False))(x)
+    assert_near(result, x + mlp()(x)[0])
 
 
 @no_gradients

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import default_load
 import expert_parallel
 import pytest
 import ranks
 import torch
 from checkpoints import copied, edit_tensors, read_tensors, write_packed
-from expert_parallel import Loaded
-from loaded import assert_same_tensors, dequantized, exact_logits, logits
+from expert_parallel import WORLD, Loaded, Told
+from loaded import assert_same_tensors, dequantized, exact_logits, logits, write_dense
 from oracle import assert_as_accurate
+from processes import LAST_RESORT
 from torch import Tensor
 
 import mxfp4_fx
 
-WORLD = 2
-
-Loading = tuple[list[Loaded], Path]
+EXAMPLE = Path(__file__).parent.parent / "examples" / "expert_parallel.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +31,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Loading:
-    return load_in(WORLD, checkpoint, tmp_path_factory.mktemp("loaded"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks save models."""
+    return tmp_path_factory.mktemp("ranks")
 
 
-def load_in(world: int, checkpoint: Path, folder: Path) -> Loading:
-    """Let `world` ranks load a checkpoint, and save it to ``saved`` and ``freed`` in a folder."""
-    saved = folder / "saved", folder / "freed"
-    return ranks.run(expert_parallel.load_run_and_save, world, folder, checkpoint, *saved), folder
+@pytest.fixture(scope="module")
+def answers(checkpoint: Path, folder: Path) -> list[tuple[Loaded, Told]]:
+    """What each rank found, and was told."""
+    dense = write_dense(folder / "to_quantize", checkpoint, torch.bfloat16)
+    other = edit_tensors(copied(checkpoint, folder / "other"), double_norm)
+    return ranks.run(expert_parallel.answer, WORLD, folder, checkpoint, dense, other, folder)
 
 
-def test_each_rank_reads_and_maps_its_own_experts(loaded: Loading) -> None:
-    for rank, found in enumerate(loaded[0]):
+def double_norm(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"] *= 2
+
+
+@pytest.fixture
+def loaded(answers: list[tuple[Loaded, Told]]) -> list[Loaded]:
+    return [found for found, _ in answers]
+
+
+@pytest.fixture
+def told(answers: list[tuple[Loaded, Told]]) -> list[Told]:
+    return [told for _, told in answers]
+
+
+def test_each_rank_reads_and_maps_its_own_experts(loaded: list[Loaded]) -> None:
+    for rank, found in enumerate(loaded):
         assert found.experts == [2, 2]
         read = {name: parts for name, parts in found.read.items() if ".experts." in name}
         assert len(read) == 2 * 6
@@ -48,67 +68,65 @@ def test_each_rank_reads_and_maps_its_own_experts(loaded: Loading) -> None:
         assert found.unmapped == []
 
 
-def test_every_rank_computes_the_whole_model(loaded: Loading, checkpoint: Path) -> None:
-    check_results(loaded[0], checkpoint)
+def test_every_rank_computes_the_whole_model(loaded: list[Loaded], checkpoint: Path) -> None:
+    check_logits(loaded, checkpoint)
 
 
-@pytest.mark.parametrize("folder", ["saved", "freed"])
-def test_it_is_saved_byte_for_byte(loaded: Loading, checkpoint: Path, folder: str) -> None:
-    check_saved(loaded[1] / folder, checkpoint)
+def test_weights_of_every_rank_are_freed(loaded: list[Loaded]) -> None:
+    assert [found.left for found in loaded] == [0, 0]
 
 
-def test_weights_of_every_rank_are_freed(loaded: Loading) -> None:
-    assert [found.left for found in loaded[0]] == [0, 0]
+@pytest.mark.usefixtures("answers")
+@pytest.mark.parametrize("saved", ["saved", "freed"])
+def test_it_is_saved_byte_for_byte(checkpoint: Path, folder: Path, saved: str) -> None:
+    check_saved(folder / saved, checkpoint)
+
+
+@pytest.mark.usefixtures("answers")
+def test_what_each_rank_quantizes_of_its_own_is_what_one_process_quantizes(folder: Path) -> None:
+    alone = mxfp4_fx.from_pretrained(folder / "to_quantize", dtype=torch.float32)
+    assert_same_tensors(read_tensors(folder / "dense"), dict(alone.state_dict()))
 
 
 @pytest.mark.exhaustive
 def test_one_expert_for_each_rank(checkpoint: Path, tmp_path: Path) -> None:
-    found, folder = load_in(4, checkpoint, tmp_path)
+    found = ranks.run(expert_parallel.load_and_run, 4, tmp_path, checkpoint, tmp_path)
     assert [one.experts for one in found] == [[1, 1]] * 4
-    check_results(found, checkpoint)
-    check_saved(folder / "freed", checkpoint)
+    check_logits(found, checkpoint)
+    check_saved(tmp_path / "freed", checkpoint)
 
 
-def check_results(found: list[Loaded], checkpoint: Path) -> None:
+@pytest.mark.exhaustive
+def test_transformers_own_modules_are_captured(checkpoint: Path, tmp_path: Path) -> None:
+    exact = exact_logits(dequantized(checkpoint, torch.float32))
+    alone = logits(default_load.load(checkpoint))
+    found = ranks.run(expert_parallel.load_as_transformers_does, WORLD, tmp_path, checkpoint)
+    for compiled, explanation in found:
+        assert torch.equal(compiled, found[0][0])
+        assert_as_accurate(compiled, alone, exact)
+        assert explanation.count(" transformers_mxfp4 ") == 2
+
+
+def check_logits(found: list[Loaded], checkpoint: Path) -> None:
     """Compare the ranks with one another, and with one process and the exact values."""
     exact = exact_logits(dequantized(checkpoint, torch.float32))
-    model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32)
-    uncompiled, (tokens, last) = logits(model), expert_parallel.generate(model)
+    alone = logits(mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32))
     for one in found:
-        assert torch.equal(one.logits, found[0].logits)
-        assert torch.equal(one.generated[1], found[0].generated[1])
-        assert torch.equal(one.generated[0], tokens)
-    assert_as_accurate(found[0].logits, uncompiled, exact)
-    assert_as_accurate(found[0].generated[1][0], last[0], exact[:, -1])
+        assert torch.equal(one.uncompiled, found[0].uncompiled)
+        assert torch.equal(one.compiled, found[0].compiled)
+        assert_as_accurate(one.uncompiled, alone, exact)
+        assert_as_accurate(one.compiled, alone, exact)
 
 
 def check_saved(saved: Path, checkpoint: Path) -> None:
-    kept, expected = (
-        {name: tensor for name, tensor in read_tensors(path).items() if "experts" in name}
-        for path in (saved, checkpoint)
-    )
-    for name in expected:
-        if name.endswith("_bias"):  # the model is float32
-            expected[name] = expected[name].float()
-    assert_same_tensors(kept, expected)
+    expected = read_tensors(checkpoint)
+    for name, tensor in expected.items():
+        if tensor.dtype != torch.uint8:  # the model is float32
+            expected[name] = tensor.float()
+    assert_same_tensors(read_tensors(saved), expected)
 
 
 # ---- faults
-
-
-Told = list[tuple[dict[str, str], list[str]]]
-
-
-@pytest.fixture(scope="module")
-def told(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """What each rank is told of the faults of the second one, and by ``explain``."""
-    folder = tmp_path_factory.mktemp("faults")
-    other = edit_tensors(copied(checkpoint, folder / "other"), doubled_norm)
-    return ranks.run(expert_parallel.faults, WORLD, folder, checkpoint, other)
-
-
-def doubled_norm(tensors: dict[str, Tensor]) -> None:
-    tensors["model.norm.weight"] *= 2
 
 
 @pytest.mark.parametrize(
@@ -119,10 +137,10 @@ def doubled_norm(tensors: dict[str, Tensor]) -> None:
         ("versions", "the version of mxfp4_fx of rank {} is "),
     ],
 )
-def test_ranks_that_load_different_models(told: Told, fault: str, what: str) -> None:
-    for rank, (faults, _) in enumerate(told):
+def test_ranks_that_load_different_models(told: list[Told], fault: str, what: str) -> None:
+    for rank, one in enumerate(told):
         expected = f"CheckpointError: the processes load different models: {what.format(1 - rank)}"
-        assert re.match(expected, faults[fault]), faults[fault]
+        assert re.match(expected, one.faults[fault]), one.faults[fault]
 
 
 @pytest.mark.parametrize(
@@ -133,20 +151,55 @@ def test_ranks_that_load_different_models(told: Told, fault: str, what: str) -> 
         ("door", "it gave up"),  # through transformers' own from_pretrained
     ],
 )
-def test_a_rank_that_fails_leaves_nobody_waiting(told: Told, fault: str, reason: str) -> None:
-    (first, _), (second, _) = told
+def test_a_rank_that_fails_leaves_nobody_waiting(told: list[Told], fault: str, reason: str) -> None:
+    first, second = (one.faults[fault] for one in told)
     failed = "CheckpointError: rank 1 could not load its part of the model, so this rank cannot run"
-    assert re.match(f"{failed}: {reason}", first[fault]), first[fault]
-    assert failed not in second[fault]
+    assert re.match(f"{failed}: {reason}", first), first
+    assert failed not in second
 
 
-def test_after_a_failure_they_can_load(told: Told) -> None:
-    assert [faults["none"] for faults, _ in told] == ["nothing", "nothing"]
+def test_after_a_failure_they_can_load(told: list[Told]) -> None:
+    assert [one.faults["none"] for one in told] == ["nothing", "nothing"]
 
 
-def test_explain_on_one_rank_says_what_to_do(told: Told) -> None:
-    (_, [refusal, first]), (_, [second]) = told
+def test_explain_on_one_rank_says_what_to_do(told: list[Told]) -> None:
+    refusal = told[0].refusal
     assert "is spread over ranks 0, 1, and within 0 seconds rank 1 did not call it" in refusal
     assert "call it on every rank" in refusal
-    for explained in (first, second):
-        assert "of 2 MoE layers rewritten, 1 graph" in explained
+    for one in told:
+        assert "2 of 2 MoE layers rewritten, 1 graph" in one.explanation
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    {
+        "dequantize": "DequantizeError: model.layers.0.mlp.experts is spread over processes",
+        "eager": "OptionError: model.layers.0.mlp.experts is to stay dense, .*='grouped_mm'",
+        "FSDP": r"OptionError: layers.0.* is dense, and FSDP .*quantize_checkpoint",
+        "stages": "CheckpointError: a model in pipeline stages cannot be saved",
+        "device": "OptionError: .*experts_device=..., distributed_config=.*pass one of them",
+    }.items(),
+)
+def test_what_cannot_be_done_is_said(told: list[Told], what: str, reason: str) -> None:
+    said = [one.refusals[what] for one in told]  # by itself, or of the other by which it failed
+    assert all(re.search(reason, text) for text in said), said
+
+
+# ---- the example
+
+
+@pytest.mark.exhaustive
+def test_the_example(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run += [str(EXAMPLE), "--checkpoint", str(tmp_path / "new"), "--inner", "eager"]
+    run += ["--new-tokens", "4"]
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(run, env=env, capture_output=True, text=True, timeout=LAST_RESORT)
+    assert ended.returncode == 0, ended.stderr
+    out = ended.stdout
+    assert "mesh: 2 ranks, gloo" in out
+    for rank in (0, 1):
+        assert re.search(rf"^rank {rank}: 6 of 12 experts in each layer, 0.12 MB", out, re.M), out
+    assert "2 of 2 MoE layers rewritten, 1 graph" in out
+    assert re.search(r"^[0-9.]+ tokens a second$", out, re.M), out
+    assert "all ranks generated the same: True" in out

@@ -59,6 +59,20 @@ SAME: dict[str, list[Callable[[Tensor], Any]]] = {
     "max": [lambda x: x.max(1), lambda x: torch.max(x, dim=-1)],
     "dropout": [lambda x: F.dropout(x, 0.0), lambda x: F.dropout(x, p=0.0, training=True)],
     "sort": [lambda x: torch.sort(x), lambda x: x.sort(dim=-1, stable=True)],
+    "mod": [
+        lambda x: x % 2,
+        lambda x: x.remainder(2),
+        lambda x: torch.remainder(x, other=2),
+    ],
+    "fmod": [lambda x: torch.fmod(x, 2), lambda x: x.fmod(2)],
+    "ne": [lambda x: x != 2, lambda x: x.ne(2), lambda x: torch.ne(x, 2)],
+    "eq": [lambda x: x == 2, lambda x: x.eq(2), lambda x: torch.eq(x, 2)],
+    "gt": [lambda x: x > 2, lambda x: x.gt(2), lambda x: torch.gt(x, 2)],
+    "lt": [lambda x: x < 2, lambda x: x.lt(2), lambda x: torch.lt(x, 2)],
+    "where": [
+        lambda x: torch.where(x > 1, x, 0),
+        lambda x: torch.where(condition=x > 1, input=x, other=0),
+    ],
 }
 
 
@@ -78,6 +92,8 @@ DIFFERENT: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = 
     "alpha": (lambda x: x + x, lambda x: torch.add(x, x, alpha=2)),
     "cast": (lambda x: x.half(), lambda x: x.bfloat16()),
     "descending": (lambda x: torch.sort(x), lambda x: torch.sort(x, 1, True)),
+    "sign of the remainder": (lambda x: x % 2, lambda x: x.fmod(2)),
+    "branch": (lambda x: torch.where(x > 1, x, 0), lambda x: torch.where(x > 1, 0, x)),
 }
 
 
@@ -92,6 +108,7 @@ UNREAD: dict[str, Callable[[Tensor], Any]] = {
     "out": lambda x: torch.mul(x, 3, out=torch.empty(2, 3)),
     "copy": lambda x: x.to(torch.float16, copy=True),
     "another op": lambda x: torch.cumprod(x, 0),
+    "arguments in another order": lambda x: x.where(x > 1, 0),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import Graphs, compile_with, hidden, mlp
+from one_rank import OneRank, by_fmod
 from oracle import assert_as_accurate
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -86,6 +87,16 @@ def test_behind_the_router(form: str, dynamic: bool) -> None:
     calls = [str(n.target) for n in graphs.seen[0].graph.nodes]
     assert calls.count("mxfp4.matmul_ogs.default") == 2
     assert not {"clamp", "clamp_", "masked_fill", "masked_fill_"} & set(calls)
+
+
+@pytest.mark.parametrize("form", OLDER)
+def test_one_rank_of_an_older_release(form: str) -> None:
+    module, x, graphs = OneRank(mlp(form=form), 1, 2, by_fmod), hidden(seed=1), Graphs()
+    out = compile_with(module, graphs)(x)
+    (routing,) = (n for n in graphs.seen[0].graph.nodes if "routing" in str(n.target))
+    assert (str(routing.target), routing.args[1:]) == ("mxfp4.routing.default", (3, 3, 3))
+    exact = OneRank(mlp(form="batched_mm"), 1, 2, by_fmod).double()(x.double())
+    assert_as_accurate(out, module(x), exact)
 
 
 @pytest.mark.parametrize("form", ["grouped_mm", "batched_mm", "masked result"])

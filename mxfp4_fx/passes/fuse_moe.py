@@ -159,7 +159,7 @@ def _range_in_words(match: Match, scores: fx.Node) -> str:
     numbers = {letter.name: fixed(match.letters[letter.name]) for letter in (RANK, E, ALL)}
     rank, experts, every = numbers.values()
     if rank is None or experts is None or every is None:
-        reason = "the rank is computed from data: make it a Python number"
+        reason = f"the rank {match.letters[RANK.name]} is no whole number that is known"
         raise Mismatch(reason, scores, len(match.nodes))
     first = rank * experts
     if not 0 <= first <= every - experts:

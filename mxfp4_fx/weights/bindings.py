@@ -217,8 +217,8 @@ class InputPlan:
     def _tell_of_kept(self, args: tuple[Any, ...]) -> None:
         """Warn, once a weight, that the memory of a DTensor's shard is not freed."""
         for binding in self._only_swizzled:
-            mark = mark_of(binding.take(args)[0])
-            if mark.is_shard and not mark.kept:
+            tensor = binding.take(args)[0]
+            if not is_freed(tensor) and (mark := mark_of(tensor)).is_shard and not mark.kept:
                 mark.kept = True
                 warn_of_kept_shard(binding.name)
 
