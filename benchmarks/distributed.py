@@ -37,7 +37,7 @@ SMALL = CheckpointShape(
 SETTINGS = ("ranks", "threads", "prompt_tokens", "new_tokens", "rounds", "inner", "ways")
 NOTE = (
     "all ranks run on this machine's cores and share its memory: the figures show what processes "
-    "cost and how memory is divided, not a speed-up"
+    "cost and how memory is divided, not a speed-up; there is no speed of more ranks than cores"
 )
 COLUMNS = {
     "way": column("way"),
@@ -133,12 +133,15 @@ def measure(
         phases = list(pool.map(run, range(ranks)))
     if any(each[-1]["tokens"] != phases[0][-1]["tokens"] for each in phases):
         raise WrongResult(f"{way}: the ranks generated other tokens than the first one")
+    found = summarize(phases, args.prompt_tokens + args.new_tokens)
+    if ranks > len(cores):  # they take turns, which says nothing of any other machine
+        found |= {"prefill": None, "decode": None}
     return {
         "way": way,
         "ranks": ranks,
         "threads": threads,
         "phases": phases,
-        **summarize(phases, args.prompt_tokens + args.new_tokens),
+        **found,
     }
 
 

@@ -65,7 +65,7 @@ def main(settings: dict[str, Any]) -> None:
     tokens = ids.numel() + new_tokens
     with phase("result") as told:
         told["expected_bytes"] = expected_bytes(config, ranks, tokens, 1 + new_tokens)
-        told["tokens"] = [out.sequences[0].tolist() for out, _ in found]
+        told["tokens"] = found[-1][0].sequences[0].tolist()
     if dist.is_initialized():
         dist.barrier()
 

@@ -1,11 +1,13 @@
 """Which way to share experts among processes: the tables of docs/scaling.md, from a model.
 
-``--write`` puts them into that file. Nothing is measured; `scaling_model` has the formulas.
+``--write`` puts them into that file. `scaling_model` has the formulas. One table is measured, and
+shows what processes cost on one machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from benchmarks.scaling_model import (
 )
 
 DOCUMENT = Path(__file__).parent.parent / "docs/scaling.md"
+MEASURED = Path(__file__).parent / "results/distributed-epyc-2-threads.json"
 SHOWN = (1, 8, 32, 128, 512, 2048, 8192)
 KINDS = ("EP", "TP", "both", "all-to-all")  # the simplest first
 NEAR = 1.05  # what is at most so much slower than the fastest counts as equally fast
@@ -176,6 +179,23 @@ def symmetric() -> str:
     return _table(("W", "T", *head, "saved of it", "by the out variant alone"), rows)
 
 
+def measured() -> str:
+    """Two processes of one machine beside one: the stored run of ``benchmarks.distributed``."""
+    rows = []
+    for run in json.loads(MEASURED.read_text("utf-8"))["runs"]:
+        sent, expected = (run[f"{kind}_per_token"] / 1e3 for kind in ("sent", "expected"))
+        held, touched = (run[f"{kind}_bytes"] / 2**20 for kind in ("experts", "mapped"))
+        speeds = ("-" if v is None else f"{v:.0f}" for v in (run["prefill"], run["decode"]))
+        memory = (f"{held:.1f}", f"{touched:.1f}", f"{run['peak_bytes'] / 2**20:.0f}")
+        swizzles = f"{run['swizzles']['first']}, {run['swizzles']['again']}"
+        wires = (f"{sent:.2f}", f"{expected:.2f}")
+        rows.append((run["way"], str(run["ranks"]), *speeds, *wires, swizzles, *memory))
+    speeds = ("prefill, tokens/s", "decode, tokens/s")
+    wires = ("sent a token, kB", "by the model", "swizzles, again")
+    memory = ("experts, MiB", "of files touched", "peak")
+    return _table(("way", "ranks", *speeds, *wires, *memory), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "constants": constants,
     "wins": wins,
@@ -186,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "skewed": skewed,
     "layers": whole_layers,
     "symmetric": symmetric,
+    "measured": measured,
 }
 
 
