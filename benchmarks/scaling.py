@@ -188,12 +188,11 @@ def measured() -> str:
         speeds = ("-" if v is None else f"{v:.0f}" for v in (run["prefill"], run["decode"]))
         memory = (f"{held:.1f}", f"{touched:.1f}", f"{run['peak_bytes'] / 2**20:.0f}")
         swizzles = f"{run['swizzles']['first']}, {run['swizzles']['again']}"
-        wires = (f"{sent:.2f}", f"{expected:.2f}")
-        rows.append((run["way"], str(run["ranks"]), *speeds, *wires, swizzles, *memory))
-    speeds = ("prefill, tokens/s", "decode, tokens/s")
-    wires = ("sent a token, kB", "by the model", "swizzles, again")
-    memory = ("experts, MiB", "of files touched", "peak")
-    return _table(("way", "ranks", *speeds, *wires, *memory), rows)
+        sums = (f"{sent:.2f}", f"{expected:.2f}", swizzles)
+        rows.append((run["way"], str(run["ranks"]), *speeds, *sums, *memory))
+    head = ("way", "ranks", "prefill, tokens/s", "decode, tokens/s", "sent a token, kB")
+    more = ("by the model", "swizzles, again", "experts, MiB", "of files touched", "peak")
+    return _table((*head, *more), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
