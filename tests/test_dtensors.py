@@ -232,15 +232,17 @@ def test_a_write_in_the_graph_through_another_dtensor_is_a_miss() -> None:
 
 
 class Fills(nn.Module):
-    """An MLP whose weight is written to in each call, outside of any graph."""
+    """An MLP whose weight is written to in the second call, outside of any graph."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = sharded(mlp())
+        self.mlp, self.calls = sharded(mlp()), 0
 
     @torch.compiler.disable
     def fill(self) -> None:
-        self.mlp.experts.gate_up_proj.mul_(-1)
+        self.calls += 1
+        if self.calls == 2:
+            self.mlp.experts.gate_up_proj.mul_(2)
 
     def forward(self, x: Tensor) -> Tensor:
         self.fill()
