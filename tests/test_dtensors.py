@@ -416,6 +416,22 @@ def test_what_fsdp_copies_from_this_process_alone_is_swizzled_once() -> None:
     assert_near(compiled(x)[0], module(x)[0])
 
 
+@no_gradients
+@pytest.mark.filterwarnings("ignore::mxfp4_fx.errors.RepeatedSwizzleWarning")
+def test_what_fsdp_has_not_copied_again_is_as_it_was() -> None:
+    module, x = mlp(), hidden()
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+    wholes = dict(module.named_parameters())
+    compiled = compile_with(module, options=STRICT)
+    compiled(x)
+    wholes["experts.down_proj"].mul_(2)
+    for _ in range(2):
+        assert_near(compiled(x)[0], mlp()(x)[0])
+    module.reshard()
+    for _ in range(2):
+        assert_near(compiled(x)[0], module(x)[0])
+
+
 def test_without_torch_distributed_nothing_is_a_dtensor(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sharded(mlp())
     monkeypatch.delitem(sys.modules, "torch.distributed.tensor")
