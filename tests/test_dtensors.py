@@ -232,15 +232,17 @@ def test_a_write_in_the_graph_through_another_dtensor_is_a_miss() -> None:
 
 
 class Fills(nn.Module):
-    """An MLP whose weight is written to in each call, outside of any graph."""
+    """An MLP whose weight is written to in the second call, outside of any graph."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = sharded(mlp())
+        self.mlp, self.calls = sharded(mlp()), 0
 
     @torch.compiler.disable
     def fill(self) -> None:
-        self.mlp.experts.gate_up_proj.mul_(-1)
+        self.calls += 1
+        if self.calls == 2:
+            self.mlp.experts.gate_up_proj.mul_(2)
 
     def forward(self, x: Tensor) -> Tensor:
         self.fill()
@@ -412,6 +414,22 @@ def test_what_fsdp_copies_from_this_process_alone_is_swizzled_once() -> None:
         weight.mul_(2)
     assert swizzles(lambda: compiled(x)) == 2
     assert_near(compiled(x)[0], module(x)[0])
+
+
+@no_gradients
+@pytest.mark.filterwarnings("ignore::mxfp4_fx.errors.RepeatedSwizzleWarning")
+def test_what_fsdp_has_not_copied_again_is_as_it_was() -> None:
+    module, x = mlp(), hidden()
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+    wholes = dict(module.named_parameters())
+    compiled = compile_with(module, options=STRICT)
+    compiled(x)
+    wholes["experts.down_proj"].mul_(2)
+    for _ in range(2):
+        assert_near(compiled(x)[0], mlp()(x)[0])
+    module.reshard()
+    for _ in range(2):
+        assert_near(compiled(x)[0], module(x)[0])
 
 
 def test_without_torch_distributed_nothing_is_a_dtensor(monkeypatch: pytest.MonkeyPatch) -> None:
