@@ -351,3 +351,20 @@ def test_a_routers_scores_that_are_written_to(form: str) -> None:
     changes["return scores.masked_fill(elsewhere, 0.0)"] = "scores.mul_(1.5)\n    return scores"
     way = edited(by_where, changes)
     assert "is written to in the graph" in missed(OneRank(whole(form), 1, 2, way), hidden(35))
+
+
+def test_a_router_that_is_not_proven_leaves_nothing_behind() -> None:
+    """Not even that its logits are read, which are written to between its top-k and the experts."""
+    router = edited(GptOssTopKRouter.forward, {"return r": "router_logits.zero_()\n    return r"})
+    module, x = OneRank(whole(), 1, 2, edited(by_where, {SCORES: "scores"})), hidden(35)
+    swap_methods(module.router, forward=router)
+    y, rewrite = rewritten(module, Graphs(), x)
+    assert rewrite.router.startswith("routes as they are")
+    assert_as_accurate(y, module(x), exactly(module, x))
+
+
+def test_ids_that_are_no_integers_are_refused() -> None:
+    """Packed experts take them, and kernels round them in ways of their own."""
+    way = edited(by_where, {f"{SCORES}, local": f"{SCORES}, local + scores"})
+    reason = "expert ids are torch.float32, not whole numbers"
+    assert reason in missed(OneRank(whole("packed"), 1, 2, way), hidden(35))
