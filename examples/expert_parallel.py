@@ -49,17 +49,17 @@ def main(argv: list[str] | None = None) -> int:
 
     model = mxfp4_fx.from_pretrained(
         args.checkpoint,
-        dtype="auto",
         distributed_config=DistributedConfig(tp_size=world, ep_size=world),
         local_files_only=True,
-    ).eval()
+    )
     ids = torch.arange(16)[None].to(model.device)
     with torch.no_grad():
         explanation = mxfp4_fx.explain(model, ids)  # on every rank: it runs the model
     held: list[Any] = [None] * world
     dist.all_gather_object(held, expert_bytes(model))
 
-    model.compile(backend="mxfp4", options={"inner": args.inner, "free_weights": True})
+    options = {"inner": args.inner, "strict": True, "free_weights": True}
+    model.compile(backend="mxfp4", options=options)
     generate(model, ids, args.new_tokens)  # compiles
     seconds, tokens = generate(model, ids, args.new_tokens)
     generated: list[Any] = [None] * world
@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     if rank == 0:
         print(f"mesh: {world} ranks, {dist.get_backend()}")
         for one, (experts, nbytes) in enumerate(held):
-            print(f"rank {one}: {experts} experts in each layer, {nbytes / 1e6:.2f} MB of MXFP4")
+            share = f"{experts} of {model.config.num_local_experts} experts in each layer"
+            print(f"rank {one}: {share}, {nbytes / 1e6:.2f} MB of MXFP4")
         print(explanation)
         print(f"{args.new_tokens / seconds:.1f} tokens a second")
         print(f"all ranks generated the same: {all(found == generated[0] for found in generated)}")

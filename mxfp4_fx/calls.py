@@ -110,9 +110,7 @@ class Call:
                 if self.options.skip:
                     names = model.skipped(self.options.skip)
                     skipped += [(module, name in names) for name, module in experts]
-        STORE.look_at(
-            dtensors_in(self.experts)
-        )  # graphs may get no more than views of their shards
+        STORE.look_at(dtensors_in(self.experts))  # a graph may be given their shards alone
         self._outer, self._raised = current(), sys.exc_info()[1]
         _calls.current = self
         with _lock:

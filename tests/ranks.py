@@ -30,7 +30,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-LAST_RESORT = 120.0  # seconds: only ends a run that hangs
+LAST_RESORT = 300.0  # seconds: only ends a run that hangs
 
 # One process imports all this, and forks the ranks.
 _FORKS = multiprocessing.get_context("forkserver")
@@ -67,7 +67,7 @@ def run(
     world: int,
     folder: Path,
     *args: Any,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     may_fail: bool = False,
 ) -> list[Any]:
     """Call a function in the processes of a new group.

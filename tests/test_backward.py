@@ -287,6 +287,17 @@ def test_gammas_of_others_hand_no_gradient_on() -> None:
     assert torch.equal(grad, ((indices >= 1) & (indices < 3)).float())
 
 
+def test_gammas_of_others_hand_no_gradient_on_to_logits() -> None:
+    def f(logits: Tensor) -> Tensor:
+        return ops.routing(logits, A, 1, 2)[0].sum()
+
+    def plain(logits: Tensor) -> Tensor:
+        chosen, indices = torch.topk(logits, A)
+        return (chosen.softmax(dim=-1) * ((indices >= 1) & (indices < 3))).sum()
+
+    check_gradients(f, plain, [random_logits(T, E)])
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weights"])
 def test_one_of_the_two_may_be_frozen(frozen: str) -> None:
     mlp = clamped_mlp(torch.float32)

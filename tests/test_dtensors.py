@@ -60,7 +60,9 @@ def test_inductor_computes_with_shards() -> None:
 
 
 @no_gradients
-@pytest.mark.parametrize("placement", [Shard(0), Replicate()])
+@pytest.mark.parametrize(
+    "placement", [Shard(0), pytest.param(Replicate(), marks=pytest.mark.exhaustive)]
+)
 def test_experts_are_rewritten_and_swizzled_once(placement: Any) -> None:
     module, x, graphs = sharded(mlp(), placement), hidden(), Graphs()
     compiled = compile_with(module, inner=graphs, options=STRICT)
@@ -181,7 +183,9 @@ def test_a_change_through_either_of_two_dtensors_of_one_memory_is_noticed() -> N
 
 
 @no_gradients
-@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    "form", ["batched_mm", pytest.param("grouped_mm", marks=pytest.mark.exhaustive)]
+)
 def test_a_partial_dtensor_is_a_miss(form: str) -> None:
     module, x = sharded(mlp(form=form), Partial()), hidden()
     with pytest.warns(MissedRewriteWarning) as told:
@@ -194,7 +198,9 @@ def test_a_partial_dtensor_is_a_miss(form: str) -> None:
 
 
 @no_gradients
-@pytest.mark.parametrize("form", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    "form", ["batched_mm", pytest.param("grouped_mm", marks=pytest.mark.exhaustive)]
+)
 def test_experts_that_stay_are_told_and_run_beside_what_is_rewritten(form: str) -> None:
     whole, ids = model(num_hidden_layers=1, form=form), tokens()
     sharded(whole.model.layers[0].mlp)
@@ -223,6 +229,32 @@ class Writes(nn.Module):
 def test_a_write_in_the_graph_through_another_dtensor_is_a_miss() -> None:
     with pytest.warns(MissedRewriteWarning, match="gate_up is written to in the graph, by mul_"):
         compile_with(Writes())(hidden())
+
+
+class Fills(nn.Module):
+    """An MLP whose weight is written to in the second call, outside of any graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.calls = sharded(mlp()), 0
+
+    @torch.compiler.disable
+    def fill(self) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            self.mlp.experts.gate_up_proj.mul_(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fill()
+        result: Tensor = self.mlp(x)[0]
+        return result
+
+
+@no_gradients
+def test_a_write_in_the_call_itself_is_noticed() -> None:
+    compiled, other, x = compile_with(Fills(), options=STRICT), Fills(), hidden()
+    for _ in range(2):
+        assert_near(compiled(x), other(x))
 
 
 @no_gradients
@@ -330,6 +362,16 @@ def test_regions_get_shards(regions: Callable[[list[Any]], Callable[[Tensor], Te
     assert swizzles(lambda: compiled(x)) == 1
 
 
+def test_a_region_inside_of_a_region_gets_no_shards() -> None:
+    layer, x = sharded(mlp().requires_grad_(False)), hidden()
+    layer.experts.__class__ = WithProperties
+    del layer.experts.forward
+    inner = in_checkpoints([layer])
+    with pytest.warns(MissedRewriteWarning, match="it is given to a region inside of another one"):
+        result = compile_with(lambda x: checkpoint(inner, x, use_reentrant=False))(x)
+    assert_near(result, x + mlp()(x)[0])
+
+
 @no_gradients
 def test_verify_compares_experts_of_dtensors() -> None:
     module, x = sharded(mlp()), hidden()
@@ -372,6 +414,22 @@ def test_what_fsdp_copies_from_this_process_alone_is_swizzled_once() -> None:
         weight.mul_(2)
     assert swizzles(lambda: compiled(x)) == 2
     assert_near(compiled(x)[0], module(x)[0])
+
+
+@no_gradients
+@pytest.mark.filterwarnings("ignore::mxfp4_fx.errors.RepeatedSwizzleWarning")
+def test_what_fsdp_has_not_copied_again_is_as_it_was() -> None:
+    module, x = mlp(), hidden()
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+    wholes = dict(module.named_parameters())
+    compiled = compile_with(module, options=STRICT)
+    compiled(x)
+    wholes["experts.down_proj"].mul_(2)
+    for _ in range(2):
+        assert_near(compiled(x)[0], mlp()(x)[0])
+    module.reshard()
+    for _ in range(2):
+        assert_near(compiled(x)[0], module(x)[0])
 
 
 def test_without_torch_distributed_nothing_is_a_dtensor(monkeypatch: pytest.MonkeyPatch) -> None:

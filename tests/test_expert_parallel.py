@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import default_load
@@ -14,9 +17,12 @@ from checkpoints import copied, edit_tensors, read_tensors, write_packed
 from expert_parallel import WORLD, Loaded, Told
 from loaded import assert_same_tensors, dequantized, exact_logits, logits, write_dense
 from oracle import assert_as_accurate
+from processes import LAST_RESORT
 from torch import Tensor
 
 import mxfp4_fx
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "expert_parallel.py"
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +181,25 @@ def test_explain_on_one_rank_says_what_to_do(told: list[Told]) -> None:
     }.items(),
 )
 def test_what_cannot_be_done_is_said(told: list[Told], what: str, reason: str) -> None:
-    # A rank may be told by the other that this one cannot load.
-    said = [one.refusals[what] for one in told]
-    assert any(re.match(reason, text) for text in said), said
+    said = [one.refusals[what] for one in told]  # by itself, or of the other by which it failed
     assert all(re.search(reason, text) for text in said), said
+
+
+# ---- the example
+
+
+@pytest.mark.exhaustive
+def test_the_example(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run += [str(EXAMPLE), "--checkpoint", str(tmp_path / "new"), "--inner", "eager"]
+    run += ["--new-tokens", "4"]
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(run, env=env, capture_output=True, text=True, timeout=LAST_RESORT)
+    assert ended.returncode == 0, ended.stderr
+    out = ended.stdout
+    assert "mesh: 2 ranks, gloo" in out
+    for rank in (0, 1):
+        assert re.search(rf"^rank {rank}: 6 of 12 experts in each layer, 0.12 MB", out, re.M), out
+    assert "2 of 2 MoE layers rewritten, 1 graph" in out
+    assert re.search(r"^[0-9.]+ tokens a second$", out, re.M), out
+    assert "all ranks generated the same: True" in out

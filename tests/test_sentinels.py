@@ -91,7 +91,7 @@ def test_behind_the_router(form: str, dynamic: bool) -> None:
 
 @pytest.mark.parametrize("form", OLDER)
 def test_one_rank_of_an_older_release(form: str) -> None:
-    module, x, graphs = OneRank(mlp(form=form), 1, 2, by_fmod), hidden(), Graphs()
+    module, x, graphs = OneRank(mlp(form=form), 1, 2, by_fmod), hidden(seed=1), Graphs()
     out = compile_with(module, graphs)(x)
     (routing,) = (n for n in graphs.seen[0].graph.nodes if "routing" in str(n.target))
     assert (str(routing.target), routing.args[1:]) == ("mxfp4.routing.default", (3, 3, 3))

@@ -331,6 +331,28 @@ def test_fsdps_parameters_are_looked_for_where_it_is_loaded() -> None:
     assert not torch_private_distributed.is_filled_by_fsdp(torch.ones(2))
 
 
+def test_a_dtensor_wraps_its_shard() -> None:
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        whole = nn.Parameter(DTensor.from_local(torch.ones(2, 3, 4), mesh, [Shard(0)]))
+        module = nn.ParameterDict({"whole": whole, "plain": torch.ones(2, 3, 4)})
+        assert torch_private_distributed.is_dtensor(whole)
+        assert not torch_private_distributed.is_dtensor(module["plain"])
+        assert torch_private_distributed.dtensors_in([module]) == [whole]
+        shard = torch_private_distributed.shard_of(whole)
+        assert shard is torch_private_distributed.shard_of(whole)
+        assert shard.data_ptr() == whole.to_local().data_ptr()
+        assert not torch_private_distributed.why_no_shard(whole)
+        partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+        assert "Partial" in torch_private_distributed.why_no_shard(partial)
+    finally:
+        dist.destroy_process_group()
+
+
 # ---- graphs
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
+from mxfp4_fx.huggingface.block_shards import dense_part
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.huggingface.shards import Shard
 from mxfp4_fx.huggingface.unpacking import dense_weight
@@ -36,16 +37,35 @@ class QuantizeExperts(ConversionOps):
     ) -> dict[str, Tensor]:
         (weight,) = (_only(tensors) for tensors in input_dict.values())
         name = full_layer_name.removesuffix("_blocks")
+        path, projection = name.rsplit(".", 1)
+        experts = model.get_submodule(path)
+        if cut := experts.cuts.get(f"{projection}_blocks"):
+            weight = dense_part(cut, projection, weight)
         e, k, n = weight.shape
         blocks = weight.new_empty((e, n, k // BLOCK, BYTES_PER_BLOCK), dtype=torch.uint8)
         scales = weight.new_empty((e, n, k // BLOCK), dtype=torch.uint8)
         for expert in range(e):
             blocks[expert], scales[expert] = quantize(weight[expert].T, scale_rule=self.scale_rule)
-        module, projection = name.rsplit(".", 1)
-        set_loading_dtype(model.get_submodule(module), projection, torch.uint8)
+        set_loading_dtype(experts, projection, torch.uint8)
         if count := int((scales == E8M0_NAN).sum()):
             self._nan_blocks[f"{name}_scales"] = count
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+class TakeParts(ConversionOps):
+    """The conversion of a whole tensor, in a mapped file, to this rank's part of it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TakeParts:
+        return self
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
+    ) -> dict[str, Tensor]:
+        (whole,) = (_only(tensors) for tensors in input_dict.values())
+        path, parameter = full_layer_name.rsplit(".", 1)
+        shard = model.get_submodule(path).cuts[parameter]
+        return {full_layer_name: shard.part_of(whole)}
 
 
 class DequantizeExperts(ConversionOps):
@@ -61,6 +81,9 @@ class DequantizeExperts(ConversionOps):
         )
         weight = model.get_parameter(full_layer_name)
         return {full_layer_name: dense_weight(blocks, scales, weight.dtype)}
+
+
+OURS = (QuantizeExperts, TakeParts, DequantizeExperts)
 
 
 def bytes_of(weight: str) -> list[str]:

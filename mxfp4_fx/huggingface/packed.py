@@ -18,6 +18,7 @@ import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.checkpoints.gpt_oss import PROJECTIONS
 from mxfp4_fx.core.errors import SlowKernelsWarning
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
+from mxfp4_fx.huggingface.block_shards import BlockShard
 from mxfp4_fx.huggingface.shards import Shard
 from mxfp4_fx.ops import target
 from mxfp4_fx.ops.operands import ALPHA, LIMIT
@@ -38,7 +39,8 @@ class PackedExperts(nn.Module):
         gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
         alpha, limit: SwiGLU's constants.
         shards: parameter's name -> how the processes share it, for those of which this one holds a
-            part. E, in the shapes above, is then the number of experts of this process.
+            part. E or I, in the shapes above, is then what this process has of it.
+        cuts: the same under tensor parallelism, from before the weights are loaded on.
         stays_on: the device on which the parameters stay when the model is moved, or None: they
             move along. :func:`~mxfp4_fx.huggingface.placement.place_experts` sets it.
 
@@ -66,7 +68,8 @@ class PackedExperts(nn.Module):
         self.alpha = alpha
         self.limit = limit
         self.stays_on: torch.device | None = None
-        self.shards: dict[str, Shard] = {}
+        self.shards: dict[str, Shard | BlockShard] = {}
+        self.cuts: dict[str, BlockShard] = {}
         sizes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
         for name, (n, k) in zip(PROJECTIONS, sizes, strict=True):
             shape = (num_experts, n, k // BLOCK)
@@ -126,7 +129,11 @@ class PackedExperts(nn.Module):
 
     @torch.no_grad()
     def keep_shards(self) -> None:
-        """Hold this process's parts of DTensor parameters as plain parameters."""
+        """Hold this process's parts of DTensor parameters as plain parameters.
+
+        From now on the state dict says what they are parts of.
+        """
+        self.shards |= self.cuts
         for name, parameter in self._parameters.items():
             shard = Shard.of(parameter)
             if parameter is not None and shard is not None:

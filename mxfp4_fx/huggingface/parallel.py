@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from transformers.core_model_loading import WeightConverter
 
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.version import OLDEST_TO_SPREAD, can_spread
+from mxfp4_fx.huggingface.conversions import TakeParts, bytes_of, exactly
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 
 _DATA_PARALLEL = ("fsdp_size", "dp_replicate_size")
@@ -29,6 +33,12 @@ def is_expert_parallel(distributed: Any) -> bool:
     """Return whether each process has experts of its own."""
     # The newer `ep_size` sets this, too.
     return is_spread(distributed) and bool(distributed.enable_expert_parallel)
+
+
+def is_tensor_parallel(distributed: Any) -> bool:
+    """Return whether each process has a part of every expert: not if FSDP shares them already."""
+    is_otherwise = is_expert_parallel(distributed) or is_data_parallel(distributed)
+    return _size(distributed, "tp_size") > 1 and not is_otherwise
 
 
 def is_data_parallel(distributed: Any) -> bool:
@@ -99,3 +109,34 @@ def plan_packed(model: Any) -> None:
             plan |= {f"{name}_blocks": style, f"{name}_scales": style}
             if not is_any_dense:
                 del plan[name]
+
+
+def cut_packed(model: Any, dense: Sequence[str], quantized: Sequence[str]) -> list[WeightConverter]:
+    """Return the conversions of what a rank reads a part of: none without tensor parallelism.
+
+    With it, the model's plan gets that each rank has a part of every expert.
+
+    Args:
+        model: the model, not loaded yet, whose packed experts are there already.
+        dense: the names of experts that do not become packed.
+        quantized: weights that are dense in the files; they are cut before they are quantized.
+
+    Raises:
+        OptionError: there are dense experts.
+    """
+    if not is_tensor_parallel(config_of(model)):
+        return []
+    if dense:
+        raise OptionError(
+            f"{dense[0]} is to stay dense, and tensor parallelism cuts packed experts only: skip "
+            f"none, or pass ep_size= as well"
+        )
+    from mxfp4_fx.huggingface import tensor_parallel  # needs a newer transformers
+
+    made = {name for weight in quantized for name in bytes_of(weight)}
+    names = (name[name.index("layers.") :] for name in tensor_parallel.plan_packed(model))
+    return [
+        WeightConverter(exactly(name), name, [TakeParts()], force_cpu=True)
+        for name in names
+        if name not in made
+    ]

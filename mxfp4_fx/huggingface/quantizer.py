@@ -38,6 +38,7 @@ from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.arguments import check_scale_rule, refuse
 from mxfp4_fx.huggingface.conversions import (
     BYTES,
+    OURS,
     DequantizeExperts,
     QuantizeExperts,
     bytes_of,
@@ -252,6 +253,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         if is_split:
             parallel.plan_packed(model)
             parallel.refuse_eager(model.config, dense)
+        self._cutting = parallel.cut_packed(model, dense, self._to_quantize)
         if not found:
             warnings.warn(
                 f"no experts of this {type(model).__name__} will be MXFP4: all are skipped by "
@@ -288,10 +290,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
-            if not any(
-                isinstance(operation, QuantizeExperts | DequantizeExperts)
-                for operation in getattr(conversion, "operations", ())
-            )
+            if not any(isinstance(step, OURS) for step in getattr(conversion, "operations", ()))
             and not (isinstance(conversion, WeightRenaming) and mapping)
         ]
 
@@ -308,7 +307,7 @@ class PackedMxfp4Quantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """Return a conversion for each weight whose form differs between files and model."""
-        conversions = []
+        conversions = [*self._cutting]
         for weight in self._to_quantize:
             quantize_it = QuantizeExperts(self.quantization_config.scale_rule, self._nan_blocks)
             conversions.append(WeightConverter(exactly(weight), bytes_of(weight), [quantize_it]))

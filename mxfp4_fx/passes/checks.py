@@ -28,6 +28,7 @@ _SWIZZLED = ("gate_up", "down", *SCALES)
 # The inputs that the device ops save for the backward. The original experts save copies of them.
 _KEPT = ("hidden", "gate_up_bias", "down_bias")
 _MATMULS = {"grouped_mm", "bmm", "mxfp4.matmul_ogs"}
+_INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 # Ops whose result has the dtype of the arithmetic. Under autocast that is not the inputs' dtype.
 _ARITHMETIC = {*_MATMULS, "add", "mul", "sigmoid", "clamp", "sum", "softmax", "cast"}
 
@@ -132,6 +133,8 @@ def _check_types(match: Match) -> None:
         if not is_packed and name != "indices" and value.dtype not in DTYPES:
             what = "activations are" if name == "hidden" else f"{name} is"
             _fail(match, f"{what} {value.dtype}; supported are {supported}", node)
+        if name == "indices" and value.dtype not in _INDEX_DTYPES:
+            _fail(match, f"expert ids are {value.dtype}, not whole numbers", node)
         if value.device != hidden.device and not (
             name == "router_logits" and are_routes_moved(match)
         ):

@@ -1,4 +1,4 @@
-"""Fourth pass: prove attention with sinks on a CPU and replace it by one op.
+"""Fifth pass: prove attention with sinks on a CPU and replace it by one op.
 
 transformers has no other attention with sinks for a CPU than its eager one, which makes weights
 [B, H, Q, T] and repeats keys and values for each head of queries. ``mxfp4::attention_with_sinks``

@@ -23,7 +23,7 @@ from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.copies import copy_graph
 from mxfp4_fx.passes.effects import Effect
 from mxfp4_fx.passes.graph import tensor_of
-from mxfp4_fx.passes.memory import effects_on, tensors_in
+from mxfp4_fx.passes.memory import Effects, effects_on, tensors_in
 from mxfp4_fx.passes.regions import region_of
 
 
@@ -33,19 +33,21 @@ def localize(gm: fx.GraphModule, ctx: Context) -> None:
     if not wholes:
         return
     slots = ctx.slots(gm.graph)
-    _call_before_regions(gm, ctx, wholes)
+    is_body = ctx.around is not None  # its calls give it DTensors, which this pass has left
+    if not is_body:
+        _call_before_regions(gm, ctx, wholes)
+    effects = effects_on(gm.graph)
     for node, whole in wholes.items():
         calls = [user for user in node.users if _is_to_local(user)]
-        if not calls:
-            continue
-        reason = why_no_shard(whole) or _why_not(gm.graph, calls)
-        if reason:
+        reason = why_no_shard(whole) or _why_not(node, effects)
+        if reason or is_body:
+            reason = reason or "it is given to a region inside of another one"
             ctx.no_shards |= dict.fromkeys(calls, reason)
-        elif len(calls) == len(node.users):
-            is_weight = is_parameter(node, whole)
-            _take_shard(node, calls)
-            torch_private.note_on_weight(node, is_weight)
-            ctx.shards[slots[node]] = shard_of(whole)
+            continue
+        is_weight = is_parameter(node, whole)
+        _take_shard(node, calls)
+        torch_private.note_on_weight(node, is_weight)
+        ctx.shards[slots[node]] = shard_of(whole)
 
 
 def _is_to_local(node: fx.Node) -> bool:
@@ -54,10 +56,11 @@ def _is_to_local(node: fx.Node) -> bool:
     return is_method and len(node.args) == 1 and not node.kwargs
 
 
-def _why_not(graph: fx.Graph, calls: list[fx.Node]) -> str:
-    """Return why the results of ``to_local()`` must be tensors of their own, or ""."""
-    effects = effects_on(graph)
-    for call in calls:
+def _why_not(whole: fx.Node, effects: Effects) -> str:
+    """Return why a graph's input cannot become its local tensor, or "" if it can."""
+    for call in whole.users:
+        if not _is_to_local(call):
+            return f"the graph reads the DTensor itself, too, by {call}"
         for reader in call.users:
             if reader.op == "output":
                 return "the graph returns its local tensor, which is a view of its own then"
@@ -68,7 +71,7 @@ def _why_not(graph: fx.Graph, calls: list[fx.Node]) -> str:
                 "it requires a gradient, which MXFP4 experts do not have: run under "
                 "torch.no_grad(), or freeze the experts with requires_grad_(False)"
             )
-    return ""
+    return "" if whole.users else "nothing reads it"
 
 
 def _wants_gradient(node: fx.Node) -> bool:
@@ -90,21 +93,21 @@ def _take_shard(node: fx.Node, calls: Iterable[fx.Node]) -> None:
 
 def _call_before_regions(gm: fx.GraphModule, ctx: Context, wholes: dict[fx.Node, Any]) -> None:
     """Let regions take the shards of ``wholes`` where they do nothing with one but to_local()."""
-    made: dict[tuple[int, tuple[int, ...]], str] = {}
+    made: dict[tuple[fx.GraphModule, tuple[int, ...]], str] = {}
     for node in list(gm.graph.nodes):
         region = region_of(node)
-        if region is None:
+        if region is None or wholes.keys().isdisjoint(region.operands):
             continue
+        effects = effects_on(region.body.graph)
         inside = region.body.graph.find_nodes(op="placeholder")
         at = tuple(
             index
             for index, (operand, own) in enumerate(zip(region.operands, inside, strict=True))
-            if operand in wholes and own.users and all(map(_is_to_local, own.users))
-            if not (why_no_shard(wholes[operand]) or _why_not(region.body.graph, [*own.users]))
+            if operand in wholes and not (why_no_shard(wholes[operand]) or _why_not(own, effects))
         )
         if not at:
             continue
-        key = id(region.body), at
+        key = region.body, at
         if key not in made:
             made[key] = f"mxfp4_local_body_{next(ctx.numbers)}"
             body = copy_graph(region.body)

@@ -1,4 +1,4 @@
-"""Fifth pass: lower linears on a CPU to ``mxfp4::linears``, which is fast for few rows.
+"""Sixth pass: lower linears on a CPU to ``mxfp4::linears``, which is fast for few rows.
 
 A linear of few rows takes the time in which its weight is read, and the native kernel reads faster
 than torch's. The op looks at the number of rows when it runs, and calls torch's linear for many.

@@ -132,7 +132,12 @@ class WeightStore:
             return parts
         shards = tuple(map(self._shard_of_copy, source.tensors))
         if any(a is not b for a, b in zip(shards, source.tensors, strict=True)):
-            return self.get(Source(shards, source.encoding), layout, name)
+            parts = self.find(shards, source.encoding, layout)
+            if parts is not None:
+                return parts
+            # FSDP2 may not have copied again since the shards were written to.
+            if all(torch.equal(a, b) for a, b in zip(shards, source.tensors, strict=True)):
+                return self.get(Source(shards, source.encoding), layout, name)
         timed = torch_private_dynamo.timed("mxfp4_fx.swizzle")
         with timed, self._lock, torch_private.as_plain_tensors():
             return self._swizzle(source, layout, name)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from models import hidden, mlp, on_mxfp4_grid, pack
+from one_rank import OneRank, Ways, by_fmod, by_where
 from torch import Tensor, fx, nn
 from torch._dynamo.source import FloatTensorSource, LocalSource
 from torch._subclasses import FakeTensorMode
@@ -134,6 +135,11 @@ def _mlp(form: str, parallel: bool = False) -> Any:
     return module
 
 
+def _rank(form: str, way: Ways) -> Any:
+    # Another seed than that of the activations, or each token would have one expert of its own.
+    return OneRank(mlp(form=form, num_local_experts=8, seed=1), 1, 2, way)
+
+
 def _experts(form: str) -> Any:
     module = mlp(form=form)
     return pack(module).experts if form == "packed" else module.experts
@@ -180,6 +186,9 @@ def _all() -> Iterator[tuple[str, _Spec]]:
         yield f"{name}-routes", _Spec(functools.partial(_experts, name), _routes)
     yield "grouped_mm-parallel", _Spec(lambda: _mlp("grouped_mm", True))
     yield "batched_mm-parallel", _Spec(lambda: _mlp("batched_mm", True))
+    yield "grouped_mm-parallel-rank", _Spec(lambda: _rank("grouped_mm", by_where))
+    yield "batched_mm-parallel-rank", _Spec(lambda: _rank("batched_mm", by_fmod))
+    yield "grouped_mm-rank-grad", _Spec(lambda: _rank("grouped_mm", by_fmod), grad=True)
     yield "batched_mm-routes-dynamic", _Spec(lambda: _experts("batched_mm"), _routes, dynamic=True)
     yield "grouped_mm-routes-grad", _Spec(lambda: _experts("grouped_mm"), _routes, grad=True)
     yield "grouped_mm-one-token", _Spec(forms["grouped_mm"], tokens=1)

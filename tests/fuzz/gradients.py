@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def moe(**given: Any) -> Tensor:
-    """``mxfp4::moe`` and ``moe.routes``, by their arguments' names; ids from E on count nothing."""
+    """``mxfp4::moe`` and ``moe.routes``, by their arguments' names; other ids count nothing."""
     x, alpha, limit = given["hidden"], given["alpha"], given["limit"]
     if "router_logits" in given:
         chosen, indices = torch.topk(given["router_logits"], given["top_k"], dim=-1)
@@ -24,11 +24,12 @@ def moe(**given: Any) -> Tensor:
     else:
         indices, weights = given["indices"], given["weights"]
     gate_up, down = (_dense(given[n], given.get(f"{n}_scales")) for n in ("gate_up", "down"))
-    here = (indices >= 0) & (indices < gate_up.shape[0])
-    ids = indices.where(here, 0).long()
+    ids = indices - given["first_expert"]
+    here = (ids >= 0) & (ids < gate_up.shape[0])
+    ids = ids.where(here, 0).long()
     y = torch.einsum("th,tanh->tan", x, gate_up[ids]) + given["gate_up_bias"][ids]
     y = torch.einsum("tai,tahi->tah", swiglu(y, alpha, limit), down[ids]) + given["down_bias"][ids]
-    return (y.where(here[..., None], 0.0) * weights[..., None]).sum(dim=1)
+    return (y.where(here[..., None], 0.0) * weights.where(here, 0.0)[..., None]).sum(dim=1)
 
 
 def _dense(weight: Tensor, scales: Tensor | None) -> Tensor:

@@ -48,7 +48,9 @@ SOURCES = mutations, writes, input_mutations, spelling  # all that are in MUTATI
 # Those of dynamic shapes take ten times as long.
 _SHARE = {name: 1 if "dynamic" in name else 4 for name in BASES}
 _SHARE |= {name: 6 for name in BASES if name.endswith("routes")}
-_SHARE |= {name: 6 for name in BASES if name.endswith(("parallel", "-grad")) and _SHARE[name] > 1}
+_SHARE |= {
+    name: 6 for name in BASES if name.endswith(("parallel", "-rank", "-grad")) and _SHARE[name] > 1
+}
 _SHARE |= {"plain-float64": 1, "plain-odd-size": 1}  # which are never rewritten
 
 _TRIES = 5  # what a case makes until it has a program
@@ -153,7 +155,9 @@ def _judge(draft: Draft, result: Result) -> None:
             compiled = bind(gm, rewritten, ctx, options)
         actual = call(compiled, base, make_inputs())
     except Exception as error:
-        if isinstance(error, IndexError) and _NAMED in str(error) and "odd_ids" in result.kinds:
+        # Ids that are taken as they are may be odd, too.
+        may_be_odd = "odd_ids" in result.kinds or any(r.router for r in ctx.report.rewrites)
+        if isinstance(error, IndexError) and _NAMED in str(error) and may_be_odd:
             result.verdict = "refused"
             return
         raise Wrong(f"the compiled graph raises {_brief(error)}") from error

@@ -50,12 +50,12 @@ class Region:
     """What one run of a rewritten region read and gave, as copies.
 
     Attributes:
-        routing: of ``routing`` or ``routing.routes``: its arguments.
+        routing: of ``routing`` or ``routing.routes``: its arguments by name.
         operands: of the two ``matmul_ogs``, their arguments by name.
         taps: where gradients pass, by name.
     """
 
-    routing: tuple[Any, ...] = ()
+    routing: dict[str, Any] = field(default_factory=dict)
     operands: list[dict[str, Any]] = field(default_factory=list)
     result: Tensor | None = None
     taps: dict[str, Tap] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class _Recording(fx.Interpreter):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         copies = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in given.items()}
         if "routing" in str(target):
-            region.routing = tuple(copies.values())
+            region.routing = copies
             key = "logits" if "logits" in given else "weights"
             tapped = [key]
         else:
@@ -355,16 +355,32 @@ def _spell_out(node: fx.Node) -> None:
 
 
 def _operands(region: Region) -> tuple[Any, ...]:
-    """What ``oracle.experts`` takes."""
+    """What ``oracle.experts`` takes. Routes to experts elsewhere go to expert 0 with weight 0."""
     first, last = region.operands
-    if region.routing[0].is_floating_point():
-        chosen, indices = torch.topk(region.routing[0], region.routing[1], dim=-1)
-        weights = oracle.softmax(chosen)
-    else:
-        indices, weights = region.routing[0], Bounded.exact(region.routing[1])
+    indices, weights = _routes(region)
     assert indices.shape[1] == last["experts_per_token"]
     limit = float(torch.tensor(first["limit"], dtype=torch.float32))
-    return first["x"], indices, weights, *_weights(region), first["alpha"], limit
+    here = _are_here(region)
+    local = (indices - region.routing.get("first_expert", 0)).where(here, 0)
+    return first["x"], local, _only(weights, here), *_weights(region), first["alpha"], limit
+
+
+def _routes(region: Region) -> tuple[Tensor, Bounded]:
+    """The ids and weights [T, A] of all chosen experts, wherever they are held."""
+    given = region.routing
+    if "logits" not in given:
+        return given["indices"], Bounded.exact(given["weights"])
+    chosen, indices = torch.topk(given["logits"], given["top_k"], dim=-1)
+    return indices, oracle.softmax(chosen)
+
+
+def _are_here(region: Region) -> Tensor:
+    ids = _routes(region)[0] - region.routing.get("first_expert", 0)
+    return (ids >= 0) & (ids < region.operands[0]["bias"].shape[0])
+
+
+def _only(x: Bounded, here: Tensor) -> Bounded:
+    return Bounded(x.value.where(here, 0.0), x.error.where(here, 0.0))
 
 
 def _rounded_everywhere(
@@ -411,12 +427,14 @@ def _judge_gradients(what: str, region: Region, gradient: Tensor) -> None:
     if operands[0].dtype != torch.float32:
         return  # the bound is float32's; test_backward.py has the other dtypes
     of_hidden, of_weights = gradients(*operands, gradient)
-    name = "logits" if region.routing[0].is_floating_point() else "weights"
+    of_weights = _only(of_weights, _are_here(region))
+    name = "logits" if "logits" in region.routing else "weights"
     if name == "logits":
-        chosen = softmax_backwards(of_weights, operands[2])
-        zero = torch.zeros(region.routing[0].shape, dtype=torch.float64)
+        indices, weights = _routes(region)
+        chosen = softmax_backwards(of_weights, weights)
+        zero = torch.zeros(region.routing["logits"].shape, dtype=torch.float64)
         of_weights = Bounded(
-            *(zero.scatter(1, operands[1], part) for part in (chosen.value, chosen.error))
+            *(zero.scatter(1, indices, part) for part in (chosen.value, chosen.error))
         )
     for key, exact in (("x", of_hidden), (name, of_weights)):
         found = region.taps[key].gradient
