@@ -10,6 +10,7 @@ import errno
 import math
 import mmap
 import os
+import struct
 from ctypes import c_int32, c_int64, c_void_p
 
 import oracle
@@ -82,10 +83,15 @@ class Library:
         t, e = logits.shape
         held = e if held is None else held
         out = dirty_routes(t * top_k, held)
-        dtype = c_int32(CODE[logits.dtype])
         sizes = (t, logits.stride(0), e, top_k, held, first)
-        self.call("mxfp4_routing", logits, dtype, *sizes, *out, c_int32(threads))
+        assert self.route(logits, out, *sizes, threads=threads) == 0
         return out
+
+    def route(self, logits: Tensor, out: Routes, *sizes: int, threads: int = 1) -> int:
+        """The status of ``mxfp4_routing``; ``sizes`` as in ``mxfp4_router``."""
+        pointers = (part.data_ptr() for part in (logits, *out))
+        numbers = *sizes, CODE[logits.dtype], threads
+        return int(self.functions.mxfp4_routing(struct.pack("5P6q2i", *pointers, *numbers)))
 
     def routes(
         self, ids: Tensor, weights: Tensor, experts: int, first: int = 0, threads: int = 1
@@ -352,13 +358,10 @@ def test_experts_elsewhere_are_chosen_and_belong_to_nobody(
 
 def test_routing_refuses_what_has_no_result(library: Library) -> None:
     logits, out = torch.zeros(2, 4), dirty_routes(10, 4)
-    dtype, threads = c_int32(0), c_int32(1)
     for tokens, every, top_k, held in (
         (2, 4, 5, 4), (2, 4, 0, 4), (1 << 31, 4, 1, 4), (2, 4, 2, -1), (2, 1 << 31, 1, 4),
     ):  # fmt: skip
-        sizes = tokens, 4, every, top_k, held, 0
-        status = library.status("mxfp4_routing", logits, dtype, *sizes, *out, threads)
-        assert status == errno.EINVAL
+        assert library.route(logits, out, tokens, 4, every, top_k, held, 0) == errno.EINVAL
 
 
 def test_given_routes_to_fewer_than_no_experts_are_refused(library: Library) -> None:

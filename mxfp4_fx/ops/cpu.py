@@ -24,6 +24,7 @@ from mxfp4_fx.ops.reference import Routes
 _INDEX_DTYPES = {torch.int32: 0, torch.int64: 1}  # api.h: mxfp4_index_dtype
 # api.h: struct mxfp4_matmul. Packing bytes costs a tenth of filling a ctypes.Structure.
 _MATMUL = struct.Struct("9P7q4i2f")
+_ROUTER = struct.Struct("5P6q2i")  # api.h: struct mxfp4_router
 
 
 def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
@@ -89,21 +90,13 @@ def routing(
     tokens, experts = logits.shape
     held = experts if num_experts is None else num_experts
     routes = _empty_routes(tokens * top_k, held)
-    _check(
-        _library().mxfp4_routing(
-            _pointer(logits),
-            _DTYPES[logits.dtype],
-            ctypes.c_int64(tokens),
-            ctypes.c_int64(logits.stride(0)),
-            ctypes.c_int64(experts),
-            ctypes.c_int64(top_k),
-            ctypes.c_int64(held),
-            ctypes.c_int64(first_expert),
-            *map(_pointer, routes),
-            torch.get_num_threads(),
-        ),
-        "routing",
-    )
+    gammas, gather, scatter, offsets = routes
+    arguments = _ROUTER.pack(
+        logits.data_ptr(), gammas.data_ptr(), gather.data_ptr(), scatter.data_ptr(),
+        offsets.data_ptr(), tokens, logits.stride(0), experts, top_k, held, first_expert,
+        _DTYPES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _check(_library().mxfp4_routing(arguments), "routing")
     return routes
 
 

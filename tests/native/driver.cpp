@@ -97,10 +97,20 @@ Routes random_routes(int64_t tokens, int64_t experts, int64_t per_token) {
     const Values logits(dtype, std::max<int64_t>(0, (tokens - 1) * stride + experts), 1.);
     // Half of the calls hold all experts, the others as many of a range that begins elsewhere.
     const int64_t first = random_int(0, 1) ? 0 : random_int(-1, experts);
-    require(mxfp4_routing(logits.bytes.data(), dtype, tokens, stride, experts, per_token, experts,
-                          first, routes.gammas.data(), routes.gather.data(), routes.scatter.data(),
-                          routes.offsets.data(), threads) == 0,
-            "routing");
+    const mxfp4_router router{logits.bytes.data(),
+                              routes.gammas.data(),
+                              routes.gather.data(),
+                              routes.scatter.data(),
+                              routes.offsets.data(),
+                              tokens,
+                              stride,
+                              experts,
+                              per_token,
+                              experts,
+                              first,
+                              dtype,
+                              threads};
+    require(mxfp4_routing(&router) == 0, "routing");
     require(first || routes.offsets.back() == tokens * per_token, "every row has an expert");
   } else {
     std::vector<int64_t> ids(static_cast<size_t>(tokens * per_token));

@@ -64,6 +64,17 @@ struct mxfp4_attention {
   float scale;
 };
 
+// Arguments of mxfp4_routing. Of `all` experts those from `first` on are held here, `experts` many;
+// rows of the others go last and get gamma 0.
+struct mxfp4_router {
+  const void* logits;                     // [T, all], rows `stride` elements apart
+  float* gammas;                          // [R]
+  int32_t *gather_index, *scatter_index;  // [R]
+  int32_t* expert_offsets;                // [E + 1]
+  int64_t tokens, stride, all, top_k, experts, first;
+  int32_t dtype, threads;
+};
+
 // Only these names are exported. Libraries of several paths may be loaded side by side, and the
 // loader must not resolve a name of one library to the same name in another.
 #pragma GCC visibility push(default)
@@ -83,13 +94,10 @@ void mxfp4_linears(const mxfp4_linear_group* arguments);
 // are not whole vectors or are larger than 256.
 int mxfp4_attention_with_sinks(const mxfp4_attention* arguments);
 
-// logits [T, all], rows `stride` elements apart -> gammas, gather, scatter [R], offsets [E + 1].
-// Rows with ids outside [first, first + experts) go last and get gamma 0.
-int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride, int64_t all,
-                  int64_t top_k, int64_t experts, int64_t first, float* gammas, int32_t* gather,
-                  int32_t* scatter, int32_t* offsets, int32_t threads);
+int mxfp4_routing(const mxfp4_router* arguments);
 
-// The same from given routes: ids [T, A] and weights [T, A], contiguous.
+// The same from given routes: ids [T, A] and weights [T, A], contiguous; ids outside of
+// [first, first + experts) are those of experts held elsewhere.
 int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const void* weights, int32_t dtype,
                          int64_t tokens, int64_t per_token, int64_t experts, int64_t first,
                          float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,

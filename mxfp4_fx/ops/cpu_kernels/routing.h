@@ -139,17 +139,24 @@ inline int threads_for(int64_t work, int64_t of_thread, int32_t threads) {
 
 }  // namespace mxfp4
 
-extern "C" int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, int64_t stride,
-                             int64_t all, int64_t top_k, int64_t experts, int64_t first,
-                             float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,
-                             int32_t threads) {
+extern "C" int mxfp4_routing(const mxfp4_router* arguments) {
   using namespace mxfp4;
-  const Routes routes{tokens, top_k, experts, first, gammas, gather, scatter, offsets};
+  const mxfp4_router& router = *arguments;
+  const int64_t tokens = router.tokens, all = router.all, top_k = router.top_k;
+  const int64_t experts = router.experts;
+  const Routes routes{tokens,
+                      top_k,
+                      experts,
+                      router.first,
+                      router.gammas,
+                      router.gather_index,
+                      router.scatter_index,
+                      router.expert_offsets};
   if (top_k < 1 || top_k > all || !routes.fits()) return EINVAL;
   if (all > std::numeric_limits<int32_t>::max()) return EINVAL;
 
   // Candidates and values of each thread, weights and experts of all slots, counts of each thread.
-  const int most = threads_for(tokens * all, LOGITS_OF_THREAD, threads);
+  const int most = threads_for(tokens * all, LOGITS_OF_THREAD, router.threads);
   const int64_t slots = tokens * top_k, candidates = most * all;
   CallMemory memory(candidates * static_cast<int64_t>(sizeof(Candidate) + sizeof(float)) +
                     slots * static_cast<int64_t>(sizeof(float) + sizeof(int32_t)) +
@@ -166,7 +173,8 @@ extern "C" int mxfp4_routing(const void* logits, int32_t dtype, int64_t tokens, 
     float* values = all_values + thread * all;
     const int64_t end = routes.first_token(thread + 1, count);
     for (int64_t token = routes.first_token(thread, count); token < end; token++) {
-      to_f32(element(logits, dtype, token * stride), dtype, all, values);
+      to_f32(element(router.logits, router.dtype, token * router.stride), router.dtype, all,
+             values);
       for (int64_t id = 0; id < all; id++) queue[id] = {values[id], static_cast<int32_t>(id)};
       select_largest(queue, all, top_k);
       softmax(queue, top_k, weights + token * top_k);
