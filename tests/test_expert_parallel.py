@@ -18,9 +18,11 @@ from expert_parallel import WORLD, Loaded, Told
 from loaded import assert_same_tensors, dequantized, exact_logits, logits, write_dense
 from oracle import assert_as_accurate
 from processes import LAST_RESORT
-from torch import Tensor
+from torch import Tensor, nn
 
 import mxfp4_fx
+from mxfp4_fx.core.errors import OptionError
+from mxfp4_fx.huggingface import parallel
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "expert_parallel.py"
 
@@ -183,6 +185,13 @@ def test_explain_on_one_rank_says_what_to_do(told: list[Told]) -> None:
 def test_what_cannot_be_done_is_said(told: list[Told], what: str, reason: str) -> None:
     said = [one.refusals[what] for one in told]  # by itself, or of the other by which it failed
     assert all(re.search(reason, text) for text in said), said
+
+
+def test_a_plan_that_would_not_add_up_what_ranks_compute() -> None:
+    model = nn.Module()
+    model.ep_plan = {"model.layers.*.mlp.experts": "moe_tp_experts"}  # transformers 5.18's
+    with pytest.raises(OptionError, match=r"needs transformers 5\.20 or newer"):
+        parallel.plan_packed(model)
 
 
 # ---- the example

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 # The oldest whose experts the passes know and whose loader the quantizer fits.
 OLDEST_TRANSFORMERS = "5.8"
 # The oldest that can spread packed experts over processes.
-OLDEST_TO_SPREAD = "5.18"
+OLDEST_TO_SPREAD = "5.20"
 
 
 def transformers_version() -> str | None:

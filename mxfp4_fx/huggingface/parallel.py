@@ -8,6 +8,10 @@ from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.version import OLDEST_TO_SPREAD, can_spread
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 
+_TOO_OLD = (
+    "from_pretrained(..., distributed_config=...) with packed experts needs transformers "
+    f"{OLDEST_TO_SPREAD} or newer (pip install --upgrade transformers)"
+)
 _DATA_PARALLEL = ("fsdp_size", "dp_replicate_size")
 
 
@@ -43,10 +47,7 @@ def _size(distributed: Any, name: str) -> int:
 def refuse_older(distributed: Any) -> None:
     """Raise OptionError if this transformers spreads models in a way that we do not know."""
     if not can_spread() and distributed is not None:
-        raise OptionError(
-            f"from_pretrained(..., distributed_config=...) with packed experts needs transformers "
-            f"{OLDEST_TO_SPREAD} or newer"
-        )
+        raise OptionError(_TOO_OLD)
 
 
 def refuse_quantizing(distributed: Any, weights: list[str]) -> None:
@@ -88,8 +89,14 @@ def plan_packed(model: Any) -> None:
     """Let blocks and scales be split among processes as the weight is that they stand for.
 
     transformers' plan names the weights of ``GptOssExperts``; it stays for those that are dense.
+
+    Raises:
+        OptionError: the plan is that of a transformers which would not add up what they compute.
     """
     plan: dict[str, str] = model.ep_plan if hasattr(model, "ep_plan") else model.tp_plan
+    if "ep_dispatch_experts" not in plan.values():
+        # Before, the sum over processes depended on DTensors that are no longer there at a call.
+        raise OptionError(_TOO_OLD)
     is_any_dense = any(
         hasattr(module, PROJECTIONS[0]) and not isinstance(module, PackedExperts)
         for module in model.modules()
