@@ -12,7 +12,7 @@ from torch.compiler import config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mxfp4_fx import calls
-from mxfp4_fx.core import compilation, torch_private_dynamo
+from mxfp4_fx.core import compilation, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.torch_private_distributed import is_dtensor, shard_of
@@ -88,9 +88,17 @@ def noted(compiled: CompiledGraph, report: GraphReport) -> CompiledGraph:
 
     def run(*args: Any) -> Any:
         call = calls.current()
-        if call is not None:
-            call.ran(report, args)
-        return compiled(*args)
+        if call is None:
+            return compiled(*args)
+        call.ran(report, args)
+        try:
+            return compiled(*args)
+        except Exception as error:
+            found = call.renamed(report, args)
+            names = [one.layer for one in found.rewrites] + [one.layer for one in found.misses]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            ranks.note(error, f"in the graph of {names[0]}{more}")
+            raise
 
     return run
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxfp4_fx.core import compilation, forks, torch_private_dynamo
+from mxfp4_fx.core import compilation, forks, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import (
     InflatedExpertsWarning,
     MissedRewriteError,
@@ -137,8 +137,12 @@ class Call:
                 if self.options.skip:
                     vars(module).pop(SKIPPED, None)
         # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
-        if sys.exc_info()[1] is self._raised:
+        error = sys.exc_info()[1]
+        if error is self._raised:
             self._judge()
+        elif isinstance(error, Exception):
+            models = [f"a call of {model.kind}" for model in self.models]
+            ranks.note(error, "in " + ["a call", *models, *map(self.name_of, self._entered)][-1])
 
     def _judge(self) -> None:
         """Warn, or raise with ``strict``, if the call has met no experts at all."""

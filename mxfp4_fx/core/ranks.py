@@ -7,6 +7,8 @@ whom for.
 from __future__ import annotations
 
 import datetime
+import logging
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +16,10 @@ import torch.distributed as dist
 from torch import nn
 
 from mxfp4_fx.core import torch_private
+
+log = logging.getLogger("mxfp4_fx.ranks")
+
+_NOTE = "mxfp4_fx:"
 
 
 class Absent(Exception):
@@ -105,6 +111,23 @@ def of_model(modules: Iterable[nn.Module]) -> list[int]:
                 ranks: list[int] = mesh.mesh.flatten().tolist()
                 return ranks
     return []
+
+
+def note(error: BaseException, doing: str) -> None:
+    """Let what Python prints of an exception say which of several processes it ended, and where.
+
+    A collective that fails names an address at most. The innermost note of an exception stays.
+
+    Args:
+        doing: "in ...".
+    """
+    notes: list[str] = getattr(error, "__notes__", [])
+    if not is_one_of_several() or any(_NOTE in one for one in notes):
+        return
+    text = f"{_NOTE} rank {dist.get_rank()} of {dist.get_world_size()} was {doing}"
+    error.__notes__ = [*notes, text]
+    if sys.version_info < (3, 11):  # which does not print notes
+        log.error(text)
 
 
 def named(ranks: list[int]) -> str:
