@@ -22,7 +22,7 @@ import mxfp4_fx
 from mxfp4_fx import explanation
 from mxfp4_fx.huggingface import meeting
 from mxfp4_fx.huggingface.packed import PackedExperts
-from mxfp4_fx.weights.freed import is_mapped, mapped_files
+from mxfp4_fx.weights.mapped import is_mapped, mapped_files
 
 WORLD = 2  # ranks that give an `answer`
 
@@ -227,10 +227,43 @@ def explain_on_one(model: Any) -> tuple[str, str]:
         return refusal, str(mxfp4_fx.explain(model, IDS))
 
 
-def load_as_transformers_does(checkpoint: Path) -> tuple[Tensor, str]:
-    """Return logits of transformers' own MXFP4 modules, compiled, and what ``explain`` says."""
-    model = default_load.load(checkpoint, distributed_config=spread())
-    options = {"inner": "eager", "strict": True}
-    compiled = logits(torch.compile(model, backend="mxfp4", options=options))
+@dataclasses.dataclass
+class OfTransformers:
+    """What a rank found of models that transformers loaded without this package.
+
+    Attributes:
+        modules: logits of its own MXFP4 modules, compiled.
+        explanation: what ``explain`` says of these.
+        dense: form of dense experts -> logits, compiled.
+        tokens: what a compiled model with dense experts generates after `loaded.IDS`.
+    """
+
+    modules: Tensor
+    explanation: str
+    dense: dict[str, Tensor]
+    tokens: Tensor
+
+
+def load_as_transformers_does(checkpoint: Path, dense: Path) -> OfTransformers:
+    modules = compiled(default_load.load(checkpoint, distributed_config=spread()))
     with torch.no_grad():
-        return compiled, str(mxfp4_fx.explain(model, IDS))
+        explanation = str(mxfp4_fx.explain(modules, IDS))
+    found = OfTransformers(logits(modules), explanation, {}, IDS)
+    for form in ("grouped_mm", "batched_mm"):
+        model = AutoModelForCausalLM.from_pretrained(
+            dense, distributed_config=spread(), experts_implementation=form, dtype=torch.float32
+        )
+        found.dense[form] = logits(compiled(model))
+    found.tokens = generate(model)
+    return found
+
+
+def compiled(model: Any) -> Any:
+    model.compile(backend="mxfp4", options={"inner": "eager", "strict": True})
+    return model
+
+
+def generate(model: Any) -> Tensor:
+    """Return some greedy tokens."""
+    tokens: Tensor = model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    return tokens

@@ -14,11 +14,12 @@ import pytest
 import ranks
 import torch
 from checkpoints import copied, edit_tensors, read_tensors, write_packed
-from expert_parallel import WORLD, Loaded, Told
+from expert_parallel import WORLD, Loaded, OfTransformers, Told
 from loaded import assert_same_tensors, dequantized, exact_logits, logits, write_dense
 from oracle import assert_as_accurate
 from processes import LAST_RESORT
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import OptionError
@@ -98,15 +99,41 @@ def test_one_expert_for_each_rank(checkpoint: Path, tmp_path: Path) -> None:
     check_saved(tmp_path / "freed", checkpoint)
 
 
+@pytest.fixture(scope="module")
+def of_transformers(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[OfTransformers]]:
+    """A dense checkpoint, and what the ranks found of it and of the packed one."""
+    folder = tmp_path_factory.mktemp("of_transformers")
+    dense = write_dense(folder / "dense", checkpoint, torch.float32)
+    run = expert_parallel.load_as_transformers_does
+    return dense, ranks.run(run, WORLD, folder / "ranks", checkpoint, dense)
+
+
 @pytest.mark.exhaustive
-def test_transformers_own_modules_are_captured(checkpoint: Path, tmp_path: Path) -> None:
+def test_transformers_own_modules_are_captured(
+    checkpoint: Path, of_transformers: tuple[Path, list[OfTransformers]]
+) -> None:
     exact = exact_logits(dequantized(checkpoint, torch.float32))
     alone = logits(default_load.load(checkpoint))
-    found = ranks.run(expert_parallel.load_as_transformers_does, WORLD, tmp_path, checkpoint)
-    for compiled, explanation in found:
-        assert torch.equal(compiled, found[0][0])
-        assert_as_accurate(compiled, alone, exact)
-        assert explanation.count(" transformers_mxfp4 ") == 2
+    _, found = of_transformers
+    for one in found:
+        assert torch.equal(one.modules, found[0].modules)
+        assert_as_accurate(one.modules, alone, exact)
+        assert one.explanation.count(" transformers_mxfp4 ") == 2
+
+
+@pytest.mark.exhaustive
+def test_dense_experts_that_transformers_spreads(
+    of_transformers: tuple[Path, list[OfTransformers]],
+) -> None:
+    dense, found = of_transformers
+    alone = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    exact = exact_logits(alone)
+    for one in found:
+        for compiled in one.dense.values():
+            assert_as_accurate(compiled, logits(alone), exact)
+        assert torch.equal(one.tokens, expert_parallel.generate(alone))
 
 
 def check_logits(found: list[Loaded], checkpoint: Path) -> None:
