@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import default_load
 import expert_parallel
 import pytest
 import ranks
 import torch
-from checkpoints import copied, edit_tensors, read_tensors, write_packed
+from checkpoints import TINY, copied, edit_tensors, read_tensors, write_packed
 from expert_parallel import WORLD, Loaded, OfTransformers, Told
 from loaded import assert_same_tensors, dequantized, exact_logits, logits, write_dense
 from oracle import assert_as_accurate
@@ -105,7 +106,7 @@ def of_transformers(
 ) -> tuple[Path, list[OfTransformers]]:
     """A dense checkpoint, and what the ranks found of it and of the packed one."""
     folder = tmp_path_factory.mktemp("of_transformers")
-    dense = write_dense(folder / "dense", checkpoint, torch.float32)
+    dense = checkpoints.write_dense(folder / "dense", TINY, torch.float32)  # of MXFP4 values
     run = expert_parallel.load_as_transformers_does
     return dense, ranks.run(run, WORLD, folder / "ranks", checkpoint, dense)
 
