@@ -102,7 +102,7 @@ class TestLoadAhead:
         assert native.load(path) == "library"
         target.load_ahead("auto", CPU)
         wait()
-        assert threads == ["mxfp4_fx"]
+        assert threads == ["mxfp4_fx builds"]
 
     def test_who_needs_them_gets_the_failure(self, loading: Any) -> None:
         threads = loading(NativeBuildError("no compiler"))
@@ -110,7 +110,7 @@ class TestLoadAhead:
         wait()
         with pytest.raises(NativeBuildError, match="no compiler"):
             native.load(hardware.cpu_path())
-        assert threads == ["mxfp4_fx"]
+        assert threads == ["mxfp4_fx builds"]
 
     @pytest.mark.parametrize(("requested", "device"), [("reference", CPU), ("auto", META)])
     def test_not_if_others_will_be_chosen(

@@ -41,6 +41,9 @@ MODELS = {
     "`explain`": ("test_explain.py::test_table",),
     "`verify`": ("test_verification.py::test_right_rewrites_pass[",),
     "Inductor": ("test_backend.py::TestInner::test_inductor[dtype0-",),
+}
+# What leans most on torch's compilers.
+COMPILED = {
     "attention": (
         "test_fuse_attention.py::test_generate[whole",
         "test_fuse_attention.py::test_log",
@@ -51,7 +54,7 @@ MODELS = {
 }
 BEHAVIOURS: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers": MODELS,
-    "torch": MODELS | {"private names": ("test_torch_private.py::",)},
+    "torch": MODELS | {"private names": ("test_torch_private.py::",)} | COMPILED,
     "triton": {
         "kernels in the interpreter": ("test_triton.py::test_every_regime[",),
         "models in the interpreter": ("test_triton_models.py::",),
