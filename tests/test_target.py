@@ -124,5 +124,5 @@ class TestLoadAhead:
 
 def wait() -> None:
     for thread in threading.enumerate():
-        if thread.name == "mxfp4_fx":
+        if thread.name == "mxfp4_fx builds":
             thread.join()
