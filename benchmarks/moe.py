@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS, dequantize
-from mxfp4_fx.ops.operands import ALPHA, LIMIT
-from mxfp4_fx.ops.reference import routing, swiglu
+from mxfp4_fx.ops.operands import ALPHA, LIMIT, Activation
+from mxfp4_fx.ops.reference import activate, routing
 
 # A result in bfloat16 is rounded this often in a row at most, by 2^-9 of itself each time. The
 # longest chain is transformers': router weights, gate and up, bias, alpha * gate, sigmoid, glu,
@@ -204,7 +204,8 @@ def exact(weights: Weights, hidden: Tensor, logits: Tensor, sizes: Sizes) -> Ten
         rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
         if rows.start < rows.stop:
             token = gather_index[rows]
-            inner = swiglu(linear(hidden[token].double(), weights.gate_up, expert), ALPHA, LIMIT)
+            pre = linear(hidden[token].double(), weights.gate_up, expert)
+            inner = activate(pre, Activation("swiglu", ALPHA, LIMIT))
             out.index_add_(0, token, linear(inner, weights.down, expert) * gammas[rows, None])
     return out
 

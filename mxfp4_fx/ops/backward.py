@@ -14,17 +14,27 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.ops.operands import Activation, Rows, Weight
-from mxfp4_fx.ops.reference import matrix, swiglu
+from mxfp4_fx.ops.reference import activate, matrix
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """Return the gradient [.., 2I] of ``reference.swiglu``'s input, from ``grad`` [.., I]."""
-    gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
+def activate_backward(grad: Tensor, y: Tensor, activation: Activation | None) -> Tensor:
+    """Return the gradient [.., N] of ``reference.activate``'s input, from ``grad`` [.., N']."""
+    if activation is None:
+        return grad
+    kind, alpha, limit, up_offset = activation
+    if kind == "relu2":
+        return grad * 2 * torch.relu(y)
+    gate, up = y[..., 0::2], y[..., 1::2]
     g, u = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
-    s = torch.sigmoid(alpha * g)
+    if kind == "geglu_tanh":
+        acted = torch.nn.functional.gelu(g, approximate="tanh")
+        slope = torch.ops.aten.gelu_backward(torch.ones_like(g), g, approximate="tanh")
+    else:
+        s = torch.sigmoid(alpha * g)
+        acted, slope = g * s, s + alpha * g * s * (1 - s)
     # where() and no product with a mask: values beyond the limit may be infinite.
-    grad_gate = (grad * (u + 1) * (s + alpha * g * s * (1 - s))).where(gate <= limit, 0)
-    grad_up = (grad * g * s).where(up.abs() <= limit, 0)
+    grad_gate = (grad * (u + up_offset) * slope).where(gate <= limit, 0)
+    grad_up = (grad * acted).where(up.abs() <= limit, 0)
     return torch.stack((grad_gate, grad_up), dim=-1).flatten(-2)
 
 
@@ -57,12 +67,9 @@ def matmul_ogs_backward(
             y = y + weight.bias[expert].float()
         g = grad[start:stop]
         if rows.gammas is not None:
-            out = y if activation is None else swiglu(y, activation.alpha, activation.limit)
-            grad_gammas[start:stop] = (g * out).sum(dim=-1)
+            grad_gammas[start:stop] = (g * activate(y, activation)).sum(dim=-1)
             g = g * rows.gammas[start:stop, None]
-        if activation is not None:
-            g = swiglu_backward(g, y, activation.alpha, activation.limit)
-        grad_rows[start:stop] = g @ w
+        grad_rows[start:stop] = activate_backward(g, y, activation) @ w
     if rows.gather is None:
         return grad_rows.to(x.dtype), grad_gammas
     grad_x = x.new_zeros(x.shape, dtype=torch.float32)

@@ -13,13 +13,13 @@ from mxfp4_fx.ops.cpu_library import DTYPES, check, library, pointer
 
 
 def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
-    """Round a weight [E, K, N] to MXFP4 and swizzle it into ``blocks`` and ``scales``, in one pass.
+    """Round a weight [E, N, K] to MXFP4 and swizzle it into ``blocks`` and ``scales``, in one pass.
 
     The bytes are the same as those of ``formats.quantize`` and ``CpuPanels.swizzle``. It needs no
     memory besides the result.
 
     Args:
-        source: [E, K, N] float32, bfloat16 or float16, with any strides.
+        source: [E, N, K] float32, bfloat16 or float16, with any strides.
         blocks, scales: the tensors to fill, of ``CpuPanels.shapes`` behind an axis of E.
 
     Raises:
@@ -28,12 +28,12 @@ def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
     if source.dtype not in DTYPES:
         raise TypeError(f"a weight must be float32, bfloat16 or float16, not {source.dtype}")
     source = source.resolve_neg()  # the memory of a lazily negated tensor has the other signs
-    e, k, n = source.shape
+    e, n, k = source.shape
     check(
         library().mxfp4_quantize(
             pointer(source),
             DTYPES[source.dtype],
-            *map(ctypes.c_int64, (e, n, k, source.stride(0), source.stride(2), source.stride(1))),
+            *map(ctypes.c_int64, (e, n, k, *source.stride())),
             pointer(blocks),
             pointer(scales),
             torch.get_num_threads(),

@@ -40,7 +40,7 @@ from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import hub_loader
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
-from mxfp4_fx.ops.reference import combine, swiglu
+from mxfp4_fx.ops.reference import activate, combine
 
 # Rows of the tiles that the package may choose: 2^4 to 2^8, with 2^8 on AMD only.
 _LOG2_HEIGHTS = range(4, 9)
@@ -66,8 +66,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     if rows.gammas is not None:
         rows = rows._replace(gammas=rows.gammas.float().contiguous())
     terms = _bf16_terms(x)
-    # What the package can do itself. Its clamp is undefined for a limit below zero.
-    activates = activation is not None and len(terms) == 1 and activation.limit >= 0
+    activates = activation is not None and len(terms) == 1 and _can_activate(activation)
     weighs = rows.gammas is not None and activation is None
     scatters = _can_scatter(rows) and activation is None
     # Round once: the package may round to bfloat16 only if no sum and no factor follows.
@@ -80,7 +79,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
         for term in terms[1:]:
             y = y + call(term, None)
     if activation is not None and not activates:
-        y = swiglu(y, activation.alpha, activation.limit)
+        y = activate(y, activation)
     if rows.gammas is not None and not weighs:
         y = y * rows.gammas[:, None]
     if not scatters:
@@ -88,6 +87,11 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
         if rows.scatter is not None:
             y = combine(y, rows.scatter, rows.per_token)
     return y.to(x.dtype)
+
+
+def _can_activate(activation: Activation) -> bool:
+    """Return whether the package has it: GPT-OSS's; its clamp is undefined for a limit below 0."""
+    return (activation.kind, activation.up_offset) == ("swiglu", 1) and activation.limit >= 0
 
 
 def _can_scatter(rows: Rows) -> bool:

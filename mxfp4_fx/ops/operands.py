@@ -2,8 +2,8 @@
 
 Torch needs flat schemas. ``schemas.py`` makes operands from the flat arguments once a call, for
 every implementation, the backward and the fake impl. They are tuples, because no other immutable
-class is as cheap to build. Shape letters as in ``reference.py``; N' is N, or N/2 with an
-activation, which halves it.
+class is as cheap to build. Shape letters as in ``reference.py``; N' is N, or N/2 with a
+gated activation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.layouts import LAYOUTS
 
 # The constants of GPT-OSS's SwiGLU.
-ALPHA, LIMIT = 1.702, 7.0
+ALPHA, LIMIT, UP_OFFSET = 1.702, 7.0, 1.0
+# Activation -> whether it makes one column of two: of gate and up.
+ACTIVATIONS = {"swiglu": True, "geglu_tanh": True, "relu2": False}
 
 
 class Weight(NamedTuple):
@@ -63,22 +65,35 @@ class Rows(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """The activation after the bias.
+    """The activation after the bias; ``reference.activate`` defines it.
 
     Attributes:
-        kind: ``"swiglu"``, the only kind: gate in the even columns, up in the odd.
-        alpha, limit: SwiGLU's constants.
+        kind: a key of :data:`ACTIVATIONS`. Of a gated one, the gate is in the even columns and up
+            in the odd.
+        alpha: the gate's factor in the sigmoid of ``"swiglu"``.
+        limit: gate is at most this, and up between minus this and this; of a gated activation.
+        up_offset: what is added to up; of a gated activation.
     """
 
     kind: str
-    alpha: float
-    limit: float
+    alpha: float = ALPHA
+    limit: float = LIMIT
+    up_offset: float = UP_OFFSET
+
+    @property
+    def is_gated(self) -> bool:
+        return ACTIVATIONS[self.kind]
+
+
+def columns(n: int, activation: Activation | None) -> int:
+    """Return N': the columns that an activation makes of N."""
+    return n // 2 if activation is not None and activation.is_gated else n
 
 
 def result_shape(weight: Weight, rows: Rows, activation: Activation | None) -> tuple[int, int]:
     """Return the shape of the op's result: [T, N'] with a scatter, otherwise [R, N']."""
     height = rows.total if rows.scatter is None else rows.total // rows.per_token
-    return height, weight.n if activation is None else weight.n // 2
+    return height, columns(weight.n, activation)
 
 
 def rows_and_k(x: Tensor) -> tuple[int, int]:
@@ -160,22 +175,26 @@ def make_rows(
     return Rows(offsets, gather, scatter, gammas, per_token, total)
 
 
-def make_activation(kind: str, alpha: float, limit: float, n: int) -> Activation | None:
+def make_activation(
+    kind: str, alpha: float, limit: float, up_offset: float, n: int
+) -> Activation | None:
     """Return the activation of that name; None for ``"none"``.
 
     Raises:
-        ValueError: there is no such activation, or N is odd.
+        ValueError: there is no such activation, or it is gated and N is odd.
     """
     if kind == "none":
         return None
-    if kind != "swiglu":
-        raise ValueError(f"mxfp4::matmul_ogs: activation={kind!r} is not 'none' or 'swiglu'")
-    if n % 2:
+    if kind not in ACTIVATIONS:
         raise ValueError(
-            f"mxfp4::matmul_ogs: activation='swiglu' wants an even N, for gate and up alternate; "
+            f"mxfp4::matmul_ogs: activation={kind!r} is not one of {['none', *ACTIVATIONS]}"
+        )
+    if ACTIVATIONS[kind] and n % 2:
+        raise ValueError(
+            f"mxfp4::matmul_ogs: activation={kind!r} wants an even N, for gate and up alternate; "
             f"N is {n}"
         )
-    return Activation(kind, alpha, limit)
+    return Activation(kind, alpha, limit, up_offset)
 
 
 def _check_length(name: str, rows: Tensor, total: int) -> None:

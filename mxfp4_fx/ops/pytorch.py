@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core.formats import dequantize
-from mxfp4_fx.ops.operands import Activation, Rows, Weight
-from mxfp4_fx.ops.reference import combine, swiglu
+from mxfp4_fx.ops.operands import Activation, Rows, Weight, columns
+from mxfp4_fx.ops.reference import activate, combine
 
 # Bytes of a dequantized panel in float32; from 2 to 8 MiB the speed is the same on 2 cores.
 PANEL_BYTES = 4 << 20
@@ -25,8 +25,8 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     n, k, bias = weight.n, weight.k, weight.bias
     height = max(2, PANEL_BYTES // (4 * max(k, 1)) & ~1)
     panel = x.new_empty((min(n, height), k), dtype=torch.float32)
-    halves = 1 if activation is None else 2
-    y = x.new_zeros((rows.total, n // halves), dtype=torch.float32)
+    width = columns(n, activation)
+    y = x.new_zeros((rows.total, width), dtype=torch.float32)
     for expert, (first, last) in enumerate(pairwise(rows.offsets.tolist())):
         if first == last:
             continue
@@ -40,9 +40,8 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
                 out = inputs @ part.T
             else:
                 out = torch.addmm(bias[expert, start:stop].float(), inputs, part.T)
-            if activation is not None:
-                out = swiglu(out, activation.alpha, activation.limit)
-            y[first:last, start // halves : stop // halves] = out
+            here = slice(start * width // n, stop * width // n)
+            y[first:last, here] = activate(out, activation)
     if rows.gammas is not None:
         y *= rows.gammas[:, None]
     if rows.scatter is not None:

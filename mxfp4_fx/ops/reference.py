@@ -12,19 +12,23 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core.formats import dequantize
+from mxfp4_fx.core.formats import BLOCK, dequantize
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
+from mxfp4_fx.core.orders import Order, alternate
 from mxfp4_fx.core.torch_private import assert_async
 from mxfp4_fx.ops.operands import (
+    UP_OFFSET,
     Activation,
     Attention,
     Rows,
     Weight,
     check_linears,
+    columns,
     make_weight,
 )
 
@@ -115,11 +119,23 @@ def expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Ten
     return indices.clamp(min=0) if below == "first" else indices.clone()
 
 
-def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """Apply GPT-OSS's clamped SwiGLU: [.., 2I] -> [.., I]; gate in even columns, up in odd ones."""
-    gate = gate_up[..., 0::2].clamp(max=limit)
-    up = gate_up[..., 1::2].clamp(min=-limit, max=limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+def activate(y: Tensor, activation: Activation | None) -> Tensor:
+    """Apply the activation to sums with biases: [.., N] -> [.., N'].
+
+    ``"swiglu"`` is GPT-OSS's clamped SwiGLU, ``gate * sigmoid(alpha * gate) * (up + up_offset)``
+    with the gate clamped above and up both ways; SiLU experts have alpha 1, no limit and offset 0.
+    ``"geglu_tanh"`` has GELU, in its tanh form, of the gate instead. ``"relu2"`` is ``relu(y)^2``.
+    """
+    if activation is None:
+        return y
+    kind, alpha, limit, up_offset = activation
+    if kind == "relu2":
+        return torch.relu(y).square()
+    gate = y[..., 0::2].clamp(max=limit)
+    up = y[..., 1::2].clamp(min=-limit, max=limit)
+    if kind == "geglu_tanh":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * (up + up_offset)
+    return gate * torch.sigmoid(alpha * gate) * (up + up_offset)
 
 
 def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
@@ -134,18 +150,16 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
         weight, rows, activation: see ``operands.py``. The weight may have any layout here.
 
     Returns:
-        [T, N'] with a scatter, else [R, N']; N' = N, or N/2 with SwiGLU; in x's dtype.
+        [T, N'] with a scatter, else [R, N']; N' = N, or N/2 if the activation is gated; in x's
+        dtype.
     """
-    act = None
-    if activation is not None:
-        act = functools.partial(swiglu, alpha=activation.alpha, limit=activation.limit)
     y = grouped_linear(
         x if rows.gather is None else x[rows.gather],
         functools.partial(matrix, weight),
         weight.bias,
         weight.n,
         rows.offsets,
-        act,
+        activation,
     )
     if rows.gammas is not None:
         y = y * rows.gammas[:, None]
@@ -167,19 +181,19 @@ def grouped_linear(
     bias: Tensor | None,
     n: int,
     expert_offsets: Tensor,
-    act: Callable[[Tensor], Tensor] | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """Return ``act(rows @ weight(e)^T + bias[e])`` in float32, for rows [R, K] sorted by expert.
 
     ``weight(e)`` returns [N, K] float32. It is called only for experts that have rows.
     """
-    y = rows.new_zeros((rows.shape[0], n if act is None else n // 2), dtype=torch.float32)
+    y = rows.new_zeros((rows.shape[0], columns(n, activation)), dtype=torch.float32)
     for expert, (start, stop) in enumerate(pairwise(expert_offsets.tolist())):
         if start < stop:
             part = rows[start:stop].float() @ weight(expert).T
             if bias is not None:
                 part = part + bias[expert].float()
-            y[start:stop] = part if act is None else act(part)
+            y[start:stop] = activate(part, activation)
     return y
 
 
@@ -194,9 +208,9 @@ def moe(
     hidden: Tensor,
     router_logits: Tensor,
     gate_up: Tensor,
-    gate_up_bias: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
-    down_bias: Tensor,
+    down_bias: Tensor | None,
     top_k: int,
     alpha: float,
     limit: float,
@@ -204,34 +218,41 @@ def moe(
     down_scales: Tensor | None = None,
     layout: str = CHECKPOINT_ORDER,
     first_expert: int = 0,
+    activation: str = "swiglu",
+    up_offset: float = UP_OFFSET,
+    is_transposed: bool = True,
+    is_concatenated: bool = False,
 ) -> Tensor:
-    """Compute a GPT-OSS MoE MLP from its router logits on: the logical op, without a layout.
+    """Compute a MoE MLP from its router logits on: the logical op, without a layout.
 
-    The weights are as the model holds them.
+    The weights are as the model holds them. Their order (``core/orders.py``) is GPT-OSS's if the
+    last two arguments do not say otherwise.
 
     Args:
         hidden: [T, H] float.
         router_logits: [T, E], or of all experts if E of them are held here.
-        gate_up, gate_up_bias: [E, H, 2I] and [E, 2I].
-        down, down_bias: [E, I, H] and [E, H].
+        gate_up: [E, H, N], where N is 2I, or I if the activation is not gated; [E, N, H] if not
+            transposed.
+        gate_up_bias: [E, N] in the order of the weight's N, or None.
+        down: [E, I, H]; [E, H, I] if not transposed.
+        down_bias: [E, H], or None.
         top_k: A.
-        alpha, limit: SwiGLU's constants.
+        alpha, limit: see ``operands.Activation``.
         gate_up_scales, down_scales: for packed weights; ``gate_up`` and ``down`` are then blocks.
         layout: the layout of packed weights, as the model holds them. In checkpoint order, scales
-            are uint8 [E, 2I, H/32] and [E, H, I/32], and blocks have an axis of 16 bytes more.
+            are uint8 [E, N, H/32] and [E, H, I/32], and blocks have an axis of 16 bytes more.
         first_expert: the id of the first expert held here. What a token's other experts would add
             is missing in the result.
+        activation, up_offset: see ``operands.Activation``.
+        is_transposed, is_concatenated: see ``orders.Order``; only ``gate_up`` is concatenated.
 
     Returns:
         [T, H] in hidden's dtype. Floats are not quantized here, but when the op is lowered.
     """
     routes = routing(router_logits, top_k, first_expert, gate_up.shape[0])
-    gate_up_of, down_of = _both(
-        hidden, gate_up, gate_up_bias, down, down_bias, gate_up_scales, down_scales, layout
-    )
-    return _experts(
-        hidden, routes, gate_up_of, gate_up_bias, down_of, down_bias, top_k, alpha, limit
-    )
+    mlp = _mlp(gate_up, gate_up_bias, down, down_bias, gate_up_scales, down_scales, layout,
+               Order(is_transposed, is_concatenated), hidden.shape[1])  # fmt: skip
+    return _experts(hidden, routes, mlp, top_k, Activation(activation, alpha, limit, up_offset))
 
 
 def moe_from_routes(
@@ -239,23 +260,26 @@ def moe_from_routes(
     indices: Tensor,
     weights: Tensor,
     gate_up: Tensor,
-    gate_up_bias: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
-    down_bias: Tensor,
+    down_bias: Tensor | None,
     alpha: float,
     limit: float,
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
     layout: str = CHECKPOINT_ORDER,
     first_expert: int = 0,
+    activation: str = "swiglu",
+    up_offset: float = UP_OFFSET,
+    is_transposed: bool = True,
+    is_concatenated: bool = False,
 ) -> Tensor:
     """Compute :func:`moe` with given routes: ``indices`` [T, A] and ``weights`` [T, A]."""
     routes = routing_from_routes(indices, weights, gate_up.shape[0], first_expert)
-    a = indices.shape[1]
-    gate_up_of, down_of = _both(
-        hidden, gate_up, gate_up_bias, down, down_bias, gate_up_scales, down_scales, layout
-    )
-    return _experts(hidden, routes, gate_up_of, gate_up_bias, down_of, down_bias, a, alpha, limit)
+    mlp = _mlp(gate_up, gate_up_bias, down, down_bias, gate_up_scales, down_scales, layout,
+               Order(is_transposed, is_concatenated), hidden.shape[1])  # fmt: skip
+    act = Activation(activation, alpha, limit, up_offset)
+    return _experts(hidden, routes, mlp, indices.shape[1], act)
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -311,47 +335,66 @@ def attention_with_sinks(operands: Attention) -> Tensor:
     return (weights @ v).to(query.dtype).transpose(1, 2).contiguous()
 
 
-Matrices = Callable[[int], Tensor]  # from an expert to its matrix [N, K] float32
+class Linear(NamedTuple):
+    """The matrices and biases of one projection, in the order of the kernels.
+
+    Attributes:
+        matrix: from an expert to its matrix [N, K] float32.
+        bias: [E, N], or None.
+        n: N.
+    """
+
+    matrix: Callable[[int], Tensor]
+    bias: Tensor | None
+    n: int
 
 
-def _both(
-    hidden: Tensor,
+def _mlp(
     gate_up: Tensor,
-    gate_up_bias: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
-    down_bias: Tensor,
+    down_bias: Tensor | None,
     gate_up_scales: Tensor | None,
     down_scales: Tensor | None,
     layout: str,
-) -> tuple[Matrices, Matrices]:
-    """Return the matrices of both weights: [E, K, N], or packed if there are scales."""
+    order: Order,
+    hidden_size: int,
+) -> tuple[Linear, Linear]:
+    """Return both projections of a model's weights, which are floats or packed."""
+    if gate_up_bias is not None and order.is_concatenated:
+        gate_up_bias = alternate(gate_up_bias)
+    down_order = order._replace(is_concatenated=False)
     if gate_up_scales is None or down_scales is None:
-        return lambda e: gate_up[e].T.float(), lambda e: down[e].T.float()
-    n = gate_up_bias.shape[1]
-    first = make_weight(gate_up, gate_up_scales, None, n, hidden.shape[1], layout)
-    second = make_weight(down, down_scales, None, down_bias.shape[1], n // 2, layout)
-    return functools.partial(matrix, first), functools.partial(matrix, second)
+        n = gate_up.shape[2 if order.is_transposed else 1]
+        return (
+            Linear(lambda e: _rows(order.rows_of(gate_up[e])), gate_up_bias, n),
+            Linear(lambda e: _rows(down_order.rows_of(down[e])), down_bias, hidden_size),
+        )
+    in_order = layout == CHECKPOINT_ORDER
+    n = gate_up_scales.shape[1 if in_order else 2]
+    i = down_scales.shape[2 if in_order else 1] * BLOCK
+    first = make_weight(gate_up, gate_up_scales, None, n, hidden_size, layout)
+    second = make_weight(down, down_scales, None, hidden_size, i, layout)
+    return (
+        Linear(lambda e: _rows(order.alternating(matrix(first, e))), gate_up_bias, n),
+        Linear(functools.partial(matrix, second), down_bias, hidden_size),
+    )
+
+
+def _rows(rows: Tensor) -> Tensor:
+    """Return rows [N, K], or pairs of rows [N/2, 2, K], as a matrix [N, K] float32."""
+    return rows.reshape(-1, rows.shape[-1]).float()
 
 
 def _experts(
     hidden: Tensor,
     routes: Routes,
-    gate_up: Matrices,
-    gate_up_bias: Tensor,
-    down: Matrices,
-    down_bias: Tensor,
+    mlp: tuple[Linear, Linear],
     top_k: int,
-    alpha: float,
-    limit: float,
+    activation: Activation,
 ) -> Tensor:
     gammas, gather_index, scatter_index, offsets = routes
-    inner = grouped_linear(
-        hidden[gather_index],
-        gate_up,
-        gate_up_bias,
-        gate_up_bias.shape[1],
-        offsets,
-        lambda y: swiglu(y, alpha, limit),
-    )
-    y = grouped_linear(inner, down, down_bias, down_bias.shape[1], offsets)
+    gate_up, down = mlp
+    inner = grouped_linear(hidden[gather_index], *gate_up, offsets, activation)
+    y = grouped_linear(inner, *down, offsets)
     return combine(y * gammas[:, None], scatter_index, top_k).to(hidden.dtype)

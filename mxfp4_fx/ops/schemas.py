@@ -24,7 +24,7 @@ from torch import Tensor
 from mxfp4_fx.core import torch_private, torch_private_dynamo
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import autograd, backward, operands, reference
-from mxfp4_fx.ops.operands import ALPHA, LIMIT, Activation, Rows, Weight
+from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET, Activation, Rows, Weight
 
 _REFERENCE = {
     "matmul_ogs": "mxfp4_fx.ops.reference:matmul_ogs",
@@ -53,22 +53,27 @@ KERNELS: dict[str, dict[str, str]] = {
     "hub": {**_REFERENCE, "matmul_ogs": "mxfp4_fx.ops.hub:matmul_ogs"},
 }
 
-_WEIGHTS = "Tensor gate_up, Tensor gate_up_bias, Tensor down, Tensor down_bias"
+_WEIGHTS = "Tensor gate_up, Tensor? gate_up_bias, Tensor down, Tensor? down_bias"
 # Packed weights are blocks with these scales, in the layout in which the model holds them.
 _SCALES = f"Tensor? gate_up_scales=None, Tensor? down_scales=None, str layout='{CHECKPOINT_ORDER}'"
+# Their defaults are those of GPT-OSS.
+_FAMILY = (
+    f"str activation='swiglu', float up_offset={UP_OFFSET}, bool is_transposed=True, "
+    "bool is_concatenated=False"
+)
 _ROUTES = "(Tensor gammas, Tensor gather_index, Tensor scatter_index, Tensor expert_offsets)"
 _OPERANDS = (
     "Tensor x, Tensor blocks, Tensor scales, Tensor? bias, int n, Tensor expert_offsets, "
     "Tensor? gather_index=None, Tensor? scatter_index=None, Tensor? gammas=None, "
     f"int experts_per_token=1, str activation='none', float alpha={ALPHA}, float limit={LIMIT}, "
-    f"str layout='{CHECKPOINT_ORDER}'"
+    f"float up_offset={UP_OFFSET}, str layout='{CHECKPOINT_ORDER}'"
 )
 
 SCHEMAS = {
     "moe": f"(Tensor hidden, Tensor router_logits, {_WEIGHTS}, int top_k, float alpha, "
-    f"float limit, {_SCALES}, int first_expert=0) -> Tensor",
+    f"float limit, {_SCALES}, int first_expert=0, {_FAMILY}) -> Tensor",
     "moe.routes": f"(Tensor hidden, Tensor indices, Tensor weights, {_WEIGHTS}, float alpha, "
-    f"float limit, {_SCALES}, int first_expert=0) -> Tensor",
+    f"float limit, {_SCALES}, int first_expert=0, {_FAMILY}) -> Tensor",
     "expert_ids": "(Tensor indices, int num_experts, str below, str above) -> Tensor",
     "routing": "(Tensor logits, int top_k, int first_expert=0, int? num_experts=None, "
     f"str kernels='reference') -> {_ROUTES}",
@@ -133,6 +138,7 @@ def operands_of(
     activation: str = "none",
     alpha: float = ALPHA,
     limit: float = LIMIT,
+    up_offset: float = UP_OFFSET,
     layout: str = CHECKPOINT_ORDER,
     kernels: str = "reference",
 ) -> tuple[Tensor, Weight, Rows, Activation | None, str]:
@@ -141,10 +147,11 @@ def operands_of(
     Args:
         x: [T, K] with ``gather_index``, else [R, K]; float32, bfloat16 or float16.
         blocks, scales, bias, n, layout: see ``operands.Weight``. ``n`` is the weight's N, before
-            SwiGLU halves it. It is an argument because layouts may pad N and a bias may be absent.
+            a gated activation halves it. It is an argument because layouts may pad N and a bias may
+            be absent.
         expert_offsets, gather_index, scatter_index, gammas, experts_per_token: see
             ``operands.Rows``.
-        activation, alpha, limit: see ``operands.Activation``; ``"none"`` or ``"swiglu"``.
+        activation, alpha, limit, up_offset: see ``operands.Activation``; ``"none"`` for none.
         kernels: a key of :data:`KERNELS`.
 
     Returns:
@@ -164,7 +171,8 @@ def operands_of(
         x_rows,
         weight.experts,
     )
-    return x, weight, rows, operands.make_activation(activation, alpha, limit, n), kernels
+    act = operands.make_activation(activation, alpha, limit, up_offset, n)
+    return x, weight, rows, act, kernels
 
 
 def _matmul_ogs(*flat: Any) -> Tensor:

@@ -16,6 +16,7 @@ from mxfp4_fx.passes.effects import Modes
 from mxfp4_fx.passes.memory import Around
 from mxfp4_fx.passes.report import GraphReport
 from mxfp4_fx.weights.bindings import Binding
+from mxfp4_fx.weights.source import Encoding
 
 
 @dataclasses.dataclass
@@ -36,8 +37,8 @@ class Context:
             graph is for one eager call.
         around: if the graph is that of a region, what its inputs are outside of it.
         bindings: filled by ``lower_moe``: the weights that the graph reads swizzled.
-        swizzled: the tensors of a weight among the graph's inputs, and a layout -> the inputs for
-            its swizzled blocks and scales.
+        swizzled: the tensors of a weight among the graph's inputs, their encoding and a layout ->
+            the inputs for its swizzled blocks and scales.
         targets: what :meth:`target_for` has chosen so far.
         numbers: numbers for the names of new bodies; the compiler takes bodies of one name for one.
     """
@@ -51,8 +52,8 @@ class Context:
     report: GraphReport = dataclasses.field(default_factory=GraphReport)
     around: Around | None = None
     bindings: list[Binding] = dataclasses.field(default_factory=list)
-    swizzled: dict[tuple[tuple[fx.Node, ...], str], tuple[fx.Node, fx.Node]] = dataclasses.field(
-        default_factory=dict
+    swizzled: dict[tuple[tuple[fx.Node, ...], Encoding, str], tuple[fx.Node, fx.Node]] = (
+        dataclasses.field(default_factory=dict)
     )
     targets: dict[torch.device, target.Target] = dataclasses.field(default_factory=dict)
 

@@ -10,19 +10,22 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.orders import Order
+from mxfp4_fx.ops.target import Target
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.graph import known_tensor
 from mxfp4_fx.weights.bindings import Binding
-from mxfp4_fx.weights.source import FLOATS, PACKED, Encoding
+from mxfp4_fx.weights.source import Encoding, encoding_of
 
 _MXFP4 = torch.ops.mxfp4
+_NAMES = ("gate_up", "down")
 
 
 def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
@@ -33,33 +36,58 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
         rewrite = node.meta.pop(REWRITE)
         values = _arguments(node)
         chosen = ctx.target_for(known_tensor(node).device)
-        found = []
-        for name in ("gate_up", "down"):
-            weight, scales = values[name], values.get(f"{name}_scales")
-            held: tuple[fx.Node, ...] = (weight,)
-            encoding: Encoding = FLOATS
-            if scales is not None:
-                held, encoding = (weight, scales), PACKED[values["layout"]]
-            layout = chosen.layout_of(encoding.layouts)
-            full_name = f"{name}_proj of {rewrite.layer}"
-            found.append(swizzled_inputs(held, encoding, layout, full_name, ctx))
-        gate_up, down = found
-        _expand(node, values, gate_up, down, chosen.kernels, layout)
+        gate_up, down = (_projection(name, values, rewrite.layer, chosen, ctx) for name in _NAMES)
+        _expand(node, values, gate_up, down, chosen.kernels)
+        parts = *gate_up.parts, *down.parts
         lowered = dataclasses.replace(
             rewrite,
             kernels=chosen.kernels,
-            layout=layout,
+            layout=gate_up.layout,
             reason=chosen.reason,
-            bytes_after=sum(known_tensor(part).numel() for part in (*gate_up, *down)),
+            bytes_after=sum(known_tensor(part).numel() for part in parts),
         )
         ctx.report.rewrites.append(lowered)
     erase_unread(gm.graph, ctx)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Return all arguments of a logical op, defaults included."""
     assert isinstance(node.target, torch_private.OpOverload)
-    names = (argument.name for argument in torch_private.schema_of(node.target).arguments)
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
+    arguments = torch_private.schema_of(node.target).arguments
+    given = dict(zip((argument.name for argument in arguments), node.args, strict=False))
+    return {argument.name: argument.default_value for argument in arguments} | given | node.kwargs
+
+
+class _Projection(NamedTuple):
+    """One lowered weight of the experts.
+
+    Attributes:
+        parts: the graph's inputs that are its swizzled blocks and scales.
+        layout: their layout.
+        bias: [E, N] in the order of the kernels, or None.
+        n: N.
+    """
+
+    parts: tuple[fx.Node, fx.Node]
+    layout: str
+    bias: fx.Node | None
+    n: int
+
+
+def _projection(
+    name: str, values: dict[str, Any], layer: str, chosen: Target, ctx: Context
+) -> _Projection:
+    """Bind one weight of a logical op, whose arguments are ``values``."""
+    weight, scales, bias = (values[f"{name}{part}"] for part in ("", "_scales", "_bias"))
+    held = (weight,) if scales is None else (weight, scales)
+    # Only gate_up can have gate and up one behind the other.
+    is_concatenated = values["is_concatenated"] and name == "gate_up"
+    order = Order(values["is_transposed"], is_concatenated)
+    encoding = encoding_of(order, None if scales is None else values["layout"])
+    layout = chosen.layout_of(encoding.layouts)
+    parts = swizzled_inputs(held, encoding, layout, f"{name}_proj of {layer}", ctx)
+    _, n, _ = encoding.sizes(tuple(map(known_tensor, held)))
+    return _Projection(parts, layout, bias, n)
 
 
 def swizzled_inputs(
@@ -74,18 +102,19 @@ def swizzled_inputs(
         name: the weight's name, for users.
         ctx: gets the binding.
     """
-    if (held, layout) not in ctx.swizzled:
-        parts = ctx.swizzled[held, layout] = _new_inputs(held, encoding, layout)
+    key = held, encoding, layout
+    if key not in ctx.swizzled:
+        parts = ctx.swizzled[key] = _new_inputs(held, encoding, layout)
         slots = ctx.slots(held[0].graph)
         at = tuple(slots[one] for one in held)
         ctx.bindings.append(Binding(at, encoding, layout, (parts[0].name, parts[1].name), name))
-    return ctx.swizzled[held, layout]
+    return ctx.swizzled[key]
 
 
 def erase_unread(graph: fx.Graph, ctx: Context) -> None:
     """Erase the captured inputs that are read swizzled only."""
     present = set(graph.find_nodes(op="placeholder"))
-    for source in dict.fromkeys(source for held, _ in ctx.swizzled for source in held):
+    for source in dict.fromkeys(source for held, _, _ in ctx.swizzled for source in held):
         if source in present and not source.users:
             graph.erase_node(source)
 
@@ -114,15 +143,13 @@ def _new_inputs(
 def _expand(
     node: fx.Node,
     values: dict[str, Any],
-    gate_up: tuple[fx.Node, fx.Node],
-    down: tuple[fx.Node, fx.Node],
+    gate_up: _Projection,
+    down: _Projection,
     chosen: str,
-    layout: str,
 ) -> None:
     graph = node.graph
     kernels = {"kernels": chosen}
-    matmul = {**kernels, "layout": layout}
-    first, experts = values.get("first_expert", 0), int(known_tensor(values["gate_up"]).shape[0])
+    first, experts = values["first_expert"], int(known_tensor(values["gate_up"]).shape[0])
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         made = graph.call_function(function, args, kwargs)
@@ -150,30 +177,34 @@ def _expand(
         gammas, gather_index, scatter_index, offsets = (
             call(operator.getitem, routes, i) for i in range(4)
         )
+        gate_up_bias = gate_up.bias
+        if gate_up_bias is not None and values["is_concatenated"]:
+            pairs = call(torch.unflatten, gate_up_bias, 1, (2, -1))  # as orders.alternate
+            gate_up_bias = call(torch.flatten, call(torch.transpose, pairs, 1, 2), 1)
         inner = call(
             _MXFP4.matmul_ogs.default,
             values["hidden"],
-            *gate_up,
-            values["gate_up_bias"],
-            int(known_tensor(values["gate_up_bias"]).shape[1]),
+            *gate_up.parts,
+            gate_up_bias,
+            gate_up.n,
             offsets,
             gather_index=gather_index,
-            activation="swiglu",
-            alpha=values["alpha"],
-            limit=values["limit"],
-            **matmul,
+            **{name: values[name] for name in ("activation", "alpha", "limit", "up_offset")},
+            layout=gate_up.layout,
+            **kernels,
         )
         out = call(
             _MXFP4.matmul_ogs.default,
             inner,
-            *down,
-            values["down_bias"],
-            int(known_tensor(values["down_bias"]).shape[1]),
+            *down.parts,
+            down.bias,
+            down.n,
             offsets,
             scatter_index=scatter_index,
             gammas=gammas,
             experts_per_token=top_k,
-            **matmul,
+            layout=down.layout,
+            **kernels,
         )
     node.replace_all_uses_with(out)
     graph.erase_node(node)

@@ -19,8 +19,9 @@ from torch import Tensor
 from mxfp4_fx.core.errors import VerificationError
 from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
+from mxfp4_fx.core.orders import GPT_OSS
 from mxfp4_fx.ops import reference
-from mxfp4_fx.weights.source import PACKED, Source
+from mxfp4_fx.weights.source import Source, encoding_of
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
 _U32 = 2.0**-24
@@ -41,7 +42,7 @@ def requantize(weight: Tensor) -> Tensor:
 
 def unpacked(blocks: Tensor, scales: Tensor, layout: str) -> Tensor:
     """Return the values, float32 [E, K, N], of a packed weight that the model holds in a layout."""
-    parts = swizzle_weight(Source((blocks, scales), PACKED[layout]), CHECKPOINT_ORDER)
+    parts = swizzle_weight(Source((blocks, scales), encoding_of(GPT_OSS, layout)), CHECKPOINT_ORDER)
     return dequantize(*parts, torch.float32).transpose(1, 2)
 
 

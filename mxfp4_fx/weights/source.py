@@ -6,6 +6,7 @@ Shape letters: E experts, N output rows, K contraction.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor
 from mxfp4_fx.core.errors import WeightError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, dequantize, quantize
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, HUB_LAYOUTS, LAYOUTS
+from mxfp4_fx.core.orders import GPT_OSS, Order
 
 # A weight in MXFP4: blocks and scales, of all experts or of one.
 Parts = tuple[Tensor, Tensor]
 
 
 class Encoding(ABC):
-    """How the tensors of a source hold a weight. Each subclass has one object.
+    """How the tensors of a source hold a weight. There is one object of each kind and order.
 
     To add an encoding: subclass this, and let ``lower_moe`` bind sources of it. Enter a native
     function that fills a layout from it in ``swizzle.NATIVE``.
@@ -56,6 +58,14 @@ class Encoding(ABC):
             like: a weight of floats gets the shape, strides and dtype of this tensor.
         """
 
+    def arranged(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """View the tensors for a native function, with rows behind the axis of E.
+
+        The rows, [E, N, ...], are in the order of the kernels; pairs of rows, [E, I, 2, ...], if
+        the weight is concatenated.
+        """
+        return tensors
+
     def view(self, tensors: tuple[Tensor, ...], layout: str) -> Parts:
         """Return the weight in one of ``layouts``, in the memory of the tensors."""
         blocks, scales = tensors
@@ -70,22 +80,32 @@ class Encoding(ABC):
 
 
 class Floats(Encoding):
-    """One tensor [E, K, N] of float32, bfloat16 or float16, as transformers holds it."""
+    """One tensor of float32, bfloat16 or float16, in an order: [E, K, N] or [E, N, K]."""
 
-    name = "floats"
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.name = "floats of pairs" if order.is_concatenated else "floats"
 
     def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
         shape = tuple(tensors[0].shape)
-        if len(shape) != 3 or shape[1] % BLOCK:
+        axes = "[E, K, N]" if self.order.is_transposed else "[E, N, K]"
+        e, k, n = shape if len(shape) == 3 else (0, 0, 0)
+        if not self.order.is_transposed:
+            n, k = k, n
+        if len(shape) != 3 or k % BLOCK:
             raise WeightError(
-                f"expert weights must be [E, K, N] with K a multiple of {BLOCK}; this one is "
-                f"{shape}"
+                f"expert weights must be {axes} with K a multiple of {BLOCK}; this one is {shape}"
             )
-        e, k, n = shape
+        _check_height(n, self.order)
         return e, n, k
 
+    def arranged(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (weight,) = tensors
+        rows = weight.transpose(1, 2) if self.order.is_transposed else weight
+        return (_alternating(rows, self.order),)
+
     def to_mxfp4(self, tensors: tuple[Tensor, ...], expert: int) -> Parts:
-        return quantize(tensors[0][expert].T)
+        return _in_rows(quantize(self.order.rows_of(tensors[0][expert])), self.order)
 
     def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
         blocks, scales = parts
@@ -93,7 +113,9 @@ class Floats(Encoding):
             like.shape, like.stride(), dtype=like.dtype, device=blocks.device
         )
         for expert in range(weight.shape[0]):
-            dequantize(blocks[expert], scales[expert], weight.dtype, out=weight[expert].T)
+            rows = self.order.rows_of(weight[expert])
+            one = blocks[expert], scales[expert]
+            dequantize(*_like_rows(one, self.order), weight.dtype, out=rows)
         return (weight,)
 
     def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
@@ -108,8 +130,10 @@ class Floats(Encoding):
 class Mxfp4(Encoding):
     """Blocks [E, N, K/32, 16] and scales [E, N, K/32], both uint8, in checkpoint order."""
 
-    name = "mxfp4"
-    layouts = (CHECKPOINT_ORDER,)
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.name = "mxfp4 of pairs" if order.is_concatenated else "mxfp4"
+        self.layouts = () if order.is_concatenated else (CHECKPOINT_ORDER,)
 
     def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
         blocks, scales = (tuple(tensor.shape) for tensor in tensors)
@@ -119,14 +143,20 @@ class Mxfp4(Encoding):
                 f"scales [E, N, K/{BLOCK}]; these are {blocks} and {scales}"
             )
         e, n, groups = scales
+        _check_height(n, self.order)
         return e, n, groups * BLOCK
 
+    def arranged(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(_alternating(tensor, self.order) for tensor in tensors)
+
     def to_mxfp4(self, tensors: tuple[Tensor, ...], expert: int) -> Parts:
-        blocks, scales = tensors
-        return blocks[expert], scales[expert]
+        blocks, scales = (self.order.alternating(tensor[expert]) for tensor in tensors)
+        return _in_rows((blocks, scales), self.order)
 
     def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
-        return parts
+        if not self.order.is_concatenated:
+            return parts
+        return tuple(part.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) for part in parts)
 
 
 class Swizzled(Encoding):
@@ -174,12 +204,49 @@ class Swizzled(Encoding):
         return blocks.mT.unflatten(2, (-1, BYTES_PER_BLOCK)), scales.mT
 
 
-FLOATS, MXFP4 = Floats(), Mxfp4()
-# The layout in which a model holds a packed weight -> the encoding.
-PACKED: dict[str, Encoding] = {
-    CHECKPOINT_ORDER: MXFP4,
-    **{layout: Swizzled(layout) for layout in HUB_LAYOUTS},
-}
+def _check_height(n: int, order: Order) -> None:
+    if order.is_concatenated and n % 2:
+        raise WeightError(f"a weight of gate and up must have an even number of rows; N is {n}")
+
+
+def _alternating(rows: Tensor, order: Order) -> Tensor:
+    """View rows [E, N, ...] in the order of the kernels, as pairs if concatenated."""
+    return rows.unflatten(1, (2, -1)).transpose(1, 2) if order.is_concatenated else rows
+
+
+def _in_rows(parts: Parts, order: Order) -> Parts:
+    """Return one expert's parts [N, ...], of pairs of rows [I, 2, ...] if concatenated."""
+    blocks, scales = parts
+    return (blocks.flatten(0, 1), scales.flatten(0, 1)) if order.is_concatenated else parts
+
+
+def _like_rows(parts: Parts, order: Order) -> Parts:
+    """Undo :func:`_in_rows`."""
+    blocks, scales = parts
+    if not order.is_concatenated:
+        return parts
+    return blocks.unflatten(0, (-1, 2)), scales.unflatten(0, (-1, 2))
+
+
+_ORDERS = tuple(Order(*order) for order in itertools.product((True, False), repeat=2))
+_FLOATS = {order: Floats(order) for order in _ORDERS}
+FLOATS, MXFP4 = _FLOATS[GPT_OSS], Mxfp4(GPT_OSS)
+_CONCATENATED = Mxfp4(Order(is_concatenated=True))
+_SWIZZLED = {layout: Swizzled(layout) for layout in HUB_LAYOUTS}
+
+
+def encoding_of(order: Order, layout: str | None = None) -> Encoding:
+    """Return how a model's tensors hold a weight.
+
+    Args:
+        order: the order of the weight; packed weights have an order of their rows only.
+        layout: the layout in which the model holds a packed weight, or None for floats.
+    """
+    if layout is None:
+        return _FLOATS[order]
+    if layout == CHECKPOINT_ORDER:
+        return _CONCATENATED if order.is_concatenated else MXFP4
+    return _SWIZZLED[layout]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)

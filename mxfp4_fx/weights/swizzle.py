@@ -13,7 +13,7 @@ from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.weights.source import Encoding, Parts, Source
 
 # (layout, device type) -> task -> "module:function", imported on first use. The tasks:
-#     an encoding's name: fill parts from a source's tensors
+#     an encoding's name: fill parts from a source's tensors, as `Encoding.arranged` has them
 #     unswizzle: bring parts into checkpoint order
 #     empty: allocate parts
 # For a task without an entry, the layout's own methods work in torch, one expert at a time.
@@ -58,7 +58,7 @@ def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Par
             out = _empty(layout, e, n, k, device)
         fill = _native(layout, device.type, encoding.name)
         if fill is not None:
-            fill(*tensors, *out)
+            fill(*encoding.arranged(tensors), *out)
             torch.autograd.graph.increment_version(out)  # torch does not notice a native write
             return out
         for expert in range(e):
