@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from mxfp4_fx.ops.operands import Activation
+
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
@@ -13,7 +15,7 @@ class Rewrite:
         layer: the module's name, such as ``model.layers.0.mlp.experts``.
         form: the name of the pattern that matched.
         experts, top_k, hidden, intermediate: E, A, H, I.
-        alpha, limit: SwiGLU's constants, read from the graph.
+        activation: the activation, with constants that were read from the graph.
         kernels, layout, reason: the ``target.Target`` that it was lowered to.
         bytes_before, bytes_after: bytes of the two expert weights without their biases, as the
             model holds them and as swizzled MXFP4.
@@ -30,8 +32,7 @@ class Rewrite:
     top_k: int
     hidden: int
     intermediate: int
-    alpha: float
-    limit: float
+    activation: Activation
     kernels: str = ""
     layout: str = ""
     reason: str = ""
