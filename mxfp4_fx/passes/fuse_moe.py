@@ -118,7 +118,7 @@ def _match_experts(root: fx.Node) -> tuple[Form, Match]:
 
 def _rewrite(layer: str, form: Form, routes: Routes, inputs: tuple[int, ...]) -> Rewrite:
     match = routes.match
-    letters = match.letters
+    letters, activation = match.letters, activation_of(match)
     names = ("gate_up", "down", *SCALES)
     weights = [t for name in names if (t := tensor_of(match.leaves.get(name))) is not None]
     hidden = match.leaves["hidden"]
@@ -130,7 +130,10 @@ def _rewrite(layer: str, form: Form, routes: Routes, inputs: tuple[int, ...]) ->
         top_k=letters["A"],
         hidden=letters["H"],
         intermediate=letters["I"],
-        activation=activation_of(match),
+        activation=activation.kind,
+        alpha=activation.alpha,
+        limit=activation.limit,
+        up_offset=activation.up_offset,
         bytes_before=sum(w.numel() * w.element_size() for w in weights),
         inputs=inputs,
         travel=f"hidden states travel from {home} to {device}" if home != device else "",

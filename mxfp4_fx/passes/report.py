@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from mxfp4_fx.ops.operands import Activation
-
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
@@ -15,7 +13,8 @@ class Rewrite:
         layer: the module's name, such as ``model.layers.0.mlp.experts``.
         form: the name of the pattern that matched.
         experts, top_k, hidden, intermediate: E, A, H, I.
-        activation: the activation, with constants that were read from the graph.
+        activation, alpha, limit, up_offset: the activation and its constants, read from the graph;
+            see ``operands.Activation``.
         kernels, layout, reason: the ``target.Target`` that it was lowered to.
         bytes_before, bytes_after: bytes of the two expert weights without their biases, as the
             model holds them and as swizzled MXFP4.
@@ -32,7 +31,10 @@ class Rewrite:
     top_k: int
     hidden: int
     intermediate: int
-    activation: Activation
+    activation: str
+    alpha: float
+    limit: float
+    up_offset: float
     kernels: str = ""
     layout: str = ""
     reason: str = ""
