@@ -45,7 +45,9 @@ def experts_forward(
     foreign = None
     if getattr(self, "_is_expert_parallel", False):
         foreign = (ids >= experts).unsqueeze(-1)
-        ids, rows = ids.clamp(max=experts - 1), rows.masked_fill(foreign, 0.0)
+        rows = rows.masked_fill(foreign, 0.0)
+        if self.has_bias:
+            ids = ids.clamp(max=experts - 1)
 
     has_gate = getattr(self, "has_gate", True)
     rows = _projected(self, rows, "gate_up_proj" if has_gate else "up_proj", ids, offsets, foreign)
