@@ -339,7 +339,7 @@ ODD = dict(zip(NAMES, REFERENCE.operands(Matrices.random(2, 5, 64)), strict=True
 BELOW_0 = dict(zip(NAMES, (*LAYOUTS["cpu_panels"].empty(2, 0, 64, CPU), None, -1), strict=True))
 BAD_OPERANDS = {
     "layout": ({"layout": "cubic"}, r"layout='cubic' is not one of \['row_major'"),
-    "activation": ({"activation": "relu"}, "activation='relu' is not 'none' or 'swiglu'"),
+    "activation": ({"activation": "relu"}, r"activation='relu' is not one of \['none', 'swiglu'"),
     "x_3d": ({"x": randn(2, 2, 64)}, r"x must be \[rows, K\].*\(2, 2, 64\)"),
     "x_dtype": ({"x": randn(2, 64).int()}, "x must be float32, bfloat16 or float16.*int32"),
     "k_40": ({"x": randn(2, 40)}, r"K a multiple of 32.*\(2, 40\)"),
@@ -422,7 +422,7 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         constants = (ALPHA, LIMIT)
         moe = (randn(t, 48), logits, *dense, a, *constants)
         moe_routes = (randn(t, 48), indices, weights, *dense, *constants)
-        back = (randn(t * a, 32), *first, None, None, 1, "swiglu", *constants, "row_major")
+        back = (randn(t * a, 32), *first, None, None, 1, "swiglu", *constants, 0.5, "row_major")
         cases["moe"] = (ops.moe.default, moe, {})
         cases["moe.routes"] = (ops.moe.routes, moe_routes, {})
         cases["expert_ids"] = (ops.expert_ids.default, (indices, e, "wrap", "error"), {})
