@@ -13,6 +13,7 @@ from counted_clock import CountedClock
 from benchmarks import linears
 from benchmarks.contenders import WrongResult
 
+ROOT = Path(__file__).parent.parent
 TOY = "--rows 1,3 --shapes 64x96 --rounds 2 --dtypes float32,bfloat16 --silent --output"
 
 
@@ -42,6 +43,15 @@ def test_the_limit_is_that_of_the_slowest_shape() -> None:
         for (shape, rows), ratio in faster.items()
     ]
     assert linears.limits(results) == {"float32": 1}
+
+
+def test_figures_of_the_readme_are_those_of_a_run() -> None:
+    stored = ROOT / "benchmarks/results/linears-epyc-zen3-2-threads.json"
+    found = json.loads(stored.read_text("utf-8"))["linears"]
+    ratios = [one["times_faster"]["median"] for one in found if one["dtype"] != "float32"]
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} times as fast on two threads of an" in readme
+    assert (min(one["rows"] for one in found), max(one["rows"] for one in found)) == (1, 256)
 
 
 def test_a_wrong_result_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
