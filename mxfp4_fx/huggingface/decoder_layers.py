@@ -23,7 +23,7 @@ from mxfp4_fx.core import torch_private, torch_private_dynamo
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 _CAPTURING = "transformers.utils.output_capturing"
-_CACHE_NAMES = ("past_key_values", "cache")  # before and from transformers 5.24
+CACHE_NAMES = ("past_key_values", "cache")  # before and from transformers 5.24
 # Dimensions of a layer's inputs that are numbers of tokens.
 _LENGTHS = {
     "attention_mask": (-2, -1),
@@ -141,7 +141,7 @@ def pieces() -> Pieces:
 def cache_name() -> str:
     """Return the name of the argument that is a decoder layer's cache."""
     known = inspect.signature(sys.modules[_MODELING].GptOssDecoderLayer.forward).parameters
-    return next(name for name in reversed(_CACHE_NAMES) if name in known)
+    return next(name for name in reversed(CACHE_NAMES) if name in known)
 
 
 @functools.cache
