@@ -72,7 +72,6 @@ class TestCompilations:
         whole, plain, graphs = model(), model(), Graphs()
         compiled(whole, graphs)
         kwargs = {"cache_implementation": cache}
-        kwargs |= {"max_cache_len": LENGTH} if cache == "static" else {}
         for length in (7, 20):
             prompt = tokens(1, length) + 1
             assert torch.equal(generate(whole, prompt, **kwargs), generate(plain, prompt, **kwargs))

@@ -22,6 +22,7 @@ from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.torch_private_capture import can_capture_regions
 from mxfp4_fx.errors import OptionError
 from mxfp4_fx.huggingface.capture import prepare_capture
+from mxfp4_fx.huggingface.decoder_layers import cache_name
 
 # The backend of these tests rewrites nothing.
 pytestmark = [
@@ -30,6 +31,7 @@ pytestmark = [
 ]
 
 IDS = torch.arange(8)[None] + 3
+CACHE = cache_name()  # of a model's argument, too
 
 
 class Regions:
@@ -85,8 +87,8 @@ def test_layers_with_a_cache_share_two_graphs() -> None:
     for tokens in (IDS, IDS[:, :1]):
         found, expected = (DynamicCache(config=model.config) for _ in range(2))
         with torch.no_grad():
-            got = compiled(tokens, past_key_values=found).logits
-            want = model(tokens, past_key_values=expected).logits
+            got = compiled(tokens, **{CACHE: found}).logits
+            want = model(tokens, **{CACHE: expected}).logits
         assert torch.equal(got, want)
         for mine, its in zip(found.layers, expected.layers, strict=True):
             assert torch.equal(mine.keys, its.keys)
