@@ -96,6 +96,30 @@ def test_layers_with_a_cache_share_two_graphs() -> None:
     assert regions.graphs == [[4, 4]] * 2
 
 
+class Reading(DynamicCache):
+    """Its values depend on all that attention hands it: nothing before transformers 5.24."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        handed = kwargs.get("kwargs", {})
+        value_states = value_states + handed.get("another", 0) + len(handed)
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx)
+        return found
+
+
+def test_layers_with_a_cache_that_reads_its_arguments() -> None:
+    model = layers(2)
+    compiled, regions = captured(model)
+    with torch.no_grad():
+        got, want = (
+            m(IDS, another=torch.ones(()), **{CACHE: Reading(config=model.config)}).logits
+            for m in (compiled, model)
+        )
+    assert torch.equal(got, want)
+    assert regions.graphs == [[2, 2]]
+
+
 WAYS: dict[str, list[dict[str, Any]]] = {
     "dynamic": [{}, {"do_sample": True}, {"num_beams": 2}],
     "static": [{"cache_implementation": "static", "disable_compile": True}],

@@ -46,7 +46,7 @@ class Known:
         """Return what else than this code a layer runs, in words, or None."""
         for name, module in layer.named_modules():
             if self._forwards.get(type(module)) is not type(module).forward:
-                return f"{name or 'it'} is a {type(module).__name__}, which may do anything"
+                return f"{name} is a {type(module).__name__}, not what transformers puts there"
             form = getattr(getattr(module, "config", None), "_experts_implementation", None)
             if form not in _FORMS:
                 return f"regions are not known to take experts_implementation={form!r}"
