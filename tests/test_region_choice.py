@@ -18,6 +18,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 import mxfp4_fx
 from mxfp4_fx.core.torch_private_capture import can_capture_regions
 from mxfp4_fx.huggingface import region_choice, region_trial, regions
+from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.decoder_layers import CACHE_NAMES, cache_name
 
 pytestmark = [
@@ -28,6 +29,11 @@ pytestmark = [
 OTHER = next(name for name in CACHE_NAMES if name != cache_name())
 ALONE = "captured by itself, which takes longer to compile"
 GRADIENTS = f"each of 2 decoder layers is {ALONE}: gradients are recorded"
+
+
+@pytest.fixture(autouse=True)
+def prepared() -> None:
+    prepare_capture()
 
 
 def notes(model: Any, **options: Any) -> tuple[str, ...]:

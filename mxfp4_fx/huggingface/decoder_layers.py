@@ -84,7 +84,8 @@ class GoingOn(Giving):
         self._cache = cache
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._cache if self.given is None else super()).update(*args, **kwargs)
+        update = self._cache.update if self.given is None else super().update
+        return update(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -136,7 +137,8 @@ def pieces() -> Pieces:
     def rest(
         layer: Any, kv: Any, changes: Any, hidden: Tensor, kwargs: dict[str, Any], keys: Any
     ) -> Any:
-        return recorded(layer, hidden, {**kwargs, cache: Giving(*kv, changes)}, keys)
+        k, v = kv
+        return recorded(layer, hidden, {**kwargs, cache: Giving(k, v, changes)}, keys)
 
     def whole(layer: Any, hidden: Tensor, kwargs: dict[str, Any], keys: Any) -> Any:
         return recorded(layer, hidden, kwargs, keys)
