@@ -89,7 +89,7 @@ class Explanation:
             lines += [f"not rewritten: {miss.layer}", f"  {miss.reason}"]
             lines += [f"  at {miss.where}"] if miss.where else []
         if not found:
-            lines.append("nothing in it looks like GPT-OSS experts")
+            lines.append("nothing in it looks like a mixture of experts")
         if self.attention:
             count = len(self.attention)
             lines.append(f"{count} attentions with sinks: memory linear in the prompt's length")

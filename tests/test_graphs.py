@@ -213,11 +213,11 @@ getitem_3: int32[7] = getitem(routing_default, 3)
 matmul_ogs_default: float32[21, 96] = mxfp4.matmul_ogs.default(hidden_states,
     experts.gate_up_proj_blocks, experts.gate_up_proj_scales, experts.gate_up_proj_bias,
     192, getitem_3, gather_index=getitem_1, activation='swiglu', alpha=1.702, limit=7.0,
-    kernels='cpu', layout='cpu_panels')
+    up_offset=1.0, layout='cpu_panels', kernels='cpu')
 matmul_ogs_default_1: float32[7, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default,
     experts.down_proj_blocks, experts.down_proj_scales, experts.down_proj_bias, 64,
-    getitem_3, scatter_index=getitem_2, gammas=getitem, experts_per_token=3, kernels='cpu',
-    layout='cpu_panels')
+    getitem_3, scatter_index=getitem_2, gammas=getitem, experts_per_token=3,
+    layout='cpu_panels', kernels='cpu')
 hidden_states_2: float32[1, 7, 64] = .reshape(matmul_ogs_default_1, 1, 7, 64)
 return [hidden_states_2, router_scores]
 """,
@@ -258,11 +258,11 @@ getitem_5: int32[7] = getitem(routing_default, 3)
 matmul_ogs_default: float32[3*T, 96] = mxfp4.matmul_ogs.default(hidden_states,
     experts.gate_up_proj_blocks, experts.gate_up_proj_scales, experts.gate_up_proj_bias,
     192, getitem_5, gather_index=getitem_3, activation='swiglu', alpha=1.702, limit=7.0,
-    kernels='cpu', layout='cpu_panels')
+    up_offset=1.0, layout='cpu_panels', kernels='cpu')
 matmul_ogs_default_1: float32[T, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default,
     experts.down_proj_blocks, experts.down_proj_scales, experts.down_proj_bias, 64,
-    getitem_5, scatter_index=getitem_4, gammas=getitem, experts_per_token=3, kernels='cpu',
-    layout='cpu_panels')
+    getitem_5, scatter_index=getitem_4, gammas=getitem, experts_per_token=3,
+    layout='cpu_panels', kernels='cpu')
 hidden_states_2: float32[1, T, 64] = .reshape(matmul_ogs_default_1, 1, T, getitem_2)
 return [hidden_states_2, router_scores]
 """,
@@ -370,11 +370,11 @@ getitem_3: int32[7] = getitem(routing_default, 3)
 matmul_ogs_default: float32[21, 96] = mxfp4.matmul_ogs.default(hidden_states,
     experts.gate_up_proj_blocks, experts.gate_up_proj_scales, experts.gate_up_proj_bias,
     192, getitem_3, gather_index=getitem_1, activation='swiglu', alpha=1.702, limit=7.0,
-    kernels='cpu', layout='cpu_panels')
+    up_offset=1.0, layout='cpu_panels', kernels='cpu')
 matmul_ogs_default_1: float32[7, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default,
     experts.down_proj_blocks, experts.down_proj_scales, experts.down_proj_bias, 64,
-    getitem_3, scatter_index=getitem_2, gammas=getitem, experts_per_token=3, kernels='cpu',
-    layout='cpu_panels')
+    getitem_3, scatter_index=getitem_2, gammas=getitem, experts_per_token=3,
+    layout='cpu_panels', kernels='cpu')
 hidden_states_2: float32[1, 7, 64] = .reshape(matmul_ogs_default_1, 1, 7, 64)
 return [hidden_states_2, router_scores]
 """,
@@ -437,12 +437,13 @@ matmul_ogs_default: bfloat16[42, 96] = mxfp4.matmul_ogs.default(hidden_states_9,
     model.layers.0.mlp.experts.gate_up_proj_blocks,
     model.layers.0.mlp.experts.gate_up_proj_scales,
     model.layers.0.mlp.experts.gate_up_proj_bias, 192, getitem_40, gather_index=getitem_38,
-    activation='swiglu', alpha=1.702, limit=7.0, kernels='cpu', layout='cpu_panels')
+    activation='swiglu', alpha=1.702, limit=7.0, up_offset=1.0, layout='cpu_panels',
+    kernels='cpu')
 matmul_ogs_default_1: bfloat16[14, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default,
     model.layers.0.mlp.experts.down_proj_blocks,
     model.layers.0.mlp.experts.down_proj_scales, model.layers.0.mlp.experts.down_proj_bias,
     64, getitem_40, scatter_index=getitem_39, gammas=getitem, experts_per_token=3,
-    kernels='cpu', layout='cpu_panels')
+    layout='cpu_panels', kernels='cpu')
 q_embed_1: bfloat16[2, 4, 7, 16] = cat([first__2, second__2], dim=-1)
 keys: bfloat16[2, 2, 7, 16] = cat([tensor_3, k_embed_1], dim=-2)
 values: bfloat16[2, 2, 7, 16] = cat([tensor_4, value_states_2], dim=-2)
@@ -461,11 +462,12 @@ matmul_ogs_default_2: bfloat16[42, 96] = mxfp4.matmul_ogs.default(hidden_states_
     model.layers.1.mlp.experts.gate_up_proj_blocks,
     model.layers.1.mlp.experts.gate_up_proj_scales,
     model.layers.1.mlp.experts.gate_up_proj_bias, 192, getitem_44, gather_index=getitem_42,
-    activation='swiglu', alpha=1.702, limit=7.0, kernels='cpu', layout='cpu_panels')
+    activation='swiglu', alpha=1.702, limit=7.0, up_offset=1.0, layout='cpu_panels',
+    kernels='cpu')
 matmul_ogs_default_3: bfloat16[14, 64] = mxfp4.matmul_ogs.default(matmul_ogs_default_2,
     model.layers.1.mlp.experts.down_proj_blocks,
     model.layers.1.mlp.experts.down_proj_scales, model.layers.1.mlp.experts.down_proj_bias,
     64, getitem_44, scatter_index=getitem_43, gammas=getitem_41, experts_per_token=3,
-    kernels='cpu', layout='cpu_panels')
+    layout='cpu_panels', kernels='cpu')
 """,
         )

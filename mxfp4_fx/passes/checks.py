@@ -218,14 +218,14 @@ def _check_gradients(
     if not modes[root].gradients:
         return False
     for name in WEIGHTS:
-        if _leaf(match, name).requires_grad:
+        if name in match.leaves and _leaf(match, name).requires_grad:
             reason = (
                 f"{name} requires a gradient, which MXFP4 experts do not have: run under "
                 "torch.no_grad(), or freeze the experts with requires_grad_(False)"
             )
             _fail(match, reason, match.leaves[name])
     inputs = ctx.values(match.leaves["gate_up"].graph)
-    for name in _KEPT:
+    for name in (name for name in _KEPT if name in match.leaves):
         value = inputs.get(match.leaves[name])
         if isinstance(value, Tensor) and value.is_inference():
             reason = (

@@ -1,4 +1,4 @@
-"""Third pass: prove that regions are GPT-OSS experts and replace each by ``mxfp4::moe``.
+"""Third pass: prove that regions are experts and replace each by ``mxfp4::moe``.
 
 The pass rewrites a region only after it has proven the region's dataflow and numbers
 (``patterns.py``) and what the dataflow does not show (``checks.py``). It reports all other nodes
@@ -8,15 +8,18 @@ that look like experts (``suspects.py``), each with its reason.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import fx
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.core import torch_private
+from mxfp4_fx.core.orders import GPT_OSS
 from mxfp4_fx.core.skip import WHY_SKIPPED, Skip
 from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.ops import reference
+from mxfp4_fx.ops.operands import UP_OFFSET
 from mxfp4_fx.passes import verification
 from mxfp4_fx.passes.checks import (
     SCALES,
@@ -28,12 +31,14 @@ from mxfp4_fx.passes.checks import (
 )
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.effects import modes
-from mxfp4_fx.passes.graph import before_moves, fixed, known_tensor, op_name, tensor_of
+from mxfp4_fx.passes.graph import before_moves, known_tensor, op_name, tensor_of
+from mxfp4_fx.passes.logical import OP, is_logical, match_logical
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
 from mxfp4_fx.passes.origin import is_of_gpt_oss, module_name, source_line
-from mxfp4_fx.passes.patterns import ALL, FORMS, RANK, ROUTERS, E, Form, Router
+from mxfp4_fx.passes.patterns import FORMS, Form, activation_of, order_of
 from mxfp4_fx.passes.report import Miss, Rewrite
+from mxfp4_fx.passes.routes import Routes, find_routes, insert_ids
 from mxfp4_fx.passes.suspects import LOGICAL, find_suspects
 
 
@@ -42,15 +47,16 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     suspects, weights, in_subgraphs = find_suspects(gm, ctx)
     misses: dict[str, Mismatch] = {}
     slots = ctx.slots(gm.graph)
-    roots = {form.result.op for form in FORMS}
+    roots = {OP, *(form.result.op for form in FORMS)}
     memory = Memory(gm.graph, ctx.values(gm.graph), ctx.around)
     modes_at = modes(gm.graph, ctx.begin)
     for root in list(gm.graph.nodes):
         if op_name(root) not in roots:
             continue
         try:
-            form, match = _match_experts(root)
-            router, match, origin = _match_router(match, form)
+            form, match = match_logical(root) if is_logical(root) else _match_experts(root)
+            routes = find_routes(match, form)
+            match = routes.match
             check_region(root, match, ctx, memory, modes_at)
         except Mismatch as mismatch:
             for layer in _layers_near(root, mismatch, suspects):
@@ -66,12 +72,10 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
         if left is not None:
             ctx.report.misses.append(Miss(layer, left, skipped=True, inputs=inputs))
             continue
-        if router is None:
-            match.leaves["indices"] = _insert_ids(root, match, form)
-        moe = _insert_moe(gm, root, match, router, form.layout)
-        moe.meta[REWRITE] = dataclasses.replace(
-            _rewrite(layer, form, match, inputs), router=origin, first_expert=_first(match, router)
-        )
+        if routes.router is None:
+            match.leaves["indices"] = insert_ids(root, match, form)
+        moe = _insert_moe(gm, root, routes, form.layout)
+        moe.meta[REWRITE] = _rewrite(layer, form, routes, inputs)
         if ctx.verifying:
             _keep_and_compare(layer, root, moe, match, form.layout)
         else:
@@ -103,7 +107,7 @@ def _match_experts(root: fx.Node) -> tuple[Form, Match]:
         match = Match()
         try:
             match.expect(form.result, root)
-            match.solve(form.shapes)
+            match.solve(form.shapes(match.choices))
             return form, match
         except Mismatch as mismatch:
             mismatch.reason = f"not the {form.name} form: {mismatch.reason}"
@@ -113,70 +117,9 @@ def _match_experts(root: fx.Node) -> tuple[Form, Match]:
     raise nearest
 
 
-def _match_router(match: Match, form: Form) -> tuple[Router | None, Match, str]:
-    """Prove the router, or that the routes may be taken as they are.
-
-    They may if they are inputs of the graph, which no graph can judge, or if the form says what any
-    id means. The router's values may have other users, because models return the scores. They stay
-    in the graph. The router may be on another device than the experts.
-
-    Returns:
-        The router, or None if the routes are taken as they are; the proof of experts and router;
-        and ``Rewrite.router``.
-
-    Raises:
-        Mismatch: no router is proven, and the form relies on one.
-    """
-    scores, indices = (before_moves(match.leaves[name]) for name in ("scores", "indices"))
-    if scores.op == indices.op == "placeholder":
-        return None, match, "routes as they are: they are inputs of the graph"
-    failures: list[Mismatch] = []
-    for router in ROUTERS:
-        if router.is_part and not form.takes_sentinels:
-            continue
-        attempt = match.copy()
-        try:
-            attempt.expect(router.scores, scores)
-            attempt.expect(router.indices, indices)
-            attempt.solve(router.shapes)
-            return router, attempt, _range_in_words(attempt, scores) if router.is_part else ""
-        except Mismatch as mismatch:
-            mismatch.reason = f"the router is not ({router.name}): {mismatch.reason}"
-            failures.append(mismatch)
-    nearest = max(failures, key=lambda m: m.matched)
-    if form.takes_sentinels:
-        return None, match, f"routes as they are: {nearest.reason}"
-    nearest.reason = f"the experts are GPT-OSS's, {nearest.reason}"
-    raise nearest
-
-
-def _range_in_words(match: Match, scores: fx.Node) -> str:
-    """Say which experts are here; fix the numbers that say it.
-
-    Raises:
-        Mismatch: the numbers are no range of the router's experts.
-    """
-    numbers = {letter.name: fixed(match.letters[letter.name]) for letter in (RANK, E, ALL)}
-    rank, experts, every = numbers.values()
-    if rank is None or experts is None or every is None:
-        reason = f"the rank {match.letters[RANK.name]} is no whole number that is known"
-        raise Mismatch(reason, scores, len(match.nodes))
-    first = rank * experts
-    if not 0 <= first <= every - experts:
-        reason = f"there are no {experts} experts from {first} on among {every}"
-        raise Mismatch(reason, scores, len(match.nodes))
-    match.letters |= numbers
-    return f"{experts} of {every} experts, from {first} on: routes to others count nothing here"
-
-
-def _first(match: Match, router: Router | None) -> int:
-    """Return the id of the first expert that is here."""
-    is_part = router is not None and router.is_part
-    return match.letters[RANK.name] * match.letters[E.name] if is_part else 0
-
-
-def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> Rewrite:
-    letters = match.letters
+def _rewrite(layer: str, form: Form, routes: Routes, inputs: tuple[int, ...]) -> Rewrite:
+    match = routes.match
+    letters, activation = match.letters, activation_of(match)
     names = ("gate_up", "down", *SCALES)
     weights = [t for name in names if (t := tensor_of(match.leaves.get(name))) is not None]
     hidden = match.leaves["hidden"]
@@ -188,53 +131,46 @@ def _rewrite(layer: str, form: Form, match: Match, inputs: tuple[int, ...]) -> R
         top_k=letters["A"],
         hidden=letters["H"],
         intermediate=letters["I"],
-        alpha=float(letters["alpha"]),
-        limit=float(letters["limit"]),
+        activation=activation.kind,
+        alpha=activation.alpha,
+        limit=activation.limit,
+        up_offset=activation.up_offset,
         bytes_before=sum(w.numel() * w.element_size() for w in weights),
         inputs=inputs,
         travel=f"hidden states travel from {home} to {device}" if home != device else "",
+        router=routes.origin,
+        first_expert=routes.first_expert,
     )
 
 
-def _insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
-    """Insert the op that treats ids out of range as the form does; ids that are inputs need it."""
-    indices = match.leaves["indices"]
-    if (form.below, form.above) == ("skip", "skip"):
-        return indices
-    value = tensor_of(indices)
-    assert value is not None
-    with root.graph.inserting_before(root):
-        args = (indices, match.letters["E"], form.below, form.above)
-        ids = root.graph.call_function(torch.ops.mxfp4.expert_ids.default, args)
-    with value.fake_mode:  # type: ignore[attr-defined]
-        ids.meta = {**root.meta, "example_value": torch.empty_like(value)}
-    return ids
-
-
-def _insert_moe(
-    gm: fx.GraphModule, root: fx.Node, match: Match, router: Router | None, layout: str
-) -> fx.Node:
+def _insert_moe(gm: fx.GraphModule, root: fx.Node, routes: Routes, layout: str) -> fx.Node:
     """Insert the logical op after the region and let it replace the region's result.
 
     It takes the router's own ids; what makes a rank's of them goes with the region.
     """
-    weights = [match.leaves[name] for name in WEIGHTS]
-    constants = float(match.letters["alpha"]), float(match.letters["limit"])
+    match = routes.match
+    weights = [match.leaves.get(name) for name in WEIGHTS]
+    activation = activation_of(match)
     scales = [match.leaves[name] for name in SCALES if name in match.leaves]
-    packed = (*scales, layout) if scales else ()
+    rest: list[Any] = [activation.alpha, activation.limit, *((*scales, layout) if scales else ())]
+    # What differs from GPT-OSS.
+    family: dict[str, Any] = {"activation": activation.kind, "up_offset": activation.up_offset}
+    family |= order_of(match)._asdict()
+    usual = {"activation": "swiglu", "up_offset": UP_OFFSET, **GPT_OSS._asdict()}
     dtype = compute_dtype(match)
     hidden = _cast_after(root, match.leaves["hidden"], dtype)
     with gm.graph.inserting_after(max(root, hidden)):
-        if router is not None and not are_routes_moved(match):
+        if routes.router is not None and not are_routes_moved(match):
             logits, top_k = match.leaves["router_logits"], match.letters["A"]
-            args = (hidden, logits, *weights, top_k, *constants, *packed)
+            args = (hidden, logits, *weights, top_k, *rest)
             moe = gm.graph.call_function(torch.ops.mxfp4.moe.default, args)
-            if router.is_part:
-                moe.kwargs = {"first_expert": _first(match, router)}
+            family["first_expert"], usual["first_expert"] = routes.first_expert, 0
         else:
-            routes = match.leaves["indices"], match.leaves["scores"]
-            args = (hidden, *routes, *weights, *constants, *packed)
-            moe = gm.graph.call_function(torch.ops.mxfp4.moe.routes, args)
+            given = match.leaves["indices"], match.leaves["scores"]
+            moe = gm.graph.call_function(
+                torch.ops.mxfp4.moe.routes, (hidden, *given, *weights, *rest)
+            )
+    moe.kwargs = {name: value for name, value in family.items() if value != usual[name]}
     moe.meta = {**root.meta, "example_value": _fake_cast(root, root, dtype)}
     result = known_tensor(root).dtype
     root.replace_all_uses_with(_cast_after(moe, moe, result))
@@ -272,6 +208,7 @@ def _erase(gm: fx.GraphModule, match: Match) -> None:
 def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match, layout: str) -> None:
     """Keep the region, on the weights that MXFP4 holds, and compare its result (``verify``)."""
     graph, inside = root.graph, list(match.nodes.values())
+    order = order_of(match)
     held: dict[str, fx.Node] = {}
     for name, scales in zip(("gate_up", "down"), SCALES, strict=True):
         weight = match.leaves[name]
@@ -280,7 +217,8 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match, lay
                 packed = (weight, match.leaves[scales], layout)
                 held[name] = graph.call_function(verification.unpacked, packed)
                 continue
-            held[name] = graph.call_function(verification.requantize, (weight,))
+            args = (weight, order.is_transposed)
+            held[name] = graph.call_function(verification.requantize, args)
         for node in inside:
             node.replace_input_with(weight, held[name])
     leaves = {**match.leaves, **held}
@@ -290,10 +228,10 @@ def _keep_and_compare(layer: str, root: fx.Node, moe: fx.Node, match: Match, lay
             (leaves["indices"], leaves["scores"], match.letters["E"]),
         )
     with graph.inserting_after(routes):
-        alpha, limit = (float(match.letters[name]) for name in ("alpha", "limit"))
-        constants = match.letters["A"], alpha, limit
-        weights = [leaves[name] for name in WEIGHTS]
+        weights = [leaves.get(name) for name in WEIGHTS]
         values = root, moe, routes, moe.args[0], *weights
+        given = GPT_OSS if SCALES[0] in leaves else order
+        constants = match.letters["A"], tuple(activation_of(match)), tuple(given)
         args = (layer, *values, *constants, dtypes_inside(match))
         graph.call_function(verification.compare, args)
 
@@ -307,14 +245,14 @@ def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]
 
 
 def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
-    if op_name(node) in LOGICAL:
+    if op_name(node) in LOGICAL - {OP}:
         reason = (
             "it calls torch.ops.mxfp4.moe itself, which computes it as it is, in plain PyTorch: "
-            "call GPT-OSS's experts instead"
+            "call torch.ops.mxfp4.moe.routes instead"
         )
         return Miss(layer, reason, source_line(node))
     if mismatch is None:
-        reason = "no weighted sum over the chosen experts, as GPT-OSS has one, follows it"
+        reason = "no weighted sum over the chosen experts follows it"
         return Miss(layer, _of_old_transformers(node, reason), source_line(node))
     at = mismatch.node if mismatch.node is not None else node
     return Miss(layer, mismatch.reason, source_line(at))

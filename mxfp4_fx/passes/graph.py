@@ -67,6 +67,9 @@ _SIGNATURES = {
     "clamp": _signature(lambda input, min=None, max=None: ...),
     "sigmoid": _signature(lambda input: ...),
     "silu": _signature(lambda input, inplace=False: ...),
+    "gelu": _signature(lambda input, approximate="none": ...),
+    "relu": _signature(lambda input, inplace=False: ...),
+    "square": _signature(lambda input: ...),
     "chunk": _signature(lambda input, chunks, dim=0: ..., "dim"),
     "cat": _signature(lambda tensors, dim=0: ..., "dim"),
     "transpose": _signature(lambda input, dim0, dim1: ..., "dim0", "dim1"),
@@ -122,6 +125,8 @@ _FUNCTIONS: dict[Any, str] = {
     torch.clip: "clamp",
     torch.nn.functional.softmax: "softmax",
     torch.nn.functional.silu: "silu",
+    torch.nn.functional.gelu: "gelu",
+    torch.nn.functional.relu: "relu",
     torch.nn.functional.dropout: "dropout",  # torch.dropout has other arguments
     torch.nn.functional.linear: "linear",
     torch_private.linear: "linear",

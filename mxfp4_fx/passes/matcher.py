@@ -23,6 +23,7 @@ from mxfp4_fx.passes.graph import (
     equal,
     equal_or_guard,
     is_known,
+    op_name,
     read_call,
     tensor_of,
 )
@@ -33,7 +34,7 @@ _COMMUTATIVE = {"add", "mul"}
 class Expr:
     """A node of a pattern. Equality is identity: two uses of one value are one node."""
 
-    def __add__(self, other: Expr | float) -> Expr:
+    def __add__(self, other: Expr | Scalar | float) -> Expr:
         return Op("add", {"input": self, "other": other, "alpha": 1})
 
     def __sub__(self, other: Expr) -> Expr:
@@ -88,6 +89,28 @@ class Rounded(Op):
     def __init__(self, value: Expr, role: str = "") -> None:
         super().__init__("cast", {"input": value})
         object.__setattr__(self, "role", role)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf(Expr):
+    """A value that is computed in one of several ways.
+
+    All :class:`OneOf` with the same ``choice`` are computed in the way of the same name. The ways
+    are tried in order. The first that fits is taken for good, so two ways must not both fit one
+    call, except that a leaf may come last.
+
+    Attributes:
+        choice: what is chosen, for reports and for ``Match.choices``.
+        ways: the name of each way -> its expression.
+        letters: the name of a way -> numbers that it implies.
+    """
+
+    choice: str
+    ways: dict[str, Expr]
+    letters: Mapping[str, Mapping[Letter, Scalar | float]] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"one of ({'; '.join(map(str, self.ways.values()))})"
 
 
 class Scalar:
@@ -169,23 +192,32 @@ class Match:
     Attributes:
         nodes: op of the pattern -> the graph node that computes it.
         leaves: leaf name -> graph node.
+        choices: what a :class:`OneOf` chooses -> the name of the way that the graph takes.
         letters: letter name -> number, once :meth:`solve` has run.
     """
 
     def __init__(self) -> None:
         self.nodes: dict[Op, fx.Node] = {}
         self.leaves: dict[str, fx.Node] = {}
+        self.choices: dict[str, str] = {}
         self.letters: dict[str, Any] = {}
         self._numbers: list[tuple[Scalar | float, Any, Op, fx.Node]] = []
+        self._implied: dict[Letter, Scalar | float] = {}
         self._agreed = 0
 
     def copy(self) -> Match:
         """Return a copy, to try one of several ways to go on; a failure leaves nothing here."""
         other = Match()
-        other.nodes, other.leaves = dict(self.nodes), dict(self.leaves)
-        other.letters, other._numbers = dict(self.letters), list(self._numbers)
-        other._agreed = self._agreed
+        other._restore(self._saved())
+        other.letters = dict(self.letters)
         return other
+
+    def _saved(self) -> tuple[Any, ...]:
+        held = self.nodes, self.leaves, self.choices, self._implied, self._numbers
+        return *(part.copy() for part in held), self._agreed
+
+    def _restore(self, saved: tuple[Any, ...]) -> None:
+        self.nodes, self.leaves, self.choices, self._implied, self._numbers, self._agreed = saved
 
     def expect(self, expr: Expr, value: Any, user: fx.Node | None = None) -> None:
         """Prove that graph value ``value`` computes ``expr``.
@@ -202,6 +234,9 @@ class Match:
                     f"{value}",
                     user or value,
                 )
+            return
+        if isinstance(expr, OneOf):
+            self._expect_one_of(expr, value, user)
             return
         assert isinstance(expr, Op)
         if expr in self.nodes:
@@ -223,6 +258,28 @@ class Match:
         self._expect_call(expr, call, value)
         self.nodes[expr] = value
 
+    def _expect_one_of(self, expr: OneOf, value: fx.Node, user: fx.Node | None) -> None:
+        chosen, name_here = self.choices.get(expr.choice), op_name(value)
+        failures: list[Mismatch] = []
+        for name, way in expr.ways.items():
+            if chosen not in (None, name):
+                continue
+            if type(way) is Op and way.op not in (name_here, "view") and chosen is None:
+                continue  # for speed alone: it would fail at once (views have several names)
+            saved = self._saved()
+            try:
+                self.expect(way, value, user)
+                self.choices[expr.choice] = name
+                self._implied |= expr.letters.get(name, {})
+                return
+            except Mismatch as mismatch:
+                failures.append(mismatch)
+                self._restore(saved)
+        nearest = max(failures, key=lambda m: m.matched, default=None)
+        if nearest is None or (chosen is None and nearest.matched == self._agreed):
+            raise self._mismatch(f"expected {expr}, found {_describe(value)}", value)
+        raise nearest
+
     def _expect_call(self, expr: Op, call: Call, node: fx.Node) -> None:
         orders = [call.args]
         if expr.op in _COMMUTATIVE:
@@ -230,14 +287,14 @@ class Match:
             orders.append({**call.args, **swapped})
         failures: list[Mismatch] = []
         for args in orders:
-            saved = dict(self.nodes), dict(self.leaves), list(self._numbers), self._agreed
+            saved = self._saved()
             try:
                 for name, expected in expr.args.items():
                     self._expect_argument(expected, args.get(name), expr, node)
                 return
             except Mismatch as mismatch:
                 failures.append(mismatch)
-                self.nodes, self.leaves, self._numbers, self._agreed = saved
+                self._restore(saved)
         raise max(failures, key=lambda m: m.matched)
 
     def _expect_argument(self, expected: Any, actual: Any, expr: Op, node: fx.Node) -> None:
@@ -274,6 +331,7 @@ class Match:
             for letter, size in zip(shape, value.shape, strict=True):
                 if isinstance(letter, Letter | Multiple):
                     letter.bind(env, size)
+        env |= {letter.name: _number(number, env) for letter, number in self._implied.items()}
         for expected, actual, expr, node in self._numbers:
             if not is_known(actual):
                 reason = f"expected {expr}, with {expected} but found a number computed from data"
@@ -314,6 +372,8 @@ def _brief(value: Any) -> str:
     """Format a pattern value without the arguments of nested ops."""
     if isinstance(value, Rounded):
         return _brief(value.args["input"])
+    if isinstance(value, OneOf):
+        return " or ".join(dict.fromkeys(map(_brief, value.ways.values())))
     if isinstance(value, Op):
         return f"{value.op}(..)"
     if isinstance(value, tuple):

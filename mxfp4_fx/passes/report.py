@@ -13,7 +13,8 @@ class Rewrite:
         layer: the module's name, such as ``model.layers.0.mlp.experts``.
         form: the name of the pattern that matched.
         experts, top_k, hidden, intermediate: E, A, H, I.
-        alpha, limit: SwiGLU's constants, read from the graph.
+        activation, alpha, limit, up_offset: the activation and its constants, read from the graph;
+            see ``operands.Activation``.
         kernels, layout, reason: the ``target.Target`` that it was lowered to.
         bytes_before, bytes_after: bytes of the two expert weights without their biases, as the
             model holds them and as swizzled MXFP4.
@@ -30,8 +31,10 @@ class Rewrite:
     top_k: int
     hidden: int
     intermediate: int
+    activation: str
     alpha: float
     limit: float
+    up_offset: float
     kernels: str = ""
     layout: str = ""
     reason: str = ""

@@ -11,6 +11,7 @@ or of the coarsest if there are several.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 from mxfp4_fx.core.errors import VerificationError
 from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
-from mxfp4_fx.core.orders import GPT_OSS
+from mxfp4_fx.core.orders import GPT_OSS, Order, alternate
 from mxfp4_fx.ops import reference
+from mxfp4_fx.ops.operands import Activation
 from mxfp4_fx.weights.source import Source, encoding_of
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
@@ -28,15 +30,21 @@ _U32 = 2.0**-24
 # max |d/dg g*sigmoid(alpha*g)| = max |s + z s (1-s)| over z, and max |z^2 s (1-s)|, rounded up.
 _SWISH_SLOPE = 1.1
 _SWISH_CURVE = 0.44
-# Roundings of an elementwise chain in SwiGLU: alpha*g, sigmoid, the two products, up + 1.
-_SWIGLU_ROUNDINGS = 5
+# GELU's tanh form is g*sigmoid(z) with z = 2 sqrt(2/pi) (g + 0.044715 g^3): the same maxima, of
+# |s + g s (1-s) dz/dg| and, for an error of z relative to it, of |g z s (1-s)|.
+_GELU_SLOPE = 1.13
+_GELU_CURVE = 0.28
+# Roundings of an elementwise chain in SwiGLU: alpha*g, sigmoid, the two products, up + offset.
+_ROUNDINGS = 5
 
 
-def requantize(weight: Tensor) -> Tensor:
-    """Return the values [E, K, N] that MXFP4 holds of a weight; one expert at a time."""
+def requantize(weight: Tensor, is_transposed: bool = True) -> Tensor:
+    """Return the values that MXFP4 holds of a weight [E, K, N], or [E, N, K] if not transposed."""
     held = torch.empty_like(weight)
+    order = Order(is_transposed)
     for expert in range(weight.shape[0]):
-        dequantize(*quantize(weight.detach()[expert].T), weight.dtype, out=held[expert].T)
+        parts = quantize(order.rows_of(weight.detach()[expert]))
+        dequantize(*parts, weight.dtype, out=order.rows_of(held[expert]))
     return held
 
 
@@ -54,12 +62,12 @@ def compare(
     routes: reference.Routes,
     hidden: Tensor,
     gate_up: Tensor,
-    gate_up_bias: Tensor,
+    gate_up_bias: Tensor | None,
     down: Tensor,
-    down_bias: Tensor,
+    down_bias: Tensor | None,
     top_k: int,
-    alpha: float,
-    limit: float,
+    activation: tuple[str, float, float, float],
+    order: tuple[bool, bool],
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """Check that two results of one region, each [T, H], differ by rounding alone.
@@ -68,8 +76,11 @@ def compare(
         layer: the region's name, for the error.
         original, rewritten: the two results.
         routes: the result of ``reference.routing`` for the region.
-        hidden, gate_up, ..., limit: the region's inputs; the weights are requantized. ``hidden`` is
-            in the dtype in which the rewritten region computes.
+        hidden, ..., down_bias: the region's inputs; the weights are requantized. ``hidden`` is in
+            the dtype in which the rewritten region computes.
+        top_k: A.
+        activation: an ``operands.Activation``.
+        order: the ``orders.Order`` of the weights. Weights of ``unpacked`` have GPT-OSS's.
         dtypes: what the original rounds to, which may be several dtypes.
 
     Raises:
@@ -81,26 +92,21 @@ def compare(
     # Autocast may round the rows of hidden, in the original alone.
     rows_u = u if u > torch.finfo(hidden.dtype).eps / 2 else 0.0
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return _grouped(x, lambda e: weight[e].T, bias, offsets)
-
-    def magnitude(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return _grouped(x.abs(), lambda e: weight[e].T.abs(), bias.abs(), offsets)
-
+    first = _Linear(gate_up, gate_up_bias, Order(*order), offsets)
+    second = _Linear(down, down_bias, Order(*order)._replace(is_concatenated=False), offsets)
     x = hidden[gather_index].double()
-    h, i = x.shape[1], down.shape[1]
-    pre, size = linear(x, gate_up, gate_up_bias), magnitude(x, gate_up, gate_up_bias)
+    h = x.shape[1]
+    pre, size = first(x), first.magnitude(x)
     # Both sum in float32. The original rounds the sum, and again after it adds the bias.
     pre_error = 2 * _sum_error(h + 1) * size + (2 * u + rows_u) * size
-    act, act_error = _swiglu_with_error(pre, pre_error, alpha, limit, u)
-    # The original rounds each step of SwiGLU to the activations' dtype, the rewritten one only the
-    # result.
-    act_error = act_error + (_SWIGLU_ROUNDINGS + 1) * (u + _U32) * act.abs() + tiny
+    act, act_error = _activate_with_error(pre, pre_error, Activation(*activation), u)
+    # The original rounds each step of the activation to the activations' dtype, the rewritten one
+    # only the result.
+    act_error = act_error + (_ROUNDINGS + 1) * (u + _U32) * act.abs() + tiny
 
-    zero = torch.zeros_like(down_bias)
-    row = linear(act, down, down_bias)
-    size = magnitude(act, down, down_bias)
-    row_error = magnitude(act_error, down, zero) + 2 * _sum_error(i + 1) * size + 2 * u * size
+    row, size = second(act), second.magnitude(act)
+    row_error = second.magnitude(act_error, with_bias=False)
+    row_error = row_error + 2 * _sum_error(act.shape[1] + 1) * size + 2 * u * size
     # The original rounds the result of the softmax, and the product with it.
     factor = gammas.double()[:, None].abs()
     error = factor * row_error + 3 * (u + 8 * _U32) * factor * (row.abs() + row_error)
@@ -128,28 +134,58 @@ def _sum_error(n: int) -> float:
     return n * _U32 / (1 - n * _U32)
 
 
-def _swiglu_with_error(
-    pre: Tensor, error: Tensor, alpha: float, limit: float, u: float
+def _activate_with_error(
+    pre: Tensor, error: Tensor, activation: Activation, u: float
 ) -> tuple[Tensor, Tensor]:
-    """Return SwiGLU and its error from an error of its input. Clamping never enlarges an error."""
+    """Return the activation and its error from an error of its input.
+
+    Clamping never enlarges an error.
+    """
+    kind, alpha, limit, up_offset = activation
+    act = reference.activate(pre, activation)
+    if kind == "relu2":
+        return act, 2 * torch.relu(pre) * error + error.square()
     gate = pre[..., 0::2].clamp(max=limit)
-    up = pre[..., 1::2].clamp(-limit, limit)
-    swish = gate * torch.sigmoid(alpha * gate)
+    up = pre[..., 1::2].clamp(-limit, limit) + up_offset
     gate_error, up_error = error[..., 0::2], error[..., 1::2]
-    # The second term is for the rounding of alpha*gate.
-    gate_error = gate_error * _SWISH_SLOPE + u * _SWISH_CURVE / (abs(alpha) or 1.0)
-    reach = (up + 1).abs() * gate_error + (swish.abs() + gate_error) * up_error
-    return swish * (up + 1), reach
+    # The second terms are for the rounding of the sigmoid's argument.
+    if kind == "geglu_tanh":
+        swish = torch.nn.functional.gelu(gate, approximate="tanh")
+        gate_error = gate_error * _GELU_SLOPE + u * _GELU_CURVE
+    else:
+        swish = gate * torch.sigmoid(alpha * gate)
+        gate_error = gate_error * _SWISH_SLOPE + u * _SWISH_CURVE / (abs(alpha) or 1.0)
+    return act, up.abs() * gate_error + (swish.abs() + gate_error) * up_error
 
 
-def _grouped(
-    rows: Tensor, weight: Callable[[int], Tensor], bias: Tensor, offsets: Tensor
-) -> Tensor:
-    """Compute ``rows @ weight(e)^T + bias[e]`` in float64, each row with its expert e."""
-    y = rows.new_zeros((rows.shape[0], bias.shape[1]))
-    bounds = offsets.tolist()
-    for expert in range(bias.shape[0]):
-        part = slice(bounds[expert], bounds[expert + 1])
-        if part.start < part.stop:
-            y[part] = rows[part] @ weight(expert).T.double() + bias[expert].double()
-    return y
+class _Linear:
+    """A grouped linear in float64, and the sums of the magnitudes of its terms.
+
+    Args:
+        weight: [E, K, N] or [E, N, K], in an order.
+        bias: [E, N] in that order, or None.
+        order: the order.
+        offsets: [E+1]; expert e has the rows ``offsets[e]:offsets[e+1]``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, order: Order, offsets: Tensor) -> None:
+        self._weight, self._order = weight, order
+        self._bias = alternate(bias) if bias is not None and order.is_concatenated else bias
+        self._bounds = offsets.tolist()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._sum(rows, lambda part: part, with_bias=True)
+
+    def magnitude(self, rows: Tensor, with_bias: bool = True) -> Tensor:
+        return self._sum(rows.abs(), torch.abs, with_bias)
+
+    def _sum(self, rows: Tensor, of: Callable[[Tensor], Tensor], with_bias: bool) -> Tensor:
+        n = self._weight.shape[2 if self._order.is_transposed else 1]
+        y = rows.new_zeros((rows.shape[0], n))
+        for expert, (start, stop) in enumerate(itertools.pairwise(self._bounds)):
+            if start < stop:
+                matrix = self._order.rows_of(self._weight[expert]).reshape(n, -1)
+                y[start:stop] = rows[start:stop] @ of(matrix.double()).T
+                if self._bias is not None and with_bias:
+                    y[start:stop] += of(self._bias[expert].double())
+        return y

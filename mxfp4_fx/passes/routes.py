@@ -1,0 +1,134 @@
+"""Where matched experts get their routes from: a router that is proven, or any other.
+
+``mxfp4::moe`` computes the router that :data:`~mxfp4_fx.passes.patterns.ROUTERS` describe. Every
+other router stays in the graph as it is, and ``mxfp4::moe.routes`` takes what it chooses. Then only
+the form says what an id means that no expert has, unless the ids are proven to be those of experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from mxfp4_fx.passes.graph import before_moves, fixed, op_name, read_call, tensor_of
+from mxfp4_fx.passes.matcher import Match, Mismatch
+from mxfp4_fx.passes.patterns import ALL, RANK, ROUTERS, E, Form, Router
+
+# Form.above, in words.
+_MEANINGS = {
+    "skip": "ids of no expert here count nothing",
+    "last": "ids beyond the last expert are taken for it",
+    "error": "ids of no expert are an error when it runs",
+}
+_INDICES = (torch.int32, torch.int64)  # casts to these keep every id
+
+
+class Routes(NamedTuple):
+    """The routes of matched experts.
+
+    Attributes:
+        match: the proof of the experts, and of the router if there is one.
+        router: the router, or None if it stays in the graph.
+        origin: ``Rewrite.router``: where the routes come from, in words.
+    """
+
+    match: Match
+    router: Router | None
+    origin: str
+
+    @property
+    def first_expert(self) -> int:
+        """The id of the first expert that is here."""
+        is_part = self.router is not None and self.router.is_part
+        return self.match.letters[RANK.name] * self.match.letters[E.name] if is_part else 0
+
+
+def find_routes(match: Match, form: Form) -> Routes:
+    """Prove the router, or take its routes as they are.
+
+    The router's values may have other users, because models return the scores. They stay in the
+    graph. The router may be on another device than the experts.
+
+    Raises:
+        Mismatch: the router is that of one rank, with numbers that cannot be.
+    """
+    scores, indices = (before_moves(match.leaves[name]) for name in ("scores", "indices"))
+    if scores.op == indices.op == "placeholder":
+        return Routes(match, None, "routes as they are: they are inputs of the graph")
+    for router in ROUTERS:
+        if router.is_part and not form.takes_sentinels:
+            continue
+        attempt = match.copy()
+        try:
+            attempt.expect(router.scores, scores)
+            attempt.expect(router.indices, indices)
+            attempt.solve(router.shapes)
+            if router.experts not in (None, fixed(attempt.letters[E.name])):
+                reason = f"it is for {router.experts} expert, of {attempt.letters[E.name]}"
+                raise Mismatch(reason, scores, len(attempt.nodes))
+            return Routes(attempt, router, _range_in_words(attempt, scores, router))
+        except Mismatch:
+            continue
+    if are_of_experts(indices, match.letters[E.name]):
+        return Routes(match, None, "routes of the model's own router")
+    return Routes(match, None, f"routes of the model's own router; {_MEANINGS[form.above]}")
+
+
+def are_of_experts(indices: fx.Node, experts: object) -> bool:
+    """Return whether ids are the choice of a top-k among so many, and so those of experts."""
+    while op_name(indices) in ("cast", "view", "reshape", "flatten"):
+        call = read_call(indices)
+        if call is None or not isinstance(call.args["input"], fx.Node):
+            return False
+        if call.op == "cast" and call.args["dtype"] not in _INDICES:
+            return False
+        indices = call.args["input"]
+    call = read_call(indices)
+    if call is None or call.op != "getitem" or call.args["index"] != 1:
+        return False
+    call = read_call(call.args["input"])
+    if call is None or call.op != "topk":
+        return False
+    among = tensor_of(call.args["input"])
+    return among is not None and fixed(among.shape[call.args["dim"]]) == fixed(experts)
+
+
+def insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
+    """Insert the op that treats ids out of range as the form does, unless there are none."""
+    indices = match.leaves["indices"]
+    experts = match.letters[E.name]
+    if (form.below, form.above) == ("skip", "skip") or are_of_experts(
+        before_moves(indices), experts
+    ):
+        return indices
+    value = tensor_of(indices)
+    assert value is not None
+    with root.graph.inserting_before(root):
+        args = (indices, experts, form.below, form.above)
+        ids = root.graph.call_function(torch.ops.mxfp4.expert_ids.default, args)
+    with value.fake_mode:  # type: ignore[attr-defined]
+        ids.meta = {**root.meta, "example_value": torch.empty_like(value)}
+    return ids
+
+
+def _range_in_words(match: Match, scores: fx.Node, router: Router) -> str:
+    """Say which experts are here, if the router is that of one rank; fix the numbers that say it.
+
+    Raises:
+        Mismatch: the numbers are no range of the router's experts.
+    """
+    if not router.is_part:
+        return ""
+    numbers = {letter.name: fixed(match.letters[letter.name]) for letter in (RANK, E, ALL)}
+    rank, experts, every = numbers.values()
+    if rank is None or experts is None or every is None:
+        reason = f"the rank {match.letters[RANK.name]} is no whole number that is known"
+        raise Mismatch(reason, scores, len(match.nodes))
+    first = rank * experts
+    if not 0 <= first <= every - experts:
+        reason = f"there are no {experts} experts from {first} on among {every}"
+        raise Mismatch(reason, scores, len(match.nodes))
+    match.letters |= numbers
+    return f"{experts} of {every} experts, from {first} on: routes to others count nothing here"
