@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import linear, softmax
 
 from benchmarks import device_ops
-from benchmarks.moe import Inputs, Problem, Projection, Router, Sizes, Weights
-from mxfp4_fx.core.formats import dequantize
+from benchmarks.families import GPT_OSS, Family
+from benchmarks.moe import Inputs, Problem, Router, Weights
+from benchmarks.sizes import Sizes
 
 
 class Unavailable(Exception):
@@ -202,7 +203,8 @@ class Ours(Contender):
         return device_ops.routing(logits, self.top_k, self.kernels)
 
     def gate_up(self, layer: int, hidden: Tensor, routes: Any) -> Tensor:
-        return device_ops.gate_up(hidden, self._weights[layer][0], routes, self.kernels)
+        weight, activation = self._weights[layer][0], self.problem.family.activation
+        return device_ops.gate_up(hidden, weight, routes, self.kernels, activation)
 
     def down(self, layer: int, inner: Tensor, routes: Any) -> Tensor:
         return device_ops.down(inner, self._weights[layer][1], routes, self.top_k, self.kernels)
@@ -225,7 +227,7 @@ class Ours(Contender):
 
 
 class Transformers(Contender):
-    """``GptOssExperts`` in bfloat16 behind the router's top-k and softmax.
+    """Transformers' experts in bfloat16 behind the router's top-k and softmax.
 
     Args:
         form: ``experts_implementation``.
@@ -272,37 +274,27 @@ def _mlp(
     return out
 
 
-def transformers_experts(sizes: Sizes, weights: Iterable[Weights]) -> list[Any]:
-    """``GptOssExperts`` in bfloat16, one for each of the weights, that share one configuration.
+def transformers_experts(
+    sizes: Sizes, weights: Iterable[Weights], family: Family = GPT_OSS
+) -> list[Any]:
+    """The family's experts in bfloat16, one for each of the weights, that share one configuration.
 
     Raises:
         Unavailable: no transformers.
     """
-    try:
-        from transformers import GptOssConfig
-        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-    except ImportError as error:
-        raise Unavailable(f"transformers cannot be imported ({error})") from error
-
-    config = GptOssConfig(
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_local_experts=sizes.experts,
-        num_experts_per_tok=sizes.top_k,
-    )
-
-    def fill(parameter: Tensor, bias: Tensor, part: Projection) -> None:
-        for expert in range(sizes.experts):
-            values = parameter[expert].T  # [N, K], strided: as a checkpoint is loaded
-            dequantize(part.blocks[expert], part.scales[expert], values.dtype, out=values)
-        bias.copy_(part.bias)
-
-    made = []
+    made: list[Any] = []
     for layer in weights:
-        with torch.device("meta"):
-            experts = GptOssExperts(config).bfloat16().requires_grad_(False).eval()
+        try:
+            with torch.device("meta"):
+                experts = family.experts(sizes).bfloat16().requires_grad_(False).eval()
+        except ImportError as error:
+            raise Unavailable(f"transformers cannot be imported ({error})") from error
         experts = experts.to_empty(device=layer.gate_up.blocks.device)
-        fill(experts.gate_up_proj, experts.gate_up_proj_bias, layer.gate_up)
-        fill(experts.down_proj, experts.down_proj_bias, layer.down)
+        for name, part in zip(("gate_up_proj", "down_proj"), layer, strict=True):
+            family.fill(getattr(experts, name), part, name == "gate_up_proj")
+            if part.bias is not None:
+                getattr(experts, f"{name}_bias").copy_(part.bias)
+        if made:
+            experts.config = made[0].config
         made.append(experts)
     return made

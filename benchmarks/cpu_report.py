@@ -21,7 +21,8 @@ def _head(results: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{cache / 2**20:.0f} MiB last cache; torch {machine['torch']}, "
         f"transformers {machine['transformers']}, {machine['compiler']}",
-        f"one MoE MLP: hidden {sizes['hidden']}, intermediate {sizes['intermediate']}, "
+        f"one MoE MLP of {sizes.get('family', 'gpt_oss')}: "
+        f"hidden {sizes['hidden']}, intermediate {sizes['intermediate']}, "
         f"{sizes['experts']} experts, top-{sizes['top_k']}; "
         f"{results['rounds']} rounds, load average {machine['load_average_at_start']:.1f} at start",
         f"the backend chooses {path['chosen_by_backend']}: {path['reason']}",

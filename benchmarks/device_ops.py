@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (declares the ops)
-from benchmarks.moe import ALPHA, LIMIT, Projection
+from benchmarks.moe import Projection
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.ops import target, tiles
+from mxfp4_fx.ops.operands import Activation
 from mxfp4_fx.ops.tiles import Tile
 from mxfp4_fx.weights.source import MXFP4, Source
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
 OPS = torch.ops.mxfp4
+_GPT_OSS = Activation("swiglu")
 
 
 class Packed(NamedTuple):
@@ -28,7 +30,8 @@ class Packed(NamedTuple):
 
     blocks: Tensor
     scales: Tensor
-    bias: Tensor  # [E, N] bfloat16
+    bias: Tensor | None  # [E, N] bfloat16
+    n: int
     layout: str
 
 
@@ -37,13 +40,14 @@ def swizzled(part: Projection, layout: str) -> Packed:
     blocks, scales = swizzle_weight(
         Source((part.blocks.clone(), part.scales.clone()), MXFP4), layout
     )
-    return Packed(blocks, scales, part.bias.clone(), layout)
+    bias = None if part.bias is None else part.bias.clone()
+    return Packed(blocks, scales, bias, part.n, layout)
 
 
 def empty(experts: int, n: int, k: int, layout: str) -> Packed:
     """On the CPU, of any values: to compile kernels with."""
     blocks, scales = LAYOUTS[layout].empty(experts, n, k, torch.device("cpu"))
-    return Packed(blocks, scales, torch.empty((experts, n), dtype=torch.bfloat16), layout)
+    return Packed(blocks, scales, torch.empty((experts, n), dtype=torch.bfloat16), n, layout)
 
 
 def routing(logits: Tensor, top_k: int, kernels: str) -> Any:
@@ -51,17 +55,24 @@ def routing(logits: Tensor, top_k: int, kernels: str) -> Any:
     return OPS.routing(logits, top_k, kernels=kernels)
 
 
-def gate_up(hidden: Tensor, weight: Packed, routes: Any, kernels: str) -> Tensor:
-    """[R, I] of hidden [T, H], behind SwiGLU."""
+def gate_up(
+    hidden: Tensor,
+    weight: Packed,
+    routes: Any,
+    kernels: str,
+    activation: Activation = _GPT_OSS,
+) -> Tensor:
+    """[R, I] of hidden [T, H], behind the activation."""
+    kind, alpha, limit, up_offset = activation
     return OPS.matmul_ogs(
         hidden,
-        *weight[:3],
-        weight.bias.shape[1],
+        *weight[:4],
         routes[3],
         gather_index=routes[1],
-        activation="swiglu",
-        alpha=ALPHA,
-        limit=LIMIT,
+        activation=kind,
+        alpha=alpha,
+        limit=limit,
+        up_offset=up_offset,
         layout=weight.layout,
         kernels=kernels,
     )
@@ -71,8 +82,7 @@ def down(inner: Tensor, weight: Packed, routes: Any, top_k: int, kernels: str) -
     """[T, H] of [R, I], weighted and summed."""
     return OPS.matmul_ogs(
         inner,
-        *weight[:3],
-        weight.bias.shape[1],
+        *weight[:4],
         routes[3],
         scatter_index=routes[2],
         gammas=routes[0],

@@ -37,7 +37,8 @@ from benchmarks.gpu_measure import measure, measure_parts
 from benchmarks.gpu_options import SETTINGS, parse
 from benchmarks.gpu_report import text, with_ratios
 from benchmarks.gpu_tune import tune
-from benchmarks.moe import Problem, Sizes
+from benchmarks.moe import Problem
+from benchmarks.sizes import Sizes
 from benchmarks.timing import Clock, milliseconds
 from mxfp4_fx.ops import tiles
 

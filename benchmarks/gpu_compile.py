@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import device_ops
 from benchmarks.gpu_device import Device
-from benchmarks.moe import Sizes
+from benchmarks.sizes import Sizes
 from mxfp4_fx.ops import tiles
 from mxfp4_fx.ops.tiles import Tile
 

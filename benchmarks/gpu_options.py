@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import command
-from benchmarks.moe import Sizes
+from benchmarks.sizes import Sizes
 from mxfp4_fx.ops import tiles
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.families import GPT_OSS, Family
+from benchmarks.sizes import Sizes
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E2M1_VALUES, E8M0_BIAS, dequantize
-from mxfp4_fx.ops.operands import ALPHA, LIMIT, Activation
 from mxfp4_fx.ops.reference import activate, routing
 
 # A result in bfloat16 is rounded this often in a row at most, by 2^-9 of itself each time. The
@@ -28,41 +29,22 @@ LEAST_GAP = 2**-5
 LOGIT_DEVIATION = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The defaults are gpt-oss-20b's."""
-
-    hidden: int = 2880
-    intermediate: int = 2880
-    experts: int = 32
-    top_k: int = 4
-
-    @property
-    def weights(self) -> int:
-        """Weights of an expert: gate, up and down."""
-        return 3 * self.hidden * self.intermediate
-
-    @property
-    def mxfp4_bytes(self) -> int:
-        """Bytes of an expert in MXFP4, scales included."""
-        return self.weights // BLOCK * (BYTES_PER_BLOCK + 1)
-
-    @property
-    def bf16_bytes(self) -> int:
-        """Bytes of an expert as transformers holds it."""
-        return 2 * self.weights
-
-    def flops(self, tokens: int) -> float:
-        """Of the experts; a multiply-add is two."""
-        return 2.0 * tokens * self.top_k * self.weights
-
-
 class Projection(NamedTuple):
     """Weights as a checkpoint has them."""
 
     blocks: Tensor  # [E, N, K/32, 16] uint8
     scales: Tensor  # [E, N, K/32] uint8
-    bias: Tensor  # [E, N] bfloat16
+    bias: Tensor | None  # [E, N] bfloat16
+
+    @property
+    def n(self) -> int:
+        return self.blocks.shape[1]
+
+    @property
+    def float_bias(self) -> Tensor:
+        """In float32; zeros for none."""
+        none = self.blocks.new_zeros(self.blocks.shape[:2])
+        return (none if self.bias is None else self.bias).float()
 
 
 class Weights(NamedTuple):
@@ -90,6 +72,7 @@ class Problem:
         hidden: [tokens, H] bfloat16.
         logits: [tokens, E] float64, exact.
         router: its matmul is a part of the MLP. None: the MLP begins with logits in bfloat16.
+        family: whose activation and biases it has; every router is softmax over the top-k logits.
     """
 
     sizes: Sizes
@@ -97,11 +80,17 @@ class Problem:
     logits: Tensor
     router: Router | None
     seed: int
+    family: Family = GPT_OSS
     _truth: Tensor | None = None
 
     @staticmethod
     def random(
-        sizes: Sizes, tokens: int, device: torch.device, seed: int, has_router: bool
+        sizes: Sizes,
+        tokens: int,
+        device: torch.device,
+        seed: int,
+        has_router: bool,
+        family: Family = GPT_OSS,
     ) -> Problem:
         """Fresh for every seed. A token whose choice of experts would be close is drawn again."""
         generator = torch.Generator(device).manual_seed(seed)
@@ -121,8 +110,8 @@ class Problem:
             gap = best[:, sizes.top_k - 1] - best[:, -1]
             missing = (gap < LEAST_GAP) if e > sizes.top_k else torch.zeros_like(missing)
         if has_router:
-            return Problem(sizes, hidden, logits, router, seed)
-        return Problem(sizes, hidden, logits.bfloat16().double(), None, seed)
+            return Problem(sizes, hidden, logits, router, seed, family)
+        return Problem(sizes, hidden, logits.bfloat16().double(), None, seed, family)
 
     @property
     def error_bound(self) -> float:
@@ -136,7 +125,8 @@ class Problem:
 
     def weights(self, layer: int) -> Weights:
         """The experts of layer number ``layer``: the same whenever they are asked for."""
-        return random_weights(self.sizes, self.seed + 1 + layer, self.hidden.device)
+        seed, device = self.seed + 1 + layer, self.hidden.device
+        return random_weights(self.sizes, seed, device, self.family.has_bias)
 
     def hit(self, tokens: int) -> int:
         """Experts that the first T tokens choose."""
@@ -161,14 +151,15 @@ class Problem:
     def error(self, result: Tensor) -> float:
         """Relative, of layer 0; infinite if the result is not finite, or of another shape."""
         if self._truth is None:
-            self._truth = exact(self.weights(0), self.hidden, self.logits, self.sizes)
+            args = self.weights(0), self.hidden, self.logits, self.sizes
+            self._truth = exact(*args, self.family)
         truth = self._truth[: len(result)]
         if result.shape != truth.shape or not result.isfinite().all():
             return math.inf
         return relative_error(result, truth)
 
 
-def random_weights(sizes: Sizes, seed: int, device: torch.device) -> Weights:
+def random_weights(sizes: Sizes, seed: int, device: torch.device, has_bias: bool = True) -> Weights:
     """Random codes under scales that turn inputs of order one into outputs of order one."""
     generator = torch.Generator(device).manual_seed(seed)
     code_rms = math.sqrt(sum(value**2 for value in E2M1_VALUES) / len(E2M1_VALUES))
@@ -181,7 +172,8 @@ def random_weights(sizes: Sizes, seed: int, device: torch.device) -> Weights:
         middle = math.log2(k**-0.5 / code_rms) - math.log(2)
         exponents = torch.randn(groups, **on).add_(middle).round_()
         bias = torch.randn((sizes.experts, n), **on).mul_(0.1).bfloat16()
-        return Projection(blocks, exponents.add_(E8M0_BIAS).to(torch.uint8), bias)
+        scales = exponents.add_(E8M0_BIAS).to(torch.uint8)
+        return Projection(blocks, scales, bias if has_bias else None)
 
     return Weights(
         projection(2 * sizes.intermediate, sizes.hidden),
@@ -189,12 +181,15 @@ def random_weights(sizes: Sizes, seed: int, device: torch.device) -> Weights:
     )
 
 
-def exact(weights: Weights, hidden: Tensor, logits: Tensor, sizes: Sizes) -> Tensor:
+def exact(
+    weights: Weights, hidden: Tensor, logits: Tensor, sizes: Sizes, family: Family = GPT_OSS
+) -> Tensor:
     """The MLP in float64, [T, H]; one expert at a time is dequantized."""
 
     def linear(x: Tensor, part: Projection, expert: int) -> Tensor:
         weight = dequantize(part.blocks[expert], part.scales[expert], torch.float32)
-        return x @ weight.double().T + part.bias[expert].double()
+        y = x @ weight.double().T
+        return y if part.bias is None else y + part.bias[expert].double()
 
     _, gather_index, scatter_index, offsets = routing(logits, sizes.top_k)
     chosen = logits.topk(sizes.top_k, dim=-1).values
@@ -205,7 +200,7 @@ def exact(weights: Weights, hidden: Tensor, logits: Tensor, sizes: Sizes) -> Ten
         if rows.start < rows.stop:
             token = gather_index[rows]
             pre = linear(hidden[token].double(), weights.gate_up, expert)
-            inner = activate(pre, Activation("swiglu", ALPHA, LIMIT))
+            inner = activate(pre, family.activation)
             out.index_add_(0, token, linear(inner, weights.down, expert) * gammas[rows, None])
     return out
 

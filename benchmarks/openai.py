@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender, Unavailable
-from benchmarks.moe import ALPHA, LIMIT, Inputs, Problem, Projection, Weights
+from benchmarks.moe import Inputs, Problem, Projection, Weights
+from mxfp4_fx.ops.operands import ALPHA, LIMIT
 
 # What the package must have; versions with other names are not known here.
 NAMES = {
@@ -40,7 +41,7 @@ class TritonKernels(Contender):
         self._package = package
         self._weights = []
         for layer in weights:
-            self._weights.append([(*self._laid_out(part), part.bias.float()) for part in layer])
+            self._weights.append([(*self._laid_out(part), part.float_bias) for part in layer])
             self.add_layer()
         ogs = package.matmul_ogs
         specs = ogs.FnSpecs("swiglu", package.swiglu.swiglu_fn, ("alpha", "limit"))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Ours, Transformers, transformers_experts
-from benchmarks.moe import Inputs, Problem, Sizes
+from benchmarks.moe import Inputs, Problem
 from benchmarks.rounds import SAMPLE_SECONDS
+from benchmarks.sizes import Sizes
 from benchmarks.timing import Clock, milliseconds, seconds, summary
 
 TINY = Sizes(hidden=64, intermediate=32, experts=4, top_k=2)  # K and N are 32 and 64

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks import device_ops
 from benchmarks.contenders import Contender, Unavailable
-from benchmarks.moe import ALPHA, LIMIT, Inputs, Problem, Projection, Weights
+from benchmarks.moe import Inputs, Problem, Projection, Weights
+from mxfp4_fx.ops.operands import ALPHA, LIMIT
 
 LIBRARY = "_C.abi3.so"
 MXFP4 = 4  # vLLM's CPUQuantMethod
@@ -45,7 +46,7 @@ class FusedExperts(Contender):
     def _packed(self, part: Projection) -> list[Tensor]:
         """Weight and scales in the op's order, and the bias in float32."""
         weight = self._ops.convert_weight_packed(part.blocks.flatten(2))
-        return [weight, self._ops.convert_scale_packed(part.scales), part.bias.float()]
+        return [weight, self._ops.convert_scale_packed(part.scales), part.float_bias]
 
     def run(self, layer: int, inputs: Inputs) -> Tensor:
         logits = self.logits(layer, inputs)

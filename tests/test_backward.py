@@ -254,7 +254,7 @@ def test_what_is_cut_off_has_no_gradient(limit: float) -> None:
 def test_gradients_of_numbers_that_are_large_or_none(kind: str) -> None:
     """Without a limit, as torch's own gradient has them."""
     values = torch.tensor([-8.0, -0.0, 0.5, 90.0, -90.0, torch.inf, -torch.inf, torch.nan]).double()
-    y = torch.cartesian_prod(values, values).flatten().requires_grad_()
+    y = torch.cartesian_prod(values, values[:5]).flatten().requires_grad_()
     activation = Activation(kind, 1.0, torch.inf, 0.0)
     out = reference.activate(y, activation)
     (expected,) = torch.autograd.grad(out.sum(), y)

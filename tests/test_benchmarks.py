@@ -30,9 +30,11 @@ from benchmarks.contenders import (
     check,
     transformers_experts,
 )
-from benchmarks.moe import Problem, Sizes, floor
+from benchmarks.families import FAMILIES
+from benchmarks.moe import Problem, floor
 from benchmarks.probes import UNITS
 from benchmarks.rounds import Cell, check_all, run_rounds
+from benchmarks.sizes import Sizes
 from benchmarks.timing import summary
 
 ROOT = Path(__file__).parent.parent
@@ -262,6 +264,26 @@ def test_a_whole_model_is_measured_and_compared_with_the_uncompiled_one(
 def toy_problem(tokens: int = 6) -> Problem:
     sizes = Sizes(hidden=64, intermediate=96, experts=4, top_k=2)
     return Problem.random(sizes, tokens, torch.device("cpu"), 0, has_router=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_are_measured_beside_transformers_own_experts(
+    name: str, no_gradients: None
+) -> None:
+    """Both are right by float64, within what explains roundings of a bfloat16 result."""
+    family = FAMILIES[name]
+    sizes = Sizes(hidden=64, intermediate=96, experts=4, top_k=2)
+    problem = Problem.random(sizes, 6, torch.device("cpu"), 0, has_router=False, family=family)
+    layers = [problem.weights(0)]
+    assert (layers[0].gate_up.bias is None) == (name != "gpt_oss")
+    experts = transformers_experts(sizes, layers, family)
+    peer = Transformers(problem, experts, "t", "t", "t", form="grouped_mm", compile=None)
+    ours = Ours(problem, layers, "o", "ours", "o", kernels="pytorch", layout="row_major")
+    for contender in (peer, ours):
+        assert check(contender, problem.inputs(6)) < problem.error_bound
+    args = cpu.parse(["--family", name, "--top-k", "1"])
+    assert (args.hidden, args.top_k) == (family.sizes.hidden, 1)
+    assert args.end_to_end == (name == "gpt_oss")
 
 
 def test_a_contender_that_is_wrong_stops_the_run(no_gradients: None) -> None:

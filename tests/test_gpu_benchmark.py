@@ -29,7 +29,8 @@ if torch.cuda.is_available():
 
 from benchmarks import contenders, gpu, gpu_compile, gpu_tune, openai, plot
 from benchmarks.contenders import Ours, Transformers
-from benchmarks.moe import Problem, Sizes
+from benchmarks.moe import Problem
+from benchmarks.sizes import Sizes
 
 ROOT = Path(__file__).parent.parent
 H, N, A = 64, 32, 2  # hidden, intermediate, experts a token

@@ -14,6 +14,7 @@ import pytest
 import torch
 from combinations import covering
 from implementations import Kernels
+from kept import in_order, sources
 from models import Graphs, Layers, compile_with, hidden, mlp, on_mxfp4_grid, swizzled
 from processes import LAST_RESORT
 from torch import Tensor, nn
@@ -22,10 +23,11 @@ import mxfp4_fx
 from mxfp4_fx.core.errors import WeightError
 from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.orders import Order
 from mxfp4_fx.weights import source as source_module
 from mxfp4_fx.weights import store as store_module
 from mxfp4_fx.weights import swizzle
-from mxfp4_fx.weights.source import FLOATS, MXFP4, Source
+from mxfp4_fx.weights.source import FLOATS, MXFP4, Source, encoding_of
 from mxfp4_fx.weights.store import STORE, WeightStore
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
@@ -313,16 +315,40 @@ def test_one_expert_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes == [(8, 64)] * 5
 
 
-@pytest.mark.parametrize("layout", [layout for layout, _ in swizzle.NATIVE])
-def test_what_is_filled_natively_is_what_the_layout_says(layout: str) -> None:
-    weight = new_weight(torch.empty(2, 96, 40), 0)
-    for source in (floats(weight), Source(quantize(weight.transpose(1, 2)), MXFP4)):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n", [40, 6])
+def test_weights_in_every_order_are_swizzled_to_the_same_parts(layout: str, n: int) -> None:
+    rows = torch.randn((2, n, 96), generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed = quantize(rows)
+    each = [LAYOUTS[layout].swizzle(*expert) for expert in zip(*packed, strict=True)]
+    expected = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    for source in sources(rows):
         parts = swizzle_weight(source, layout)
-        for expert in range(2):
-            expected = LAYOUTS[layout].swizzle(*source.encoding.to_mxfp4(source.tensors, expert))
-            assert all(map(torch.equal, (part[expert] for part in parts), expected))
-        back = swizzle.unswizzle_weight(parts, layout, 2, 40, 96)
-        assert all(map(torch.equal, back, quantize(weight.transpose(1, 2))))
+        assert all(map(torch.equal, parts, expected)), (source.encoding.name, layout)
+    back = swizzle.unswizzle_weight(parts, layout, 2, n, 96)
+    assert all(map(torch.equal, back, packed))
+
+
+def test_every_encoding_is_filled_natively() -> None:
+    for (layout, device), tasks in swizzle.NATIVE.items():
+        for source in sources(torch.zeros(1, 2, 32)):
+            assert swizzle.is_native(source.encoding, layout, device)
+        assert {"unswizzle", "empty"} < tasks.keys()
+
+
+def test_pairs_that_are_not_one_block_of_memory() -> None:
+    rows = torch.randn((4, 32, 64), generator=torch.Generator().manual_seed(0))
+    order = Order(False, is_concatenated=True)
+    held = in_order(quantize(rows), order)
+    source = Source(tuple(part[::2] for part in held), encoding_of(order, "row_major"))
+    expected = swizzle_weight(Source(quantize(rows[::2]), MXFP4), "cpu_panels")
+    assert all(map(torch.equal, swizzle_weight(source, "cpu_panels"), expected))
+
+
+def test_a_weight_of_an_odd_number_of_gates_and_ups_is_an_error() -> None:
+    encoding = encoding_of(Order(False, is_concatenated=True))
+    with pytest.raises(WeightError, match="even number of rows; N is 7"):
+        swizzle_weight(Source((torch.zeros(2, 7, 32),), encoding), "row_major")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

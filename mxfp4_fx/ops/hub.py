@@ -69,8 +69,9 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     activates = activation is not None and len(terms) == 1 and _can_activate(activation)
     weighs = rows.gammas is not None and activation is None
     scatters = _can_scatter(rows) and activation is None
-    # Round once: the package may round to bfloat16 only if no sum and no factor follows.
+    # Round once: the package may round to bfloat16 only if nothing follows.
     alone = len(terms) == 1 and rows.scatter is None and (rows.gammas is None or weighs)
+    alone &= activation is None or activates
     call = _Call(weight, rows, torch.bfloat16 if alone else torch.float32, weighs, scatters)
     if activation is not None and activates:
         call.activate(activation)

@@ -339,7 +339,8 @@ class WeightStore:
         """Return the source with memory for its freed tensors; in MXFP4 if all are freed."""
         if all(map(freed.is_freed, source.tensors)):
             entry = self._entries.holder(source.tensors[0])
-            if all(entry.holds(mark_of(tensor)) for tensor in source.tensors):
+            is_same = entry.encoding is source.encoding
+            if is_same and all(entry.holds(mark_of(tensor)) for tensor in source.tensors):
                 with torch.inference_mode(False):  # the store may keep these parts
                     parts = unswizzle_weight(entry.parts, entry.layout, *entry.sizes)
                 return Source(parts, MXFP4)

@@ -75,7 +75,9 @@ def rounded(value, TO: tl.constexpr):
     """
     if INTERPRETED and tl.bfloat16 == TO:
         bits = value.to(tl.uint32, bitcast=True)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        up = bits + 0x7FFF + ((bits >> 16) & 1)
+        # Without the lower half, which it takes for part of a subnormal number.
+        up = (up & 0xFFFF0000).to(tl.float32, bitcast=True)
         value = tl.where(value == value, up, value)
     return value.to(TO)
 
