@@ -122,7 +122,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def is_stack(value: object) -> bool:
-    """Return whether `value` is a weight [E, K, N] or [E, N, K] of floats, or blocks [E, N, K/32, 16]."""
+    """Return whether `value` is a weight of floats with three axes, or blocks [E, N, K/32, 16]."""
     if not isinstance(value, Tensor) or is_lazy(value):
         return False
     if value.dtype is torch.uint8:
