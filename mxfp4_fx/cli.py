@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--experts", help="dense experts, run by this implementation of transformers"
     )
     explained.add_argument("--json", action="store_true", help="the same as data")
+    text = "write it as one HTML file, too, with the graphs before and after"
+    explained.add_argument("--html", type=Path, metavar="FILE", help=text)
     explained.set_defaults(run=_explain)
 
     _add_checkpoint(commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint"))
@@ -91,6 +93,8 @@ def _explain(args: argparse.Namespace) -> None:
         ids = torch.zeros((1, 8), dtype=torch.long)
         with torch.no_grad():
             explanation = explain(model, ids)
+    if args.html is not None:
+        explanation.save_html(args.html)
     print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ def self_check(device: torch.device, inner: str = "inductor") -> None:
     hidden = random(_TOKENS, _HIDDEN).to(device)
     routes = random(_TOKENS, _EXPERTS).softmax(dim=1).topk(_PER_TOKEN)
     given = routes.indices.to(device), routes.values.to(device)
-    options = {"strict": True, "verify": True, "inner": inner}
+    options: dict[str, Any] = {"strict": True, "verify": True, "inner": inner}
     layer = _Layer(experts).to(device)
     compiled = torch.compile(layer, backend="mxfp4", dynamic=False, options=options)
     with torch.no_grad():

@@ -34,7 +34,7 @@ def register(operands_of: Callable[..., Any]) -> None:
         # The product of the forward is computed again, then the gradient of x.
         return 2 * matmul_ogs(*flat, **named)
 
-    formulas = {
+    formulas: dict[Any, Any] = {
         torch.ops.mxfp4.moe: _moe,
         torch.ops.mxfp4.matmul_ogs: matmul_ogs,
         torch.ops.mxfp4.matmul_ogs_backward: matmul_ogs_backward,
