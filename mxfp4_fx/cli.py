@@ -16,6 +16,7 @@ from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
 from mxfp4_fx.checkpoints.random_config import CheckpointShape
 from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
 from mxfp4_fx.checkpoints.safetensors_file import SHARD_BYTES
+from mxfp4_fx.core.console import announced
 from mxfp4_fx.core.errors import Mxfp4Error
 from mxfp4_fx.core.formats import SCALE_RULES
 from mxfp4_fx.core.version import __version__
@@ -91,7 +92,7 @@ def _explain(args: argparse.Namespace) -> None:
 
     with empty_model(args.checkpoint, getattr(torch, args.dtype), args.experts) as model:
         ids = torch.zeros((1, 8), dtype=torch.long)
-        with torch.no_grad():
+        with torch.no_grad(), announced("capturing the model"):
             explanation = explain(model, ids)
     if args.html is not None:
         explanation.save_html(args.html)

@@ -192,7 +192,9 @@ class TestCommandLine:
         argv = ["explain", str(tmp_path), "--experts", "batched_mm", "--json", "--html", str(page)]
         assert main(argv) == 0
         assert "mxfp4.matmul_ogs(" in page.read_text("utf-8")
-        data = json.loads(capsys.readouterr().out)
+        told = capsys.readouterr()
+        assert "mxfp4_fx: capturing the model ...\nmxfp4_fx: ... done in " in told.err
+        data = json.loads(told.out)
         assert [r["form"] for r in data["rewrites"]] == ["batched_mm", "batched_mm"]
 
     def test_explain_without_a_config_says_so(
