@@ -63,7 +63,7 @@ def _moe(*flat: Any, out_val: Any = None, **named: Any) -> int:
     bound = inspect.signature(meaning).bind(*flat, **named)
     bound.apply_defaults()
     given = bound.arguments
-    experts, n = given["gate_up_bias"].shape
+    experts = given["gate_up"].shape[0]
     chosen = given.get("indices")
     if chosen is None:
         chosen = torch.topk(given["router_logits"], given["top_k"]).indices
@@ -71,8 +71,12 @@ def _moe(*flat: Any, out_val: Any = None, **named: Any) -> int:
     if _has_values(chosen):
         first = given["first_expert"]
         total = int(((chosen >= first) & (chosen < first + experts)).sum())
-    h = given["hidden"].shape[1]
-    return 2 * total * (h * n + n // 2 * h)
+    # A token meets each value of an expert once. A byte of blocks has two values.
+    values = sum(
+        given[name].numel() * (1 if given[f"{name}_scales"] is None else 2)
+        for name in ("gate_up", "down")
+    )
+    return 2 * total * values // max(experts, 1)
 
 
 def _linears(
