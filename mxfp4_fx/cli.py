@@ -1,13 +1,11 @@
-"""``python -m mxfp4_fx``: show what a machine uses and what a model becomes; write checkpoints."""
+"""The command ``mxfp4_fx``: what a machine uses, what a model becomes; it writes checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +16,12 @@ from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
 from mxfp4_fx.checkpoints.random_config import CheckpointShape
 from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
 from mxfp4_fx.checkpoints.safetensors_file import SHARD_BYTES
-from mxfp4_fx.core import hardware
-from mxfp4_fx.core.errors import KernelsUnavailableError, Mxfp4Error
+from mxfp4_fx.core.console import announced
+from mxfp4_fx.core.errors import Mxfp4Error
 from mxfp4_fx.core.formats import SCALE_RULES
 from mxfp4_fx.core.version import __version__
+from mxfp4_fx.doctor import examine
 from mxfp4_fx.explanation import explain
-from mxfp4_fx.ops import target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,11 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 after a failure, 130 after an interrupt; argparse exits with 2.
     """
-    parser = argparse.ArgumentParser(prog="python -m mxfp4_fx", description=__doc__)
+    is_module = os.path.basename(sys.argv[0]) == "__main__.py"
+    prog = "python -m mxfp4_fx" if is_module else "mxfp4_fx"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--version", action="version", version=f"mxfp4_fx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    doctor = commands.add_parser("doctor", help="what this machine will use, and why")
+    text = "what this machine will use, and why, with a self-check; exits with 1 if it fails"
+    doctor = commands.add_parser("doctor", help=text)
+    text = "look at this device only (cpu, cuda:0); may be given several times"
+    doctor.add_argument("--device", type=_device, action="append", default=[], help=text)
     doctor.set_defaults(run=_doctor)
 
     explained = commands.add_parser("explain", help="what would be rewritten in a model, and why")
@@ -48,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--experts", help="dense experts, run by this implementation of transformers"
     )
     explained.add_argument("--json", action="store_true", help="the same as data")
+    text = "write it as one HTML file, too, with the graphs before and after"
+    explained.add_argument("--html", type=Path, metavar="FILE", help=text)
     explained.set_defaults(run=_explain)
 
     _add_checkpoint(commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint"))
@@ -71,24 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _doctor(args: argparse.Namespace) -> None:
-    print(f"mxfp4_fx {__version__}")
-    print(f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")
-    for package in ("torch", "transformers", "triton", "kernels"):
-        try:
-            print(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package} is not installed")
-    devices = [torch.device("cpu")]
-    for kind in hardware.GPU_TYPES:
-        count = torch.get_device_module(kind).device_count()
-        devices += [torch.device(kind, i) for i in range(count)]
-    for device in devices:
-        try:
-            chosen = target.choose(device)
-            print(f"{device}: {chosen.kernels} kernels, layout {chosen.layout}: {chosen.reason}")
-        except KernelsUnavailableError as error:
-            print(f"{device}: experts stay as they are: {error}")
+def _doctor(args: argparse.Namespace) -> int:
+    return examine(args.device)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).partition("\n")[0]) from None
 
 
 def _explain(args: argparse.Namespace) -> None:
@@ -96,8 +92,10 @@ def _explain(args: argparse.Namespace) -> None:
 
     with empty_model(args.checkpoint, getattr(torch, args.dtype), args.experts) as model:
         ids = torch.zeros((1, 8), dtype=torch.long)
-        with torch.no_grad():
+        with torch.no_grad(), announced("capturing the model"):
             explanation = explain(model, ids)
+    if args.html is not None:
+        explanation.save_html(args.html)
     print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)
 
 

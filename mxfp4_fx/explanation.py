@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from mxfp4_fx import calls
+from mxfp4_fx import calls, page
 from mxfp4_fx.backend import analyze, bind, refuse_freed
 from mxfp4_fx.core import compilation, ranks, torch_private, torch_private_dynamo
 from mxfp4_fx.core.console import size_in_words
 from mxfp4_fx.core.errors import Mxfp4Error
 from mxfp4_fx.core.options import Options
+from mxfp4_fx.passes.listing import GraphChange
 from mxfp4_fx.passes.report import Attention, Miss, Rewrite
 from mxfp4_fx.weights.freed import is_freed
 
 PATIENCE = 60.0  # seconds; ranks that run a program together come to a call within some
+
+# Where the graphs that an ``explain`` captures are written down.
+_changes: contextvars.ContextVar[list[GraphChange] | None] = contextvars.ContextVar(
+    "changes", default=None
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Explanation:
         linears: how many linears native kernels compute if they have few rows.
         attention: the attentions with sinks that become one op, of memory linear in the tokens.
         attention_misses: what looks like attention with sinks on a CPU and stays as it is.
+        changes: each captured graph as text, before and after the passes; only HTML shows it.
     """
 
     graphs: int
@@ -42,6 +52,7 @@ class Explanation:
     linears: int = 0
     attention: tuple[Attention, ...] = ()
     attention_misses: tuple[Miss, ...] = ()
+    changes: tuple[GraphChange, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def bytes_before(self) -> int:
@@ -66,6 +77,18 @@ class Explanation:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the explanation as one HTML file, which needs no other file and no network.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        Path(path).write_text(page.page(self.to_dict(), self.changes), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook, which shows it in the place of the object."""
+        return page.fragment(self.to_dict(), self.changes)
 
     def __str__(self) -> str:
         found = len(self.rewrites) + len(self.misses)
@@ -132,9 +155,16 @@ def explain(
     )
     modules = [*model.modules()] if isinstance(model, torch.nn.Module) else []
     _require_all_ranks(modules)
-    with calls.observed() as found, torch_private.without_compiled_calls(modules):
-        run = torch.compile(model, backend=_collect, dynamic=dynamic, options=chosen, **isolated)
-        run(*args, **kwargs)
+    changes: list[GraphChange] = []
+    token = _changes.set(changes)
+    try:
+        with calls.observed() as found, torch_private.without_compiled_calls(modules):
+            run = torch.compile(
+                model, backend=_collect, dynamic=dynamic, options=chosen, **isolated
+            )
+            run(*args, **kwargs)
+    finally:
+        _changes.reset(token)
     rewrites = tuple(r for report in found.graphs for r in report.rewrites)
     misses = (*(m for report in found.graphs for m in report.misses), *found.outside)
     of_graphs = [note for report in found.graphs for note in report.notes]
@@ -150,6 +180,7 @@ def explain(
         linears,
         attention,
         tuple(others),
+        tuple(changes),
     )
 
 
@@ -178,6 +209,9 @@ def _collect(
     current call each time it *runs*, because one graph may serve many layers.
     """
     rewritten, ctx = analyze(gm, example_inputs, Options.parse(options))
+    changes = _changes.get()
+    if changes is not None:
+        changes.append(GraphChange.of(gm, rewritten))
     report = ctx.report  # the context holds the model's parameters and must not live on
     graph = gm.forward
     if any(map(is_freed, example_inputs)):

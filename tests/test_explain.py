@@ -195,8 +195,13 @@ class TestCommandLine:
         self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
-        assert main(["explain", str(tmp_path), "--experts", "batched_mm", "--json"]) == 0
-        data = json.loads(capsys.readouterr().out)
+        page = tmp_path / "page.html"
+        argv = ["explain", str(tmp_path), "--experts", "batched_mm", "--json", "--html", str(page)]
+        assert main(argv) == 0
+        assert "mxfp4.matmul_ogs(" in page.read_text("utf-8")
+        told = capsys.readouterr()
+        assert "mxfp4_fx: capturing the model ...\nmxfp4_fx: ... done in " in told.err
+        data = json.loads(told.out)
         assert [r["form"] for r in data["rewrites"]] == ["batched_mm", "batched_mm"]
 
     def test_explain_without_a_config_says_so(

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
@@ -81,7 +82,7 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 f"transformers and Mxfp4Config(dequantize=True) instead"
             )
     STORE.restore(others)  # dense weights, whose values the store has in MXFP4
-    for names in places.values():
+    for names in tqdm(places.values(), "mxfp4: dequantizing experts", leave=False, disable=None):
         parents = [model.get_submodule(name.rpartition(".")[0]) for name in names]
         # Packed experts are never trainable. Dense ones become so if the router beside them is.
         trainable = any(parameter.requires_grad for parameter in parents[0].parameters())

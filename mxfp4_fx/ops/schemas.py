@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mxfp4_fx.core import torch_private, torch_private_dynamo
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
-from mxfp4_fx.ops import autograd, backward, operands, reference
+from mxfp4_fx.ops import autograd, backward, flops, operands, reference
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET, Activation, Rows, Weight
 
 _REFERENCE = {
@@ -350,3 +350,4 @@ for _name, (_backward, _save) in _GRADIENTS.items():
     _packet, _, _overload = _name.partition(".")
     _op = getattr(getattr(torch.ops.mxfp4, _packet), _overload or "default")
     autograd.register(_LIBRARY, _op, _backward, _save)
+flops.register(operands_of)

@@ -1,0 +1,92 @@
+"""How many floating-point operations the ops take, for ``torch.utils.flop_counter``.
+
+As torch does for its own ops, a formula counts multiplications and additions of matmuls alone:
+2*M*N*K, with the rows that there are and not those that a kernel pads. Decoding weights,
+activations, routing and sums count nothing. Shape letters as in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mxfp4_fx.ops import reference
+from mxfp4_fx.ops.operands import Rows
+
+
+def register(operands_of: Callable[..., Any]) -> None:
+    """Tell torch the formulas of the ops, which must be defined.
+
+    Args:
+        operands_of: makes the operands of ``matmul_ogs`` from its flat arguments.
+    """
+
+    def matmul_ogs(*flat: Any, out_val: Any = None, **named: Any) -> int:
+        _, weight, rows, _, _ = operands_of(*flat, **named)
+        return 2 * _rows_here(rows) * weight.n * weight.k
+
+    def matmul_ogs_backward(grad: Tensor, *flat: Any, out_val: Any = None, **named: Any) -> int:
+        # The product of the forward is computed again, then the gradient of x.
+        return 2 * matmul_ogs(*flat, **named)
+
+    formulas: dict[Any, Any] = {
+        torch.ops.mxfp4.moe: _moe,
+        torch.ops.mxfp4.matmul_ogs: matmul_ogs,
+        torch.ops.mxfp4.matmul_ogs_backward: matmul_ogs_backward,
+        torch.ops.mxfp4.linears: _linears,
+        torch.ops.mxfp4.attention_with_sinks: _attention_with_sinks,
+    }
+    for op, formula in formulas.items():
+        register_flop_formula(op, get_raw=True)(formula)
+
+
+def _rows_here(rows: Rows) -> int:
+    """Return the number of rows whose experts are held here.
+
+    Their offsets say so. Where these have no values, as under fake tensors, all rows count.
+    """
+    return int(rows.offsets[-1]) if _has_values(rows.offsets) else rows.total
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and not tensor.is_meta
+
+
+def _moe(*flat: Any, out_val: Any = None, **named: Any) -> int:
+    """Count both overloads: with logits, and with given routes."""
+    meaning = reference.moe_from_routes if isinstance(flat[6], Tensor) else reference.moe
+    bound = inspect.signature(meaning).bind(*flat, **named)
+    bound.apply_defaults()
+    given = bound.arguments
+    experts = given["gate_up"].shape[0]
+    chosen = given.get("indices")
+    if chosen is None:
+        chosen = torch.topk(given["router_logits"], given["top_k"]).indices
+    total = chosen.numel()
+    if _has_values(chosen):
+        first = given["first_expert"]
+        total = int(((chosen >= first) & (chosen < first + experts)).sum())
+    # A token meets each value of an expert once. A byte of blocks has two values.
+    values = sum(
+        given[name].numel() * (1 if given[f"{name}_scales"] is None else 2)
+        for name in ("gate_up", "down")
+    )
+    return 2 * total * values // max(experts, 1)
+
+
+def _linears(
+    x: Tensor, weights: Sequence[Tensor], *others: Any, out_val: Any = None, **named: Any
+) -> int:
+    return sum(2 * x.numel() * weight.shape[0] for weight in weights)
+
+
+def _attention_with_sinks(
+    query: Tensor, key: Tensor, *others: Any, out_val: Any = None, **named: Any
+) -> int:
+    """Count two products for each pair of a query and a key, masked or not, as torch does."""
+    return 4 * query.numel() * key.shape[2]
