@@ -59,7 +59,8 @@ def _has_values(tensor: Tensor) -> bool:
 
 def _moe(*flat: Any, out_val: Any = None, **named: Any) -> int:
     """Count both overloads: with logits, and with given routes."""
-    meaning = reference.moe_from_routes if isinstance(flat[6], Tensor) else reference.moe
+    # The sixth argument is the number of choices, or a bias, which may be None.
+    meaning = reference.moe if isinstance(flat[6], int) else reference.moe_from_routes
     bound = inspect.signature(meaning).bind(*flat, **named)
     bound.apply_defaults()
     given = bound.arguments
