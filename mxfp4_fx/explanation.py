@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from mxfp4_fx.core import compilation, ranks, torch_private, torch_private_dynam
 from mxfp4_fx.core.console import size_in_words
 from mxfp4_fx.core.errors import Mxfp4Error
 from mxfp4_fx.core.options import Options
+from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET
 from mxfp4_fx.passes.listing import GraphChange
 from mxfp4_fx.passes.report import Attention, Miss, Rewrite
 from mxfp4_fx.weights.freed import is_freed
@@ -107,6 +109,7 @@ class Explanation:
             lines += _table([header, *rows, total])
             lines += dict.fromkeys(f"{_target(r)}: {r.reason}" for r in self.rewrites)
             lines += dict.fromkeys(f"{_target(r)}: {r.travel}" for r in self.rewrites if r.travel)
+            lines += dict.fromkeys(filter(None, map(_activation, self.rewrites)))
             lines += dict.fromkeys(r.router for r in self.rewrites if r.router)
         for miss in self.misses:
             lines += [f"not rewritten: {miss.layer}", f"  {miss.reason}"]
@@ -228,7 +231,24 @@ def _collect(
 
 
 def _data(item: Rewrite | Miss | Attention) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(item).items() if name != "inputs"}
+    """Return an item as data; JSON has no infinity, so None stands for no limit."""
+    data = {name: value for name, value in dataclasses.asdict(item).items() if name != "inputs"}
+    return {name: None if value == math.inf else value for name, value in data.items()}
+
+
+def _activation(rewrite: Rewrite) -> str:
+    """Return the experts' activation in words, or "" for GPT-OSS's."""
+    alpha, limit, offset = rewrite.alpha, rewrite.limit, rewrite.up_offset
+    if rewrite.activation == "relu2":
+        return "activation: relu(up)^2, without a gate"
+    if (rewrite.activation, alpha, limit, offset) == ("swiglu", ALPHA, LIMIT, UP_OFFSET):
+        return ""
+    of_gate = "silu(gate)" if alpha == 1 else f"gate * sigmoid({alpha:g} * gate)"
+    if rewrite.activation == "geglu_tanh":
+        of_gate = "gelu(gate), in its tanh form"
+    up = f"(up + {offset:g})" if offset else "up"
+    clamped = f", both clamped at {limit:g}" if math.isfinite(limit) else ""
+    return f"activation: {of_gate} * {up}{clamped}"
 
 
 def _target(rewrite: Rewrite) -> str:

@@ -77,6 +77,9 @@ def test_rows_of_experts_elsewhere_do_not_count(first: int, here: int) -> None:
     weights = torch.ones(2, 3)
     routed = counted(lambda: ops.moe.routes(x, indices, weights, *parts, *swiglu, **mine))
     assert routed == here * one_row
+    unbiased = parts[0], None, parts[2], None
+    routed = counted(lambda: ops.moe.routes(x, indices, weights, *unbiased, *swiglu, **mine))
+    assert routed == here * one_row
     *_, offsets = ops.routing.routes(indices, weights, held, first)
     blocks, scales = quantize(parts[2].transpose(1, 2))
     rows = torch.randn(6, WIDTH)

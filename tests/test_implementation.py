@@ -88,6 +88,23 @@ class TestImplementation:
             compile_with(module, options={"strict": True, "verify": True})(*given)
 
 
+WORDS = {
+    GptOssExperts: "",
+    Qwen3MoeExperts: "activation: silu(gate) * up",
+    NemotronHExperts: "activation: relu(up)^2, without a gate",
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_the_activation_is_named_unless_it_is_that_of_gpt_oss(kind: type[nn.Module]) -> None:
+    with torch.no_grad():
+        told = mxfp4_fx.explain(experts(kind, NAME), *routes())
+    lines = [line for line in str(told).splitlines() if line.startswith("activation")]
+    assert lines == list(filter(None, [WORDS[kind]]))
+    (data,) = told.to_dict()["rewrites"]
+    assert data["limit"] == (7.0 if kind is GptOssExperts else None)
+
+
 def test_weights_that_are_trained_stay_as_they_are() -> None:
     module = experts(Qwen3MoeExperts, NAME)
     (miss,) = mxfp4_fx.explain(module, *routes()).misses
