@@ -95,6 +95,10 @@ def layout_of(name: str) -> str:
     return layout.name
 
 
+# Every activation is compiled, with one dtype.
+ACTIVATIONS = {"bf16": "swiglu", "fp16": "geglu_tanh", "fp32": "relu2"}
+
+
 def matmul_values(
     name: str, tile: Any, n: int, k: int, e: int, down: bool, dtype: str
 ) -> dict[str, Any]:
@@ -108,8 +112,9 @@ def matmul_values(
         "expert_offsets": "*i32", "gather_index": (None,) if down else "*i32",
         "scatter_index": "*i32" if down else (None,), "gammas": "*fp32" if down else (None,),
         "y": "*fp32" if down else f"*{dtype}", "x_stride": "i32%16", "rows": "i32",
-        "experts": "i32%16", "alpha": "fp32", "limit": "fp32", "N": (n,), "K": (k,),
-        "LAYOUT": (layout,), "SWIGLU": (not down,),
+        "experts": "i32%16", "alpha": "fp32", "limit": "fp32", "up_offset": "fp32",
+        "N": (n,), "K": (k,),
+        "LAYOUT": (layout,), "ACTIVATION": ("none" if down else ACTIVATIONS[dtype],),
         "GROUPS": (1 << e.bit_length(),), "BM": (tile.block_m,), "BN": (tile.block_n,),
         "BK": (tile.block_k,), "SPLITS": (tile.splits,),
         **{key: (value,) for key, value in products(name, DTYPES[dtype]).items()},

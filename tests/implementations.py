@@ -23,6 +23,17 @@ from mxfp4_fx.weights.source import MXFP4, Source
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
 ALPHA, LIMIT = 1.702, 7.0
+GPT_OSS = {"activation": "swiglu", "alpha": ALPHA, "limit": LIMIT, "up_offset": 1.0}
+# Activations by the names that tests give them -> the op's arguments.
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "none": {"activation": "none"},
+    "swiglu": GPT_OSS,
+    "silu": {"activation": "swiglu", "alpha": 1.0, "limit": torch.inf, "up_offset": 0.0},
+    "clamped_silu": {"activation": "swiglu", "alpha": 1.0, "limit": 2.5, "up_offset": 0.0},
+    "geglu_tanh": {"activation": "geglu_tanh", "limit": torch.inf, "up_offset": 0.0},
+    "clamped_geglu": {"activation": "geglu_tanh", "limit": 2.5, "up_offset": -0.75},
+    "relu2": {"activation": "relu2"},
+}
 ops = torch.ops.mxfp4
 
 
@@ -145,6 +156,12 @@ def int32(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def activated(y: Bounded, name: str) -> Bounded:
+    """The oracle's result for one of ACTIVATIONS."""
+    arguments = dict(ACTIVATIONS[name])
+    return oracle.activate(y, arguments.pop("activation"), **arguments)
+
+
 def check_matmul(
     kernels: Kernels,
     x: Tensor,
@@ -156,7 +173,7 @@ def check_matmul(
     activation: str = "swiglu",
     bias: bool = True,
 ) -> Tensor:
-    """Run matmul_ogs with routes [T, A] and hold it against the oracle."""
+    """Run matmul_ogs with routes [T, A] and one of ACTIVATIONS; hold it against the oracle."""
     (t, a), e = indices.shape, matrices.blocks.shape[0]
     gather_index, scatter_index, offsets = oracle.sort_routes(indices, e)
     factors = randn(t * a, seed=4).abs()
@@ -168,9 +185,7 @@ def check_matmul(
         int32(scatter_index) if scatter else None,
         factors if gammas else None,
         experts_per_token=a,
-        activation=activation,
-        alpha=ALPHA,
-        limit=LIMIT,
+        **ACTIVATIONS[activation],
         bias=bias,
     )
     if not bias:
@@ -178,8 +193,7 @@ def check_matmul(
     rows = Bounded.exact(x[gather_index] if gather else x)
     expert = indices.flatten()[scatter_index]
     expected = oracle.grouped_linear(rows, expert, *matrices.exact, kernels.underflow)
-    if activation == "swiglu":
-        expected = oracle.swiglu(expected, ALPHA, LIMIT)
+    expected = activated(expected, activation)
     if gammas:
         expected = oracle.times(expected, Bounded.exact(factors)[:, None])
     if scatter:

@@ -1,4 +1,4 @@
-"""GPT-OSS experts in float64, with a bound on the error of any float32 evaluation.
+"""Experts in float64, with a bound on the error of any float32 evaluation.
 
 This file is written from the formula and imports nothing of the package. A step returns a
 :class:`Bounded`: the exact value and, for each element, a bound on ``|computed - exact|``. It holds
@@ -12,6 +12,7 @@ I intermediate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,13 +104,50 @@ def grouped_linear(
     return y
 
 
-def swiglu(y: Bounded, alpha: float, limit: float) -> Bounded:
-    """Map [.., 2I], gate in even and up in odd columns, to [.., I]; limit is a float32 number."""
-    gate = y[..., 0::2].through(lambda v: v.clamp(max=limit))  # clamping rounds nothing
-    up = y[..., 1::2].through(lambda v: v.clamp(min=-limit, max=limit))
+def activate(
+    y: Bounded, kind: str, alpha: float = 1.0, limit: float = torch.inf, up_offset: float = 0.0
+) -> Bounded:
+    """Map [.., N] to [.., N'] by one of the op's activations, or ``"none"``."""
+    if kind == "none":
+        return y
+    if kind == "relu2":
+        positive = y.through(torch.relu)
+        return times(positive, positive)
+    if kind == "swiglu":
+        return swiglu(y, alpha, limit, up_offset)
+    assert kind == "geglu_tanh"
+    gate, up = gate_and_up(y, limit)
+    return times(times(gate, gelu_factor(gate)), shifted(up, up_offset))
+
+
+def swiglu(y: Bounded, alpha: float, limit: float, up_offset: float = 1.0) -> Bounded:
+    """Map [.., 2I], gate in even and up in odd columns, to [.., I]."""
+    gate, up = gate_and_up(y, limit)
     _, s = sigmoid_of(gate, alpha)
-    up_and_1 = Bounded(up.value + 1, up.error).rounded(torch.float32)
-    return times(times(gate, s), up_and_1)
+    return times(times(gate, s), shifted(up, up_offset))
+
+
+def gate_and_up(y: Bounded, limit: float) -> tuple[Bounded, Bounded]:
+    """Return both, clamped, which rounds nothing; limit is a float32 number."""
+    gate = y[..., 0::2].through(lambda v: v.clamp(max=limit))
+    return gate, y[..., 1::2].through(lambda v: v.clamp(min=-limit, max=limit))
+
+
+def shifted(up: Bounded, offset: float) -> Bounded:
+    return Bounded(up.value + offset, up.error).rounded(torch.float32)
+
+
+def gelu_factor(gate: Bounded) -> Bounded:
+    """Return what GELU multiplies the gate with: (1 + tanh(z)) / 2, or the sigmoid of 2 z."""
+    z = gate.through(lambda v: 2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))
+    # A cube has two products, either constant its own rounding and a product; then the sum of terms
+    # with the same sign. Below float32's range, a cube is lost beside the gate.
+    z = z.plus_error(roundings(7) * z.largest + UNDERFLOW)
+    s = z.through(torch.sigmoid)
+    # As in `sigmoid_of`. tanh is within as many ulp as exp, each U at most, and half of that stays;
+    # where it is near -1, that is all that is left of the sum.
+    relative = roundings(2 * EXP_ULP + 2) * s.largest
+    return s.plus_error(relative + roundings(EXP_ULP) / 2 + SMALLEST_NORMAL)
 
 
 def sigmoid_of(gate: Bounded, alpha: float) -> tuple[Bounded, Bounded]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from combinations import covering, exhaustive
-from implementations import ALPHA, LIMIT, Kernels
+from implementations import ACTIVATIONS, ALPHA, LIMIT, Kernels
 from oracle import (
     Matrices,
     assert_as_accurate,
@@ -18,6 +19,7 @@ from oracle import (
 )
 from torch import Tensor
 
+from mxfp4_fx.ops import reference
 from mxfp4_fx.ops.backward import activate_backward
 from mxfp4_fx.ops.operands import Activation
 
@@ -53,6 +55,19 @@ def check_gradients(f: Function, plain: Function, inputs: list[Tensor]) -> None:
 def swiglu(y: Tensor, alpha: float = ALPHA, limit: float = LIMIT) -> Tensor:
     gate, up = y[..., 0::2].clamp(max=limit), y[..., 1::2].clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def activate(y: Tensor, name: str) -> Tensor:
+    """One of ACTIVATIONS, by its formula."""
+    if name in ("none", "relu2"):
+        return y if name == "none" else torch.where(y > 0, y * y, 0)
+    given = ACTIVATIONS[name]
+    gate = y[..., 0::2].clamp(max=given["limit"])
+    up = y[..., 1::2].clamp(-given["limit"], given["limit"])
+    if given["activation"] == "geglu_tanh":
+        z = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+        return 0.5 * gate * (1 + torch.tanh(z)) * (up + given["up_offset"])
+    return gate * torch.sigmoid(given["alpha"] * gate) * (up + given["up_offset"])
 
 
 def linear(x: Tensor, expert: Tensor, matrices: Matrices) -> Tensor:
@@ -178,7 +193,7 @@ def test_matmul_with_and_without_each_of_its_parts(
     check_gradients(f, plain, [x, weights.flatten()] if gammas else [x])
 
 
-@pytest.mark.parametrize("activation", ["none", "swiglu"])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS])
 def test_matmul_without_a_bias(activation: str) -> None:
     matrices = Matrices.random(E, 12, 32)
     indices, weights = random_routes(T, E, A)
@@ -191,15 +206,13 @@ def test_matmul_without_a_bias(activation: str) -> None:
             matrices,
             *routes,
             gammas,
-            activation=activation,
-            alpha=ALPHA,
-            limit=LIMIT,
+            **ACTIVATIONS[activation],
             bias=False,
         )
 
     def plain(x: Tensor, gammas: Tensor) -> Tensor:
         y = linear(x[gather_index], indices.flatten()[scatter_index], matrices.without_bias)
-        y = swiglu(y) if activation == "swiglu" else y
+        y = activate(y, activation)
         return y * gammas[:, None].to(y.dtype)
 
     x = torch.randn((T, 32), generator=torch.Generator().manual_seed(2))
@@ -235,6 +248,20 @@ def test_what_is_cut_off_has_no_gradient(limit: float) -> None:
         actual = activate_backward(torch.ones(49).double(), y, Activation("swiglu", ALPHA, limit))
     assert torch.equal(actual == 0, expected == 0)
     assert torch.equal(actual.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "geglu_tanh", "relu2"])
+def test_gradients_of_numbers_that_are_large_or_none(kind: str) -> None:
+    """Without a limit, as torch's own gradient has them."""
+    values = torch.tensor([-8.0, -0.0, 0.5, 90.0, -90.0, torch.inf, -torch.inf, torch.nan]).double()
+    y = torch.cartesian_prod(values, values).flatten().requires_grad_()
+    activation = Activation(kind, 1.0, torch.inf, 0.0)
+    out = reference.activate(y, activation)
+    (expected,) = torch.autograd.grad(out.sum(), y)
+    with torch.no_grad():
+        actual = activate_backward(torch.ones_like(out), y, activation)
+    for odd in (torch.isnan, torch.isposinf, torch.isneginf, torch.logical_not):
+        assert torch.equal(odd(actual), odd(expected)), odd
 
 
 def test_routes_of_others_have_no_gradient() -> None:

@@ -57,17 +57,25 @@ class Library:
         return int(getattr(self.functions, name)(*values))
 
     def quantize(self, values: Tensor, threads: int = 1, out: Pair | None = None) -> Pair:
-        """Values [E, N, K] of any strides."""
-        out = dirty_panels(*values.shape) if out is None else out
-        sizes = (*values.shape, *values.stride())
+        """Values [E, N, K], or pairs of rows [E, N/2, 2, K], of any strides."""
+        if values.ndim == 3:
+            (e, n, k), (of_e, of_n, of_k) = values.shape, values.stride()
+            strides = of_e, 2 * of_n, of_n, of_k
+        else:
+            (e, pairs, _, k), strides = values.shape, values.stride()
+            n = 2 * pairs
+        out = dirty_panels(e, n, k) if out is None else out
+        sizes = e, n, k, *strides
         dtype = c_int32(CODE[values.dtype])
         self.call("mxfp4_quantize", values, dtype, *sizes, *out, c_int32(threads))
         return out
 
-    def swizzle(self, blocks: Tensor, scales: Tensor, threads: int = 1) -> Pair:
+    def swizzle(
+        self, blocks: Tensor, scales: Tensor, threads: int = 1, concatenated: bool = False
+    ) -> Pair:
         e, n, groups = scales.shape
         out = dirty_panels(e, n, 32 * groups)
-        sizes = (e, n, 32 * groups)
+        sizes = (e, n, 32 * groups, *((1, n // 2) if concatenated else (2, 1)))
         self.call("mxfp4_swizzle", blocks, scales, *sizes, *out, c_int32(threads))
         return out
 
@@ -141,14 +149,22 @@ def assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -
 
 # ---- quantize
 
-SIZES = [(2, 64, 128), (3, 70, 160), (1, 33, 32), (2, 1, 64), (1, 300, 96)]  # E, N, K
+SIZES = [(2, 64, 128), (3, 70, 160), (1, 33, 32), (2, 1, 64), (1, 2, 32), (1, 300, 96)]  # E, N, K
 
 
 def orders(values: Tensor) -> dict[str, Tensor]:
-    """The same [E, N, K] values in several orders of memory."""
+    """The same [E, N, K] values in several orders of memory; also as pairs of rows."""
     e, n, k = values.shape
     spread = values.new_empty((e, 2 * n, 3 * k))[:, ::2, 1::3]
+    of_pairs = {}
+    if n % 2 == 0:
+        pairs = values.unflatten(1, (-1, 2))
+        of_pairs = {
+            "gates before ups": pairs.transpose(1, 2).contiguous().transpose(1, 2),
+            "gates are neighbours": pairs.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1),
+        }
     return {
+        **of_pairs,
         "rows are neighbours": values.transpose(1, 2).contiguous().transpose(1, 2),
         "columns are neighbours": values.contiguous(),
         "experts are neighbours": values.permute(1, 2, 0).contiguous().permute(2, 0, 1),
@@ -226,7 +242,7 @@ def test_quantize_of_no_experts_and_no_rows(library: Library) -> None:
 # ---- swizzle
 
 BLOCK_SIZES = [
-    *((0, 5, 1), (2, 64, 4), (3, 33, 5), (1, 31, 2), (2, 5, 1), (1, 1, 3), (40, 64, 3)),
+    *((0, 5, 1), (2, 64, 4), (3, 33, 5), (1, 31, 2), (2, 6, 1), (1, 1, 3), (40, 64, 3)),
     *((1, 64, 8), (2, 70, 19)),  # groups of eight blocks, alone and with a rest
 ]
 
@@ -244,6 +260,12 @@ def test_swizzle_and_unswizzle_are_those_of_the_layout(
         assert_same_bits((panels, flags), expected)
         back = library.unswizzle(panels, n, 32 * groups, threads)
         assert_same_bits(back, (blocks, scales))
+        if n % 2 == 0:
+            concatenated = (
+                part.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+                for part in (blocks, scales)
+            )
+            assert_same_bits(library.swizzle(*concatenated, threads, True), expected)
 
 
 def test_panels_may_begin_at_any_byte(library: Library) -> None:
@@ -255,7 +277,7 @@ def test_panels_may_begin_at_any_byte(library: Library) -> None:
     for start in (0, 1, 16, 32):
         memory.fill_(0xA5)
         panels = memory[start : start + panels.numel()].view(panels.shape)
-        library.call("mxfp4_swizzle", blocks, scales, 2, 64, 288, panels, flags, c_int32(2))
+        library.call("mxfp4_swizzle", blocks, scales, 2, 64, 288, 2, 1, panels, flags, c_int32(2))
         assert_same_bits((panels, flags), expected)
         assert (memory[:start] == 0xA5).all()
         assert (memory[start + panels.numel() :] == 0xA5).all()

@@ -12,13 +12,23 @@ import oracle
 import pytest
 import torch
 from combinations import covering, exhaustive
-from implementations import ALPHA, LIMIT, Kernels, check_matmul, int32, randn
+from implementations import (
+    ACTIVATIONS,
+    ALPHA,
+    LIMIT,
+    Kernels,
+    activated,
+    check_matmul,
+    int32,
+    randn,
+)
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.orders import Order
 from mxfp4_fx.ops import schemas
 
 CPU = torch.device("cpu")
@@ -62,6 +72,22 @@ def test_matmul_without_a_bias(kernels: Kernels, activation: str) -> None:
     """N fills no panel and no tile, and without a bias nothing but ``n`` says it."""
     matrices, indices = Matrices.random(3, 34, 32), random_routes(5, 3, 2)[0]
     check_matmul(kernels, randn(5, 32), matrices, indices, activation=activation, bias=False)
+
+
+@pytest.mark.any_layout
+@pytest.mark.parametrize(
+    ("activation", "n"),
+    [("silu", 34), ("clamped_silu", 6), ("geglu_tanh", 70), ("clamped_geglu", 34), ("relu2", 35)],
+)
+def test_activations_of_other_families(kernels: Kernels, activation: str, n: int) -> None:
+    dtype = {6: torch.float16, 35: torch.bfloat16}.get(n, torch.float32)
+    matrices, indices = Matrices.random(3, n, 64, dtype), random_routes(5, 3, 2)[0]
+    for scatter in (False, True):
+        y = check_matmul(
+            kernels, randn(5, 64, dtype=dtype), matrices, indices, scatter=scatter,
+            gammas=scatter, activation=activation,
+        )  # fmt: skip
+        assert y.shape[1] == (n if activation == "relu2" else n // 2)
 
 
 def test_matmul_of_no_columns_is_the_bias(kernels: Kernels) -> None:
@@ -159,6 +185,23 @@ def test_alpha_and_limit_of_odd_values(kernels: Kernels) -> None:
             continue
         bounded = oracle.swiglu(Bounded.exact(exact), alpha, limit).rounded(torch.float32)
         assert_within(y[finite], bounded[finite])
+
+
+@pytest.mark.any_layout
+@pytest.mark.parametrize("name", ["silu", "geglu_tanh", "clamped_geglu", "relu2"])
+def test_activations_of_numbers_that_are_large_or_none(kernels: Kernels, name: str) -> None:
+    """NaN, infinity and zero come out where the formula has them in float32."""
+    values = (-torch.inf, -3e38, -1e13, -88.0, -0.0, 1e-30, 1e13, 3e38, torch.inf, torch.nan)
+    pairs = torch.tensor(list(product(values, values))).flatten()
+    matrices = Matrices.random(1, pairs.numel(), 32)
+    matrices.bias[0] = pairs
+    y = kernels.matmul_ogs(torch.zeros(1, 32), matrices, int32([0, 1]), **ACTIVATIONS[name])
+    expected = activated(Bounded.exact(matrices.bias), name).rounded(torch.float32)
+    exact = expected.value.float()
+    for wrong in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(wrong(y), wrong(exact)), wrong
+    finite = exact.isfinite()
+    assert_within(y[finite], expected[finite])
 
 
 # ---- the whole chain, and the logical ops
@@ -276,6 +319,45 @@ def test_a_moe_of_experts_held_here_leaves_out_the_others(given: bool) -> None:
     assert_within(y, expected_moe(hidden, indices, of_mine, parts))
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh", "relu2"])
+@pytest.mark.parametrize("packed", [False, True], ids=["floats", "packed"])
+def test_a_moe_of_weights_in_any_order(packed: bool, activation: str) -> None:
+    """The same bits as with rows in the kernels' order, given as matmuls."""
+    e, h, i, a = 3, 64, 32, 2
+    n = i if activation == "relu2" else 2 * i
+    gate_up, down = Matrices.random(e, n, h), Matrices.random(e, h, i, seed=1)
+    hidden, logits = randn(7, h), random_logits(7, e)
+    constants = {"activation": activation, "alpha": 1.25, "limit": 3.5, "up_offset": 0.5}
+    gammas, gather, scatter, offsets = REFERENCE.routing(logits, a)
+    routes = logits.topk(a).indices, gammas[scatter.long().argsort()].view(7, a)
+    for is_transposed, is_concatenated, bias in product((False, True), repeat=3):
+        if (is_concatenated and activation == "relu2") or (packed and is_transposed):
+            continue
+        inner = REFERENCE.matmul_ogs(hidden, gate_up, offsets, gather, bias=bias, **constants)
+        expected = REFERENCE.matmul_ogs(
+            inner, down, offsets, None, scatter, gammas, experts_per_token=a, bias=bias
+        )
+        order = Order(is_transposed, is_concatenated)
+        parts, scales = [], []
+        for matrices in (gate_up, down):
+            held = matrices.operands if packed else (matrices.weight.float(), None, matrices.bias)
+            if is_concatenated and matrices is gate_up:
+                held = tuple(part if part is None else concatenated(part) for part in held)
+            weight = held[0].transpose(1, 2) if is_transposed else held[0]
+            parts += [weight, held[2] if bias else None]
+            scales.append(held[1])
+        numbers = constants["alpha"], constants["limit"], *scales
+        named = {"activation": activation, "up_offset": 0.5, **order._asdict()}
+        assert torch.equal(ops.moe(hidden, logits, *parts, a, *numbers, **named), expected), order
+        y = ops.moe.routes(hidden, *routes, *parts, *numbers, **named)
+        assert torch.equal(y, expected), order
+
+
+def concatenated(rows: Tensor) -> Tensor:
+    """Rows [E, N, ...] with those of the gate before those of up."""
+    return torch.cat((rows[:, 0::2], rows[:, 1::2]), dim=1)
+
+
 # ---- numbers that are none
 
 
@@ -339,7 +421,7 @@ ODD = dict(zip(NAMES, REFERENCE.operands(Matrices.random(2, 5, 64)), strict=True
 BELOW_0 = dict(zip(NAMES, (*LAYOUTS["cpu_panels"].empty(2, 0, 64, CPU), None, -1), strict=True))
 BAD_OPERANDS = {
     "layout": ({"layout": "cubic"}, r"layout='cubic' is not one of \['row_major'"),
-    "activation": ({"activation": "relu"}, "activation='relu' is not 'none' or 'swiglu'"),
+    "activation": ({"activation": "relu"}, r"activation='relu' is not one of \['none', 'swiglu'"),
     "x_3d": ({"x": randn(2, 2, 64)}, r"x must be \[rows, K\].*\(2, 2, 64\)"),
     "x_dtype": ({"x": randn(2, 64).int()}, "x must be float32, bfloat16 or float16.*int32"),
     "k_40": ({"x": randn(2, 40)}, r"K a multiple of 32.*\(2, 40\)"),
@@ -408,7 +490,7 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         tensor.requires_grad_(grad)
     chosen = {"kernels": kernels.name}
     order = {"layout": kernels.layout, **chosen}
-    swiglu = {"activation": "swiglu", "alpha": ALPHA, "limit": LIMIT, **order}
+    swiglu = {"activation": "swiglu", "alpha": ALPHA, "limit": LIMIT, "up_offset": 0.5, **order}
     first = (hidden, *kernels.operands(gate_up), offsets, gather_index)
     second = (inner, *kernels.operands(down, bias=False), offsets, None, scatter_index, gammas, a)
     cases: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
@@ -422,7 +504,7 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         constants = (ALPHA, LIMIT)
         moe = (randn(t, 48), logits, *dense, a, *constants)
         moe_routes = (randn(t, 48), indices, weights, *dense, *constants)
-        back = (randn(t * a, 32), *first, None, None, 1, "swiglu", *constants, "row_major")
+        back = (randn(t * a, 32), *first, None, None, 1, "swiglu", *constants, 0.5, "row_major")
         cases["moe"] = (ops.moe.default, moe, {})
         cases["moe.routes"] = (ops.moe.routes, moe_routes, {})
         cases["expert_ids"] = (ops.expert_ids.default, (indices, e, "wrap", "error"), {})

@@ -23,7 +23,8 @@ from mxfp4_fx.ops.reference import Routes
 
 _INDEX_DTYPES = {torch.int32: 0, torch.int64: 1}  # api.h: mxfp4_index_dtype
 # api.h: struct mxfp4_matmul. Packing bytes costs a tenth of filling a ctypes.Structure.
-_MATMUL = struct.Struct("9P7q4i2f")
+_MATMUL = struct.Struct("9P7q4i3f")
+_ACTIVATIONS = {"swiglu": 1, "geglu_tanh": 2, "relu2": 3}  # api.h: mxfp4_activation
 _ROUTER = struct.Struct("5P6q2i")  # api.h: struct mxfp4_router
 
 
@@ -66,9 +67,8 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
         y.data_ptr(),
         x_rows, row_stride, total, experts, n, k, per_token,
         _DTYPES[x.dtype], 0 if bias is None else _DTYPES[bias.dtype],
-        activation is not None, torch.get_num_threads(),
-        0.0 if activation is None else activation.alpha,
-        0.0 if activation is None else activation.limit,
+        0 if activation is None else _ACTIVATIONS[activation.kind], torch.get_num_threads(),
+        *((0.0, 0.0, 0.0) if activation is None else activation[1:]),
     )  # fmt: skip
     if status := _library().mxfp4_matmul_ogs(arguments):
         _check(

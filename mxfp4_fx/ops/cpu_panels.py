@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -13,13 +14,14 @@ from mxfp4_fx.ops.cpu_library import DTYPES, check, library, pointer
 
 
 def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
-    """Round a weight [E, N, K] to MXFP4 and swizzle it into ``blocks`` and ``scales``, in one pass.
+    """Round a weight to MXFP4 and swizzle it into ``blocks`` and ``scales``, in one pass.
 
     The bytes are the same as those of ``formats.quantize`` and ``CpuPanels.swizzle``. It needs no
     memory besides the result.
 
     Args:
-        source: [E, N, K] float32, bfloat16 or float16, with any strides.
+        source: [E, N, K], or pairs of rows [E, N/2, 2, K]; float32, bfloat16 or float16, with any
+            strides.
         blocks, scales: the tensors to fill, of ``CpuPanels.shapes`` behind an axis of E.
 
     Raises:
@@ -28,12 +30,14 @@ def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
     if source.dtype not in DTYPES:
         raise TypeError(f"a weight must be float32, bfloat16 or float16, not {source.dtype}")
     source = source.resolve_neg()  # the memory of a lazily negated tensor has the other signs
-    e, n, k = source.shape
+    e, *rows, k = source.shape
+    stride_e, *stride_n, stride_k = source.stride()
+    pair, odd = stride_n if len(rows) == 2 else (2 * stride_n[0], stride_n[0])
     check(
         library().mxfp4_quantize(
             pointer(source),
             DTYPES[source.dtype],
-            *map(ctypes.c_int64, (e, n, k, *source.stride())),
+            *map(ctypes.c_int64, (e, math.prod(rows), k, stride_e, pair, odd, stride_k)),
             pointer(blocks),
             pointer(scales),
             torch.get_num_threads(),
@@ -43,14 +47,22 @@ def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
 
 
 def swizzle(blocks: Tensor, scales: Tensor, panels: Tensor, flags: Tensor) -> None:
-    """Swizzle blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint into panels."""
+    """Swizzle blocks [E, N, K/32, 16] and scales [E, N, K/32] of a checkpoint into panels.
+
+    Or pairs of rows, [E, N/2, 2, ...], with all gates before all ups in memory.
+    """
+    e, *rows, groups = scales.shape
+    is_concatenated = len(rows) == 2
+    if is_concatenated:
+        blocks, scales = blocks.transpose(1, 2), scales.transpose(1, 2)
     blocks, scales = (part.resolve_neg().contiguous() for part in (blocks, scales))
-    e, n, groups = scales.shape
+    n = math.prod(rows)
+    pair, odd = (1, n // 2) if is_concatenated else (2, 1)
     check(
         library().mxfp4_swizzle(
             pointer(blocks),
             pointer(scales),
-            *map(ctypes.c_int64, (e, n, groups * BLOCK)),
+            *map(ctypes.c_int64, (e, n, groups * BLOCK, pair, odd)),
             pointer(panels),
             pointer(flags),
             torch.get_num_threads(),

@@ -75,15 +75,15 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
         blocks, scales = blocks.view(torch.uint32), scales.view(torch.uint32)
     row_tiles = min(rows.total, e + 1 + rows.total // tile.block_m)  # an upper bound
     grid = (-(-n // tile.block_n) * row_tiles, tile.splits)
-    alpha, limit = (0.0, 0.0) if activation is None else (activation.alpha, activation.limit)
+    kind, *constants = ("none", 0.0, 0.0, 0.0) if activation is None else activation
     with hardware.on(x.device):
         matmul_ogs_kernel[grid](
             x, blocks, scales, None if bias is None else bias.contiguous(), _int32(rows.offsets),
             None if rows.gather is None else _int32(rows.gather),
             None if rows.scatter is None else _int32(rows.scatter),
             None if rows.gammas is None else rows.gammas.float().contiguous(),
-            out, x.stride(0), rows.total, e, alpha, limit,
-            N=n, K=k, LAYOUT=layout, SWIGLU=activation is not None,
+            out, x.stride(0), rows.total, e, *constants,
+            N=n, K=k, LAYOUT=layout, ACTIVATION=kind,
             GROUPS=triton.next_power_of_2(e + 1), BM=tile.block_m, BN=tile.block_n,
             BK=tile.block_k, SPLITS=tile.splits, **products,
             **tiles.compiler_options(tile, gpu, terms),

@@ -20,7 +20,9 @@ from mxfp4_fx.weights.source import Encoding, Parts, Source
 NATIVE: dict[tuple[str, str], dict[str, str]] = {
     ("cpu_panels", "cpu"): {
         "floats": "mxfp4_fx.ops.cpu_panels:quantize",
+        "floats of pairs": "mxfp4_fx.ops.cpu_panels:quantize",
         "mxfp4": "mxfp4_fx.ops.cpu_panels:swizzle",
+        "mxfp4 of pairs": "mxfp4_fx.ops.cpu_panels:swizzle",
         "unswizzle": "mxfp4_fx.ops.cpu_panels:unswizzle",
         "empty": "mxfp4_fx.ops.cpu_panels:empty",
     },

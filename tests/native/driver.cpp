@@ -65,14 +65,26 @@ struct Weights {
                             : static_cast<double>(mxfp4::E2M1[code]) * std::ldexp(1., scale - 127));
     }
     const int threads = static_cast<int>(random_int(1, 3));
-    require(mxfp4_swizzle(blocks.data(), scales.data(), experts, n, k, panels.data(), flags.data(),
-                          threads) == 0,
+    require(mxfp4_swizzle(blocks.data(), scales.data(), experts, n, k, 2, 1, panels.data(),
+                          flags.data(), threads) == 0,
             "swizzle");
     std::vector<uint8_t> back(blocks.size()), back_scales(scales.size());
     require(mxfp4_unswizzle(panels.data(), experts, n, k, back.data(), back_scales.data(),
                             threads) == 0,
             "unswizzle");
     require(back == blocks && back_scales == scales, "unswizzle undoes swizzle");
+    if (n % 2) return;
+    // The same rows with all gates before all ups.
+    for (int64_t row = 0; row < experts * n; row++) {
+      const int64_t at = row / n * n + row % n / 2 + row % 2 * (n / 2);
+      std::copy_n(&blocks[row * k / 2], k / 2, &back[at * k / 2]);
+      std::copy_n(&scales[row * k / 32], k / 32, &back_scales[at * k / 32]);
+    }
+    std::vector<uint8_t> again(panels.size()), again_flags(flags.size());
+    require(mxfp4_swizzle(back.data(), back_scales.data(), experts, n, k, 1, n / 2, again.data(),
+                          again_flags.data(), threads) == 0,
+            "swizzle pairs");
+    require(again == panels && again_flags == flags, "pairs make the same panels");
   }
 };
 
@@ -135,10 +147,11 @@ void check_matmul() {
   const int64_t n = panels * (random_int(0, 1) ? random_int(1, 40) * 2 : random_int(1, 80));
   const int64_t k = 32 * random_int(1, 7);
   const bool gather = random_int(0, 1), scatter = random_int(0, 1), gammas = random_int(0, 1);
-  const bool swiglu = n % 2 == 0 && random_int(0, 1), all_scales = random_int(0, 3) == 0;
+  const bool gated = n % 2 == 0 && random_int(0, 1), all_scales = random_int(0, 3) == 0;
+  const bool relu2 = !gated && random_int(0, 3) == 0;
   const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
   const int64_t rows = tokens * per_token, x_rows = gather ? tokens : rows;
-  const int64_t columns = swiglu ? n / 2 : n;
+  const int64_t columns = gated ? n / 2 : n;
 
   const Weights weights(experts, n, k, all_scales);
   const Routes routes = random_routes(tokens, experts, per_token);
@@ -167,16 +180,18 @@ void check_matmul() {
   m.k = k;
   m.experts_per_token = per_token;
   m.x_dtype = m.bias_dtype = dtype;
-  m.swiglu = swiglu;
+  m.activation = relu2 ? MXFP4_RELU2 : MXFP4_NONE;
+  if (gated) m.activation = random_int(0, 1) ? MXFP4_SWIGLU : MXFP4_GEGLU_TANH;
   m.alpha = 1.702f;
   m.limit = 7.f;
+  m.up_offset = static_cast<float>(random_int(0, 1));
   m.threads = 1;
   require(mxfp4_matmul_ogs(&m) == 0, "matmul_ogs");
   std::vector<char> again = y;
   m.threads = static_cast<int32_t>(random_int(2, 4));
   require(mxfp4_matmul_ogs(&m) == 0, "matmul_ogs with threads");
   require(again == y, "any number of threads gives the same bits");
-  if (all_scales || swiglu) return;  // the Python tests hold these against the oracle
+  if (all_scales || m.activation) return;  // the Python tests hold these against the oracle
 
   // Values, and by how much float32 may miss them: a term meets a product, K + A additions and a
   // gamma, each of which is off by 2^-24 of it at most. Twice that is more than enough.
@@ -312,12 +327,13 @@ void check_quantize() {
   const int64_t experts = random_int(0, 3), n = random_int(1, 80), k = 32 * random_int(1, 5);
   const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
   const Values source(dtype, experts * n * k, 1.);
-  const bool transposed = random_int(0, 1);
+  const bool transposed = random_int(0, 1), pairs = n % 2 == 0 && random_int(0, 1);
+  const int64_t row = transposed ? 1 : k;
   std::vector<uint8_t> panels(
       static_cast<size_t>(experts * mxfp4::panel_count(n) * mxfp4::panel_bytes(k)));
   std::vector<uint8_t> flags(static_cast<size_t>(experts * mxfp4::panel_count(n)));
-  require(mxfp4_quantize(source.bytes.data(), dtype, experts, n, k, n * k, transposed ? 1 : k,
-                         transposed ? n : 1, panels.data(), flags.data(),
+  require(mxfp4_quantize(source.bytes.data(), dtype, experts, n, k, n * k, pairs ? row : 2 * row,
+                         pairs ? n / 2 * row : row, transposed ? n : 1, panels.data(), flags.data(),
                          static_cast<int>(random_int(1, 3))) == 0,
           "quantize");
   mxfp4_huge_pages(panels.data(), static_cast<int64_t>(panels.size()));

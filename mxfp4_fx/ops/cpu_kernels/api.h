@@ -12,9 +12,17 @@
 
 enum mxfp4_dtype : int32_t { MXFP4_F32 = 0, MXFP4_BF16 = 1, MXFP4_F16 = 2 };
 enum mxfp4_index_dtype : int32_t { MXFP4_I32 = 0, MXFP4_I64 = 1 };
+// What ops/reference.py's `activate` defines. SwiGLU and GEGLU are gated: of two columns, gate and
+// up, they make one.
+enum mxfp4_activation : int32_t {
+  MXFP4_NONE = 0,
+  MXFP4_SWIGLU = 1,
+  MXFP4_GEGLU_TANH = 2,
+  MXFP4_RELU2 = 3
+};
 
 // Arguments of mxfp4_matmul_ogs. Pointers first, then 8-byte, then 4-byte numbers, so that there is
-// no padding.
+// no padding between them.
 struct mxfp4_matmul {
   const void* x;                  // [x_rows, K] of x_dtype, x_stride elements apart
   const uint8_t* panels;          // [E, P, Q, 1088]
@@ -27,9 +35,9 @@ struct mxfp4_matmul {
   void* y;                        // [R or T, N or N / 2] of x_dtype; all of it is written
   int64_t x_rows, x_stride, rows, experts, n, k, experts_per_token;
   int32_t x_dtype, bias_dtype;
-  int32_t swiglu;  // 0 or 1
+  int32_t activation;  // mxfp4_activation
   int32_t threads;
-  float alpha, limit;
+  float alpha, limit, up_offset;  // of a gated activation
 };
 
 // One linear of mxfp4_linears: its weight, and where its result goes.
@@ -104,15 +112,18 @@ int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const void* weigh
                          int32_t threads);
 
 // Contiguous blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order -> cpu_panels, and
-// back.
+// back. An expert's row 2 p + h is its row `pair` p + `odd` h in memory: 2 and 1 if rows are in
+// order, 1 and N / 2 if all gates come before all ups. Rows in memory are all below N.
 int mxfp4_swizzle(const uint8_t* blocks, const uint8_t* scales, int64_t experts, int64_t n,
-                  int64_t k, uint8_t* panels, uint8_t* flags, int32_t threads);
+                  int64_t k, int64_t pair, int64_t odd, uint8_t* panels, uint8_t* flags,
+                  int32_t threads);
 int mxfp4_unswizzle(const uint8_t* panels, int64_t experts, int64_t n, int64_t k, uint8_t* blocks,
                     uint8_t* scales, int32_t threads);
 
 // Values [E, N, K] with any strides (in elements) -> cpu_panels, rounded as formats.quantize does.
+// Row 2 p + h of an expert is at `pair` p + `odd` h.
 int mxfp4_quantize(const void* source, int32_t dtype, int64_t experts, int64_t n, int64_t k,
-                   int64_t stride_e, int64_t stride_n, int64_t stride_k, uint8_t* panels,
+                   int64_t stride_e, int64_t pair, int64_t odd, int64_t stride_k, uint8_t* panels,
                    uint8_t* flags, int32_t threads);
 
 // Hints that huge pages should back [start, start + bytes), before the first write to it.

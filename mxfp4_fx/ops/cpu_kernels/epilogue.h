@@ -1,8 +1,9 @@
-// The epilogue of a panel's sums: SwiGLU, gammas, and the order of the result's columns.
+// The epilogue of a panel's sums: activation, gammas, and the order of the result's columns.
 #pragma once
 
 #include <cstdint>
 
+#include "api.h"
 #include "numbers.h"
 #include "panels.h"
 #include "vectors.h"
@@ -35,28 +36,52 @@ inline Vector exponential(Vector x) {
   return p * (Vector)(half << 23) * (Vector)((power + 127 - half) << 23);
 }
 
-// The clamped SwiGLU of GPT-OSS. The upper bound comes last, so that it wins if the limit is
-// negative.
-inline Vector swiglu(Vector gate, Vector up, float alpha, float limit) {
-  gate = at_most(gate, vector_of(limit));
-  up = at_most(at_least(up, vector_of(-limit)), vector_of(limit));
-  const Vector z = gate * alpha;
-  return gate * (1.f / (1.f + exponential(-z))) * (up + 1.f);
+inline Vector sigmoid(Vector x) { return 1.f / (1.f + exponential(-x)); }
+
+// GELU in its tanh form: (1 + tanh(z)) / 2 is the sigmoid of 2 z, which loses no digits where tanh
+// is near -1.
+inline Vector gelu_tanh(Vector x) {
+  return x * sigmoid((x * x * 0.044715f + 1.f) * x * 1.5957691216f);  // 2 sqrt(2 / pi)
+}
+
+// Gate and up of LANES columns, sums [32] by position, through a gated activation. The upper bound
+// comes last, so that it wins if the limit is negative.
+template <class F>
+inline void finish_gated(const float* sums, const mxfp4_matmul& m, float gamma, float* out,
+                         F of_gate) {
+  const Vector limit = vector_of(m.limit);
+  for (int r = 0; r < LANES; r += VECTOR) {
+    const Vector gate = at_most(load_vector(sums + r), limit);
+    const Vector up = at_most(at_least(load_vector(sums + LANES + r), -limit), limit);
+    store_vector(out + r, of_gate(gate) * (up + m.up_offset) * gamma);
+  }
+}
+
+inline bool is_gated(const mxfp4_matmul& m) {
+  return m.activation == MXFP4_SWIGLU || m.activation == MXFP4_GEGLU_TANH;
 }
 
 // A row's sums [32] by position (16 h + r) -> its results by column.
-inline void finish_row(const float* sums, bool gated, float alpha, float limit, float gamma,
-                       float* out) {
-  if (gated) {
-    for (int r = 0; r < LANES; r += VECTOR) {
-      const Vector gate = load_vector(sums + r), up = load_vector(sums + LANES + r);
-      store_vector(out + r, swiglu(gate, up, alpha, limit) * gamma);
-    }
-    return;
-  }
-  for (int r = 0; r < LANES; r++) {
-    out[2 * r] = sums[r] * gamma;
-    out[2 * r + 1] = sums[LANES + r] * gamma;
+inline void finish_row(const float* sums, const mxfp4_matmul& m, float gamma, float* out) {
+  switch (m.activation) {
+    case MXFP4_SWIGLU:
+      return finish_gated(sums, m, gamma, out,
+                          [&](Vector gate) { return gate * sigmoid(gate * m.alpha); });
+    case MXFP4_GEGLU_TANH:
+      return finish_gated(sums, m, gamma, out, gelu_tanh);
+    case MXFP4_RELU2:
+      for (int r = 0; r < LANES; r++) {
+        for (int h = 0; h < 2; h++) {
+          const float sum = sums[LANES * h + r];
+          out[2 * r + h] = (sum <= 0 ? 0.f : sum * sum) * gamma;  // a NaN stays a NaN
+        }
+      }
+      return;
+    default:
+      for (int r = 0; r < LANES; r++) {
+        out[2 * r] = sums[r] * gamma;
+        out[2 * r + 1] = sums[LANES + r] * gamma;
+      }
   }
 }
 

@@ -39,8 +39,8 @@ class Matmul {
   explicit Matmul(const mxfp4_matmul& arguments) : m(arguments) {
     panels = panel_count(m.n);
     blocks = m.k / BLOCK;
-    columns = m.swiglu ? m.n / 2 : m.n;
-    panel_columns = m.swiglu ? LANES : PANEL_ROWS;
+    columns = is_gated(m) ? m.n / 2 : m.n;
+    panel_columns = is_gated(m) ? LANES : PANEL_ROWS;
   }
 
   int run() {
@@ -284,7 +284,7 @@ class Matmul {
               float* results) const {
     alignas(LINE) float out[PANEL_ROWS];
     const float gamma = m.gammas ? m.gammas[row] : 1.f;
-    finish_row(sums, m.swiglu, m.alpha, m.limit, gamma, out);
+    finish_row(sums, m, gamma, out);
     const int64_t first = panel * panel_columns, count = std::min(panel_columns, columns - first);
     if (m.scatter_index) {
       const int64_t token = m.scatter_index[row] / m.experts_per_token;

@@ -129,18 +129,61 @@ inline bool encode_block(BlockValues& values, uint8_t* scales, uint8_t* codes) {
   return outside;
 }
 
-// One expert's values and their strides.
+// A panel's values of one block, [row][column].
+using RowValues = uint16_t[PANEL_ROWS][BLOCK];
+
+inline void transpose(const RowValues& rows, BlockValues& block) {
+#if defined(__AVX2__)
+  for (int r = 0; r < PANEL_ROWS; r += 8) {
+    for (int k = 0; k < BLOCK; k += 16) {
+      // Three steps, each of which interleaves rows i and i + 4, transpose both halves' 8 x 8.
+      __m256i lines[8], next[8];
+      for (int i = 0; i < 8; i++)
+        lines[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(&rows[r + i][k]));
+      for (int step = 0; step < 3; step++) {
+        for (int i = 0; i < 4; i++) {
+          next[2 * i] = _mm256_unpacklo_epi16(lines[i], lines[i + 4]);
+          next[2 * i + 1] = _mm256_unpackhi_epi16(lines[i], lines[i + 4]);
+        }
+        std::memcpy(lines, next, sizeof lines);
+      }
+      for (int i = 0; i < 8; i++) {
+        auto* low = reinterpret_cast<__m128i*>(&block[k + i][r]);
+        auto* high = reinterpret_cast<__m128i*>(&block[k + 8 + i][r]);
+        _mm_storeu_si128(low, _mm256_castsi256_si128(lines[i]));
+        _mm_storeu_si128(high, _mm256_extracti128_si256(lines[i], 1));
+      }
+    }
+  }
+#else
+  // Two rows at a time (little-endian).
+  for (int r = 0; r < PANEL_ROWS; r += 2) {
+    for (int k = 0; k < BLOCK; k++) {
+      const uint32_t two = rows[r][k] | static_cast<uint32_t>(rows[r + 1][k]) << 16;
+      std::memcpy(&block[k][r], &two, sizeof two);
+    }
+  }
+#endif
+}
+
+// One expert's values and their strides: row 2 p + h is at pair p + odd h.
 struct Source {
   const void* values;
   int32_t dtype;
-  int64_t k, stride_n, stride_k;
+  int64_t k, pair, odd, stride_k;
+
+  // Whether blocks of several panels are read together, because their rows are neighbours.
+  bool has_lines() const { return pair == 2 && odd == 1; }
+  bool has_half_lines() const { return pair == 1; }
 
   // Reads the block at column `first` of the panels with rows `row` to `row + rows - 1`. The last
   // panel's missing rows are zero.
   void read(int64_t row, int64_t rows, int64_t first, BlockValues* blocks) const {
     if (rows % PANEL_ROWS) std::memset(blocks[rows / PANEL_ROWS], 0, sizeof *blocks);
-    if (stride_n == 1)
+    if (has_lines())
       read_lines(row, rows, first, blocks);
+    else if (has_half_lines())
+      read_half_lines(row, rows, first, blocks);
     else
       for (int64_t r = 0; r < rows; r += PANEL_ROWS)
         read_rows(row + r, std::min(PANEL_ROWS, rows - r), first, blocks[r / PANEL_ROWS]);
@@ -148,7 +191,7 @@ struct Source {
 
  private:
   const void* at(int64_t row, int64_t column) const {
-    return element(values, dtype, row * stride_n + column * stride_k);
+    return element(values, dtype, row / 2 * pair + row % 2 * odd + column * stride_k);
   }
 
   // Converts contiguous values.
@@ -192,8 +235,37 @@ struct Source {
     }
   }
 
+  // Reads gates that are neighbours in memory, and ups that are.
+  void read_half_lines(int64_t row, int64_t rows, int64_t first, BlockValues* blocks) const {
+    const int64_t pairs = rows / 2;
+    for (int64_t half = 0; half < 2; half++)
+      for (int64_t i = 0; i < BLOCK; i++) prefetch(row + half, first + BLOCK + i, pairs);
+    const char* gate = static_cast<const char*>(at(row, first));
+    const char* up = static_cast<const char*>(at(row + 1, first));
+    const int64_t size = dtype_bytes(dtype), step = stride_k * size;
+    for (int64_t i = 0; i < BLOCK; i++, gate += step, up += step) {
+      for (int64_t p = 0; p < pairs; p += LANES) {
+        uint16_t gates[LANES], ups[LANES];
+        const int64_t count = pairs - p;
+        if (count >= LANES) {
+          convert(gate + p * size, LANES, gates);
+          convert(up + p * size, LANES, ups);
+        } else {
+          std::memset(gates, 0, sizeof gates);
+          std::memset(ups, 0, sizeof ups);
+          convert(gate + p * size, count, gates);
+          convert(up + p * size, count, ups);
+        }
+        uint32_t both[LANES];  // little-endian
+        for (int r = 0; r < LANES; r++) both[r] = gates[r] | static_cast<uint32_t>(ups[r]) << 16;
+        std::memcpy(blocks[p / LANES][i], both, sizeof both);
+      }
+    }
+  }
+
   void read_rows(int64_t row, int64_t rows, int64_t first, BlockValues& block) const {
-    BlockValues by_row;  // transposed: [row][column]
+    alignas(64) RowValues by_row;
+    if (rows < PANEL_ROWS) std::memset(by_row, 0, sizeof by_row);
     for (int64_t r = 0; r < rows; r++) {
       if (stride_k == 1) {
         prefetch(row + r, first + BLOCK, BLOCK);
@@ -202,14 +274,7 @@ struct Source {
         for (int64_t i = 0; i < BLOCK; i++) convert(at(row + r, first + i), 1, by_row[r] + i);
       }
     }
-    // Two rows at a time (little-endian). An odd last row gets a partner of zeros.
-    if (rows % 2) std::memset(by_row[rows], 0, sizeof by_row[rows]);
-    for (int64_t r = 0; r < rows; r += 2) {
-      for (int64_t i = 0; i < BLOCK; i++) {
-        const uint32_t two = by_row[r][i] | static_cast<uint32_t>(by_row[r + 1][i]) << 16;
-        std::memcpy(&block[i][r], &two, sizeof two);
-      }
-    }
+    transpose(by_row, block);
   }
 };
 
@@ -240,11 +305,20 @@ inline void quantize_panels(const Source& source, int64_t row, int64_t rows, uin
   }
 }
 
+// The same, one panel after the other where that is faster.
+inline void quantize_group(const Source& source, int64_t row, int64_t rows, uint8_t* target,
+                           uint8_t* flags) {
+  if (source.has_lines() || source.has_half_lines())
+    return quantize_panels(source, row, rows, target, flags);
+  for (int64_t r = 0; r < rows; r += PANEL_ROWS, target += panel_bytes(source.k), flags++)
+    quantize_panels(source, row + r, std::min(PANEL_ROWS, rows - r), target, flags);
+}
+
 }  // namespace mxfp4
 
 extern "C" int mxfp4_quantize(const void* source, int32_t dtype, int64_t experts, int64_t n,
-                              int64_t k, int64_t stride_e, int64_t stride_n, int64_t stride_k,
-                              uint8_t* panels, uint8_t* flags, int32_t threads) {
+                              int64_t k, int64_t stride_e, int64_t pair, int64_t odd,
+                              int64_t stride_k, uint8_t* panels, uint8_t* flags, int32_t threads) {
   using namespace mxfp4;
   const int64_t count = panel_count(n), groups = ceil_div(count, GROUP_PANELS);
   Cursor cursor(experts * groups, threads);
@@ -255,9 +329,9 @@ extern "C" int mxfp4_quantize(const void* source, int32_t dtype, int64_t experts
         const int64_t expert = group / groups, panel = group % groups * GROUP_PANELS;
         const int64_t row = panel * PANEL_ROWS, at = expert * count + panel;
         const void* values = element(source, dtype, expert * stride_e);
-        quantize_panels({values, dtype, k, stride_n, stride_k}, row,
-                        std::min(GROUP_PANELS * PANEL_ROWS, n - row), panels + at * panel_bytes(k),
-                        flags + at);
+        quantize_group({values, dtype, k, pair, odd, stride_k}, row,
+                       std::min(GROUP_PANELS * PANEL_ROWS, n - row), panels + at * panel_bytes(k),
+                       flags + at);
       }
     }
   });

@@ -18,7 +18,7 @@ class SelfTest {
   // Tests few rows and several tiles, in every dtype. All scales are 1.
   bool passes() {
     for (auto& byte : blocks_) byte = static_cast<uint8_t>(random());
-    mxfp4_swizzle(blocks_.data(), scales_.data(), 1, N, K, panels_.data(), flags_.data(), 1);
+    mxfp4_swizzle(blocks_.data(), scales_.data(), 1, N, K, 2, 1, panels_.data(), flags_.data(), 1);
     for (const int32_t dtype : {MXFP4_F32, MXFP4_BF16, MXFP4_F16}) {
       for (const int64_t rows : {1, 5, 40})
         if (!passes(dtype, rows)) return false;

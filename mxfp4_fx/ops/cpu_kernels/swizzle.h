@@ -37,6 +37,13 @@ inline uint32_t reorder_nibbles(uint32_t dword) {
   return dword ^ differences ^ differences << 12;
 }
 
+// Where the rows of an expert are: row 2 p + h is the expert's row `pair` p + `odd` h in memory.
+struct RowOrder {
+  int64_t pair, odd;
+
+  int64_t at(int64_t row) const { return pair * (row / 2) + odd * (row % 2); }
+};
+
 // Writes the padding after the last block if K / 32 is odd.
 inline void pad_block(uint8_t* scales, uint8_t* codes) {
   std::memset(scales, SCALE_PADDING, PANEL_ROWS);
@@ -71,20 +78,21 @@ struct ScaleRange {
 };
 
 // Scales of `count` blocks -> lines; the lines and rows that are missing are padding.
-inline void swizzle_scales(const uint8_t* scales, int64_t rows, int64_t blocks, int64_t count,
-                           ScaleLines& lines) {
+inline void swizzle_scales(const uint8_t* scales, RowOrder order, int64_t rows, int64_t blocks,
+                           int64_t count, ScaleLines& lines) {
   std::memset(lines, SCALE_PADDING, sizeof lines);
   for (int64_t row = 0; row < rows; row++)
     for (int64_t block = 0; block < count; block++)
-      lines[block][row % 2 * LANES + row / 2] = scales[row * blocks + block];
+      lines[block][row % 2 * LANES + row / 2] = scales[order.at(row) * blocks + block];
 }
 
-inline void swizzle_codes(const uint8_t* codes, int64_t rows, int64_t blocks, uint8_t* out) {
+inline void swizzle_codes(const uint8_t* codes, RowOrder order, int64_t rows, int64_t blocks,
+                          uint8_t* out) {
   alignas(64) RowDwords by_row;
   alignas(64) LaneDwords by_lane;
   if (rows < PANEL_ROWS) std::memset(by_row, 0, sizeof by_row);
   for (int64_t row = 0; row < rows; row++)
-    std::memcpy(by_row[row], codes + row * blocks * BLOCK_BYTES, BLOCK_BYTES);
+    std::memcpy(by_row[row], codes + order.at(row) * blocks * BLOCK_BYTES, BLOCK_BYTES);
   for (int64_t lane = 0; lane < LANES; lane++)
     for (int64_t half = 0; half < 2; half++)
       for (int64_t group = 0; group < BLOCK_DWORDS; group++)
@@ -107,12 +115,12 @@ inline __m256i reorder_nibbles(__m256i dwords) {
                           _mm256_slli_epi32(differences, 12));
 }
 
-// Eight lanes of a half: every second row from `codes` on, `stride` bytes apart -> out[group].
+// Eight lanes of a half: rows from `codes` on, `stride` bytes apart -> out[group].
 inline void eight_lanes(const uint8_t* codes, int64_t stride, __m256i* out) {
   __m256i two[4];  // lanes i and i + 4
   for (int i = 0; i < 4; i++) {
-    const auto* low = reinterpret_cast<const __m128i*>(codes + 2 * i * stride);
-    const auto* high = reinterpret_cast<const __m128i*>(codes + 2 * (i + 4) * stride);
+    const auto* low = reinterpret_cast<const __m128i*>(codes + i * stride);
+    const auto* high = reinterpret_cast<const __m128i*>(codes + (i + 4) * stride);
     two[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)),
                                      _mm_loadu_si128(high), 1);
   }
@@ -126,12 +134,13 @@ inline void eight_lanes(const uint8_t* codes, int64_t stride, __m256i* out) {
   out[3] = reorder_nibbles(_mm256_unpackhi_epi64(c, d));
 }
 
-inline void swizzle_whole_codes(const uint8_t* codes, int64_t blocks, uint8_t* out) {
-  const int64_t stride = blocks * BLOCK_BYTES;
+inline void swizzle_whole_codes(const uint8_t* codes, RowOrder order, int64_t blocks,
+                                uint8_t* out) {
+  const int64_t row = blocks * BLOCK_BYTES, stride = order.pair * row;
   for (int64_t half = 0; half < 2; half++) {
     __m256i first[BLOCK_DWORDS], second[BLOCK_DWORDS];
-    eight_lanes(codes + half * stride, stride, first);
-    eight_lanes(codes + (LANES + half) * stride, stride, second);
+    eight_lanes(codes + half * order.odd * row, stride, first);
+    eight_lanes(codes + half * order.odd * row + LANES / 2 * stride, stride, second);
     for (int64_t group = 0; group < BLOCK_DWORDS; group++, out += LINE) {
       store_past(out, first[group]);
       store_past(out + LINE / 2, second[group]);
@@ -140,12 +149,13 @@ inline void swizzle_whole_codes(const uint8_t* codes, int64_t blocks, uint8_t* o
 }
 
 // Scales of GROUP_BLOCKS blocks -> lines.
-inline void swizzle_whole_scales(const uint8_t* scales, int64_t blocks, ScaleLines& lines) {
+inline void swizzle_whole_scales(const uint8_t* scales, RowOrder order, int64_t blocks,
+                                 ScaleLines& lines) {
   for (int half = 0; half < 2; half++) {
     __m128i rows[8], next[8];
     for (int i = 0; i < 8; i++) {
-      const uint8_t* low = scales + (2 * i + half) * blocks;
-      const uint8_t* high = low + LANES * blocks;
+      const uint8_t* low = scales + (i * order.pair + half * order.odd) * blocks;
+      const uint8_t* high = low + LANES / 2 * order.pair * blocks;
       rows[i] = _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)),
                                   _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high)));
     }
@@ -162,8 +172,15 @@ inline void swizzle_whole_scales(const uint8_t* scales, int64_t blocks, ScaleLin
   }
 }
 
-inline uint8_t swizzle_whole_panel(const uint8_t* codes, const uint8_t* scales, int64_t blocks,
-                                   uint8_t* panel) {
+inline uint8_t swizzle_whole_panel(const uint8_t* codes, const uint8_t* scales, RowOrder order,
+                                   int64_t blocks, uint8_t* panel) {
+  // The next panel's rows are the next memory, in one place or in two. The hardware's prefetcher
+  // does not help, because they are read in pieces of 16 bytes. Several streams are faster than
+  // one; each has four rows.
+  constexpr int64_t STREAMS = CODE_BYTES / LINE;
+  const int64_t row_bytes = blocks * BLOCK_BYTES;
+  const int64_t second = (order.pair == 2 ? LANES : order.odd) * row_bytes;
+  const uint8_t* next = codes + LANES * order.pair * row_bytes;
   ScaleRange range;
   alignas(64) ScaleLines lines;
   for (int64_t block = 0; block < blocks; block++) {
@@ -171,9 +188,9 @@ inline uint8_t swizzle_whole_panel(const uint8_t* codes, const uint8_t* scales, 
     if (block % GROUP_BLOCKS == 0) {
       const int64_t left = blocks - block;
       if (left >= GROUP_BLOCKS)
-        swizzle_whole_scales(scales + block, blocks, lines);
+        swizzle_whole_scales(scales + block, order, blocks, lines);
       else
-        swizzle_scales(scales + block, PANEL_ROWS, blocks, left, lines);
+        swizzle_scales(scales + block, order, PANEL_ROWS, blocks, left, lines);
       range.add(lines);
     }
     if (block % 2 == 0) {
@@ -181,12 +198,12 @@ inline uint8_t swizzle_whole_panel(const uint8_t* codes, const uint8_t* scales, 
       store_past(pair, two[0]);
       store_past(pair + SCALE_BYTES / 2, two[1]);
     }
-    // The next panel's rows are the next memory. The hardware's prefetcher does not help, because
-    // they are read in pieces of 16 bytes. Several streams are faster than one.
-    constexpr int64_t STREAMS = CODE_BYTES / LINE;
-    const uint8_t* ahead = codes + PANEL_ROWS * blocks * BLOCK_BYTES + block * LINE;
-    for (int64_t i = 0; i < STREAMS; i++) __builtin_prefetch(ahead + i * blocks * LINE, 0, 2);
-    swizzle_whole_codes(codes + block * BLOCK_BYTES, blocks,
+    for (int64_t i = 0; i < STREAMS / 2; i++) {
+      const uint8_t* ahead = next + (i * blocks + block) * LINE;
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + second, 0, 2);
+    }
+    swizzle_whole_codes(codes + block * BLOCK_BYTES, order, blocks,
                         pair + SCALE_BYTES + block % 2 * CODE_BYTES);
   }
   if (blocks % 2) std::memset(panel + panel_bytes(blocks * BLOCK) - CODE_BYTES, 0, CODE_BYTES);
@@ -196,26 +213,27 @@ inline uint8_t swizzle_whole_panel(const uint8_t* codes, const uint8_t* scales, 
 
 #endif
 
-// Swizzles `rows` rows of `blocks` blocks each into a panel; returns the panel's flag. It writes
-// each byte once: another thread may compute with the panel while it is made again from the same
-// values.
-inline uint8_t swizzle_panel(const uint8_t* codes, const uint8_t* scales, int64_t rows,
-                             int64_t blocks, uint8_t* panel) {
+// Swizzles `rows` rows of `blocks` blocks each into a panel; returns the panel's flag. Its first
+// row is at `codes` and `scales`, which is row 0 of the order. It writes each byte once: another
+// thread may compute with the panel while it is made again from the same values.
+inline uint8_t swizzle_panel(const uint8_t* codes, const uint8_t* scales, RowOrder order,
+                             int64_t rows, int64_t blocks, uint8_t* panel) {
 #if defined(__AVX2__)
   if (rows == PANEL_ROWS && reinterpret_cast<uintptr_t>(panel) % sizeof(__m256i) == 0)
-    return swizzle_whole_panel(codes, scales, blocks, panel);
+    return swizzle_whole_panel(codes, scales, order, blocks, panel);
 #endif
   ScaleRange range;
   alignas(64) ScaleLines lines;
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t in_group = block % GROUP_BLOCKS;
     if (in_group == 0) {
-      swizzle_scales(scales + block, rows, blocks, std::min(GROUP_BLOCKS, blocks - block), lines);
+      const int64_t count = std::min(GROUP_BLOCKS, blocks - block);
+      swizzle_scales(scales + block, order, rows, blocks, count, lines);
       range.add(lines);
     }
     uint8_t* pair = panel + block / 2 * PAIR_BYTES;
     if (block % 2 == 0) std::memcpy(pair, lines[in_group], SCALE_BYTES);
-    swizzle_codes(codes + block * BLOCK_BYTES, rows, blocks,
+    swizzle_codes(codes + block * BLOCK_BYTES, order, rows, blocks,
                   pair + SCALE_BYTES + block % 2 * CODE_BYTES);
   }
   if (blocks % 2) std::memset(panel + panel_bytes(blocks * BLOCK) - CODE_BYTES, 0, CODE_BYTES);
@@ -242,10 +260,10 @@ inline void unswizzle_panel(const uint8_t* panel, int64_t rows, int64_t blocks, 
   }
 }
 
-// Calls body(panel, first_row, rows) for all panels of all experts. `panel` and `first_row` count
-// across experts.
+// Calls body(panel, first_row, rows) for all panels of all experts. `panel` and `first_row`, the
+// place of the panel's first row in memory, count across experts.
 template <class F>
-void for_each_panel(int64_t experts, int64_t n, int threads, F body) {
+void for_each_panel(int64_t experts, int64_t n, RowOrder order, int threads, F body) {
   const int64_t panels = panel_count(n);
   Cursor cursor(experts * panels, threads);
   parallel(threads, [&](int, int) {
@@ -253,7 +271,7 @@ void for_each_panel(int64_t experts, int64_t n, int threads, F body) {
     while (cursor.next(begin, end)) {
       for (int64_t panel = begin; panel < end; panel++) {
         const int64_t row = panel % panels * PANEL_ROWS;
-        body(panel, panel / panels * n + row, std::min(PANEL_ROWS, n - row));
+        body(panel, panel / panels * n + order.at(row), std::min(PANEL_ROWS, n - row));
       }
     }
   });
@@ -262,14 +280,15 @@ void for_each_panel(int64_t experts, int64_t n, int threads, F body) {
 }  // namespace mxfp4
 
 extern "C" int mxfp4_swizzle(const uint8_t* blocks, const uint8_t* scales, int64_t experts,
-                             int64_t n, int64_t k, uint8_t* panels, uint8_t* flags,
-                             int32_t threads) {
+                             int64_t n, int64_t k, int64_t pair, int64_t odd, uint8_t* panels,
+                             uint8_t* flags, int32_t threads) {
   using namespace mxfp4;
   const int64_t row_blocks = k / BLOCK;
-  for_each_panel(experts, n, threads, [&](int64_t panel, int64_t first_row, int64_t rows) {
+  const RowOrder order{pair, odd};
+  for_each_panel(experts, n, order, threads, [&](int64_t panel, int64_t first_row, int64_t rows) {
     const int64_t block = first_row * row_blocks;
-    flags[panel] = swizzle_panel(blocks + block * BLOCK_BYTES, scales + block, rows, row_blocks,
-                                 panels + panel * panel_bytes(k));
+    flags[panel] = swizzle_panel(blocks + block * BLOCK_BYTES, scales + block, order, rows,
+                                 row_blocks, panels + panel * panel_bytes(k));
   });
   return 0;
 }
@@ -278,7 +297,7 @@ extern "C" int mxfp4_unswizzle(const uint8_t* panels, int64_t experts, int64_t n
                                uint8_t* blocks, uint8_t* scales, int32_t threads) {
   using namespace mxfp4;
   const int64_t row_blocks = k / BLOCK;
-  for_each_panel(experts, n, threads, [&](int64_t panel, int64_t first_row, int64_t rows) {
+  for_each_panel(experts, n, {2, 1}, threads, [&](int64_t panel, int64_t first_row, int64_t rows) {
     const int64_t block = first_row * row_blocks;
     unswizzle_panel(panels + panel * panel_bytes(k), rows, row_blocks, blocks + block * BLOCK_BYTES,
                     scales + block);

@@ -1,4 +1,4 @@
-"""Arithmetic in kernels: exponential, SwiGLU, rounding, and splitting into bfloat16 terms."""
+"""Arithmetic in kernels: exponential, activations, rounding, splitting into bfloat16 terms."""
 
 from __future__ import annotations
 
@@ -32,15 +32,27 @@ def exponential(x):
 
 
 @triton.jit
-def swiglu(gate, up, alpha, limit):
-    """Return GPT-OSS's clamped SwiGLU; as in PyTorch's clamp, NaN stays NaN.
+def gated(gate, up, alpha, limit, up_offset, ACTIVATION: tl.constexpr):
+    """Return the clamped SwiGLU or GEGLU; as in PyTorch's clamp, NaN stays NaN.
 
-    With a negative limit, the upper bound of ``up`` wins.
+    With a negative limit, the upper bound of ``up`` wins. In GEGLU, (1 + tanh(z)) / 2 is the
+    sigmoid of 2 z, which loses no digits where tanh is near -1.
     """
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
-    return tl.div_rn(gate, 1.0 + exponential(-alpha * gate)) * (up + 1.0)
+    if ACTIVATION == "geglu_tanh":
+        exponent = (gate * gate * 0.044715 + 1.0) * gate * -1.5957691216057308  # -2 sqrt(2 / pi)
+    else:
+        exponent = -alpha * gate
+    return tl.div_rn(gate, 1.0 + exponential(exponent)) * (up + up_offset)
+
+
+@triton.jit
+def relu2(x):
+    """Return ``relu(x)^2``; NaN stays NaN."""
+    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return x * x
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The matmul's epilogue: bias, SwiGLU, gammas, the store, and the sum over a token's rows.
+"""The matmul's epilogue: bias, activation, gammas, the store, and the sum over a token's rows.
 
 Shape letters: T tokens, A experts per token, R routed rows, N output. BM, BN: a program's tile.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxfp4_fx.ops.triton_kernels.arithmetic import rounded, swiglu
+from mxfp4_fx.ops.triton_kernels.arithmetic import gated, relu2, rounded
 
 
 @triton.jit
@@ -37,14 +37,15 @@ def put(
 @triton.jit
 def _finish_part(
     acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
-    N: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr,
+    up_offset, N: tl.constexpr, LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """Do :func:`finish` for so few elements that registers hold them and their addresses."""
-    COLUMNS: tl.constexpr = BN // 2 if SWIGLU else BN
+    IS_GATED: tl.constexpr = ACTIVATION == "swiglu" or ACTIVATION == "geglu_tanh"
+    COLUMNS: tl.constexpr = BN // 2 if IS_GATED else BN
     n = n_tile * COLUMNS + tl.arange(0, COLUMNS)
     biased = tl.where(split == 0, N, 0)  # columns that get a bias: only the first split adds it
-    if SWIGLU:
+    if IS_GATED:
         if LAYOUT == "row_major":
             gate, up = acc.reshape(BN // 2, 2, BM).permute(0, 2, 1).split()
         else:  # the rows of a fragment tile are eight gates, then their eight ups
@@ -54,29 +55,31 @@ def _finish_part(
             has_bias = 2 * n < biased
             gate += tl.load(bias + 2 * n, mask=has_bias, other=0.0).to(tl.float32)[:, None]
             up += tl.load(bias + 2 * n + 1, mask=has_bias, other=0.0).to(tl.float32)[:, None]
-        value = swiglu(gate, up, alpha, limit)
+        value = gated(gate, up, alpha, limit, up_offset, ACTIVATION)
     else:
         value = acc
         if LAYOUT != "row_major":
             value = acc.reshape(BN // 16, 2, 8, BM).permute(0, 2, 1, 3).reshape(BN, BM)
         if bias is not None:
             value += tl.load(bias + n, mask=n < biased, other=0.0).to(tl.float32)[:, None]
+        if ACTIVATION == "relu2":
+            value = relu2(value)
     if gammas is not None:
         row, _in_rows = tile_rows(first_row, stop, BM)
         value *= tl.load(gammas + row)[None, :]
     put(
-        value, first_row, stop, split, scatter_index, y, rows, n_tile, N // 2 if SWIGLU else N, BM,
-        COLUMNS,
+        value, first_row, stop, split, scatter_index, y, rows, n_tile, N // 2 if IS_GATED else N,
+        BM, COLUMNS,
     )  # fmt: skip
 
 
 @triton.jit
 def finish(
     acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
-    N: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr,
+    up_offset, N: tl.constexpr, LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """Apply bias, SwiGLU and gammas to ``acc`` [BN, BM], then :func:`put` it.
+    """Apply bias, activation and gammas to ``acc`` [BN, BM], then :func:`put` it.
 
     ``bias`` points to the expert's bias.
     """
@@ -84,16 +87,16 @@ def finish(
         first, second = acc.reshape(BN, 2, BM // 2).permute(0, 2, 1).split()
         _finish_part(
             first, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha,
-            limit, N, LAYOUT, SWIGLU, BM // 2, BN,
+            limit, up_offset, N, LAYOUT, ACTIVATION, BM // 2, BN,
         )  # fmt: skip
         _finish_part(
             second, bias, first_row + BM // 2, stop, split, scatter_index, gammas, y, rows, n_tile,
-            alpha, limit, N, LAYOUT, SWIGLU, BM // 2, BN,
+            alpha, limit, up_offset, N, LAYOUT, ACTIVATION, BM // 2, BN,
         )  # fmt: skip
     else:
         _finish_part(
             acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
-            N, LAYOUT, SWIGLU, BM, BN,
+            up_offset, N, LAYOUT, ACTIVATION, BM, BN,
         )  # fmt: skip
 
 

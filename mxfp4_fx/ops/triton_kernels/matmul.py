@@ -165,8 +165,8 @@ def _has_extreme_scale(scales, in_n, K: tl.constexpr, BN: tl.constexpr, BK: tl.c
 @triton.jit
 def _exact_fragments(
     blocks, scales, bias, x, first_row, stop, first, split, scatter_index, gammas, y, rows,
-    n_tile, alpha, limit, N: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
-    LAYOUT: tl.constexpr, SWIGLU: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr,
+    n_tile, alpha, limit, up_offset, N: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
+    LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of fragments with any scale bytes, 32 rows of the weight at a time.
@@ -184,15 +184,15 @@ def _exact_fragments(
         )  # fmt: skip
         finish(
             acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, part, alpha, limit,
-            N, LAYOUT, SWIGLU, BM, PART,
+            up_offset, N, LAYOUT, ACTIVATION, BM, PART,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def matmul_ogs_kernel(
     x, blocks, scales, bias, expert_offsets, gather_index, scatter_index, gammas, y,
-    x_stride, rows, experts, alpha, limit,
-    N: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr, SWIGLU: tl.constexpr,
+    x_stride, rows, experts, alpha, limit, up_offset,
+    N: tl.constexpr, K: tl.constexpr, LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr,
     TERMS: tl.constexpr, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -213,6 +213,7 @@ def matmul_ogs_kernel(
         bias: [E, N] or None.
         expert_offsets: [E + 1].
         gather_index, scatter_index, gammas: [R] or None.
+        ACTIVATION: "none" or a key of ``operands.ACTIVATIONS``.
         TERMS: the number of terms of an activation: bfloat16 has 1, float16 2 and float32 3, and in
             products of float32 all have 1.
         GROUPS: a power of 2 above E.
@@ -224,6 +225,7 @@ def matmul_ogs_kernel(
             for matrix units, float32 without them.
     """
     IS_FRAGMENTS: tl.constexpr = LAYOUT != "row_major"
+    IS_GATED: tl.constexpr = ACTIVATION == "swiglu" or ACTIVATION == "geglu_tanh"
     STEPS: tl.constexpr = (K + BK - 1) // BK // SPLITS
     n_tiles: tl.constexpr = (N + BN - 1) // BN
     expert, start, stop, row_tile, n_tile = _find_tile(
@@ -234,10 +236,10 @@ def matmul_ogs_kernel(
     split = tl.program_id(1)
     first_row = start + row_tile * BM
     if uniform(expert == experts, IS_FRAGMENTS):
-        COLUMNS: tl.constexpr = BN // 2 if SWIGLU else BN
+        COLUMNS: tl.constexpr = BN // 2 if IS_GATED else BN
         put(
             tl.zeros((COLUMNS, BM), tl.float32), first_row, stop, split, scatter_index, y, rows,
-            n_tile, N // 2 if SWIGLU else N, BM, COLUMNS,
+            n_tile, N // 2 if IS_GATED else N, BM, COLUMNS,
         )  # fmt: skip
         return
     expert = expert.to(tl.int64)
@@ -260,8 +262,8 @@ def matmul_ogs_kernel(
         if uniform(is_wide, True):
             _exact_fragments(
                 blocks, scales, bias, x_tile, first_row, stop, first * U, split, scatter_index,
-                gammas, y, rows, n_tile, alpha, limit, N, K, STEPS * U, LAYOUT, SWIGLU, TERMS, BM,
-                BN,
+                gammas, y, rows, n_tile, alpha, limit, up_offset, N, K, STEPS * U, LAYOUT,
+                ACTIVATION, TERMS, BM, BN,
             )  # fmt: skip
             return
         acc = _multiply_fragments(
@@ -286,5 +288,5 @@ def matmul_ogs_kernel(
             )  # fmt: skip
     finish(
         acc, bias, first_row, stop, split, scatter_index, gammas, y, rows, n_tile, alpha, limit,
-        N, LAYOUT, SWIGLU, BM, BN,
+        up_offset, N, LAYOUT, ACTIVATION, BM, BN,
     )  # fmt: skip
