@@ -1,14 +1,16 @@
-"""GPT-OSS experts in MXFP4: ``torch.compile(model, backend="mxfp4")``.
+"""Mixtures of experts in MXFP4: ``torch.compile(model, backend="mxfp4")``.
 
 Names are imported when they are first used, because ``TORCH_LOGS="+mxfp4_fx"`` makes torch import
 this package before torch's own import is complete.
 """
 
 import importlib
+import types
 from typing import TYPE_CHECKING, Any
 
 from mxfp4_fx import errors as errors
 from mxfp4_fx.core.version import __version__
+from mxfp4_fx.core.when_imported import when_imported
 
 if TYPE_CHECKING:
     from mxfp4_fx.backend import mxfp4
@@ -51,6 +53,14 @@ _MODULES = {
     "refresh": "mxfp4_fx.weights.upkeep",
     "restore": "mxfp4_fx.weights.upkeep",
 }
+
+
+def _register(interface: types.ModuleType) -> None:
+    importlib.import_module("mxfp4_fx.huggingface.implementation").register(interface)
+
+
+# from_pretrained(..., experts_implementation="mxfp4_fx") is valid once both packages are imported.
+when_imported("transformers.integrations.moe", _register)
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,7 @@ def mxfp4(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> CompiledGraph:
-    """Compile a captured graph with its GPT-OSS experts in MXFP4.
+    """Compile a captured graph with its experts in MXFP4.
 
     The function is registered as backend ``"mxfp4"``; call it through ``torch.compile``. It is
     always the same object, so that Dynamo finds code compiled earlier with the same options.

@@ -159,7 +159,7 @@ class Call:
         if not self.experts and all(isinstance(s, nn.Module) and is_part(s) for s in subjects):
             _seen.update(subjects)
             return
-        message = "nothing in what it called looks like GPT-OSS experts"
+        message = "nothing in what it called looks like a mixture of experts"
         if self.options.strict:
             raise MissedRewriteError(
                 f"strict=True, and {message}. If it is a part of a model whose experts are in "

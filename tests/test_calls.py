@@ -171,7 +171,7 @@ class TestWhatRan:
     def test_nothing_that_looks_like_experts(self) -> None:
         run = compile_with(nn.Linear(4, 3))
         (message,) = told(run, torch.zeros(2, 4))
-        assert "nothing in what it called looks like GPT-OSS experts: Linear" in message
+        assert "nothing in what it called looks like a mixture of experts: Linear" in message
         assert not told(run, torch.zeros(2, 4))  # once a model ...
         assert told(compile_with(nn.Linear(4, 3)), torch.zeros(2, 4))  # ... and for each
 

@@ -61,7 +61,7 @@ def test_table_of_misses_names_layer_reason_and_place() -> None:
 
 def test_a_model_without_experts() -> None:
     text = str(mxfp4_fx.explain(nn.Linear(4, 4), torch.zeros(1, 4)))
-    assert text.endswith("nothing in it looks like GPT-OSS experts")
+    assert text.endswith("nothing in it looks like a mixture of experts")
 
 
 def test_linears_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,7 @@ def test_its_loop_is_not_captured_as_its_grouped_form(
 ) -> None:
     prepared: set[str] = set()
     monkeypatch.setattr(capture, "_prepared", prepared)
+    monkeypatch.setattr(capture, "_seen", 0)
     monkeypatch.setattr(capture, "_substitute", lambda *_: pytest.fail("was captured"))
     capture.prepare_capture()
     assert not prepared

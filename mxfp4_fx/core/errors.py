@@ -58,11 +58,11 @@ class PipelineError(Mxfp4Error, RuntimeError):
 
 
 class MissedRewriteWarning(UserWarning):
-    """A layer that looks like GPT-OSS experts runs as it was written, not in MXFP4."""
+    """A layer that looks like a mixture of experts runs as it was written, not in MXFP4."""
 
 
 class NoExpertsWarning(UserWarning):
-    """A compiled or loaded model has nothing like GPT-OSS experts, or skips all of them."""
+    """A compiled or loaded model has nothing like a mixture of experts, or skips all of them."""
 
 
 class WholeModelWarning(UserWarning):

@@ -1,6 +1,7 @@
 """Second pass: rewrite the graph so that equal computations look alike.
 
-- It makes an in-place call functional if the write is visible through one value only.
+- It makes an in-place call functional if the write is visible through one value only, and removes
+  it if nothing reads that.
 - It removes casts and views that change nothing.
 
 Both keep the graph's results bit for bit. Where that is not certain, the call stays as it is.
@@ -32,11 +33,15 @@ _FUNCTIONAL = {
 def canonicalize(gm: fx.GraphModule, ctx: Context) -> None:
     """Make in-place calls functional where that is safe, then remove what changes nothing."""
     values = _Values(gm.graph, ctx.begin)
+    made: list[fx.Node] = []
     for node in list(gm.graph.nodes):
         if node.op == "call_method" and node.target in _FUNCTIONAL:
-            _functionalize_method(node, values)
+            made += _functionalize_method(node, values)
         elif node.op == "call_function" and node.target is operator.setitem:
             _functionalize_setitem(node, values)
+    for node in reversed(made):
+        if not node.users:
+            gm.graph.erase_node(node)
     for node in list(gm.graph.nodes):
         base = _value_unchanged(node, values)
         if base is not None:
@@ -91,18 +96,20 @@ class _Values:
         return found if UNKNOWN not in keys and self.are_steady(*neighbours) else None
 
 
-def _functionalize_method(node: fx.Node, values: _Values) -> None:
+def _functionalize_method(node: fx.Node, values: _Values) -> list[fx.Node]:
+    """Make an in-place call functional if that is safe; return the nodes that it becomes."""
     base = node.args[0]
     if tensor_of(base) is None or not values.are_steady(*node.all_input_nodes):
-        return
+        return []
     assert isinstance(base, fx.Node)
     dtype = _functional_dtype(node, base)
     if dtype is None or not _is_private(node, base, values):
-        return
+        return []
     node.target, result = _FUNCTIONAL[str(node.target)], node
     if dtype != known_tensor(base).dtype:
         result = _cast_behind(node, dtype, values)
     base.replace_all_uses_with(result, delete_user_cb=lambda user: user > result)
+    return [node] if result is node else [node, result]
 
 
 def _functionalize_setitem(node: fx.Node, values: _Values) -> None:

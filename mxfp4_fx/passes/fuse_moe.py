@@ -32,6 +32,7 @@ from mxfp4_fx.passes.checks import (
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.effects import modes
 from mxfp4_fx.passes.graph import before_moves, known_tensor, op_name, tensor_of
+from mxfp4_fx.passes.logical import OP, is_logical, match_logical
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
 from mxfp4_fx.passes.origin import is_of_gpt_oss, module_name, source_line
@@ -46,14 +47,14 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     suspects, weights, in_subgraphs = find_suspects(gm, ctx)
     misses: dict[str, Mismatch] = {}
     slots = ctx.slots(gm.graph)
-    roots = {form.result.op for form in FORMS}
+    roots = {OP, *(form.result.op for form in FORMS)}
     memory = Memory(gm.graph, ctx.values(gm.graph), ctx.around)
     modes_at = modes(gm.graph, ctx.begin)
     for root in list(gm.graph.nodes):
         if op_name(root) not in roots:
             continue
         try:
-            form, match = _match_experts(root)
+            form, match = match_logical(root) if is_logical(root) else _match_experts(root)
             routes = find_routes(match, form)
             match = routes.match
             check_region(root, match, ctx, memory, modes_at)
@@ -244,10 +245,10 @@ def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]
 
 
 def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
-    if op_name(node) in LOGICAL:
+    if op_name(node) in LOGICAL - {OP}:
         reason = (
             "it calls torch.ops.mxfp4.moe itself, which computes it as it is, in plain PyTorch: "
-            "call GPT-OSS's experts instead"
+            "call torch.ops.mxfp4.moe.routes instead"
         )
         return Miss(layer, reason, source_line(node))
     if mismatch is None:

@@ -90,13 +90,14 @@ _INPUTS: Shapes = {"hidden": (T, H), "indices": (T, A), "scores": (T, A)}
 
 def packed_shapes(layout: str, choices: Mapping[str, str]) -> Shapes:
     """Return the shapes of the leaves of packed experts, whose weights are held in a layout."""
+    rows = N if PRODUCT in choices else I * 2
     (gate_up, gate_up_scales), (down, down_scales) = (
         LAYOUTS[layout].shapes(n, k)  # type: ignore[arg-type]  # letters, and arithmetic on them
-        for n, k in ((I * 2, H), (H, I))
+        for n, k in ((rows, H), (H, I))
     )
+    biases: Shapes = {"down_bias": (E, H), "gate_up_bias": (E, rows)}
     return {
-        "down_bias": (E, H),
-        "gate_up_bias": (E, I * 2),
+        **(biases if choices.get(BIASES) != WITHOUT else {}),
         "down": (E, *down),
         "down_scales": (E, *down_scales),
         "gate_up": (E, *gate_up),
@@ -171,7 +172,7 @@ def activation_of(match: Match) -> Activation:
     """Return the activation of matched experts."""
     kind = match.choices.get(PRODUCT, GATED)
     if kind == GATED:
-        kind = _GATES[match.choices.get(GATE, SIGMOID)]
+        kind = GATES[match.choices.get(GATE, SIGMOID)]
     constants = (float(match.letters[letter.name]) for letter in (ALPHA, LIMIT, UP_OFFSET))
     return Activation(kind, *constants)
 
@@ -249,7 +250,7 @@ def packed(layout: str) -> Op:
 GATED, RELU2 = "gated", "relu2"
 SIGMOID, SWISH, SILU, GELU_TANH = "gate * sigmoid(gate * alpha)", "gate * sigmoid", "silu", "gelu"
 # The function of the gate -> the activation's kind.
-_GATES = {SIGMOID: "swiglu", SWISH: "swiglu", SILU: "swiglu", GELU_TANH: "geglu_tanh"}
+GATES = {SIGMOID: "swiglu", SWISH: "swiglu", SILU: "swiglu", GELU_TANH: "geglu_tanh"}
 
 
 def activated(y: Expr) -> Expr:

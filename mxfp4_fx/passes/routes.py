@@ -16,6 +16,12 @@ from mxfp4_fx.passes.graph import before_moves, fixed, op_name, read_call, tenso
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.patterns import ALL, RANK, ROUTERS, E, Form, Router
 
+# Form.above, in words.
+_MEANINGS = {
+    "skip": "ids of no expert here count nothing",
+    "last": "ids beyond the last expert are taken for it",
+    "error": "ids of no expert are an error when it runs",
+}
 _INDICES = (torch.int32, torch.int64)  # casts to these keep every id
 
 
@@ -51,7 +57,6 @@ def find_routes(match: Match, form: Form) -> Routes:
     scores, indices = (before_moves(match.leaves[name]) for name in ("scores", "indices"))
     if scores.op == indices.op == "placeholder":
         return Routes(match, None, "routes as they are: they are inputs of the graph")
-    failures: list[Mismatch] = []
     for router in ROUTERS:
         if router.is_part and not form.takes_sentinels:
             continue
@@ -64,15 +69,11 @@ def find_routes(match: Match, form: Form) -> Routes:
                 reason = f"it is for {router.experts} expert, of {attempt.letters[E.name]}"
                 raise Mismatch(reason, scores, len(attempt.nodes))
             return Routes(attempt, router, _range_in_words(attempt, scores, router))
-        except Mismatch as mismatch:
-            mismatch.reason = f"the router is not ({router.name}): {mismatch.reason}"
-            failures.append(mismatch)
+        except Mismatch:
+            continue
     if are_of_experts(indices, match.letters[E.name]):
         return Routes(match, None, "routes of the model's own router")
-    if form.takes_sentinels:
-        nearest = max(failures, key=lambda m: m.matched)
-        return Routes(match, None, f"routes as they are: {nearest.reason}")
-    return Routes(match, None, "routes of the model's own router; its ids are checked at each call")
+    return Routes(match, None, f"routes of the model's own router; {_MEANINGS[form.above]}")
 
 
 def are_of_experts(indices: fx.Node, experts: object) -> bool:
