@@ -55,7 +55,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             continue
         try:
             form, match = match_logical(root) if is_logical(root) else _match_experts(root)
-            routes = find_routes(match, form)
+            routes = find_routes(match, form, memory)
             match = routes.match
             check_region(root, match, ctx, memory, modes_at)
         except Mismatch as mismatch:
@@ -73,7 +73,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             ctx.report.misses.append(Miss(layer, left, skipped=True, inputs=inputs))
             continue
         if routes.router is None:
-            match.leaves["indices"] = insert_ids(root, match, form)
+            match.leaves["indices"] = insert_ids(root, match, form, memory)
         moe = _insert_moe(gm, root, routes, form.layout)
         moe.meta[REWRITE] = _rewrite(layer, form, routes, inputs)
         if ctx.verifying:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from mxfp4_fx.passes.graph import before_moves, fixed, op_name, read_call, tensor_of
+from mxfp4_fx.passes.graph import before_moves, fixed, read_call, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
+from mxfp4_fx.passes.memory import Memory, may_share
 from mxfp4_fx.passes.patterns import ALL, RANK, ROUTERS, E, Form, Router
 
 # Form.above, in words.
@@ -45,7 +46,7 @@ class Routes(NamedTuple):
         return self.match.letters[RANK.name] * self.match.letters[E.name] if is_part else 0
 
 
-def find_routes(match: Match, form: Form) -> Routes:
+def find_routes(match: Match, form: Form, memory: Memory) -> Routes:
     """Prove the router, or take its routes as they are.
 
     The router's values may have other users, because models return the scores. They stay in the
@@ -71,37 +72,50 @@ def find_routes(match: Match, form: Form) -> Routes:
             return Routes(attempt, router, _range_in_words(attempt, scores, router))
         except Mismatch:
             continue
-    if are_of_experts(indices, match.letters[E.name]):
+    if are_of_experts(match.leaves["indices"], match.letters[E.name], memory):
         return Routes(match, None, "routes of the model's own router")
     return Routes(match, None, f"routes of the model's own router; {_MEANINGS[form.above]}")
 
 
-def are_of_experts(indices: fx.Node, experts: object) -> bool:
+def are_of_experts(indices: fx.Node, experts: object, memory: Memory) -> bool:
     """Return whether ids are the choice of a top-k among so many, and so those of experts."""
-    while op_name(indices) in ("cast", "view", "reshape", "flatten"):
-        call = read_call(indices)
-        if call is None or not isinstance(call.args["input"], fx.Node):
-            return False
-        if call.op == "cast" and call.args["dtype"] not in _INDICES:
-            return False
-        indices = call.args["input"]
-    call = read_call(indices)
+    same: list[fx.Node] = []
+    node: fx.Node | None = indices
+    while node is not None:
+        same.append(node)
+        node = _with_the_same_ids(node)
+    writes = [*(keys for _, keys in memory.writes), *(keys for _, keys, _ in memory.writes_outside)]
+    if any(may_share(memory.of(node), keys) for node in same for keys in writes):
+        return False  # a call that writes to them may have made them others
+    call = read_call(same[-1])
     if call is None or call.op != "getitem" or call.args["index"] != 1:
         return False
     call = read_call(call.args["input"])
     if call is None or call.op != "topk":
         return False
-    among = tensor_of(call.args["input"])
-    return among is not None and fixed(among.shape[call.args["dim"]]) == fixed(experts)
+    among, count = tensor_of(call.args["input"]), fixed(experts)
+    return among is not None and count is not None and fixed(among.shape[call.args["dim"]]) == count
 
 
-def insert_ids(root: fx.Node, match: Match, form: Form) -> fx.Node:
+def _with_the_same_ids(node: fx.Node) -> fx.Node | None:
+    """Return the value whose ids a move, a view or a cast has; None if a node is none of these."""
+    moved = before_moves(node)
+    if moved is not node:
+        return moved
+    call = read_call(node)
+    if call is None or call.op not in ("cast", "view"):
+        return None
+    if call.op == "cast" and call.args["dtype"] not in _INDICES:
+        return None
+    before = call.args["input"]
+    return before if isinstance(before, fx.Node) else None
+
+
+def insert_ids(root: fx.Node, match: Match, form: Form, memory: Memory) -> fx.Node:
     """Insert the op that treats ids out of range as the form does, unless there are none."""
     indices = match.leaves["indices"]
     experts = match.letters[E.name]
-    if (form.below, form.above) == ("skip", "skip") or are_of_experts(
-        before_moves(indices), experts
-    ):
+    if (form.below, form.above) == ("skip", "skip") or are_of_experts(indices, experts, memory):
         return indices
     value = tensor_of(indices)
     assert value is not None
