@@ -267,9 +267,11 @@ class Match:
             if type(way) is Op and way.op not in (name_here, "view") and chosen is None:
                 continue  # for speed alone: it would fail at once (views have several names)
             saved = self._saved()
+            self.choices[expr.choice] = (
+                name  # before what is inside, which may have the same choice
+            )
             try:
                 self.expect(way, value, user)
-                self.choices[expr.choice] = name
                 self._implied |= expr.letters.get(name, {})
                 return
             except Mismatch as mismatch:
