@@ -118,12 +118,13 @@ class Block(nn.Module):
         router = torch.randn((E, H), generator=generator) * 0.2
         self.router = nn.Parameter(router.to(weight.dtype), requires_grad=False)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = nn.functional.linear(x, self.router)
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores, ids = torch.topk(logits.float().softmax(dim=-1), self.top_k, dim=-1)
         scores = scores / scores.sum(dim=-1, keepdim=True)
-        return ids, scores if self.wide else scores.to(x.dtype)
+        return ids, scores if self.wide else scores.to(logits.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [T, H] to [T, H]."""
-        return self.experts(x, *self.route(x))
+    def forward(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Map [T, H] to [T, H]; given logits [T, E] stand for the router's, which rounding moves."""
+        if logits is None:
+            logits = nn.functional.linear(x, self.router)
+        return self.experts(x, *self.route(logits))

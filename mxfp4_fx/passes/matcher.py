@@ -90,6 +90,9 @@ class Rounded(Op):
         super().__init__("cast", {"input": value})
         object.__setattr__(self, "role", role)
 
+    def __str__(self) -> str:
+        return str(self.args["input"])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOf(Expr):
@@ -103,14 +106,16 @@ class OneOf(Expr):
         choice: what is chosen, for reports and for ``Match.choices``.
         ways: the name of each way -> its expression.
         letters: the name of a way -> numbers that it implies.
+        words: the ways in words, for a reader who does not know the pattern.
     """
 
     choice: str
     ways: dict[str, Expr]
     letters: Mapping[str, Mapping[Letter, Scalar | float]] = dataclasses.field(default_factory=dict)
+    words: str = ""
 
     def __str__(self) -> str:
-        return f"one of ({'; '.join(map(str, self.ways.values()))})"
+        return self.words or " or ".join(dict.fromkeys(map(str, self.ways.values())))
 
 
 class Scalar:
