@@ -16,6 +16,7 @@ from mxfp4_fx.core import compilation, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.torch_private_distributed import is_dtensor, shard_of
+from mxfp4_fx.huggingface import region_choice
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.ops.fingerprint import fingerprint
 from mxfp4_fx.passes.context import Context
@@ -78,7 +79,9 @@ def analyze(
     call = calls.current()
     if call is not None:
         call.check_skip()
-    return run_pipeline(gm, inputs, options, left=call.left_inputs(inputs) if call else None)
+    found = run_pipeline(gm, inputs, options, left=call.left_inputs(inputs) if call else None)
+    found[1].report.notes += region_choice.notes(gm)
+    return found
 
 
 def noted(compiled: CompiledGraph, report: GraphReport) -> CompiledGraph:
@@ -256,6 +259,8 @@ def announce(ctx: Context) -> None:
         log.info("attention with sinks stays as it is: %s", miss)
     if ctx.report.linears:
         log.info("%d linears -> native kernels for few rows", ctx.report.linears)
+    for note in ctx.report.notes:
+        log.info("%s", note)
     for miss in ctx.report.misses:
         log.info("not rewritten: %s", miss)
     # A backend that is called directly has no call; the report then covers this graph alone.

@@ -137,7 +137,8 @@ def explain(
         run(*args, **kwargs)
     rewrites = tuple(r for report in found.graphs for r in report.rewrites)
     misses = (*(m for report in found.graphs for m in report.misses), *found.outside)
-    notes = tuple(dict.fromkeys(found.notes))
+    of_graphs = [note for report in found.graphs for note in report.notes]
+    notes = tuple(dict.fromkeys([*found.notes, *of_graphs]))
     linears = sum(report.linears for report in found.graphs)
     attention = tuple(one for report in found.graphs for one in report.attention)
     others = dict.fromkeys(miss for report in found.graphs for miss in report.attention_misses)

@@ -204,7 +204,7 @@ class _Layer:
             if "hidden_states" not in named:
                 return torch_private.uncompiled(layer)(*args, **kwargs)  # the error is the layer's
             args, kwargs = (named.pop("hidden_states"),), named
-        kv = cache = None
+        updated = cache = None
         try:
             recording = decoder_layers.Recording() if self._records else None
             keys = recording.keys if recording else None
@@ -220,15 +220,16 @@ class _Layer:
             else:
                 k, v, more, more_named = shared.head(layer, hidden, named)
                 index = layer.self_attn.layer_idx
-                kv = k, v = cache.update(k, v, index, *more, **more_named)
+                updated = decoder_layers.update(cache, k, v, index, more, more_named)
+                k, v, changes = updated
                 k, v = decoder_layers.for_any_layer(k), decoder_layers.for_any_layer(v)
                 if is_first:
                     decoder_layers.let_cache_lengths_vary(k, v)
-                output, found = shared.rest(layer, k, v, hidden, named, keys)
+                output, found = shared.rest(layer, (k, v), changes, hidden, named, keys)
         except _errors() as error:
             shared.give_up(self.name, str(error).partition("\n")[0])
-            if kv is not None:  # the cache is updated
-                kwargs = {**kwargs, shared.cache: decoder_layers.GoingOn(kv[0], kv[1], cache)}
+            if updated is not None:  # the cache is
+                kwargs = {**kwargs, shared.cache: decoder_layers.GoingOn(*updated, cache)}
             return shared.plain(layer, args, kwargs)
         if recording is not None:
             recording.add(layer, args[0], output, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Iterator
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from models import FORMS, Graphs, model, pack, tokens
+from near_miss import edited
 from oracle import assert_as_accurate
 from torch import Tensor
 from transformers import DynamicCache, GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import (
     WholeModelWarning,
 )
+from mxfp4_fx.huggingface.decoder_layers import cache_name
 
 PIECES = 2  # head and rest
 LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
@@ -72,7 +76,6 @@ class TestCompilations:
         whole, plain, graphs = model(), model(), Graphs()
         compiled(whole, graphs)
         kwargs = {"cache_implementation": cache}
-        kwargs |= {"max_cache_len": LENGTH} if cache == "static" else {}
         for length in (7, 20):
             prompt = tokens(1, length) + 1
             assert torch.equal(generate(whole, prompt, **kwargs), generate(plain, prompt, **kwargs))
@@ -134,6 +137,14 @@ def steps(whole: Any, cache: Any = None) -> list[Tensor]:
     return found
 
 
+class Loud(DynamicCache):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        kwargs["kwargs"]["loud"] = torch.tensor(2.0 + layer_idx)
+        return super().update(key_states, value_states, layer_idx)
+
+
 class TestResults:
     @pytest.mark.parametrize(
         "form", [FORMS[0], *(pytest.param(f, marks=pytest.mark.exhaustive) for f in FORMS[1:])]
@@ -141,6 +152,20 @@ class TestResults:
     def test_same_bits_as_with_compiled_mlps(self, form: str) -> None:
         expected = steps(mlps_compiled(form=form))
         assert all(map(torch.equal, steps(compiled(model(form=form))), expected))
+
+    def test_a_cache_that_changes_what_it_is_handed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As a paged one does, to which attention hands its arguments from transformers 5.24 on."""
+        loud = {"self.o_proj(attn_output)": "self.o_proj(attn_output * kwargs.get('loud', 1))"}
+        if "kwargs=kwargs" not in inspect.getsource(GptOssAttention.forward):
+            loud["self.layer_idx"] = "self.layer_idx, kwargs=kwargs"
+        monkeypatch.setattr(GptOssAttention, "forward", edited(GptOssAttention.forward, loud))
+
+        def output(whole: Any) -> Tensor:
+            return whole(tokens(), **{cache_name(): Loud(config=whole.config)}).logits
+
+        got = output(compiled(model(num_hidden_layers=1)))
+        assert torch.equal(got, output(mlps_compiled(num_hidden_layers=1)))
+        assert (got - model(num_hidden_layers=1)(tokens()).logits).abs().max() > 0.1
 
     @pytest.mark.exhaustive
     def test_packed_experts(self) -> None:

@@ -22,6 +22,7 @@ from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.torch_private_capture import can_capture_regions
 from mxfp4_fx.errors import OptionError
 from mxfp4_fx.huggingface.capture import prepare_capture
+from mxfp4_fx.huggingface.decoder_layers import cache_name
 
 # The backend of these tests rewrites nothing.
 pytestmark = [
@@ -30,6 +31,7 @@ pytestmark = [
 ]
 
 IDS = torch.arange(8)[None] + 3
+CACHE = cache_name()  # of a model's argument, too
 
 
 class Regions:
@@ -85,13 +87,37 @@ def test_layers_with_a_cache_share_two_graphs() -> None:
     for tokens in (IDS, IDS[:, :1]):
         found, expected = (DynamicCache(config=model.config) for _ in range(2))
         with torch.no_grad():
-            got = compiled(tokens, past_key_values=found).logits
-            want = model(tokens, past_key_values=expected).logits
+            got = compiled(tokens, **{CACHE: found}).logits
+            want = model(tokens, **{CACHE: expected}).logits
         assert torch.equal(got, want)
         for mine, its in zip(found.layers, expected.layers, strict=True):
             assert torch.equal(mine.keys, its.keys)
             assert torch.equal(mine.values, its.values)
     assert regions.graphs == [[4, 4]] * 2
+
+
+class Reading(DynamicCache):
+    """Its values depend on all that attention hands it: nothing before transformers 5.24."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        handed = kwargs.get("kwargs", {})
+        value_states = value_states + handed.get("another", 0) + len(handed)
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx)
+        return found
+
+
+def test_layers_with_a_cache_that_reads_its_arguments() -> None:
+    model = layers(2)
+    compiled, regions = captured(model)
+    with torch.no_grad():
+        got, want = (
+            m(IDS, another=torch.ones(()), **{CACHE: Reading(config=model.config)}).logits
+            for m in (compiled, model)
+        )
+    assert torch.equal(got, want)
+    assert regions.graphs == [[2, 2]]
 
 
 WAYS: dict[str, list[dict[str, Any]]] = {

@@ -37,10 +37,11 @@ class CpuPath:
         reason: why a CPU gets this path, in words for ``explain`` and ``doctor``.
         pays_on: the path is the best only on this vendor's CPUs; None stands for all vendors.
         for_tests: a CPU gets this path only if ``MXFP4_FX_CPU`` names it.
-        linear_rows: dtype -> see :func:`linear_rows`. Measured with weights of 3 MB and more:
-            ``avx512_bf16`` on an EPYC (Zen 4), the others on a Xeon with AMX, with oneDNN, MKL and
-            torch limited to the same instructions. Other dtypes, and paths that were not measured,
-            are left to torch.
+        linear_rows: dtype -> see :func:`linear_rows`. Measured with weights of 3 MB and more
+            (``python -m benchmarks.linears``): ``avx512_bf16`` on an EPYC (Zen 4), ``avx2`` on an
+            EPYC (Zen 3), the others on a Xeon with AMX, with oneDNN, MKL and torch limited to the
+            same instructions. Other dtypes, and paths that were not measured, are left to torch.
+        linear_rows_of: a vendor -> what differs on its CPUs.
     """
 
     features: Mapping[str, str]
@@ -48,6 +49,9 @@ class CpuPath:
     pays_on: str | None = None
     for_tests: bool = False
     linear_rows: Mapping[torch.dtype, int] = dataclasses.field(default_factory=dict)
+    linear_rows_of: Mapping[str, Mapping[torch.dtype, int]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def compiler_flags(self) -> tuple[str, ...]:
@@ -66,6 +70,9 @@ _AVX512 = {
 _AVX512_BF16 = {**_AVX512, "avx512vbmi": "-mavx512vbmi", "avx512_bf16": "-mavx512bf16"}
 _AMX = {**_AVX512_BF16, "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
 
+_AMD = "AuthenticAMD"
+_ANY_NUMBER = 1 << 30  # of rows
+
 # The best comes first.
 CPU_PATHS: dict[str, CpuPath] = {
     "amx": CpuPath(
@@ -77,7 +84,7 @@ CPU_PATHS: dict[str, CpuPath] = {
         _AVX512_BF16,
         "the CPU multiplies bfloat16 at twice the rate of float32 and has no AMX",
         # Intel's vdpbf16ps has half the rate of its float32 FMAs, AMD's twice.
-        pays_on="AuthenticAMD",
+        pays_on=_AMD,
         # With 64 rows torch needs three times as long in float16, 1.1 to 1.9 times in float32.
         linear_rows={torch.bfloat16: 10, torch.float16: 96, torch.float32: 64},
     ),
@@ -89,7 +96,10 @@ CPU_PATHS: dict[str, CpuPath] = {
     "avx2": CpuPath(
         _AVX2,
         "the CPU has AVX2 and no AVX-512 with VNNI",
-        linear_rows={torch.bfloat16: 16, torch.float16: 12, torch.float32: 8},
+        # Without AVX-512 torch has no fast linear of 16 bits: from one row to 512 it takes 1.6 to 7
+        # times as long.
+        linear_rows={torch.bfloat16: _ANY_NUMBER, torch.float16: _ANY_NUMBER, torch.float32: 8},
+        linear_rows_of={_AMD: {torch.float32: 48}},
     ),
     "portable": CpuPath({}, f"no vector instructions of this CPU ({platform.machine()}) are known"),
     "amx_emulated": CpuPath(
@@ -100,6 +110,7 @@ CPU_PATHS: dict[str, CpuPath] = {
 # The bytes of weights from which the native linear of one row is faster than torch's. A call of it
 # takes longer than torch's, whose linears of small float32 matrices are fast.
 LINEAR_BYTES = {torch.bfloat16: 128 << 10, torch.float16: 1 << 20, torch.float32: 16 << 20}
+LINEAR_BYTES_OF = {_AMD: {torch.float32: 2 << 20}}  # vendor -> where it is less
 
 # The environment variable that forces a path, for tests and benchmarks.
 CPU_PATH_VARIABLE = "MXFP4_FX_CPU"
@@ -135,7 +146,19 @@ def cpu_path() -> str:
 
 def linear_rows(dtype: torch.dtype) -> int:
     """Return up to how many rows of activations the native linear is faster than torch's."""
-    return CPU_PATHS[cpu_path()].linear_rows.get(dtype, 0)
+    return _linear_rows_on(cpu_path()).get(dtype, 0)
+
+
+@functools.cache
+def _linear_rows_on(path: str) -> dict[torch.dtype, int]:
+    vendor, _ = _cpu_facts()
+    return {**CPU_PATHS[path].linear_rows, **CPU_PATHS[path].linear_rows_of.get(vendor, {})}
+
+
+def linear_bytes(dtype: torch.dtype) -> int:
+    """Return from how many bytes of weights on a native linear of few rows is worth its call."""
+    vendor, _ = _cpu_facts()
+    return min(LINEAR_BYTES[dtype], LINEAR_BYTES_OF.get(vendor, {}).get(dtype, 1 << 62))
 
 
 def why_cpu_path(path: str) -> str:

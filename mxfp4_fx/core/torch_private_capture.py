@@ -94,8 +94,12 @@ def can_capture_regions() -> bool:
 
 
 def graph_under_capture() -> Any:
-    """Return the object that Dynamo collects the present graph in."""
-    return look_up("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx")().output
+    """Return the object that Dynamo collects the present graph in, or None."""
+    current = look_up("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx")
+    try:
+        return current().output
+    except AttributeError:
+        return None
 
 
 def scalars_seen() -> Any:

@@ -23,7 +23,7 @@ from mxfp4_fx.core import torch_private, torch_private_dynamo
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 _CAPTURING = "transformers.utils.output_capturing"
-_CACHE_NAMES = ("past_key_values", "cache")  # before and from transformers 5.24
+CACHE_NAMES = ("past_key_values", "cache")  # before and from transformers 5.24
 # Dimensions of a layer's inputs that are numbers of tokens.
 _LENGTHS = {
     "attention_mask": (-2, -1),
@@ -56,10 +56,14 @@ class Taking:
 
 
 class Giving:
-    """A cache whose first update has been made; it returns the keys and values of that one."""
+    """A cache whose first update has been made; it returns the keys and values of that one.
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
+    ``changes`` are those of that update: see :func:`update`.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, changes: Mapping[str, Any] | None = None) -> None:
         self.given: tuple[Tensor, Tensor] | None = (k, v)
+        self.changes = changes
 
     def update(
         self, k: Tensor, v: Tensor, layer_idx: int, *more: Any, **named: Any
@@ -67,18 +71,21 @@ class Giving:
         given, self.given = self.given, None
         if given is None:
             raise CacheUseError("it updates its cache more than once")
+        if self.changes:
+            named["kwargs"].update(self.changes)
         return given
 
 
 class GoingOn(Giving):
     """The same in place of a real cache, which serves what follows the first update."""
 
-    def __init__(self, k: Tensor, v: Tensor, cache: Any) -> None:
-        super().__init__(k, v)
+    def __init__(self, k: Tensor, v: Tensor, changes: Mapping[str, Any], cache: Any) -> None:
+        super().__init__(k, v, changes)
         self._cache = cache
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        return self._cache.update(*args, **kwargs) if self.given is None else super().update(*args)
+        update = self._cache.update if self.given is None else super().update
+        return update(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -90,8 +97,8 @@ class Pieces(NamedTuple):
     Attributes:
         head: (layer, hidden states, other arguments) -> new keys and values, and the further
             arguments of the cache's update.
-        rest: (layer, keys and values of the cache, hidden states, other arguments, what to record)
-            -> the layer's output, and what was recorded.
+        rest: (layer, keys and values of the cache, changes by its update, hidden states, other
+            arguments, what to record) -> the layer's output, and what was recorded.
         whole: (layer, hidden states, other arguments, what to record) -> the same.
     """
 
@@ -128,9 +135,10 @@ def pieces() -> Pieces:
         return output, found
 
     def rest(
-        layer: Any, k: Tensor, v: Tensor, hidden: Tensor, kwargs: dict[str, Any], keys: Any
+        layer: Any, kv: Any, changes: Any, hidden: Tensor, kwargs: dict[str, Any], keys: Any
     ) -> Any:
-        return recorded(layer, hidden, {**kwargs, cache: Giving(k, v)}, keys)
+        k, v = kv
+        return recorded(layer, hidden, {**kwargs, cache: Giving(k, v, changes)}, keys)
 
     def whole(layer: Any, hidden: Tensor, kwargs: dict[str, Any], keys: Any) -> Any:
         return recorded(layer, hidden, kwargs, keys)
@@ -138,10 +146,27 @@ def pieces() -> Pieces:
     return Pieces(head, rest, whole)
 
 
+def update(
+    cache: Any, k: Tensor, v: Tensor, index: int, more: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Update a cache as a layer does, with what the head returned.
+
+    Returns:
+        The cache's keys and values, and what it changed of the arguments that attention handed it
+        (``kwargs``, from transformers 5.24 on): paged caches tell attention so where they are.
+    """
+    handed = named.get("kwargs") or {}
+    before = dict(handed)
+    k, v = cache.update(k, v, index, *more, **named)
+    missing = object()
+    changes = {n: value for n, value in handed.items() if before.get(n, missing) is not value}
+    return k, v, changes
+
+
 def cache_name() -> str:
     """Return the name of the argument that is a decoder layer's cache."""
     known = inspect.signature(sys.modules[_MODELING].GptOssDecoderLayer.forward).parameters
-    return next(name for name in reversed(_CACHE_NAMES) if name in known)
+    return next(name for name in reversed(CACHE_NAMES) if name in known)
 
 
 @functools.cache

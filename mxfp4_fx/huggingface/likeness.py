@@ -42,16 +42,18 @@ class Known:
             if isinstance(value, types.FunctionType)
         }
 
-    def is_all_of(self, layer: nn.Module) -> bool:
-        """Return whether a layer runs nothing but this code."""
-        return all(
-            self._forwards.get(type(module)) is type(module).forward
-            and getattr(getattr(module, "config", None), "_experts_implementation", None) in _FORMS
-            for module in layer.modules()
-        ) and all(
-            getattr(self._modeling, name, None) is function
-            for name, function in self._functions.items()
-        )
+    def stranger_in(self, layer: nn.Module) -> str | None:
+        """Return what else than this code a layer runs, in words, or None."""
+        for name, module in layer.named_modules():
+            if self._forwards.get(type(module)) is not type(module).forward:
+                return f"{name} is a {type(module).__name__}, not what transformers puts there"
+            form = getattr(getattr(module, "config", None), "_experts_implementation", None)
+            if form not in _FORMS:
+                return f"regions are not known to take experts_implementation={form!r}"
+        for name, function in self._functions.items():
+            if getattr(self._modeling, name, None) is not function:
+                return f"transformers' {name} was replaced"
+        return None
 
 
 def likeness(layer: nn.Module) -> Hashable | None:

@@ -129,7 +129,7 @@ def linears_pay(weights: Sequence[Tensor]) -> bool:
     """
     dtype = weights[0].dtype
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    return linear_rows(dtype) > 0 and size >= hardware.LINEAR_BYTES[dtype]
+    return linear_rows(dtype) > 0 and size >= hardware.linear_bytes(dtype)
 
 
 def has_native_linears(requested: str) -> bool:

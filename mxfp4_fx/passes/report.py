@@ -90,6 +90,7 @@ class GraphReport:
         rewrites, misses: the layers that are, or look like, experts.
         linears: how many linears are computed by this package's op.
         attention, attention_misses: what is, or looks like, attention with sinks.
+        notes: what else the user should know.
     """
 
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
@@ -97,6 +98,7 @@ class GraphReport:
     linears: int = 0
     attention: list[Attention] = dataclasses.field(default_factory=list)
     attention_misses: list[Miss] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def changes_graph(self) -> bool:

@@ -79,43 +79,41 @@ def find_routes(match: Match, form: Form, memory: Memory) -> Routes:
 
 def are_of_experts(indices: fx.Node, experts: object, memory: Memory) -> bool:
     """Return whether ids are the choice of a top-k among so many, and so those of experts."""
-    same: list[fx.Node] = []
-    node: fx.Node | None = indices
-    while node is not None:
-        same.append(node)
-        node = _with_the_same_ids(node)
-    writes = [*(keys for _, keys in memory.writes), *(keys for _, keys, _ in memory.writes_outside)]
-    if any(may_share(memory.of(node), keys) for node in same for keys in writes):
-        return False  # a call that writes to them may have made them others
-    call = read_call(same[-1])
-    if call is None or call.op != "getitem" or call.args["index"] != 1:
-        return False
-    call = read_call(call.args["input"])
-    if call is None or call.op != "topk":
-        return False
-    among, count = tensor_of(call.args["input"]), fixed(experts)
-    return among is not None and count is not None and fixed(among.shape[call.args["dim"]]) == count
+    while not _may_be_written(indices, memory):
+        if before_moves(indices) is not indices:
+            indices = before_moves(indices)
+            continue
+        call = read_call(indices)
+        if call is None:
+            return False
+        if call.op == "getitem" and call.args["index"] == 1:
+            call = read_call(call.args["input"])
+            among = None if call is None else tensor_of(call.args["input"])
+            if call is None or call.op != "topk" or among is None:
+                return False
+            count = fixed(experts)
+            return count is not None and fixed(among.shape[call.args["dim"]]) == count
+        is_same = call.op == "view" or (call.op == "cast" and call.args["dtype"] in _INDICES)
+        if not is_same or not isinstance(call.args["input"], fx.Node):
+            return False
+        indices = call.args["input"]
+    return False
 
 
-def _with_the_same_ids(node: fx.Node) -> fx.Node | None:
-    """Return the value whose ids a move, a view or a cast has; None if a node is none of these."""
-    moved = before_moves(node)
-    if moved is not node:
-        return moved
-    call = read_call(node)
-    if call is None or call.op not in ("cast", "view"):
-        return None
-    if call.op == "cast" and call.args["dtype"] not in _INDICES:
-        return None
-    before = call.args["input"]
-    return before if isinstance(before, fx.Node) else None
+def _may_be_written(node: fx.Node, memory: Memory) -> bool:
+    """Return whether any call may write to a value, in the graph or outside of it."""
+    mine = memory.of(node)
+    written = [keys for _, keys in memory.writes] + [keys for _, keys, _ in memory.writes_outside]
+    return any(may_share(mine, keys) for keys in written) or memory.reshaper(node) is not None
 
 
 def insert_ids(root: fx.Node, match: Match, form: Form, memory: Memory) -> fx.Node:
     """Insert the op that treats ids out of range as the form does, unless there are none."""
     indices = match.leaves["indices"]
     experts = match.letters[E.name]
-    if (form.below, form.above) == ("skip", "skip") or are_of_experts(indices, experts, memory):
+    if (form.below, form.above) == ("skip", "skip"):
+        return indices
+    if are_of_experts(indices, experts, memory):
         return indices
     value = tensor_of(indices)
     assert value is not None

@@ -42,7 +42,7 @@ MODELS = {
     "`verify`": ("test_verification.py::test_right_rewrites_pass[",),
     "Inductor": ("test_backend.py::TestInner::test_inductor[dtype0-",),
 }
-# What leans most on torch's compilers.
+# What leans most on torch's compilers, and on how transformers writes a layer.
 COMPILED = {
     "attention": (
         "test_fuse_attention.py::test_generate[whole",
@@ -53,8 +53,8 @@ COMPILED = {
     "regions": ("test_regions.py::test_layers_with_a_cache_", "test_regions.py::test_generate_gi"),
 }
 BEHAVIOURS: dict[str, dict[str, tuple[str, ...]]] = {
-    "transformers": MODELS,
-    "torch": MODELS | {"private names": ("test_torch_private.py::",)} | COMPILED,
+    "transformers": MODELS | COMPILED,
+    "torch": MODELS | COMPILED | {"private names": ("test_torch_private.py::",)},
     "triton": {
         "kernels in the interpreter": ("test_triton.py::test_every_regime[",),
         "models in the interpreter": ("test_triton_models.py::",),

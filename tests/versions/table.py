@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from packaging.version import Version
@@ -32,21 +32,23 @@ def write(results: Mapping[str, Any]) -> None:
     README.write_text(before + BEGIN + markdown(results) + END + rest.split(END)[1], "utf-8")
 
 
-def summary(outcomes: Mapping[str, str]) -> str:
-    """Return what of a version passes."""
+def summary(outcomes: Mapping[str, str], behaviours: Iterable[str] = ()) -> str:
+    """Return what of a version passes, and which of these behaviours were not run."""
     if ERROR in outcomes:
         return f"not run: {outcomes[ERROR]}"
     failed = [behaviour for behaviour, outcome in outcomes.items() if outcome != PASSES]
-    if len(failed) == len(outcomes):
-        return "nothing"
-    return f"all but {', '.join(failed)}" if failed else "all"
+    told = f"all but {', '.join(failed)}" if failed else "all"
+    missing = [behaviour for behaviour in behaviours if behaviour not in outcomes]
+    told = "nothing" if len(failed) == len(outcomes) else told
+    return f"{told}; not run: {', '.join(missing)}" if missing else told
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Return the table: a line for neighbouring versions of which the same passes; and a legend."""
     lines = ["| package | versions | what passes |\n", "|---|---|---|\n"]
     for package in (name for name in BEHAVIOURS if name in results):
-        told = {v: summary(found) for v, found in results[package]["versions"].items()}
+        versions = results[package]["versions"].items()
+        told = {version: summary(found, BEHAVIOURS[package]) for version, found in versions}
         for what, same in itertools.groupby(sorted(told, key=Version), told.__getitem__):
             lines.append(f"| {package} | {', '.join(same)} | {what} |\n")
     legend = textwrap.fill(f"What is run: {'; '.join(map(_shown, BEHAVIOURS))}.", WIDTH)
