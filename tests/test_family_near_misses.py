@@ -10,6 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from combinations import exhaustive
 from models import Graphs, compile_with
 from near_miss import edited, missed, swap_methods
 from oracle import E2M1
@@ -123,7 +124,20 @@ MISSES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("what", MISSES)
+# What others show nearly as well.
+RARE = {
+    *("SiLU of both", "ReLU for SiLU", "ReLU of the square", "ReLU to the third", "the gate twice"),
+    *("SiLU clamped after it", "squared ReLU of a gate", "SiLU of up", "tokens in halves"),
+    *("SiLU by its formula", "up times the gate", "32 bits", "a view is written to", "sorted"),
+    *("written to", "none"),
+}
+
+
+def thinned(cases: Any) -> list[Any]:
+    return [exhaustive(case) if case in RARE else case for case in cases]
+
+
+@pytest.mark.parametrize("what", thinned(MISSES))
 def test_another_meaning_is_not_rewritten(what: str) -> None:
     assert missed(MISSES[what](), *x_and_logits(tokens=8))
 
@@ -146,7 +160,7 @@ RIGHT: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("what", RIGHT)
+@pytest.mark.parametrize("what", thinned(RIGHT))
 def test_another_family_is_rewritten_as_it_is(what: str) -> None:
     made = RIGHT[what]()
     for name in ("up_proj", "gate_up_proj", "down_proj"):
@@ -202,7 +216,7 @@ IDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", IDS)
+@pytest.mark.parametrize("change", thinned(IDS))
 def test_ids_that_are_not_proven_are_checked(change: str) -> None:
     """In the batched form -1 is the last expert."""
     made = Ids(families.experts(SILU, "batched_mm"))
