@@ -124,7 +124,7 @@ class Block(nn.Module):
         return ids, scores if self.wide else scores.to(logits.dtype)
 
     def forward(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Map [T, H] to [T, H]; given logits [T, E] stand for the router's, which rounding moves."""
+        """Map [T, H] to [T, H]; logits [T, E], if given, stand for the router's."""
         if logits is None:
             logits = nn.functional.linear(x, self.router)
         return self.experts(x, *self.route(logits))

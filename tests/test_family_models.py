@@ -31,9 +31,16 @@ _HEADS = {"head_dim": 16}
 _ROUTED = {"n_routed_experts": 8, "moe_intermediate_size": 96}
 _LATENT = {
     **_ROUTED,
-    **{"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "n_shared_experts": 1},
-    **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 2},
-    **{"topk_group": 1, "first_k_dense_replace": 0},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "n_shared_experts": 1,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
 }
 _QWEN = {"num_experts": 8, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 64}
 _LOCAL = {"num_local_experts": 8}
