@@ -241,7 +241,9 @@ RIGHT: dict[str, Any] = {
 def test_other_experts_and_routers_become_what_they_are(what: str) -> None:
     with torch.no_grad():
         # As many tokens as experts a token: no shape tells the order of the scores.
-        module, x = RIGHT[what](), hidden(3) * 8
+        module, x = RIGHT[what](), hidden(3)
+        if what != "softmax before top-k":  # where large logits would tie
+            x = x * 8
         run = compile_with(module, options={"strict": True, "verify": True})
         check(run(x)[0], module, first, x)
 
