@@ -215,21 +215,23 @@ def experts(
     alpha: float,
     limit: float,
     inner_dtype: torch.dtype,
+    up_offset: float = 1.0,
+    kind: str = "swiglu",
 ) -> Bounded:
     """Return the MoE MLP's output [T, H] for given routes.
 
     Args:
         hidden: [T, H]; the result is rounded to its dtype.
         indices, weights: the routes, [T, A].
-        gate_up, down: float64 weights and biases, [E, 2I, H] with [E, 2I], [E, H, I] with [E, H].
-        alpha, limit: SwiGLU's constants.
+        gate_up, down: float64 weights and biases, [E, N, H] with [E, N], [E, H, I] with [E, H].
+        kind, alpha, limit, up_offset: the activation (:func:`activate`).
         inner_dtype: the dtype to which the intermediate [R, I] is rounded.
     """
     t, a = indices.shape
     expert = indices.reshape(-1)
     rows = Bounded.exact(hidden.repeat_interleave(a, dim=0))
     inner = grouped_linear(rows, expert, *gate_up)
-    inner = swiglu(inner, alpha, limit).rounded(inner_dtype)
+    inner = activate(inner, kind, alpha, limit, up_offset).rounded(inner_dtype)
     y = grouped_linear(inner, expert, *down)
     y = times(y.view(t, a, hidden.shape[1]), weights[..., None])
     return combine(y).rounded(hidden.dtype)

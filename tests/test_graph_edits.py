@@ -296,7 +296,7 @@ def runs(gm: fx.GraphModule, inputs: list[Any]) -> bool:
 
 
 # What grouped_mm's routes are refused with, if they are taken as they are.
-REFUSED_ID = re.compile(r"expert -\d+ is out of range: there are \d+ experts")
+REFUSED_ID = re.compile(r"expert -?\d+ is out of range: there are \d+ experts")
 
 
 def check_all(

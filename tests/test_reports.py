@@ -144,7 +144,7 @@ class TestReports(NearMisses):
         assert (len(told.rewrites), len(told.misses)) == (1, 0)
 
 
-UP_AND_TWO = {"(up + 1)": "(up + 2)"}
+UP_TWICE = {"(up + 1)": "torch.add(up, 1, alpha=2)"}
 
 
 class TestOptions:
@@ -167,13 +167,13 @@ class TestOptions:
         assert not mxfp4_ops(graphs)
 
     def test_a_layer_that_could_not_be_rewritten_can_be_skipped(self) -> None:
-        module = with_gate(UP_AND_TWO)
+        module = with_gate(UP_TWICE)
         run = compile_with(module, options={"skip": "experts", "strict": True})
         assert torch.equal(run(X)[0], module(X)[0])
 
     def test_strict_names_layer_and_reason(self) -> None:
         whole = Layers()
-        whole.layers[1] = with_gate(UP_AND_TWO)
+        whole.layers[1] = with_gate(UP_TWICE)
         with pytest.raises(BackendCompilerFailed) as caught:
             compile_with(whole, options={"strict": True})(X)
         error = caught.value.inner_exception
@@ -183,7 +183,7 @@ class TestOptions:
         assert "but found 2" in str(error)
 
     def test_a_warning_names_layer_and_reason_once(self) -> None:
-        run = compile_with(with_gate(UP_AND_TWO), dynamic=False)
+        run = compile_with(with_gate(UP_TWICE), dynamic=False)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             run(hidden(5))

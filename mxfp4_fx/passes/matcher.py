@@ -90,6 +90,9 @@ class Rounded(Op):
         super().__init__("cast", {"input": value})
         object.__setattr__(self, "role", role)
 
+    def __str__(self) -> str:
+        return str(self.args["input"])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOf(Expr):
@@ -103,14 +106,16 @@ class OneOf(Expr):
         choice: what is chosen, for reports and for ``Match.choices``.
         ways: the name of each way -> its expression.
         letters: the name of a way -> numbers that it implies.
+        words: the ways in words, for a reader who does not know the pattern.
     """
 
     choice: str
     ways: dict[str, Expr]
     letters: Mapping[str, Mapping[Letter, Scalar | float]] = dataclasses.field(default_factory=dict)
+    words: str = ""
 
     def __str__(self) -> str:
-        return f"one of ({'; '.join(map(str, self.ways.values()))})"
+        return self.words or " or ".join(dict.fromkeys(map(str, self.ways.values())))
 
 
 class Scalar:
@@ -259,24 +264,28 @@ class Match:
         self.nodes[expr] = value
 
     def _expect_one_of(self, expr: OneOf, value: fx.Node, user: fx.Node | None) -> None:
-        chosen, name_here = self.choices.get(expr.choice), op_name(value)
+        chosen, name_here, agreed = self.choices.get(expr.choice), op_name(value), self._agreed
+        ways = [
+            (name, way)
+            for name, way in expr.ways.items()
+            # An op other than the graph's would fail at once (views have several names).
+            if (name == chosen if chosen is not None else _may_be(way, name_here))
+        ]
         failures: list[Mismatch] = []
-        for name, way in expr.ways.items():
-            if chosen not in (None, name):
-                continue
-            if type(way) is Op and way.op not in (name_here, "view") and chosen is None:
-                continue  # for speed alone: it would fail at once (views have several names)
-            saved = self._saved()
+        for name, way in ways:
+            # Without another way, a failure is that of whoever has one: it restores.
+            saved = self._saved() if len(ways) > 1 else None
+            self.choices[expr.choice] = name  # first: what is inside may have the same choice
             try:
                 self.expect(way, value, user)
-                self.choices[expr.choice] = name
                 self._implied |= expr.letters.get(name, {})
                 return
             except Mismatch as mismatch:
                 failures.append(mismatch)
-                self._restore(saved)
+                if saved is not None:
+                    self._restore(saved)
         nearest = max(failures, key=lambda m: m.matched, default=None)
-        if nearest is None or (chosen is None and nearest.matched == self._agreed):
+        if nearest is None or (chosen is None and nearest.matched == agreed):
             raise self._mismatch(f"expected {expr}, found {_describe(value)}", value)
         raise nearest
 
@@ -287,14 +296,15 @@ class Match:
             orders.append({**call.args, **swapped})
         failures: list[Mismatch] = []
         for args in orders:
-            saved = self._saved()
+            saved = self._saved() if len(orders) > 1 else None
             try:
                 for name, expected in expr.args.items():
                     self._expect_argument(expected, args.get(name), expr, node)
                 return
             except Mismatch as mismatch:
                 failures.append(mismatch)
-                self._restore(saved)
+                if saved is not None:
+                    self._restore(saved)
         raise max(failures, key=lambda m: m.matched)
 
     def _expect_argument(self, expected: Any, actual: Any, expr: Op, node: fx.Node) -> None:
@@ -358,6 +368,11 @@ class Match:
 
     def _mismatch(self, reason: str, node: fx.Node | None) -> Mismatch:
         return Mismatch(reason, node, self._agreed)
+
+
+def _may_be(way: Expr, name: str | None) -> bool:
+    """Return whether a way may fit a call of that name."""
+    return type(way) is not Op or way.op in (name, "view")
 
 
 def _number(value: Scalar | float, env: Mapping[str, Any]) -> Any:

@@ -275,8 +275,14 @@ def activated(y: Expr) -> Expr:
             GELU_TANH: Op("gelu", {"input": gate, "approximate": "tanh"}),
         },
         {name: {ALPHA: 1.0} for name in (SILU, SWISH, GELU_TANH)},
+        words="a gate that kernels compute (GPT-OSS's, SiLU, or GELU in its tanh form)",
     )
-    lifted = OneOf(OFFSET, {WITH: up + UP_OFFSET, WITHOUT: up}, {WITHOUT: {UP_OFFSET: 0.0}})
+    lifted = OneOf(
+        OFFSET,
+        {WITH: up + UP_OFFSET, WITHOUT: up},
+        {WITHOUT: {UP_OFFSET: 0.0}},
+        words="up, clamped or not, with or without a number added",
+    )
     relu = Op("relu", {"input": y, "inplace": False})
     return OneOf(
         PRODUCT,
@@ -285,6 +291,8 @@ def activated(y: Expr) -> Expr:
             GATED: {N: I * 2},
             RELU2: {N: I * 1, ALPHA: 1.0, LIMIT: math.inf, UP_OFFSET: 0.0},
         },
+        words="an activation that kernels compute (GPT-OSS's SwiGLU, SiLU or GELU in its tanh form "
+        "times up, or squared ReLU)",
     )
 
 

@@ -72,7 +72,7 @@ def find_routes(match: Match, form: Form, memory: Memory) -> Routes:
             return Routes(attempt, router, _range_in_words(attempt, scores, router))
         except Mismatch:
             continue
-    if are_of_experts(indices, match.letters[E.name], memory):
+    if are_of_experts(match.leaves["indices"], match.letters[E.name], memory):
         return Routes(match, None, "routes of the model's own router")
     return Routes(match, None, f"routes of the model's own router; {_MEANINGS[form.above]}")
 
@@ -80,6 +80,9 @@ def find_routes(match: Match, form: Form, memory: Memory) -> Routes:
 def are_of_experts(indices: fx.Node, experts: object, memory: Memory) -> bool:
     """Return whether ids are the choice of a top-k among so many, and so those of experts."""
     while not _may_be_written(indices, memory):
+        if before_moves(indices) is not indices:
+            indices = before_moves(indices)
+            continue
         call = read_call(indices)
         if call is None:
             return False
@@ -88,7 +91,8 @@ def are_of_experts(indices: fx.Node, experts: object, memory: Memory) -> bool:
             among = None if call is None else tensor_of(call.args["input"])
             if call is None or call.op != "topk" or among is None:
                 return False
-            return fixed(among.shape[call.args["dim"]]) == fixed(experts)
+            count = fixed(experts)
+            return count is not None and fixed(among.shape[call.args["dim"]]) == count
         is_same = call.op == "view" or (call.op == "cast" and call.args["dtype"] in _INDICES)
         if not is_same or not isinstance(call.args["input"], fx.Node):
             return False
@@ -109,7 +113,7 @@ def insert_ids(root: fx.Node, match: Match, form: Form, memory: Memory) -> fx.No
     experts = match.letters[E.name]
     if (form.below, form.above) == ("skip", "skip"):
         return indices
-    if are_of_experts(before_moves(indices), experts, memory):
+    if are_of_experts(indices, experts, memory):
         return indices
     value = tensor_of(indices)
     assert value is not None

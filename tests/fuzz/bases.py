@@ -1,4 +1,5 @@
-"""The captured graphs that the fuzzer starts from: every form of the experts, each captured once.
+"""The captured graphs that the fuzzer starts from: every form of the experts and every
+kind of family, each captured once.
 
 Weights are MXFP4 values already and everything is float32, so that a rewrite only rounds. No two
 sizes are alike.
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from families import Block, experts
 from models import hidden, mlp, on_mxfp4_grid, pack
 from one_rank import OneRank, Ways, by_fmod, by_where
 from torch import Tensor, fx, nn
@@ -129,6 +131,10 @@ class Two(nn.Module):
         return x, scores[0], scores[1].amax(-1)
 
 
+def _block(name: str, form: str, **sizes: int) -> Callable[[], nn.Module]:
+    return lambda: Block(experts(name, form, **sizes))
+
+
 def _mlp(form: str, parallel: bool = False) -> Any:
     module = mlp(form=form)
     module.experts._is_expert_parallel = parallel
@@ -200,8 +206,34 @@ def _all() -> Iterator[tuple[str, _Spec]]:
     yield "plain-odd-size", _Spec(lambda: Plain(80), _flat)
     yield "beside", _Spec(Beside)
     yield "beside-grad", _Spec(Beside, grad=True)
+    yield from _families()
     yield "two", _Spec(lambda: Two("grouped_mm"))
     yield "two-batched-grad", _Spec(lambda: Two("batched_mm"), grad=True)
+
+
+def _families() -> Iterator[tuple[str, _Spec]]:
+    """Other families' experts. Of square weights, no size tells whether they are transposed."""
+    grouped, batched = "grouped_mm", "batched_mm"
+    silu, relu2, gelu = "Qwen3MoeExperts", "NemotronHExperts", "Gemma4TextExperts"
+    yield "silu", _Spec(_block(silu, grouped), _flat)
+    yield "silu-batched", _Spec(_block(silu, batched), _flat)
+    yield "silu-grad", _Spec(_block(silu, grouped), _flat, grad=True)
+    yield "silu-batched-grad", _Spec(_block(silu, batched), _flat, grad=True)
+    yield "silu-dynamic", _Spec(_block(silu, batched), _flat, dynamic=True)
+    yield "silu-routes", _Spec(lambda: experts(silu, batched), _routes)
+    square = {"moe_intermediate_size": H // 2}
+    yield "silu-square-gate_up", _Spec(_block(silu, batched, **square), _flat)
+    yield "silu-grouped-square-down", _Spec(_block(silu, grouped, moe_intermediate_size=H), _flat)
+    yield "silu-by-columns", _Spec(_block("AriaExperts", batched), _flat)
+    yield "silu-clamped", _Spec(_block("DeepseekV4Experts", grouped, swiglu_limit=2.5), _flat)
+    yield "halves-biased", _Spec(_block("OpenAIPrivacyFilterExperts", batched), _flat)
+    yield "halves", _Spec(_block("MiniMaxM3VLExperts", batched), _flat)
+    yield "gelu", _Spec(_block(gelu, batched), _flat)
+    yield "gelu-grouped-grad", _Spec(_block(gelu, grouped), _flat, grad=True)
+    yield "relu2", _Spec(_block(relu2, grouped), _flat)
+    yield "relu2-grad", _Spec(_block(relu2, batched), _flat, grad=True)
+    yield "relu2-square", _Spec(_block(relu2, batched, moe_intermediate_size=H), _flat)
+    yield "relu2-grouped-square", _Spec(_block(relu2, grouped, moe_intermediate_size=H), _flat)
 
 
 _SPECS = dict(_all())

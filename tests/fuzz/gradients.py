@@ -17,31 +17,58 @@ from torch import Tensor
 
 def moe(**given: Any) -> Tensor:
     """``mxfp4::moe`` and ``moe.routes``, by their arguments' names; other ids count nothing."""
-    x, alpha, limit = given["hidden"], given["alpha"], given["limit"]
+    x = given["hidden"]
     if "router_logits" in given:
         chosen, indices = torch.topk(given["router_logits"], given["top_k"], dim=-1)
         weights = torch.softmax(chosen, dim=-1)
     else:
         indices, weights = given["indices"], given["weights"]
-    gate_up, down = (_dense(given[n], given.get(f"{n}_scales")) for n in ("gate_up", "down"))
+    gate_up, down = (
+        _dense(given[n], given.get(f"{n}_scales"), given["is_transposed"])
+        for n in ("gate_up", "down")
+    )
+    bias = given["gate_up_bias"]
+    if given["is_concatenated"]:
+        gate_up, bias = (v if v is None else _alternating(v) for v in (gate_up, bias))
     ids = indices - given["first_expert"]
     here = (ids >= 0) & (ids < gate_up.shape[0])
     ids = ids.where(here, 0).long()
-    y = torch.einsum("th,tanh->tan", x, gate_up[ids]) + given["gate_up_bias"][ids]
-    y = torch.einsum("tai,tahi->tah", swiglu(y, alpha, limit), down[ids]) + given["down_bias"][ids]
+    y = _plus(torch.einsum("th,tanh->tan", x, gate_up[ids]), bias, ids)
+    y = torch.einsum("tai,tahi->tah", activate(y, **_activation(given)), down[ids])
+    y = _plus(y, given["down_bias"], ids)
     return (y.where(here[..., None], 0.0) * weights.where(here, 0.0)[..., None]).sum(dim=1)
 
 
-def _dense(weight: Tensor, scales: Tensor | None) -> Tensor:
-    """[E, K, N], or blocks and scales, as [E, N, K]."""
+def _plus(y: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
+    return y if bias is None else y + bias[expert]
+
+
+def _dense(weight: Tensor, scales: Tensor | None, is_transposed: bool) -> Tensor:
+    """[E, K, N], [E, N, K], or blocks and scales, as [E, N, K]."""
     if scales is None:
-        return weight.transpose(1, 2)
+        return weight.transpose(1, 2) if is_transposed else weight
     return Matrices(weight, scales, scales).weight
 
 
-def swiglu(y: Tensor, alpha: float, limit: float) -> Tensor:
+def _alternating(x: Tensor) -> Tensor:
+    """[E, 2I, ...], the gate's I and then those of up: the two alternate in the result."""
+    return torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
+def _activation(given: dict[str, Any]) -> dict[str, Any]:
+    names = ("alpha", "limit", "up_offset")
+    return {"kind": given["activation"], **{name: given[name] for name in names}}
+
+
+def activate(y: Tensor, kind: str, alpha: float, limit: float, up_offset: float) -> Tensor:
+    if kind == "none":
+        return y
+    if kind == "relu2":
+        return torch.relu(y).square()
     gate, up = y[..., 0::2].clamp(max=limit), y[..., 1::2].clamp(min=-limit, max=limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+    if kind == "geglu_tanh":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * (up + up_offset)
+    return gate * torch.sigmoid(alpha * gate) * (up + up_offset)
 
 
 def routing_routes(**given: Any) -> tuple[Tensor, ...]:
@@ -60,12 +87,11 @@ def matmul_ogs(**given: Any) -> Tensor:
     rows = x if given["gather_index"] is None else x[given["gather_index"]]
     numbers = torch.arange(rows.shape[0], dtype=offsets.dtype)
     expert = torch.searchsorted(offsets[1:].contiguous(), numbers, right=True)
-    here = expert < bias.shape[0]
+    here = expert < given["blocks"].shape[0]
     expert = expert.where(here, 0)
-    weight = Matrices(given["blocks"], given["scales"], bias).weight
-    y = torch.einsum("rk,rnk->rn", rows, weight[expert]) + bias[expert]
-    if given["activation"] == "swiglu":
-        y = swiglu(y, given["alpha"], given["limit"])
+    weight = Matrices(given["blocks"], given["scales"], given["scales"]).weight
+    y = _plus(torch.einsum("rk,rnk->rn", rows, weight[expert]), bias, expert)
+    y = activate(y, **_activation(given))
     if given["gammas"] is not None:
         y = y * given["gammas"][:, None]
     y = y.where(here[:, None], 0.0)
@@ -120,11 +146,10 @@ def gradients(
     weights: Bounded,
     gate_up: tuple[Tensor, Tensor],
     down: tuple[Tensor, Tensor],
-    alpha: float,
-    limit: float,
+    activation: dict[str, Any],
     gradient: Tensor,
 ) -> tuple[Bounded, Bounded]:
-    """Of ``oracle.experts``, for the exact ``gradient`` [T, H] of its result.
+    """Of ``oracle.experts``, not with GELU, for the exact ``gradient`` [T, H] of its result.
 
     Returns:
         The gradients of hidden [T, H] and of the routing weights [T, A], with bounds.
@@ -132,7 +157,7 @@ def gradients(
     t, a = indices.shape
     expert = indices.reshape(-1)
     pre = oracle.grouped_linear(Bounded.exact(hidden.repeat_interleave(a, dim=0)), expert, *gate_up)
-    y = oracle.grouped_linear(oracle.swiglu(pre, alpha, limit), expert, *down)
+    y = oracle.grouped_linear(oracle.activate(pre, **activation), expert, *down)
     given = gradient.double().repeat_interleave(a, dim=0)
     of_weights = Bounded(
         (given * y.value).sum(-1),
@@ -142,7 +167,11 @@ def gradients(
     )
     scaled = times(Bounded.exact(given), weights.view(t * a, 1))
     of_act = _grouped_backwards(scaled, expert, down[0])
-    of_pre = _swiglu_backwards(of_act, pre, alpha, limit)
+    if activation["kind"] == "relu2":
+        of_pre = times(of_act, pre.through(lambda v: 2 * torch.relu(v)))
+    else:
+        constants = (activation[name] for name in ("alpha", "limit", "up_offset"))
+        of_pre = _swiglu_backwards(of_act, pre, *constants)
     of_rows = _grouped_backwards(of_pre, expert, gate_up[0])
     return oracle.combine(of_rows.view(t, a, hidden.shape[1])), of_weights.view(t, a)
 
@@ -164,7 +193,9 @@ def _grouped_backwards(y: Bounded, expert: Tensor, weight: Tensor) -> Bounded:
     return oracle.grouped_linear(y, expert, weight.transpose(1, 2), none)
 
 
-def _swiglu_backwards(grad: Bounded, pre: Bounded, alpha: float, limit: float) -> Bounded:
+def _swiglu_backwards(
+    grad: Bounded, pre: Bounded, alpha: float, limit: float, up_offset: float
+) -> Bounded:
     gate_pre, up_pre = pre[..., 0::2], pre[..., 1::2]
     gate = gate_pre.through(lambda v: v.clamp(max=limit))
     up = up_pre.through(lambda v: v.clamp(min=-limit, max=limit))
@@ -172,8 +203,8 @@ def _swiglu_backwards(grad: Bounded, pre: Bounded, alpha: float, limit: float) -
     rest = Bounded(1 - s.value, s.error).rounded(torch.float32)
     curve = times(times(z, s), rest)
     slope = Bounded(s.value + curve.value, s.error + curve.error).rounded(torch.float32)
-    up_and_1 = Bounded(up.value + 1, up.error).rounded(torch.float32)
-    of_gate = _where(gate_pre, lambda v: v <= limit, times(times(grad, up_and_1), slope))
+    lifted = oracle.shifted(up, up_offset)
+    of_gate = _where(gate_pre, lambda v: v <= limit, times(times(grad, lifted), slope))
     of_up = _where(up_pre, lambda v: v.abs() <= limit, times(times(grad, gate), s))
     return Bounded(
         torch.stack((of_gate.value, of_up.value), dim=-1).flatten(-2),

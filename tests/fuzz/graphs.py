@@ -178,7 +178,7 @@ def _brief(error: BaseException) -> str:
 _MATMULS = {"bmm", "matmul", "baddbmm", "einsum", "matmul_ogs"}
 _SAME_MATRICES = {
     *("getitem", "to", "float", "view", "reshape", "contiguous", "clone", "detach", "index_select"),
-    *("view_as", "alias", "expand_as", "type", "unflatten", "reshape_as", "flatten"),
+    *("transpose", "view_as", "alias", "expand_as", "type", "unflatten", "reshape_as", "flatten"),
 }
 
 

@@ -4,7 +4,7 @@ Nothing here has a tolerance. Outside of a rewritten region both graphs make the
 
 - with the region's result put into the captured graph in the place of its own, every output and
   every input after the call must be the same **bit for bit**;
-- the region's result, the rewritten and the captured one, must be GPT-OSS's of what the region
+- the region's result, the rewritten and the captured one, must be the experts' of what the region
   reads, within the running error analysis of ``oracle.py``: it holds for every evaluation in
   float32 that rounds to nearest, whatever its order, and the weights are MXFP4's exactly;
 - so must the gradients that the region's ops hand back for the gradient that they are given
@@ -98,8 +98,9 @@ class _Recording(fx.Interpreter):
         region = self.regions.setdefault(self.ours[n], Region())
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         target: Any = n.target
-        names = [a.name for a in target._schema.arguments]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = target._schema.arguments
+        given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        given |= {**dict(zip([a.name for a in arguments], args, strict=False)), **kwargs}
         copies = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in given.items()}
         if "routing" in str(target):
             region.routing = copies
@@ -242,9 +243,9 @@ class Judge:
     def _judge_region(self, what: str, region: Region, own: Tensor | None) -> None:
         if own is None or region.result is None:
             raise Wrong(f"{what}: no such node in the captured graph")
-        operands = _operands(region)
-        exact = oracle.experts(*operands, inner_dtype=operands[0].dtype)
-        coarse = _rounded_everywhere(*operands, self.coarsest)
+        operands, activation = _operands(region), _activation(region)
+        exact = oracle.experts(*operands, **activation, inner_dtype=operands[0].dtype)
+        coarse = _rounded_everywhere(*operands, activation, self.coarsest)
         known = exact.value.isfinite() & exact.error.isfinite() & coarse.error.isfinite()
         # Where the captured graph overflows float32 it is no measure; NaN and infinity that come
         # from the inputs, and not from an overflow, are the same in any order of summation.
@@ -359,10 +360,17 @@ def _operands(region: Region) -> tuple[Any, ...]:
     first, last = region.operands
     indices, weights = _routes(region)
     assert indices.shape[1] == last["experts_per_token"]
-    limit = float(torch.tensor(first["limit"], dtype=torch.float32))
     here = _are_here(region)
     local = (indices - region.routing.get("first_expert", 0)).where(here, 0)
-    return first["x"], local, _only(weights, here), *_weights(region), first["alpha"], limit
+    return first["x"], local, _only(weights, here), *_weights(region)
+
+
+def _activation(region: Region) -> dict[str, Any]:
+    """The activation's kind and its constants, as float32 holds them."""
+    first = region.operands[0]
+    limit, up_offset = torch.tensor([first["limit"], first["up_offset"]]).tolist()
+    constants = {"alpha": first["alpha"], "limit": limit, "up_offset": up_offset}
+    return {"kind": first["activation"], **constants}
 
 
 def _routes(region: Region) -> tuple[Tensor, Bounded]:
@@ -376,7 +384,7 @@ def _routes(region: Region) -> tuple[Tensor, Bounded]:
 
 def _are_here(region: Region) -> Tensor:
     ids = _routes(region)[0] - region.routing.get("first_expert", 0)
-    return (ids >= 0) & (ids < region.operands[0]["bias"].shape[0])
+    return (ids >= 0) & (ids < region.operands[0]["blocks"].shape[0])
 
 
 def _only(x: Bounded, here: Tensor) -> Bounded:
@@ -389,14 +397,13 @@ def _rounded_everywhere(
     weights: Bounded,
     gate_up: tuple[Tensor, Tensor],
     down: tuple[Tensor, Tensor],
-    alpha: float,
-    limit: float,
+    activation: dict[str, Any],
     dtype: torch.dtype,
 ) -> Bounded:
     """``oracle.experts``, but every step of it may round to ``dtype`` on top of float32."""
     if dtype == torch.float32:
         return oracle.experts(
-            hidden, indices, weights, gate_up, down, alpha, limit, inner_dtype=dtype
+            hidden, indices, weights, gate_up, down, **activation, inner_dtype=dtype
         )
     t, a = indices.shape
     expert = indices.reshape(-1)
@@ -410,23 +417,29 @@ def _rounded_everywhere(
     def times(x: Bounded, y: Bounded) -> Bounded:
         return oracle.times(x, y).rounded(dtype)
 
+    def activate(y: Bounded, kind: str, alpha: float, limit: float, up_offset: float) -> Bounded:
+        if kind == "relu2":
+            positive = y.through(torch.relu)
+            return times(positive, positive)
+        gate, up = oracle.gate_and_up(y, limit)
+        if kind == "geglu_tanh":
+            factor = oracle.gelu_factor(gate)
+        else:
+            z = oracle.sigmoid_of(gate, alpha)[0].rounded(dtype)
+            factor = oracle.sigmoid_of(z, 1.0)[1].rounded(dtype)
+        return times(times(gate, factor), oracle.shifted(up, up_offset).rounded(dtype))
+
     rows = Bounded.exact(hidden.repeat_interleave(a, dim=0)).rounded(dtype)
-    y = linear(rows, *gate_up)
-    gate = y[..., 0::2].through(lambda v: v.clamp(max=limit))
-    up = y[..., 1::2].through(lambda v: v.clamp(min=-limit, max=limit))
-    z = oracle.sigmoid_of(gate, alpha)[0].rounded(dtype)
-    s = oracle.sigmoid_of(z, 1.0)[1].rounded(dtype)
-    up_and_1 = Bounded(up.value + 1, up.error).rounded(dtype).rounded(torch.float32)
-    inner = times(times(gate, s), up_and_1)
-    y = linear(inner, *down).view(t, a, hidden.shape[1])
+    y = linear(activate(linear(rows, *gate_up), **activation), *down)
+    y = y.view(t, a, hidden.shape[1])
     return oracle.combine(times(y, weights.rounded(dtype)[..., None])).rounded(dtype)
 
 
 def _judge_gradients(what: str, region: Region, gradient: Tensor) -> None:
-    operands = _operands(region)
-    if operands[0].dtype != torch.float32:
-        return  # the bound is float32's; test_backward.py has the other dtypes
-    of_hidden, of_weights = gradients(*operands, gradient)
+    operands, activation = _operands(region), _activation(region)
+    if operands[0].dtype != torch.float32 or activation["kind"] == "geglu_tanh":
+        return  # the bound is float32's, and has no GELU; test_backward.py has all
+    of_hidden, of_weights = gradients(*operands, activation, gradient)
     of_weights = _only(of_weights, _are_here(region))
     name = "logits" if "logits" in region.routing else "weights"
     if name == "logits":
@@ -449,14 +462,15 @@ def _judge_gradients(what: str, region: Region, gradient: Tensor) -> None:
 
 
 def _weights(region: Region) -> list[tuple[Tensor, Tensor]]:
-    """Of both projections: the weight [E, N, K] and the bias, in float64."""
+    """Of both projections: the weight [E, N, K] and the bias, zeros for none, in float64."""
     found = []
     k = region.operands[0]["x"].shape[1]
     for operands in region.operands:
-        e, n = operands["bias"].shape
+        e, n = operands["blocks"].shape[0], operands["n"]
+        bias = torch.zeros(e, n) if operands["bias"] is None else operands["bias"]
         parts = operands["blocks"], operands["scales"]
         if operands["layout"] != "row_major":
             parts = unswizzle_weight(parts, operands["layout"], e, n, k)
-        found.append(Matrices(*parts, operands["bias"]).exact)
-        k = n // 2
+        found.append(Matrices(*parts, bias).exact)
+        k = n if operands["activation"] == "relu2" else n // 2
     return found

@@ -18,6 +18,7 @@ from fuzz.draft import (
     READERS,
     Draft,
     Inputs,
+    NotHere,
     arguments_of,
     is_float,
     keeps_shape,
@@ -78,6 +79,8 @@ def keyword(d: Draft) -> str:
         "to": [("copy", True), ("non_blocking", True)],
         "view": [("dtype", torch.int32)],
         "reshape": [("shape", (-1,))],
+        "chunk": [("dim", 0), ("dim", -1), ("chunks", 4)],
+        "gelu": [("approximate", "none"), ("approximate", "tanh")],
     }
     node = d.pick(node for node in d.calls() if name_of(node) in options)
     key, new = d.pick(options[name_of(node)])
@@ -120,6 +123,12 @@ _OTHER_OPS: dict[Any, list[Any]] = {
     torch.fmod: [torch.remainder, torch.floor_divide, torch.sub],
     "masked_fill": ["masked_scatter", "where"],
     torch.sigmoid: [torch.tanh, torch.relu, F.silu, F.hardsigmoid, torch.sigmoid_, torch.erf],
+    F.silu: [F.gelu, F.relu, F.mish, torch.sigmoid, F.hardswish],
+    F.gelu: [F.silu, F.relu, torch.sigmoid],
+    F.relu: [torch.abs, F.silu, F.relu6, F.gelu, torch.square, F.leaky_relu],
+    torch.square: [torch.abs, torch.neg, torch.exp, F.relu, torch.sqrt],
+    "chunk": ["split", "tensor_split", "unsafe_chunk"],
+    "transpose": ["swapaxes", "flip", "roll"],
     torch.empty_like: [torch.zeros_like, torch.ones_like],
     torch.sort: [torch.topk, torch.msort],
     torch.topk: [torch.sort, torch.kthvalue],
@@ -224,6 +233,80 @@ def another_call(d: Draft) -> str:
         again = d.graph.node_copy(old, lambda n: n)
     set_argument(user, path, again)
     return f"{user}{list(path)}: {old} computed once more"
+
+
+@mutation(5)
+def parts(d: Draft) -> str:
+    """Two parts of one value change places: those of a chunk, or of an index with steps."""
+    parts = [n for n in d.calls() if n.target is operator.getitem and not is_index(n)]
+    whole = d.pick(dict.fromkeys(n.args[0] for n in parts))
+    found = [n for n in parts if n.args[0] is whole]
+    if len(found) < 2:
+        raise NotHere
+    a, b = d.rng.sample(found, 2)
+    a.args, b.args = b.args, a.args
+    return f"{a} and {b} swapped"
+
+
+def is_index(node: fx.Node) -> bool:
+    return isinstance(node.args[1], fx.Node)
+
+
+@mutation(6)
+def bias(d: Draft) -> str:
+    """A sum is left out, or one with 1 is put in."""
+    if d.rng.random() < 0.7:
+        node = d.pick(n for n in d.calls() if name_of(n) in ("add", "add_"))
+        d.pick(a for a in node.args if isinstance(a, fx.Node))
+        node.replace_all_uses_with(node.args[0])
+        d.graph.erase_node(node)
+        return f"{node} left out"
+    user, path, old = d.pick(e for e in d.edges() if is_float(e[2]) and name_of(e[0]) == "mul")
+    set_argument(user, path, d.call_before(user, operator.add, old, d.rng.choice([1, 1.0, -2.5])))
+    return f"{user}{list(path)}: {old} and a number"
+
+
+@mutation(5)
+def transposed(d: Draft) -> str:
+    """A transposition is left out, or a stack of matrices is transposed once more."""
+    found = [n for n in d.calls() if n.target == "transpose"]
+    if found and d.rng.random() < 0.5:
+        node = d.pick(found)
+        node.replace_all_uses_with(node.args[0])
+        d.graph.erase_node(node)
+        return f"{node} left out"
+    user, path, old = d.pick(e for e in d.edges() if is_float(e[2]) and value(e[2]).ndim == 3)
+    set_argument(user, path, d.call_before(user, "transpose", old, *d.pick([(1, 2), (-1, -2)])))
+    return f"{user}{list(path)}: {old} transposed"
+
+
+@mutation(4)
+def clamped(d: Draft) -> str:
+    """A clamp is left out, or put before one of a product's factors."""
+    found = [n for n in d.calls() if name_of(n) == "clamp"]
+    if found and d.rng.random() < 0.6:
+        node = d.pick(found)
+        node.replace_all_uses_with(node.args[0])
+        d.graph.erase_node(node)
+        return f"{node} left out"
+    names = ("mul", "silu", "gelu", "relu", "square", "sigmoid", "add")
+    user, path, old = d.pick(e for e in d.edges() if is_float(e[2]) and name_of(e[0]) in names)
+    limits = d.pick([(None, 2.5), (-2.5, 2.5), (None, 7.0), (-7.0, 7.0), (-2.5, None)])
+    set_argument(user, path, d.call_before(user, "clamp", old, *limits))
+    return f"{user}{list(path)}: {old} clamped, {limits}"
+
+
+@mutation(5)
+def ids_written(d: Draft) -> str:
+    """Ids are changed in place, or others are taken, behind their router."""
+    node = d.pick(n for n in d.calls() if value(n) is not None and value(n).dtype == torch.int64
+                  and value(n).ndim == 2)  # fmt: skip
+    target, args = d.pick([("sub_", (1,)), ("add_", (1,)), ("remainder_", (3,)), ("fill_", (2,)),
+                           ("neg_", ()), ("clamp_", (-1, 2))])  # fmt: skip
+    made = d.call_after(node, target, node, *args)
+    if d.rng.random() < 0.3:
+        d.call_before(made, "view", node, -1)  # a view that shows the write
+    return f"{node}.{target}{args}"
 
 
 # Other users of a value.
