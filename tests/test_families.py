@@ -98,6 +98,13 @@ def test_every_class_of_the_installed_transformers(name: str, form: str) -> None
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("name", KINDS)
+def test_the_eager_loop_of_a_kind(name: str) -> None:
+    """transformers loops over the experts; captured is its grouped form."""
+    check(families.Block(families.experts(name, "eager")), x_and_logits())
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", KNOWN_MISSES)
 def test_classes_that_are_known_misses(name: str) -> None:
     block = families.Block(families.experts(name))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_family_models import MODELS
 
 import mxfp4_fx
 from mxfp4_fx import errors
@@ -71,3 +72,10 @@ def test_links_lead_to_headings() -> None:
     headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+
+
+def test_families_are_those_that_are_run() -> None:
+    table = section("### Families")
+    named = {name.strip() for row in re.findall(r"^\| [a-zGS].*\| (.*) \|$", table, re.MULTILINE)
+             for name in row.split(",")}  # fmt: skip
+    assert named - {"whole models that the tests run", "tiny and random"} == set(MODELS)
