@@ -21,12 +21,12 @@ import mxfp4_fx
 FORMS = ("grouped_mm", "batched_mm", "eager")
 
 
-class SiluExperts(GptOssExperts):
-    """Experts with another model's activation, without GPT-OSS's clamps, alpha and ``+ 1``."""
+class TanhExperts(GptOssExperts):
+    """Experts with an activation that no kernel has."""
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-        return up * torch.nn.functional.silu(gate)
+        return up * torch.tanh(gate)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print("A GPT-OSS:\n")
         print(mxfp4_fx.explain(model, ids))
 
-        model.model.layers[1].mlp.experts = SiluExperts(model.config).to(torch.bfloat16)
+        model.model.layers[1].mlp.experts = TanhExperts(model.config).to(torch.bfloat16)
         explanation = mxfp4_fx.explain(model, ids)
         print("\nThe same with other experts in layer 1:\n")
         print(explanation)

@@ -54,7 +54,7 @@ class Explanation:
     linears: int = 0
     attention: tuple[Attention, ...] = ()
     attention_misses: tuple[Miss, ...] = ()
-    changes: tuple[GraphChange, ...] = dataclasses.field(default=(), repr=False)
+    changes: tuple[GraphChange, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def bytes_before(self) -> int:

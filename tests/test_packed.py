@@ -157,8 +157,8 @@ class TestNearMisses(NearMisses):
 experts: not the packed form: expected mxfp4.matmul_ogs(blocks=gate_up,
 scales=gate_up_scales, bias=gate_up_bias, n=I*2, expert_offsets=getitem(..),
 gather_index=getitem(..), scatter_index=None, gammas=None, experts_per_token=1,
-activation=swiglu, layout=row_major, kernels=reference, alpha=alpha, limit=limit, x=hidden),
-found getitem(inner, index=(::, ::2))
+activation=swiglu, layout=row_major, kernels=reference, alpha=alpha, limit=limit,
+up_offset=up_offset, x=hidden), found getitem(inner, index=(::, ::2))
 """,
         )
 
@@ -178,13 +178,14 @@ experts: not the packed form: expected getitem(..), found None
 experts: not the packed form: expected mxfp4.matmul_ogs(blocks=gate_up,
 scales=gate_up_scales, bias=gate_up_bias, n=I*2, expert_offsets=getitem(..),
 gather_index=getitem(..), scatter_index=None, gammas=None, experts_per_token=1,
-activation=swiglu, layout=row_major, kernels=reference, alpha=alpha, limit=limit, x=hidden),
-found mxfp4.matmul_ogs(x=hidden_states,
+activation=swiglu, layout=row_major, kernels=reference, alpha=alpha, limit=limit,
+up_offset=up_offset, x=hidden), found mxfp4.matmul_ogs(x=hidden_states,
 blocks=l_self_modules_experts_parameters_gate_up_proj_blocks_,
 scales=l_self_modules_experts_parameters_gate_up_proj_scales_,
 bias=l_self_modules_experts_parameters_gate_up_proj_bias_, n=192, expert_offsets=offsets,
 gather_index=gather_index, scatter_index=None, gammas=gammas, experts_per_token=1,
-activation=swiglu, alpha=1.702, limit=7.0, layout=row_major, kernels=reference)
+activation=swiglu, alpha=1.702, limit=7.0, up_offset=1.0, layout=row_major,
+kernels=reference)
 """,
         )
 
@@ -195,8 +196,8 @@ activation=swiglu, alpha=1.702, limit=7.0, layout=row_major, kernels=reference)
 experts: not the packed form: expected mxfp4.matmul_ogs(blocks=gate_up,
 scales=gate_up_scales, bias=gate_up_bias, n=I*2, expert_offsets=getitem(..),
 gather_index=getitem(..), scatter_index=None, gammas=None, experts_per_token=1,
-activation=swiglu, layout=row_major, kernels=reference, alpha=alpha, limit=limit, x=hidden),
-found mul(inner, other=2)
+activation=swiglu, layout=row_major, kernels=reference, alpha=alpha, limit=limit,
+up_offset=up_offset, x=hidden), found mul(inner, other=2)
 """,
         )
 

@@ -139,6 +139,7 @@ def _rewrite(layer: str, form: Form, routes: Routes, inputs: tuple[int, ...]) ->
         inputs=inputs,
         travel=f"hidden states travel from {home} to {device}" if home != device else "",
         router=routes.origin,
+        why_own_router=routes.why,
         first_expert=routes.first_expert,
     )
 

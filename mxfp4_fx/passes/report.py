@@ -23,6 +23,7 @@ class Rewrite:
         first_expert: the id of the first of the E experts, if a router of more was proven.
         router: where the routes come from, in words, or "" if the router chooses among these E
             experts.
+        why_own_router: why the model's router stays in the graph, or "" if it does not.
     """
 
     layer: str
@@ -44,6 +45,7 @@ class Rewrite:
     travel: str = ""
     first_expert: int = 0
     router: str = ""
+    why_own_router: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

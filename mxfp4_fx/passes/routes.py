@@ -33,11 +33,13 @@ class Routes(NamedTuple):
         match: the proof of the experts, and of the router if there is one.
         router: the router, or None if it stays in the graph.
         origin: ``Rewrite.router``: where the routes come from, in words.
+        why: ``Rewrite.why_own_router``: why the router stays in the graph, or "".
     """
 
     match: Match
     router: Router | None
     origin: str
+    why: str = ""
 
     @property
     def first_expert(self) -> int:
@@ -58,6 +60,7 @@ def find_routes(match: Match, form: Form, memory: Memory) -> Routes:
     scores, indices = (before_moves(match.leaves[name]) for name in ("scores", "indices"))
     if scores.op == indices.op == "placeholder":
         return Routes(match, None, "routes as they are: they are inputs of the graph")
+    failures: list[Mismatch] = []
     for router in ROUTERS:
         if router.is_part and not form.takes_sentinels:
             continue
@@ -70,11 +73,14 @@ def find_routes(match: Match, form: Form, memory: Memory) -> Routes:
                 reason = f"it is for {router.experts} expert, of {attempt.letters[E.name]}"
                 raise Mismatch(reason, scores, len(attempt.nodes))
             return Routes(attempt, router, _range_in_words(attempt, scores, router))
-        except Mismatch:
-            continue
-    if are_of_experts(match.leaves["indices"], match.letters[E.name], memory):
-        return Routes(match, None, "routes of the model's own router")
-    return Routes(match, None, f"routes of the model's own router; {_MEANINGS[form.above]}")
+        except Mismatch as mismatch:
+            mismatch.reason = f"the router is not ({router.name}): {mismatch.reason}"
+            failures.append(mismatch)
+    why = max(failures, key=lambda m: m.matched).reason
+    origin = "routes of the model's own router"
+    if not are_of_experts(match.leaves["indices"], match.letters[E.name], memory):
+        origin += f"; {_MEANINGS[form.above]}"
+    return Routes(match, None, origin, why)
 
 
 def are_of_experts(indices: fx.Node, experts: object, memory: Memory) -> bool:
