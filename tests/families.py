@@ -60,7 +60,10 @@ def experts(
     for key, value in changes.items():
         setattr(config, key, value)
     config._experts_implementation = form
-    made = experts_class(name)(config).to(dtype).eval()
+    kind = experts_class(name)
+    takes_size = "intermediate_size" in inspect.signature(kind).parameters
+    given = {"intermediate_size": I} if takes_size else {}
+    made = kind(config, **given).to(dtype).eval()
     return fill(made)
 
 
