@@ -508,3 +508,14 @@ def test_figures_of_amx_are_those_of_a_run() -> None:
         ("part of what the machine can do at best, with AMX", "fraction_of_floor", 2),
     ):
         assert row_of_readme(title) == [round(r[of]["amx"], digits) for r in rows]
+
+
+def test_figures_of_another_family_are_those_of_a_run() -> None:
+    file = "benchmarks/results/qwen3-moe-epyc-zen3-2-threads.json"
+    assert f"]({file})" in (ROOT / "README.md").read_text("utf-8")
+    result = json.loads((ROOT / file).read_text("utf-8"))
+    best, rows = result["path"]["contender"], result["layer"]
+    assert row_of_readme("tokens, Qwen3's sizes") == [r["tokens"] for r in rows]
+    faster = [round(r["speedup_over_best_bf16"][best], 1) for r in rows]
+    assert row_of_readme("times faster, Qwen3's sizes") == faster
+    assert (result["settings"]["family"], result["settings"]["experts"]) == ("qwen3_moe", 32)
