@@ -17,7 +17,7 @@ from torch import Tensor
 pytestmark = [pytest.mark.usefixtures("no_gradients"), pytest.mark.exhaustive]
 
 _COMMON = {
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "vocab_size": 64,
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -43,7 +43,7 @@ _LATENT = {
 }
 _QWEN = {"num_experts": 8, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 64}
 _LOCAL = {"num_local_experts": 8}
-_ATTENTION = {"layer_types": ["full_attention"] * 2}
+_ATTENTION = {"layer_types": ["full_attention"]}
 # The name in README -> its config's class and sizes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE": ("Qwen3MoeConfig", {**_QWEN, **_HEADS, "norm_topk_prob": True}),
