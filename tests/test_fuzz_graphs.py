@@ -7,10 +7,10 @@ from fuzz.graphs import fuzz, quiet, run_case
 from fuzz.self_check import deleted, deletions
 
 CHUNKS = [
-    range(30),
+    range(30, 60),
     *(
         pytest.param(range(seed, seed + 150), marks=pytest.mark.exhaustive)
-        for seed in range(30, 480, 150)
+        for seed in range(60, 510, 150)
     ),
 ]
 
@@ -21,8 +21,8 @@ def test_no_mutation_makes_a_wrong_rewrite_a_crash_or_a_silent_miss(seeds: range
     faults = statistics.faults
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(map(str, faults))
     # A fuzzer that reaches nothing finds nothing.
-    assert statistics.verdicts["rewritten"] > len(seeds) // 5
-    assert statistics.verdicts["refused"] > len(seeds) // 5
+    assert statistics.verdicts["rewritten"] > len(seeds) // 4
+    assert statistics.verdicts["refused"] > len(seeds) // 4
     neutral = statistics.neutral
     assert neutral["rewritten"] > neutral.total() // 3
 

@@ -211,6 +211,15 @@ def test_a_call_of_the_op_with_a_part_of_the_experts_stays() -> None:
     assert "first_expert=2" in miss.reason
 
 
+@pytest.mark.parametrize("name", ["gate_up_bias", "down_bias"])
+def test_a_call_of_the_op_with_one_bias_stays(name: str) -> None:
+    module = CallsTheOp("swiglu", True, False, True, False)
+    module.register_parameter(name, None)
+    with torch.no_grad():
+        (miss,) = mxfp4_fx.explain(module, *routes()).misses
+    assert "one bias" in miss.reason
+
+
 def test_a_call_of_the_op_with_shapes_that_do_not_fit_stays() -> None:
     """The op itself lets a bias broadcast."""
     module = CallsTheOp("swiglu", True, False, True, False)

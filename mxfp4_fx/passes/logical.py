@@ -1,7 +1,4 @@
-"""Calls of ``mxfp4::moe.routes`` by the model itself, as experts that need no proof.
-
-``experts_implementation="mxfp4_fx"`` makes such calls (``mxfp4_fx/interface.py``).
-"""
+"""Calls of ``mxfp4::moe.routes`` by the model itself: of these only shapes need a proof."""
 
 from __future__ import annotations
 
@@ -48,6 +45,8 @@ def match_logical(node: fx.Node) -> tuple[Form, Match]:
     packed = "gate_up_scales" in match.leaves
     if missing or packed != ("down_scales" in match.leaves):
         raise Mismatch(f"{OP} is called without {', '.join(sorted(missing)) or 'scales'}", node, 1)
+    if (args["gate_up_bias"] is None) != (args["down_bias"] is None):
+        raise Mismatch(f"{OP} is called with one bias: give both, or none", node, 1)
     if args["first_expert"] != 0:
         raise Mismatch(f"{OP} is called with first_expert={args['first_expert']}", node, 1)
     if args["activation"] not in ACTIVATIONS:
