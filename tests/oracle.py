@@ -206,6 +206,40 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Bounded]:
     return order, softmax(logits.gather(1, order))
 
 
+def attention_error(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Return the bound of attention with sinks, [B, Q, H, D]; operands as in ``ops/reference.py``.
+
+    It holds for evaluations with logits and sums in float32 that may hold the weights, the sum and
+    the result in query's dtype. They may take the keys in parts of 32 or more, whose sums are
+    rescaled whenever a part has a larger logit.
+    """
+    u, least = torch.finfo(query.dtype).eps / 2, torch.finfo(query.dtype).smallest_normal
+    groups, (size, keys) = query.shape[1] // key.shape[1], (query.shape[3], key.shape[2])
+    q, sink = query.double(), sinks.double()[:, None, None]
+    k, v = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
+    dot, terms = ((a @ b.transpose(2, 3)) * scale for a, b in ((q, k), (q.abs(), k.abs())))
+    logits = dot if mask is None else dot + mask.double()
+    both = torch.cat([logits, sink.expand(*logits.shape[:3], 1)], dim=3)
+    lse = both.logsumexp(dim=3, keepdim=True)
+    # Its sum, twice the scale's rounding, the mask's; the difference from a maximum and, beside the
+    # sink, from lse, which is itself a sum with a logarithm.
+    off = U * (3 * both.abs() + 2 * (both - lse).abs() + 4 * lse.abs() + 4)
+    off[..., :-1] += roundings(size + 2) * terms
+    off = off.masked_fill(both == -torch.inf, 0.0)
+    # A weight is exp(logit) / sum, where the sum's own error is that of a mean of its terms; it is
+    # at most 1.
+    weight, largest = (both - lse).exp(), (both + off - lse).exp()
+    grown = (largest * largest.sum(dim=3, keepdim=True)).clamp(max=1)
+    steps = keys + (2 * EXP_ULP + 2) * (3 + keys // 32)
+    weight_error = (grown - weight) + (u + roundings(steps)) * grown + u * least
+    weight, weight_error = weight[..., :-1], weight_error[..., :-1]
+    total = (weight + weight_error) @ v.abs()
+    error = weight_error @ v.abs() + (roundings(keys) + 2 * u) * total + 2 * u * least
+    return error.transpose(1, 2)
+
+
 def experts(
     hidden: Tensor,
     indices: Tensor,
