@@ -1,4 +1,4 @@
-"""Products of parameters, thinned: enough of them for ``make test``, the rest exhaustive."""
+"""Products of parameters, thinned: pairs for ``make test``, and triples for ``make test-all``."""
 
 from __future__ import annotations
 
@@ -10,28 +10,37 @@ import pytest
 
 
 def covering(*axes: Sequence[Any], strength: int = 2) -> list[Any]:
-    """All combinations of the axes' values, for ``pytest.mark.parametrize``.
+    """Combinations of the axes' values, for ``pytest.mark.parametrize``.
 
-    Not exhaustive are so many that any values of any ``strength`` axes meet in one of them: a fault
-    that needs no more than so many things at once shows. A value that is a tuple gives several
-    arguments. The same axes always give the same choice.
+    They are so many that any values of any ``strength`` axes meet in one of them: a fault that
+    needs no more than so many things at once shows. Those that one axis more needs are exhaustive,
+    and no others are tested. A value that is a tuple gives several arguments. The same axes always
+    give the same choice.
     """
     combinations = list(itertools.product(*axes))
-    met = [set(itertools.combinations(enumerate(values), strength)) for values in _places(axes)]
-    missing = set().union(*met)
-    chosen = set()
-    while missing:
-        best = max(range(len(met)), key=lambda at: len(met[at] & missing))
-        chosen.add(best)
-        missing -= met[best]
+    chosen = _chosen(axes, strength, [])
     return [
         pytest.param(
-            *(argument for value in values for argument in _arguments(value)),
-            id="-".join(_name(argument) for value in values for argument in _arguments(value)),
+            *(argument for value in combinations[at] for argument in _arguments(value)),
+            id="-".join(
+                _name(argument) for value in combinations[at] for argument in _arguments(value)
+            ),
             marks=[] if at in chosen else [pytest.mark.exhaustive],
         )
-        for at, values in enumerate(combinations)
+        for at in sorted(_chosen(axes, strength + 1, chosen))
     ]
+
+
+def _chosen(axes: Sequence[Sequence[Any]], strength: int, given: list[int]) -> list[int]:
+    """Add to the given combinations' places until any values of ``strength`` axes meet in one."""
+    met = [set(itertools.combinations(enumerate(values), strength)) for values in _places(axes)]
+    missing = set().union(*met).difference(*(met[at] for at in given))
+    chosen = list(given)
+    while missing:
+        best = max(range(len(met)), key=lambda at: len(met[at] & missing))
+        chosen.append(best)
+        missing -= met[best]
+    return chosen
 
 
 def _places(axes: Sequence[Sequence[Any]]) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from combinations import covering, exhaustive
+from combinations import exhaustive
 from implementations import randn
 from models import DTYPES, Graphs, compile_with, model, tokens
 from near_miss import edited
@@ -73,17 +73,23 @@ def operands(
     )
 
 
-def report(run: Callable[..., Any], *args: Any, **options: Any) -> GraphReport:
+def run_once(run: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, GraphReport]:
+    """Compile, without gradients' and swizzled weights' part of the backend, and call."""
     found: list[GraphReport] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        found.append(run_pipeline(gm, inputs, Options(**options))[1].report)
-        return gm.forward
+        rewritten, ctx = run_pipeline(gm, inputs, Options(**options))
+        found.append(ctx.report)
+        return rewritten.forward
 
     torch.compiler.reset()
-    torch.compile(run, backend=backend)(*args)
+    result = torch.compile(run, backend=backend)(*args)
     (one,) = found
-    return one
+    return result, one
+
+
+def report(run: Callable[..., Any], *args: Any, **options: Any) -> GraphReport:
+    return run_once(run, *args, **options)[1]
 
 
 def count(graphs: Graphs) -> list[int]:
@@ -204,9 +210,8 @@ MATCHES: dict[str, tuple[Attention, Operands]] = {
 @pytest.mark.parametrize("name", MATCHES)
 def test_matches(name: str) -> None:
     module, given = MATCHES[name]
-    found = report(module, *given)
+    result, found = run_once(module, *clones(given))
     assert (len(found.attention), found.attention_misses) == (1, [])
-    result = compile_with(module)(*given)
     assert result.stride() == module(*given).stride() or 1 in result.shape
     assert_as_accurate(result, module(*given), exactly(module, given))
 
@@ -381,16 +386,14 @@ NEAR_MISSES: dict[str, tuple[Attention, tuple[Any, ...], str]] = {
 def test_near_misses(name: str) -> None:
     module, given, reason = NEAR_MISSES[name]
     sinks = module.sinks.clone()
-    found = report(module, *clones(given))
+    torch.manual_seed(0)
+    result, found = run_once(module, *clones(given))
     assert found.attention == []
     (miss,) = found.attention_misses
     assert reason in miss.reason
-    results = []
-    for run in (module, compile_with(module)):
-        module.sinks.copy_(sinks)
-        torch.manual_seed(0)
-        results.append(run(*clones(given)))
-    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+    module.sinks.copy_(sinks)
+    torch.manual_seed(0)
+    torch.testing.assert_close(result, module(*clones(given)), rtol=0, atol=0, equal_nan=True)
 
 
 def clones(given: tuple[Any, ...]) -> list[Any]:
@@ -406,10 +409,10 @@ def test_autocast() -> None:
 
     module = Attention()
     with torch.no_grad():
-        found = report(run, *operands())
+        result, found = run_once(run, *operands())
         assert found.attention == []
         assert len(found.attention_misses) == 1
-        assert torch.equal(compile_with(run)(*operands()), run(*operands()))
+        assert torch.equal(result, run(*operands()))
 
 
 @pytest.mark.usefixtures("no_gradients")
@@ -557,7 +560,10 @@ class TestVerification:
         with pytest.raises(VerificationError):
             compile_with(Attention(), options=VERIFY)(*operands())
 
-    def test_each_layer_is_verified_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("regions", [False, exhaustive(True)])
+    def test_each_layer_is_verified_once(
+        self, regions: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         layers: list[str] = []
         real = attention_verification.compare
 
@@ -566,13 +572,12 @@ class TestVerification:
             real(layer, *args)
 
         monkeypatch.setattr(attention_verification, "compare", counting)
-        run = compile_with(model(), options=VERIFY | {"regions": False})
+        run = compile_with(model(), options=VERIFY | {"regions": regions})
         for _ in range(2):
             run(tokens())
-        assert layers == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-        layers.clear()
-        compile_with(model(), options=VERIFY)(tokens())
         assert len(layers) == 2
+        if not regions:
+            assert layers == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 
 # ---- models
@@ -605,7 +610,11 @@ DOORS: dict[str, Callable[[Any, Graphs], Any]] = {
 
 @pytest.mark.usefixtures("no_gradients")
 @pytest.mark.parametrize(
-    ("door", "cache"), covering(tuple(DOORS), ("dynamic", "static"), strength=1)
+    ("door", "cache"),
+    [
+        ("pieces", "dynamic"),
+        *(exhaustive(*case) for case in (("whole", "dynamic"), ("regions", "static"))),
+    ],
 )
 def test_generate(door: str, cache: str) -> None:
     """A sliding and a full layer, a batch with padding, a prompt and single tokens."""
@@ -640,14 +649,9 @@ def test_logits(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("no_gradients")
 def test_weights_that_the_user_wants_stay() -> None:
-    whole = model()
-    graphs = Graphs()
-    run = compile_with(whole, graphs)
-    result = run(PROMPT, output_attentions=True)
-    assert sum(count(graphs)) == 0
-    expected = whole(PROMPT, output_attentions=True)
-    assert len(result.attentions) == len(expected.attentions) == 2
-    misses = mxfp4_fx.explain(whole, PROMPT, output_attentions=True).attention_misses
+    found = mxfp4_fx.explain(model(), PROMPT, output_attentions=True)
+    assert found.attention == ()
+    misses = found.attention_misses
     assert [miss.layer for miss in misses] == [f"model.layers.{at}.self_attn" for at in (0, 1)]
     assert all("is used elsewhere, by output" in miss.reason for miss in misses)
 
@@ -660,8 +664,6 @@ def test_explain() -> None:
     ]
     assert "2 attentions with sinks: memory linear in the prompt's length" in str(found)
     assert found.to_dict()["attention"] == [{"layer": one.layer} for one in found.attention]
-    found = mxfp4_fx.explain(model(), PROMPT, options={"attention": False})
-    assert (found.attention, found.attention_misses) == ((), ())
 
 
 def test_explain_of_what_stays() -> None:

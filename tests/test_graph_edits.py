@@ -339,23 +339,26 @@ def check_all(
     return refused, rewritten
 
 
-EXHAUSTIVE = pytest.mark.exhaustive
-GRAPHS = [
-    pytest.param("grouped_mm", False, False, id="grouped_mm", marks=EXHAUSTIVE),
-    pytest.param("grouped_mm", True, False, id="grouped_mm-dynamic"),
-    pytest.param("grouped_mm", False, True, id="grouped_mm-parallel", marks=EXHAUSTIVE),
-    pytest.param("batched_mm", False, False, id="batched_mm"),
-    pytest.param("batched_mm", True, False, id="batched_mm-dynamic", marks=EXHAUSTIVE),
-    pytest.param("batched_mm", False, True, id="batched_mm-parallel", marks=EXHAUSTIVE),
-]
+def thinned(graphs: list[tuple[Any, ...]], others: list[tuple[Any, ...]]) -> list[Any]:
+    """A few changes of ``graphs``; exhaustively all of them, and a part of the others' changes."""
+    cases = [(23, graphs), (1, graphs), (4, others)]
+    return [
+        pytest.param(*graph, every, marks=[pytest.mark.exhaustive] * (every != 23))
+        for every, chosen in cases
+        for graph in chosen
+    ]
 
 
-# A part of the changes, or all of them.
-EVERY = pytest.mark.parametrize("every", [23, pytest.param(1, marks=EXHAUSTIVE)])
-
-
-@EVERY
-@pytest.mark.parametrize(("form", "dynamic", "parallel"), GRAPHS)
+@pytest.mark.parametrize(
+    ("form", "dynamic", "parallel", "every"),
+    thinned(
+        [("grouped_mm", True, False), ("batched_mm", False, False)],
+        [
+            *(("grouped_mm", False, parallel) for parallel in (False, True)),
+            *(("batched_mm", *ways) for ways in ((True, False), (False, True))),
+        ],
+    ),
+)
 def test_of_numbers_operands_and_operations(
     form: str, dynamic: bool, parallel: bool, every: int
 ) -> None:
@@ -367,15 +370,12 @@ def test_of_numbers_operands_and_operations(
         assert any("1.702 -> 3.404" in text for text in rewritten)
 
 
-@EVERY
 @pytest.mark.parametrize(
-    ("form", "parallel"),
-    [
-        ("grouped_mm", True),
-        ("batched_mm", False),
-        pytest.param("grouped_mm", False, marks=EXHAUSTIVE),
-        pytest.param("batched_mm", True, marks=EXHAUSTIVE),
-    ],
+    ("form", "parallel", "every"),
+    thinned(
+        [("grouped_mm", True), ("batched_mm", False)],
+        [("grouped_mm", False), ("batched_mm", True)],
+    ),
 )
 def test_of_what_is_in_memory(form: str, parallel: bool, every: int) -> None:
     refused, rewritten = check_all(writes, *capture(form, False, parallel), every)

@@ -252,7 +252,7 @@ def test_an_unknown_way_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.exhaustive
 def test_a_run_tells_all_stages_of_every_way(tmp_path: Path) -> None:
     path = tmp_path / "start.json"
-    ways = "uncompiled,whole,pieces,llama.cpp"
+    ways = "uncompiled,whole,llama.cpp"
     argv = [*TOY.split(), "--ways", ways, "--output", str(path)]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert start.main(argv) == 0
