@@ -31,6 +31,17 @@ if not has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests of one ``run`` of a file stand together: a worker runs neighbours."""
+    files: dict[str, int] = {}
+
+    def place(item: pytest.Item) -> tuple[int, str]:
+        run = getattr(item, "callspec", None) and item.callspec.params.get("run")
+        return files.setdefault(str(item.path), len(files)), run if isinstance(run, str) else ""
+
+    items.sort(key=place)
+
+
 def pytest_collection_finish() -> None:
     """Keep what imports have made out of later collections of garbage, which take 0.3 s else."""
     gc.collect()
