@@ -1,4 +1,4 @@
-"""Attention with sinks as transformers writes it ("eager"), as expressions; see ``matcher.py``.
+"""Attention with sinks as transformers writes it ("eager"), as expressions; see ``expressions.py``.
 
 A sink is a learned logit of a head that has no value: it takes weight from the keys. Eager
 attention appends the sinks to the logits as one more key, and drops its weights after the softmax.
@@ -13,7 +13,7 @@ import dataclasses
 
 import torch
 
-from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Op, Rounded, Scalar
+from mxfp4_fx.passes.expressions import Expr, Leaf, Letter, Op, Rounded, Scalar
 from mxfp4_fx.passes.patterns import Shapes, view
 
 B, H, KV, G, Q, T, D = (Letter(name) for name in ("B", "H", "KV", "G", "Q", "T", "D"))

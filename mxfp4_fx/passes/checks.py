@@ -15,10 +15,12 @@ from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.torch_private import is_wrapper
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import Effect, Modes, effect
+from mxfp4_fx.passes.expressions import Op, Rounded
 from mxfp4_fx.passes.graph import before_moves, read_call, tensor_of
-from mxfp4_fx.passes.matcher import Match, Mismatch, Op, Rounded
+from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
-from mxfp4_fx.passes.patterns import OUTPUTS, ROUTERS
+from mxfp4_fx.passes.patterns import OUTPUTS
+from mxfp4_fx.passes.routers import ROUTERS
 
 WEIGHTS = ("gate_up", "gate_up_bias", "down", "down_bias")
 # Packed weights only: gate_up and down are blocks then.

@@ -11,8 +11,9 @@ from mxfp4_fx.core.errors import WeightError
 from mxfp4_fx.core.orders import Order
 from mxfp4_fx.ops.operands import ACTIVATIONS
 from mxfp4_fx.passes import patterns
+from mxfp4_fx.passes.expressions import Op
 from mxfp4_fx.passes.graph import fixed, known_tensor, op_name, read_call, tensor_of
-from mxfp4_fx.passes.matcher import Match, Mismatch, Op
+from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.patterns import ALPHA, LIMIT, UP_OFFSET, A, E, Form, H, I, N, T
 from mxfp4_fx.weights.source import encoding_of
 

@@ -26,7 +26,8 @@ import torch
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, HUB_LAYOUTS, LAYOUTS
 from mxfp4_fx.core.orders import Order
 from mxfp4_fx.ops.operands import Activation
-from mxfp4_fx.passes.matcher import Expr, Leaf, Letter, Match, OneOf, Op, Rounded, Scalar
+from mxfp4_fx.passes.expressions import Expr, Leaf, Letter, OneOf, Op, Rounded, Scalar
+from mxfp4_fx.passes.matcher import Match
 from mxfp4_fx.passes.vocabulary import (
     arange,
     at_least,
@@ -34,10 +35,7 @@ from mxfp4_fx.passes.vocabulary import (
     chunk,
     clamp,
     cumsum,
-    differs,
     empty_like,
-    equals,
-    filled,
     histc,
     index_put,
     repeat_rows,
@@ -50,10 +48,8 @@ from mxfp4_fx.passes.vocabulary import (
 
 T, A, E, H, I, N = (Letter(name) for name in "TAEHIN")  # noqa: E741
 ALPHA, LIMIT, UP_OFFSET = Letter("alpha"), Letter("limit"), Letter("up_offset")
-# Of expert parallelism: which rank's experts are here, and the number of all ranks' experts.
-RANK, ALL = Letter("rank"), Letter("all experts")
 
-HIDDEN, LOGITS = Leaf("hidden"), Leaf("router_logits")
+HIDDEN = Leaf("hidden")
 INDICES, SCORES = Leaf("indices"), Leaf("scores")
 GATE_UP, GATE_UP_BIAS = Leaf("gate_up"), Leaf("gate_up_bias")
 DOWN, DOWN_BIAS = Leaf("down"), Leaf("down_bias")
@@ -110,7 +106,7 @@ class Sentinels(enum.Enum):
     """The treatment of sentinels: ids from E on, which mark routes to experts held elsewhere.
 
     transformers 5.8 to 5.18 always guards against them, later versions under expert parallelism
-    only. Ids from the router's top-k are never sentinels; a rank's own ids may be (``Router``).
+    only. Ids from the router's top-k are never sentinels; a rank's own may be (``routers.Router``).
     """
 
     NONE = "nothing"
@@ -144,28 +140,6 @@ class Form:
     def takes_sentinels(self) -> bool:
         """Whether ids from E on have a meaning. If they have, all routes do, whoever made them."""
         return self.above != "error"
-
-
-@dataclasses.dataclass(frozen=True)
-class Router:
-    """A way to choose routes.
-
-    Attributes:
-        name: the way in words, for reports.
-        scores, indices: its results as expressions.
-        shapes: the shapes of the leaves.
-        experts: how many experts there must be here for it to be right, or None.
-        is_part: whether the routes are those of one rank of expert parallelism: ids count from the
-            rank's first expert on, and routes to other ranks' experts have the id E and the score
-            0. For the forms that take sentinels.
-    """
-
-    name: str
-    scores: Op
-    indices: Op
-    shapes: Shapes
-    experts: int | None = None
-    is_part: bool = False
 
 
 def activation_of(match: Match) -> Activation:
@@ -307,40 +281,6 @@ def sum_over_choices(weighted: Expr) -> Op:
     return Op("sum", args)
 
 
-def router() -> tuple[Op, Op]:
-    """Build GPT-OSS's router from its logits on: (scores, indices), softmax over the top-k."""
-    top = Op("topk", {"input": LOGITS, "k": A, "dim": 1, "largest": True, "sorted": True})
-    return Op("softmax", {"input": top[0], "dim": 1, "dtype": None}), _as_op(top[1])
-
-
-def part_by_where(scores: Expr, indices: Expr) -> tuple[Op, Op]:
-    """Build the routes of one rank from a router's, as transformers does from 5.23 on."""
-    elsewhere = differs(indices // E, RANK)
-    local = Op("where", {"condition": elsewhere, "input": E, "other": indices % E})
-    return filled(scores, elsewhere, 0.0), local
-
-
-def part_by_fmod(scores: Expr, indices: Expr) -> tuple[Op, Op]:
-    """Build the routes of one rank as transformers 5.8 to 5.18 does, in the router's own hook."""
-    elsewhere = differs(indices // E, RANK)
-    local = Op("fmod", {"input": filled(indices, elsewhere, -1), "other": E})
-    return filled(scores, elsewhere, 0.0), filled(local, equals(local, -1), E)
-
-
-def part_of_one_expert(scores: Expr, indices: Expr) -> tuple[Op, Op]:
-    """Build the same where a rank has a single expert: without fmod, as -1 would become 0."""
-    elsewhere = differs(indices // E, RANK)
-    marked = filled(indices, elsewhere, -1)
-    local = filled(marked, Op("gt", {"input": marked, "other": 0}), 0)
-    local = filled(local, Op("lt", {"input": marked, "other": 0}), -1)
-    return filled(scores, elsewhere, 0.0), filled(local, equals(local, -1), E)
-
-
-def _as_op(expr: Expr) -> Op:
-    assert isinstance(expr, Op)
-    return expr
-
-
 def grouped(x: Expr, weight: Expr, offsets: Expr) -> Expr:
     columns = OneOf(AXES, {ROWS_FIRST: transpose(weight), TRANSPOSED: weight})
     args = {"input": x, "mat2": columns, "offs": offsets, "bias": None, "out_dtype": None}
@@ -392,20 +332,4 @@ FORMS = (
         )
         for layout in (CHECKPOINT_ORDER, *HUB_LAYOUTS)
     ),
-)
-
-_SOFTMAX = "softmax over the top-k logits"
-
-
-def _part(way: str, routes: tuple[Op, Op], experts: int | None = None) -> Router:
-    name = f"{_SOFTMAX}, then the ids and scores of one rank, {way}"
-    return Router(name, *routes, {"router_logits": (T, ALL)}, experts, is_part=True)
-
-
-_ROUTES = router()
-ROUTERS = (
-    Router(_SOFTMAX, *_ROUTES, {"router_logits": (T, E)}),
-    _part("by where", part_by_where(*_ROUTES)),
-    _part("by fmod", part_by_fmod(*_ROUTES)),
-    _part("of a single expert", part_of_one_expert(*_ROUTES), experts=1),
 )

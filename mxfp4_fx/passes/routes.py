@@ -1,6 +1,6 @@
 """Where matched experts get their routes from: a router that is proven, or any other.
 
-``mxfp4::moe`` computes the router that :data:`~mxfp4_fx.passes.patterns.ROUTERS` describe. Every
+``mxfp4::moe`` computes the router that :data:`~mxfp4_fx.passes.routers.ROUTERS` describe. Every
 other router stays in the graph as it is, and ``mxfp4::moe.routes`` takes what it chooses. Then only
 the form says what an id means that no expert has, unless the ids are proven to be those of experts.
 """
@@ -15,7 +15,8 @@ from torch import fx
 from mxfp4_fx.passes.graph import before_moves, fixed, read_call, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory, may_share
-from mxfp4_fx.passes.patterns import ALL, RANK, ROUTERS, E, Form, Router
+from mxfp4_fx.passes.patterns import E, Form
+from mxfp4_fx.passes.routers import ALL, RANK, ROUTERS, Router
 
 # Form.above, in words.
 _MEANINGS = {

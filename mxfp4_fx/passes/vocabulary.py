@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mxfp4_fx.passes.matcher import Expr, Op, Scalar
+from mxfp4_fx.passes.expressions import Expr, Op, Scalar
 
 
 def view(x: Expr, *shape: Scalar | int) -> Expr:
