@@ -152,20 +152,18 @@ class PackedExperts(nn.Module):
         adapters: Mapping[str, Sequence[LowRank]],
     ) -> Tensor:
         gate_up, down = (adapters.get(name, ()) for name in PROJECTIONS)
-        held, by = zip(
-            *(
-                _readable(getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales"))
-                for name in PROJECTIONS
-            ),
-            strict=True,
-        )
-        if any(by):  # freed, and each may be in a layout of its own
-            biases = self.gate_up_proj_bias, self.down_proj_bias
-            sizes = 2 * self.intermediate_size, self.hidden_size
-            activation = Activation("swiglu", self.alpha, self.limit)
-            routes = hidden_states, indices, weights
-            both = map(lora.projection, *zip(*held, strict=True), biases, sizes, by)
-            return lora.adapted_moe(*routes, *both, gate_up, down, self.num_experts, activation)
+        if self._any_freed():  # each may be in a layout of its own
+            return lora.adapted_moe(
+                hidden_states,
+                indices,
+                weights,
+                self._projection("gate_up_proj", 2 * self.intermediate_size),
+                self._projection("down_proj", self.hidden_size),
+                gate_up,
+                down,
+                self.num_experts,
+                Activation("swiglu", self.alpha, self.limit),
+            )
         out: Tensor = torch.ops.mxfp4.moe.adapted(
             hidden_states,
             indices,
@@ -185,6 +183,17 @@ class PackedExperts(nn.Module):
             [one.scaling for one in down],
         )
         return out
+
+    def _any_freed(self) -> bool:
+        if torch.compiler.is_dynamo_compiling():
+            return False
+        weights = (self.gate_up_proj_blocks, self.gate_up_proj_scales)
+        return any(map(is_freed, (*weights, self.down_proj_blocks, self.down_proj_scales)))
+
+    def _projection(self, name: str, n: int) -> Callable[..., Tensor]:
+        blocks, scales = self.get_parameter(f"{name}_blocks"), self.get_parameter(f"{name}_scales")
+        parts, by = _readable(blocks, scales)
+        return lora.projection(*parts, self.get_parameter(f"{name}_bias"), n, by)
 
     @torch.no_grad()
     def keep_shards(self) -> None:

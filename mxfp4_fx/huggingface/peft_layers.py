@@ -1,4 +1,4 @@
-"""LoRA on packed experts, as PEFT writes it: ``target_parameters=["mlp.experts.gate_up_proj", ..]``.
+"""LoRA on packed experts, with PEFT's own ``target_parameters=["mlp.experts.gate_up_proj", ..]``.
 
 PEFT finds parameters by name and wraps their module in ``lora.ParamWrapper``, which adds the
 product of the factors to the parameter at each call. Packed experts have no parameter of floats.
@@ -126,9 +126,8 @@ class ParamWrapper(DenseParamWrapper):
         names = [name for name in names if name in self.lora_A]
         if not names:
             return
-        held = tuple(
-            experts.get_parameter(f"{self.parameter_name}_{part}") for part in ("blocks", "scales")
-        )
+        blocks, scales = (f"{self.parameter_name}_{part}" for part in ("blocks", "scales"))
+        held = experts.get_parameter(blocks), experts.get_parameter(scales)
         # All of them at once: each rounding has its error.
         added = [self.low_rank(name) for name in names]
         parts, rounding = _merged(self._weight, held, added, safe_merge)
@@ -178,8 +177,8 @@ def _merged(
         whole += float(exact.double().square().sum())
         change += float(delta.double().square().sum())
     rounding = Rounding(name, _root(lost, whole), _root(lost, change))
-    parts = tuple(nn.Parameter(part, requires_grad=False) for part in (blocks, scales))
-    return parts, rounding  # type: ignore[return-value]
+    frozen = functools.partial(nn.Parameter, requires_grad=False)
+    return (frozen(blocks), frozen(scales)), rounding
 
 
 def _root(part: float, whole: float) -> float:

@@ -75,7 +75,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             continue
         if is_adapted:  # it is its own logical op
             root.meta[REWRITE] = _rewrite(layer, form, routes, inputs)
-            if ctx.verifying:
+            if ctx.options.verify:
                 ctx.report.notes.append(f"verify=True compares no experts with adapters: {layer}")
             continue
         if routes.router is None:

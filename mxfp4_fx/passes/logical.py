@@ -24,7 +24,7 @@ _LEAVES = {"hidden": "hidden", "indices": "indices", "scores": "weights"}
 _LEAVES |= {name: name for name in ("gate_up", "gate_up_bias", "down", "down_bias")}
 _LEAVES |= {name: name for name in ("gate_up_scales", "down_scales")}
 # What `ADAPTED` has no arguments for.
-_FIXED = {"first_expert": 0, "activation": "swiglu", "up_offset": UP_OFFSET}
+_FIXED: dict[str, Any] = {"first_expert": 0, "activation": "swiglu", "up_offset": UP_OFFSET}
 _FIXED |= GPT_OSS._asdict()
 _CONSTANTS = {"alpha": ALPHA, "limit": LIMIT, "up_offset": patterns.UP_OFFSET}
 

@@ -154,7 +154,7 @@ def _rebind(
     for name, weight in swizzled.items():
         values[name], values[f"{name}_scales"] = weight.parts
     values |= {"layout": gate_up.layout, "kernels": chosen}
-    names = [argument.name for argument in torch_private.schema_of(node.target).arguments]
+    names = [argument.name for argument in torch_private.schema_of(_MXFP4.moe.adapted).arguments]
     node.args, node.kwargs = tuple(values[name] for name in names), {}
 
 
