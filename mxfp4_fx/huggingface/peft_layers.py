@@ -104,6 +104,9 @@ class ParamWrapper(DenseParamWrapper):
     def low_rank(self, adapter: str) -> LowRank:
         """Return the factors of an adapter: ``a`` [E, r, K] and ``b`` [E, N, r], as views."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        home = self.get_base_layer().gate_up_proj_blocks.device
+        if a.device != home:  # place_experts keeps the experts where they are, not their adapters
+            a, b = a.to(home), b.to(home)
         experts = self.num_experts
         b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
         return LowRank(a.reshape(experts, -1, a.shape[-1]), b, self.scaling[adapter])
