@@ -16,7 +16,10 @@ from models import model, pack, tokens
 from oracle import assert_as_accurate
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+import mxfp4_fx
+from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -68,7 +71,6 @@ def losses(made: Any, steps: int = 3) -> torch.Tensor:
         exhaustive(
             {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "use_rslora": True}, 1
         ),
-        exhaustive({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, 1),
     ],
 )
 def test_one_graph_trains_as_the_uncompiled_model_does(changes: Any, graphs: int) -> None:
@@ -109,7 +111,8 @@ def compiled_trainer(made: Any, folder: Path, **changes: Any) -> Trainer:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize("bf16", [False, exhaustive(True)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("bf16", [False, True])
 def test_trainer_with_checkpointing_resumes(bf16: bool, tmp_path: Path) -> None:
     changes = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
     expected = trained(trainer_of(packed(**changes), tmp_path / "expected", bf16=bf16))
@@ -122,24 +125,60 @@ def test_trainer_with_checkpointing_resumes(bf16: bool, tmp_path: Path) -> None:
         assert_as_accurate(actual, reference, exactly)
 
 
-def test_the_example_trains_packed_experts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its table, of two processes, is exhaustive below; each process prints what is read here."""
-    argv = ["--checkpoint", str(tmp_path / "tiny"), "--layers", "1", "--size", "32", "--experts"]
-    argv += ["4", "--tokens", "8", "--steps", "3", "--inner", "aot_eager", "--only", "packed"]
-    assert finetune_lora.main(argv) == 0
+def run_example(folder: Path, *argv: str) -> None:
+    sizes = ["--layers", "1", "--size", "32", "--experts", "4", "--tokens", "8", "--steps", "3"]
+    given = ["--checkpoint", str(folder / "tiny"), *sizes, "--inner", "aot_eager", *argv]
+    assert finetune_lora.main(given) == 0
+
+
+@pytest.mark.parametrize("way", ["packed", exhaustive("bfloat16")])
+def test_the_example_trains(way: str, tmp_path: Path, capsys: Any) -> None:
+    run_example(tmp_path, "--only", way)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["losses"][2] < told["losses"][0]
     assert told["seconds"] > 0
     assert told["peak"] > told["weights"] > 0
 
 
-@pytest.mark.exhaustive
-def test_the_example_compares_packed_with_bfloat16(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_example_prints_a_table(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = ["--checkpoint", str(tmp_path / "tiny"), "--layers", "1", "--size", "32", "--experts"]
-    assert finetune_lora.main([*argv, "4", "--tokens", "8", "--inner", "aot_eager"]) == 0
-    _, packed, dense = capsys.readouterr().out.splitlines()[-3:]
-    assert (packed.split()[0], dense.split()[0]) == ("packed", "bfloat16")
+    """Each way is a process of its own, which takes seconds to start."""
+    told = {"seconds": 2.0, "weights": 2**30, "peak": 3 * 2**30, "losses": [2.0, 1.5]}
+    monkeypatch.setattr(finetune_lora, "in_a_process", lambda way, argv: told)
+    run_example(tmp_path)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["packed", "bfloat16"]
+    assert rows[0][1:] == ["2.00", "1.00", "GiB", "3.00", "GiB", "2.0000,", "1.5000"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_sft_trainer(tmp_path: Path) -> None:
+    """TRL's trainer on text, with checkpointing of the other kind."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match="not a valid DynamoBackend"):
+        trl.SFTConfig(**arguments(tmp_path, torch_compile_backend="mxfp4", bf16=False))
+    sizes = {"hidden": 64, "intermediate": 96, "experts": 8, "heads": 4, "kv_heads": 2}
+    write_random_checkpoint(tmp_path / "model", CheckpointShape(layers=1, head_dim=16, **sizes))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
+    found = []
+    for compiled in (False, True):
+        base = mxfp4_fx.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        made = with_adapters(base, target_modules=["q_proj"], target_parameters=EXPERTS)
+        if compiled:
+            base.gradient_checkpointing_enable({"use_reentrant": True})
+            base.disable_input_require_grads()
+        given = arguments(tmp_path / "out", gradient_checkpointing=False, max_steps=2, bf16=False)
+        trainer = trl.SFTTrainer(
+            model=made,
+            args=trl.SFTConfig(**given, max_length=16),
+            train_dataset=datasets.Dataset.from_dict({"text": ["a mixture of experts"] * 4}),
+            processing_class=tokenizer,
+        )
+        if compiled:
+            trainer.model.compile(backend="mxfp4", options=OPTIONS)
+        trained(trainer)
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert not [why for why in counters["graph_break"] if "checkpoint" in why]

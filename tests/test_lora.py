@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import exhaustive
 from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
 from oracle import assert_as_accurate
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def experts_of(wrapped: nn.Module) -> PackedExperts:
     [
         (torch.float32, {"use_rslora": True}),
         (torch.bfloat16, {}),
-        (torch.float32, {"target_parameters": WEIGHTS[:1]}),
+        exhaustive(torch.float32, {"target_parameters": WEIGHTS[:1]}),
         (torch.float32, {"target_parameters": WEIGHTS[1:]}),
     ],
 )
