@@ -1,4 +1,4 @@
-"""Fine-tuning of compiled packed models: PEFT's adapters, transformers' Trainer, TRL's SFTTrainer.
+"""Fine-tuning of compiled packed models: PEFT's adapters, and transformers' Trainer.
 
 Losses are compared with those of the uncompiled model, and both with a dense model in float64.
 """
@@ -16,10 +16,7 @@ from models import model, pack, tokens
 from oracle import assert_as_accurate
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import AutoTokenizer, Trainer, TrainingArguments
-
-import mxfp4_fx
-from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
+from transformers import Trainer, TrainingArguments
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -150,33 +147,3 @@ def test_the_example_prints_a_table(
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["packed", "bfloat16"]
     assert rows[0][1:] == ["2.00", "1.00", "GiB", "3.00", "GiB", "2.0000,", "1.5000"]
-
-
-@pytest.mark.exhaustive
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_sft_trainer(tmp_path: Path) -> None:
-    """TRL's trainer on text, with checkpointing of the other kind."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    sizes = {"hidden": 64, "intermediate": 96, "experts": 8, "heads": 4, "kv_heads": 2}
-    write_random_checkpoint(tmp_path / "model", CheckpointShape(layers=1, head_dim=16, **sizes))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
-    found = []
-    for compiled in (False, True):
-        base = mxfp4_fx.from_pretrained(tmp_path / "model", dtype=torch.float32)
-        made = with_adapters(base, target_modules=["q_proj"], target_parameters=EXPERTS)
-        if compiled:
-            base.gradient_checkpointing_enable({"use_reentrant": True})
-            base.disable_input_require_grads()
-        given = arguments(tmp_path / "out", gradient_checkpointing=False, max_steps=2, bf16=False)
-        trainer = trl.SFTTrainer(
-            model=made,
-            args=trl.SFTConfig(**given, max_length=16),
-            train_dataset=datasets.Dataset.from_dict({"text": ["a mixture of experts"] * 4}),
-            processing_class=tokenizer,
-        )
-        if compiled:
-            trainer.model.compile(backend="mxfp4", options=OPTIONS)
-        trained(trainer)
-        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert not [why for why in counters["graph_break"] if "checkpoint" in why]
