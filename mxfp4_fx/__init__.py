@@ -59,8 +59,15 @@ def _register(interface: types.ModuleType) -> None:
     importlib.import_module("mxfp4_fx.huggingface.implementation").register(interface)
 
 
+def _register_lora(lora: types.ModuleType) -> None:
+    if hasattr(lora.LoraModel, "_inject_parameters"):  # older versions have no target_parameters
+        importlib.import_module("mxfp4_fx.huggingface.peft_layers").register(lora.LoraModel)
+
+
 # from_pretrained(..., experts_implementation="mxfp4_fx") is valid once both packages are imported.
 when_imported("transformers.integrations.moe", _register)
+# peft.LoraConfig(target_parameters=...) then finds the weights of packed experts.
+when_imported("peft.tuners.lora.model", _register_lora)
 
 
 def __getattr__(name: str) -> Any:

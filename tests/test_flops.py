@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.formats import quantize
+from mxfp4_fx.ops.adapters import LowRank
 
 T, A, E, H, WIDTH = 7, 3, 6, 64, 96  # of ``models.mlp`` and ``models.hidden``
 MLP = 2 * T * A * (H * 2 * WIDTH + WIDTH * H)
@@ -58,6 +59,25 @@ def test_packed_experts_and_their_gradients() -> None:
     assert counted(lambda: packed(x)) == MLP + ROUTER
     x.requires_grad_()
     assert counted(lambda: packed(x)[0].sum().backward()) == 3 * (MLP + ROUTER)
+
+
+def test_adapters_beside_packed_experts() -> None:
+    experts, x, rank = pack(mlp()).experts, hidden(T)[0], 4
+    sizes = {"gate_up_proj": (H, 2 * WIDTH), "down_proj": (WIDTH, H)}
+    adapters = {
+        name: [LowRank(torch.randn(E, rank, k), torch.randn(E, n, rank), 1.0)]
+        for name, (k, n) in sizes.items()
+    }
+    low_rank = 2 * T * A * rank * sum(k + n for k, n in sizes.values())
+    routes = torch.randint(0, E, (T, A)), torch.rand(T, A)
+    with torch.no_grad():
+        assert counted(lambda: experts(x, *routes, adapters)) == MLP + low_rank
+    for (one,) in adapters.values():
+        one.a.requires_grad_()
+        one.b.requires_grad_()
+    x.requires_grad_()
+    every = counted(lambda: experts(x, *routes, adapters).sum().backward())
+    assert every == 3 * (MLP + low_rank)
 
 
 @pytest.mark.parametrize(("first", "here"), [(0, 4), (2, 2), (5, 1)])

@@ -486,7 +486,9 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
     gammas, gather_index, scatter_index, offsets = ops.routing(logits, a)
     indices, weights = random_routes(t, e, a)
     inner, dense = randn(t * a, 32), model_weights(e, torch.float32)
-    for tensor in (hidden, logits, weights, inner, gammas):
+    small = randn(t * a, 4)
+    factors = [randn(e, 3, 64), randn(e, 64, 3), randn(e, 3, 32), randn(e, 64, 3)]
+    for tensor in (hidden, logits, weights, inner, gammas, small, *factors):
         tensor.requires_grad_(grad)
     chosen = {"kernels": kernels.name}
     order = {"layout": kernels.layout, **chosen}
@@ -500,6 +502,8 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         "matmul_ogs, first": (ops.matmul_ogs.default, first, swiglu),
         "matmul_ogs, second": (ops.matmul_ogs.default, second, order),
     }
+    if kernels.name == "reference":
+        cases["grouped_linear"] = (ops.grouped_linear.default, (inner, factors[2], offsets), {})
     if not grad and kernels.name == "reference":  # these have neither kernels nor a gradient
         constants = (ALPHA, LIMIT)
         moe = (randn(t, 48), logits, *dense, a, *constants)
@@ -508,6 +512,13 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         cases["moe"] = (ops.moe.default, moe, {})
         cases["moe.routes"] = (ops.moe.routes, moe_routes, {})
         cases["expert_ids"] = (ops.expert_ids.default, (indices, e, "wrap", "error"), {})
+        cases["grouped_outer"] = (ops.grouped_outer.default, (small, inner, offsets), {})
+        (first, first_scales, *of_first), (second, second_scales, *of_second) = (
+            kernels.operands(matrices)[:3] for matrices in (gate_up, down)
+        )
+        packed = first, *of_first, second, *of_second, 32, *constants, first_scales, second_scales
+        adapted = (hidden, indices, weights, *packed, factors[:2], [0.5], factors[2:], [2.0])
+        cases["moe.adapted"] = (ops.moe.adapted, adapted, {})
         cases["matmul_ogs_backward"] = (ops.matmul_ogs_backward.default, back, {})
         linears = (randn(t, 32), [randn(6, 32), randn(2, 32)], [randn(6), None], "reference")
         cases["linears"] = (ops.linears.default, linears, {})

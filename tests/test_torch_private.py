@@ -44,11 +44,12 @@ ATTRIBUTES = {
     *("_base", "_cdata", "_version"),
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
 }
-# ... those of accelerate and transformers, and a named tuple's methods.
+# ... those of accelerate, transformers and PEFT, and a named tuple's methods.
 OTHERS = {
     *("_active_collector", "_attn_implementation", "_experts_implementation"),
     *("_device_mesh", "_hf_hook", "_is_hooked", "_weight_conversions", "_replace"),
     *("_apply_gate", "_is_expert_parallel", "_asdict"),
+    *("_check_forward_args", "_inject_parameters", "_register_custom_module"),
 }
 
 

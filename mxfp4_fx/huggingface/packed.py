@@ -8,7 +8,7 @@ them. Dynamo captures the ops whole, and ``passes/patterns.py`` has them as the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from mxfp4_fx.core.errors import SlowKernelsWarning
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.huggingface.block_shards import BlockShard
 from mxfp4_fx.huggingface.shards import Shard
+from mxfp4_fx.ops import adapters as lora
 from mxfp4_fx.ops import target
-from mxfp4_fx.ops.operands import ALPHA, LIMIT
+from mxfp4_fx.ops.adapters import LowRank
+from mxfp4_fx.ops.operands import ALPHA, LIMIT, Activation
 from mxfp4_fx.weights.freed import is_freed
 from mxfp4_fx.weights.source import MXFP4, Parts, Source
 from mxfp4_fx.weights.store import STORE
@@ -47,6 +49,8 @@ class PackedExperts(nn.Module):
     The module may be called with inputs on another device. The inputs then travel to the
     parameters' device, and the result travels back.
     """
+
+    is_transposed = True  # as transformers says of the dense weights; PEFT's factors depend on it
 
     gate_up_proj_blocks: nn.Parameter
     gate_up_proj_scales: nn.Parameter
@@ -79,7 +83,11 @@ class PackedExperts(nn.Module):
             self.register_parameter(f"{name}_bias", bias)
 
     def forward(
-        self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor
+        self,
+        hidden_states: Tensor,
+        router_indices: Tensor,
+        routing_weights: Tensor,
+        adapters: Mapping[str, Sequence[LowRank]] | None = None,
     ) -> Tensor:
         """Return the weighted sum [T, H] of the experts' outputs for hidden states [T, H].
 
@@ -88,6 +96,7 @@ class PackedExperts(nn.Module):
             router_indices: expert ids [T, A]; an id of E or more adds nothing to the sum, because
                 another process holds that expert.
             routing_weights: [T, A].
+            adapters: projection's name -> what is added to its result; see ``peft_layers.py``.
         """
         home, device = hidden_states.device, self.gate_up_proj_blocks.device
         if home != device:
@@ -95,8 +104,18 @@ class PackedExperts(nn.Module):
             # the memory of the result again.
             hidden_states, router_indices = hidden_states.to(device), router_indices.to(device)
             routing_weights = routing_weights.to(device)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            _warn_of_export()
+        routes = router_indices, routing_weights
+        if adapters and any(adapters.values()):
+            out = self._adapted(hidden_states, *routes, adapters)
+        else:
+            out = self._frozen(hidden_states, *routes)
+        return out if home == device else out.to(home)
+
+    def _frozen(self, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         gammas, gather_index, scatter_index, offsets = torch.ops.mxfp4.routing.routes(
-            router_indices, routing_weights, self.num_experts
+            indices, weights, self.num_experts
         )
         gate_up, by = _readable(self.gate_up_proj_blocks, self.gate_up_proj_scales)
         inner = torch.ops.mxfp4.matmul_ogs(
@@ -111,8 +130,6 @@ class PackedExperts(nn.Module):
             limit=self.limit,
             **by,
         )
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            _warn_of_export()
         down, by = _readable(self.down_proj_blocks, self.down_proj_scales)
         out: Tensor = torch.ops.mxfp4.matmul_ogs(
             inner,
@@ -122,10 +139,61 @@ class PackedExperts(nn.Module):
             offsets,
             scatter_index=scatter_index,
             gammas=gammas,
-            experts_per_token=router_indices.shape[1],
+            experts_per_token=indices.shape[1],
             **by,
         )
-        return out if home == device else out.to(home)
+        return out
+
+    def _adapted(
+        self,
+        hidden_states: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        adapters: Mapping[str, Sequence[LowRank]],
+    ) -> Tensor:
+        gate_up, down = (adapters.get(name, ()) for name in PROJECTIONS)
+        if self._any_freed():  # each may be in a layout of its own
+            return lora.adapted_moe(
+                hidden_states,
+                indices,
+                weights,
+                self._projection("gate_up_proj", 2 * self.intermediate_size),
+                self._projection("down_proj", self.hidden_size),
+                gate_up,
+                down,
+                self.num_experts,
+                Activation("swiglu", self.alpha, self.limit),
+            )
+        out: Tensor = torch.ops.mxfp4.moe.adapted(
+            hidden_states,
+            indices,
+            weights,
+            self.gate_up_proj_blocks,
+            self.gate_up_proj_bias,
+            self.down_proj_blocks,
+            self.down_proj_bias,
+            self.intermediate_size,
+            self.alpha,
+            self.limit,
+            self.gate_up_proj_scales,
+            self.down_proj_scales,
+            [factor for one in gate_up for factor in (one.a, one.b)],
+            [one.scaling for one in gate_up],
+            [factor for one in down for factor in (one.a, one.b)],
+            [one.scaling for one in down],
+        )
+        return out
+
+    def _any_freed(self) -> bool:
+        if torch.compiler.is_dynamo_compiling():
+            return False
+        weights = (self.gate_up_proj_blocks, self.gate_up_proj_scales)
+        return any(map(is_freed, (*weights, self.down_proj_blocks, self.down_proj_scales)))
+
+    def _projection(self, name: str, n: int) -> Callable[..., Tensor]:
+        blocks, scales = self.get_parameter(f"{name}_blocks"), self.get_parameter(f"{name}_scales")
+        parts, by = _readable(blocks, scales)
+        return lora.projection(*parts, self.get_parameter(f"{name}_bias"), n, by)
 
     @torch.no_grad()
     def keep_shards(self) -> None:

@@ -38,6 +38,8 @@ def register(operands_of: Callable[..., Any]) -> None:
         torch.ops.mxfp4.moe: _moe,
         torch.ops.mxfp4.matmul_ogs: matmul_ogs,
         torch.ops.mxfp4.matmul_ogs_backward: matmul_ogs_backward,
+        torch.ops.mxfp4.grouped_linear: _grouped_linear,
+        torch.ops.mxfp4.grouped_outer: _grouped_outer,
         torch.ops.mxfp4.linears: _linears,
         torch.ops.mxfp4.attention_with_sinks: _attention_with_sinks,
     }
@@ -50,7 +52,11 @@ def _rows_here(rows: Rows) -> int:
 
     Their offsets say so. Where these have no values, as under fake tensors, all rows count.
     """
-    return int(rows.offsets[-1]) if _has_values(rows.offsets) else rows.total
+    return _sorted_rows(rows.offsets, rows.total)
+
+
+def _sorted_rows(offsets: Tensor, total: int) -> int:
+    return int(offsets[-1]) if _has_values(offsets) else total
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -78,6 +84,16 @@ def _moe(*flat: Any, out_val: Any = None, **named: Any) -> int:
         for name in ("gate_up", "down")
     )
     return 2 * total * values // max(experts, 1)
+
+
+def _grouped_linear(
+    x: Tensor, weight: Tensor, expert_offsets: Tensor, *, out_val: Any = None
+) -> int:
+    return 2 * _sorted_rows(expert_offsets, x.shape[0]) * weight.shape[1] * weight.shape[2]
+
+
+def _grouped_outer(grad: Tensor, x: Tensor, expert_offsets: Tensor, *, out_val: Any = None) -> int:
+    return 2 * _sorted_rows(expert_offsets, x.shape[0]) * grad.shape[1] * x.shape[1]
 
 
 def _linears(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mxfp4_fx.core import torch_private, torch_private_dynamo
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
-from mxfp4_fx.ops import autograd, backward, flops, operands, reference
+from mxfp4_fx.ops import adapters, autograd, backward, flops, operands, reference
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET, Activation, Rows, Weight
 
 _REFERENCE = {
@@ -74,6 +74,12 @@ SCHEMAS = {
     f"float limit, {_SCALES}, int first_expert=0, {_FAMILY}) -> Tensor",
     "moe.routes": f"(Tensor hidden, Tensor indices, Tensor weights, {_WEIGHTS}, float alpha, "
     f"float limit, {_SCALES}, int first_expert=0, {_FAMILY}) -> Tensor",
+    "moe.adapted": f"(Tensor hidden, Tensor indices, Tensor weights, {_WEIGHTS}, int intermediate, "
+    "float alpha, float limit, Tensor gate_up_scales, Tensor down_scales, "
+    "Tensor[] gate_up_factors, float[] gate_up_scalings, Tensor[] down_factors, "
+    f"float[] down_scalings, str layout='{CHECKPOINT_ORDER}', str kernels='reference') -> Tensor",
+    "grouped_linear": "(Tensor x, Tensor weight, Tensor expert_offsets) -> Tensor",
+    "grouped_outer": "(Tensor grad, Tensor x, Tensor expert_offsets) -> Tensor",
     "expert_ids": "(Tensor indices, int num_experts, str below, str above) -> Tensor",
     "routing": "(Tensor logits, int top_k, int first_expert=0, int? num_experts=None, "
     f"str kernels='reference') -> {_ROUTES}",
@@ -284,6 +290,15 @@ def _fake_expert_ids(indices: Tensor, num_experts: int, below: str, above: str) 
     return torch.empty_like(indices)
 
 
+def _fake_grouped_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    adapters.check_grouped(x, weight, expert_offsets)
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+def _fake_grouped_outer(grad: Tensor, x: Tensor, expert_offsets: Tensor) -> Tensor:
+    return x.new_empty((expert_offsets.shape[0] - 1, grad.shape[1], x.shape[1]))
+
+
 def _check_routing(logits: Tensor, top_k: int, num_experts: int | None) -> int:
     """Return how many experts are held here."""
     if logits.ndim != 2 or not 1 <= top_k <= logits.shape[1]:
@@ -312,6 +327,8 @@ _LIBRARY = torch.library.Library("mxfp4", "DEF")
 _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "moe": (reference.moe, _fake_moe),
     "moe.routes": (reference.moe_from_routes, _fake_moe),
+    "grouped_linear": (adapters.grouped_linear, _fake_grouped_linear),
+    "grouped_outer": (adapters.grouped_outer, _fake_grouped_outer),
     "expert_ids": (reference.expert_ids, _fake_expert_ids),
     "routing": (_routing, _fake_routing),
     "routing.routes": (_routing_routes, _fake_routing_routes),
@@ -327,6 +344,7 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         backward.save_routing_from_routes,
     ),
     "matmul_ogs": (backward.matmul_ogs_gradients, backward.save_matmul_ogs),
+    "grouped_linear": (adapters.grouped_linear_gradients, adapters.save_grouped_linear),
 }
 
 
@@ -346,6 +364,9 @@ for _name, (_impl, _fake) in _IMPLS.items():
     _LIBRARY.define(_name + SCHEMAS[_name])
     _LIBRARY.impl(_name, _outside_autocast(_impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mxfp4::{_name}", _fake, lib=_LIBRARY)
+# Made of the other ops, whose fake impls and gradients are its own.
+_LIBRARY.define("moe.adapted" + SCHEMAS["moe.adapted"])
+_LIBRARY.impl("moe.adapted", _outside_autocast(adapters.moe_adapted), "CompositeImplicitAutograd")
 for _name, (_backward, _save) in _GRADIENTS.items():
     _packet, _, _overload = _name.partition(".")
     _op = getattr(getattr(torch.ops.mxfp4, _packet), _overload or "default")

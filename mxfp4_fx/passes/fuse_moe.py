@@ -32,7 +32,7 @@ from mxfp4_fx.passes.checks import (
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.effects import modes
 from mxfp4_fx.passes.graph import before_moves, known_tensor, op_name, tensor_of
-from mxfp4_fx.passes.logical import OP, is_logical, match_logical
+from mxfp4_fx.passes.logical import ADAPTED, OP, is_logical, match_logical
 from mxfp4_fx.passes.matcher import Match, Mismatch
 from mxfp4_fx.passes.memory import Memory
 from mxfp4_fx.passes.origin import is_of_gpt_oss, module_name, source_line
@@ -47,7 +47,7 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
     suspects, weights, in_subgraphs = find_suspects(gm, ctx)
     misses: dict[str, Mismatch] = {}
     slots = ctx.slots(gm.graph)
-    roots = {OP, *(form.result.op for form in FORMS)}
+    roots = {OP, ADAPTED, *(form.result.op for form in FORMS)}
     memory = Memory(gm.graph, ctx.values(gm.graph), ctx.around)
     modes_at = modes(gm.graph, ctx.begin)
     for root in list(gm.graph.nodes):
@@ -55,7 +55,8 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
             continue
         try:
             form, match = match_logical(root) if is_logical(root) else _match_experts(root)
-            routes = find_routes(match, form, memory)
+            is_adapted = op_name(root) == ADAPTED
+            routes = Routes(match, None, "") if is_adapted else find_routes(match, form, memory)
             match = routes.match
             check_region(root, match, ctx, memory, modes_at)
         except Mismatch as mismatch:
@@ -71,6 +72,11 @@ def fuse_moe(gm: fx.GraphModule, ctx: Context) -> None:
         left = _why_left(layer, inputs, ctx)
         if left is not None:
             ctx.report.misses.append(Miss(layer, left, skipped=True, inputs=inputs))
+            continue
+        if is_adapted:  # it is its own logical op
+            root.meta[REWRITE] = _rewrite(layer, form, routes, inputs)
+            if ctx.options.verify:
+                ctx.report.notes.append(f"verify=True compares no experts with adapters: {layer}")
             continue
         if routes.router is None:
             match.leaves["indices"] = insert_ids(root, match, form, memory)
@@ -246,7 +252,7 @@ def _layers_near(root: fx.Node, mismatch: Mismatch, suspects: dict[fx.Node, str]
 
 
 def _explain_miss(layer: str, node: fx.Node, mismatch: Mismatch | None) -> Miss:
-    if op_name(node) in LOGICAL - {OP}:
+    if op_name(node) in LOGICAL - {OP, ADAPTED}:
         reason = (
             "it calls torch.ops.mxfp4.moe itself, which computes it as it is, in plain PyTorch: "
             "call torch.ops.mxfp4.moe.routes instead"

@@ -1,4 +1,4 @@
-"""Calls of ``mxfp4::moe.routes`` by the model itself: of these only shapes need a proof."""
+"""Calls of ``mxfp4::moe.routes`` and ``moe.adapted`` by the model: only shapes need a proof."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from typing import Any
 from torch import fx
 
 from mxfp4_fx.core.errors import WeightError
-from mxfp4_fx.core.orders import Order
-from mxfp4_fx.ops.operands import ACTIVATIONS
+from mxfp4_fx.core.orders import GPT_OSS, Order
+from mxfp4_fx.ops.operands import ACTIVATIONS, UP_OFFSET
 from mxfp4_fx.passes import patterns
 from mxfp4_fx.passes.expressions import Op
 from mxfp4_fx.passes.graph import fixed, known_tensor, op_name, read_call, tensor_of
 from mxfp4_fx.passes.matcher import Match, Mismatch
-from mxfp4_fx.passes.patterns import ALPHA, LIMIT, UP_OFFSET, A, E, Form, H, I, N, T
+from mxfp4_fx.passes.patterns import ALPHA, LIMIT, A, E, Form, H, I, N, T
 from mxfp4_fx.weights.source import encoding_of
 
 OP = "mxfp4.moe.routes"
+# Packed experts with adapters, whose factors stay as they are: the node itself is lowered.
+ADAPTED = "mxfp4.moe.adapted"
 # The leaves of patterns.py, and the op's arguments.
 _LEAVES = {"hidden": "hidden", "indices": "indices", "scores": "weights"}
 _LEAVES |= {name: name for name in ("gate_up", "gate_up_bias", "down", "down_bias")}
 _LEAVES |= {name: name for name in ("gate_up_scales", "down_scales")}
-_CONSTANTS = {"alpha": ALPHA, "limit": LIMIT, "up_offset": UP_OFFSET}
+# What `ADAPTED` has no arguments for.
+_FIXED: dict[str, Any] = {"first_expert": 0, "activation": "swiglu", "up_offset": UP_OFFSET}
+_FIXED |= GPT_OSS._asdict()
+_CONSTANTS = {"alpha": ALPHA, "limit": LIMIT, "up_offset": patterns.UP_OFFSET}
 
 
 def is_logical(node: fx.Node) -> bool:
-    return op_name(node) == OP
+    return op_name(node) in (OP, ADAPTED)
 
 
 def match_logical(node: fx.Node) -> tuple[Form, Match]:
@@ -37,7 +42,7 @@ def match_logical(node: fx.Node) -> tuple[Form, Match]:
     """
     call = read_call(node)
     assert call is not None
-    args = call.args
+    args = _FIXED | call.args
     match, layout = Match(), args["layout"]
     for leaf, name in _LEAVES.items():
         if isinstance(args[name], fx.Node):
@@ -45,19 +50,22 @@ def match_logical(node: fx.Node) -> tuple[Form, Match]:
     missing = {"hidden", "indices", "scores", "gate_up", "down"} - match.leaves.keys()
     packed = "gate_up_scales" in match.leaves
     if missing or packed != ("down_scales" in match.leaves):
-        raise Mismatch(f"{OP} is called without {', '.join(sorted(missing)) or 'scales'}", node, 1)
+        raise Mismatch(
+            f"{call.op} is called without {', '.join(sorted(missing)) or 'scales'}", node, 1
+        )
     if (args["gate_up_bias"] is None) != (args["down_bias"] is None):
-        raise Mismatch(f"{OP} is called with one bias: give both, or none", node, 1)
+        raise Mismatch(f"{call.op} is called with one bias: give both, or none", node, 1)
     if args["first_expert"] != 0:
-        raise Mismatch(f"{OP} is called with first_expert={args['first_expert']}", node, 1)
+        raise Mismatch(f"{call.op} is called with first_expert={args['first_expert']}", node, 1)
     if args["activation"] not in ACTIVATIONS:
-        raise Mismatch(f"{OP} is called with activation={args['activation']!r}", node, 1)
+        raise Mismatch(f"{call.op} is called with activation={args['activation']!r}", node, 1)
     match.choices = _choices(args)
     _bind(match, node, args, layout if packed else None)
-    result = Op(OP, {})
+    result = Op(call.op, {})
     match.nodes[result] = node
     # The op says what any id means: those of no expert count nothing.
-    form = Form("mxfp4_fx", result, below="skip", above="skip", layout=layout)
+    name = "packed_lora" if call.op == ADAPTED else "mxfp4_fx"
+    form = Form(name, result, below="skip", above="skip", layout=layout)
     shapes = functools.partial(patterns.packed_shapes, layout) if packed else patterns.expert_shapes
     match.solve(shapes(match.choices))
     return form, match

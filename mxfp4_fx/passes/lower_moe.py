@@ -17,7 +17,7 @@ from torch import fx
 
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.core.orders import Order
+from mxfp4_fx.core.orders import GPT_OSS, Order
 from mxfp4_fx.ops.target import Target
 from mxfp4_fx.passes.context import REWRITE, Context
 from mxfp4_fx.passes.graph import known_tensor
@@ -37,7 +37,8 @@ def lower_moe(gm: fx.GraphModule, ctx: Context) -> None:
         values = _arguments(node)
         chosen = ctx.target_for(known_tensor(node).device)
         gate_up, down = (_projection(name, values, rewrite.layer, chosen, ctx) for name in _NAMES)
-        _expand(node, values, gate_up, down, chosen.kernels)
+        lower = _rebind if node.target is _MXFP4.moe.adapted else _expand
+        lower(node, values, gate_up, down, chosen.kernels)
         parts = *gate_up.parts, *down.parts
         lowered = dataclasses.replace(
             rewrite,
@@ -55,7 +56,8 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     assert isinstance(node.target, torch_private.OpOverload)
     arguments = torch_private.schema_of(node.target).arguments
     given = dict(zip((argument.name for argument in arguments), node.args, strict=False))
-    return {argument.name: argument.default_value for argument in arguments} | given | node.kwargs
+    defaults = {argument.name: argument.default_value for argument in arguments}
+    return GPT_OSS._asdict() | defaults | given | node.kwargs
 
 
 class _Projection(NamedTuple):
@@ -138,6 +140,22 @@ def _new_inputs(
         torch_private.note_as_weight(node)
         nodes.append(after := node)
     return nodes[0], nodes[1]
+
+
+def _rebind(
+    node: fx.Node,
+    values: dict[str, Any],
+    gate_up: _Projection,
+    down: _Projection,
+    chosen: str,
+) -> None:
+    """Let experts with adapters read swizzled weights. Compilers expand the op by themselves."""
+    swizzled = {"gate_up": gate_up, "down": down}
+    for name, weight in swizzled.items():
+        values[name], values[f"{name}_scales"] = weight.parts
+    values |= {"layout": gate_up.layout, "kernels": chosen}
+    names = [argument.name for argument in torch_private.schema_of(_MXFP4.moe.adapted).arguments]
+    node.args, node.kwargs = tuple(values[name] for name in names), {}
 
 
 def _expand(

@@ -14,7 +14,7 @@ from mxfp4_fx.passes.regions import unsearched
 from mxfp4_fx.passes.report import Miss
 
 # The logical ops, where a model calls them itself.
-LOGICAL = {"mxfp4.moe", "mxfp4.moe.routes"}
+LOGICAL = {"mxfp4.moe", "mxfp4.moe.routes", "mxfp4.moe.adapted"}
 _MATMULS = {"grouped_mm", "bmm", "matmul", "baddbmm", "einsum", "mxfp4.matmul_ogs", *LOGICAL}
 
 

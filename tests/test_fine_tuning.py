@@ -1,0 +1,149 @@
+"""Fine-tuning of compiled packed models: PEFT's adapters, and transformers' Trainer.
+
+Losses are compared with those of the uncompiled model, and both with a dense model in float64.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from combinations import exhaustive
+from models import model, pack, tokens
+from oracle import assert_as_accurate
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import Trainer, TrainingArguments
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+finetune_lora = pytest.importorskip("examples.finetune_lora")
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+OPTIONS = {"inner": "aot_eager", "strict": True}
+EXAMPLES = [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
+
+
+def with_adapters(base: nn.Module, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Give a model adapters whose factors do not depend on the model's dtype."""
+    given = {"r": 4, "lora_alpha": 8, "target_modules": []}
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(**{**given, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_A" in name or "lora_B" in name or "lora_embedding" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return wrapped.to(dtype) if dtype == torch.float64 else wrapped
+
+
+def packed(**changes: Any) -> Any:
+    return with_adapters(pack(model(num_hidden_layers=1)), **changes)
+
+
+def exact(**changes: Any) -> Any:
+    return with_adapters(
+        model(torch.float64, "batched_mm", num_hidden_layers=1), torch.float64, **changes
+    )
+
+
+def losses(made: Any, steps: int = 3) -> torch.Tensor:
+    """Train on one batch and return each step's loss."""
+    trained = [p for p in made.parameters() if p.requires_grad]
+    optimizer, found = torch.optim.SGD(trained, lr=0.1), []
+    for _ in range(steps):
+        loss = made(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "graphs"),
+    [
+        ({"target_modules": ["q_proj"], "target_parameters": EXPERTS}, 1),
+        exhaustive(
+            {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "use_rslora": True}, 1
+        ),
+    ],
+)
+def test_one_graph_trains_as_the_uncompiled_model_does(changes: Any, graphs: int) -> None:
+    uncompiled, compiled = packed(**changes), packed(**changes)
+    compiled.compile(backend="mxfp4", options=OPTIONS)
+    assert_as_accurate(losses(compiled), losses(uncompiled), losses(exact(**changes)).double())
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def trained(trainer: Trainer, **how: Any) -> list[torch.Tensor]:
+    """Train, and return the factors. Losses in the log are rounded."""
+    trainer.train(**how)
+    return [p.detach() for name, p in trainer.model.named_parameters() if "lora_" in name]
+
+
+def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
+    given = {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2}
+    given |= {"optim": "adamw_torch_fused", "adam_epsilon": 1e-3, "learning_rate": 1e-2}
+    given |= {"lr_scheduler_type": "constant"}
+    given |= {"use_cpu": True, "report_to": [], "output_dir": str(folder), "disable_tqdm": True}
+    return {**given, **changes}
+
+
+def trainer_of(made: Any, folder: Path, **changes: Any) -> Trainer:
+    given = TrainingArguments(**arguments(folder, **changes))
+    return Trainer(model=made, args=given, train_dataset=EXAMPLES)
+
+
+def compiled_trainer(made: Any, folder: Path, **changes: Any) -> Trainer:
+    """The recipe of docs/fine-tuning.md."""
+    base = made.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.disable_input_require_grads()
+    trainer = trainer_of(made, folder, **changes)
+    trainer.model.compile(backend="mxfp4", options=OPTIONS)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_with_checkpointing_resumes(bf16: bool, tmp_path: Path) -> None:
+    changes = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    expected = trained(trainer_of(packed(**changes), tmp_path / "expected", bf16=bf16))
+    truth = trained(trainer_of(exact(**changes), tmp_path / "exact"))
+    trained(compiled_trainer(packed(**changes), tmp_path / "ours", max_steps=2, bf16=bf16))
+    second = compiled_trainer(packed(**changes), tmp_path / "ours", bf16=bf16)
+    resumed = trained(second, resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
+    assert not counters["graph_break"]
+    for actual, reference, exactly in zip(resumed, expected, truth, strict=True):
+        assert_as_accurate(actual, reference, exactly)
+
+
+def run_example(folder: Path, *argv: str) -> None:
+    sizes = ["--layers", "1", "--size", "32", "--experts", "4", "--tokens", "8", "--steps", "3"]
+    given = ["--checkpoint", str(folder / "tiny"), *sizes, "--inner", "aot_eager", *argv]
+    assert finetune_lora.main(given) == 0
+
+
+@pytest.mark.parametrize("way", ["packed", exhaustive("bfloat16")])
+def test_the_example_trains(way: str, tmp_path: Path, capsys: Any) -> None:
+    run_example(tmp_path, "--only", way)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["losses"][2] < told["losses"][0]
+    assert told["seconds"] > 0
+    assert told["peak"] > told["weights"] > 0
+
+
+def test_the_example_prints_a_table(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way is a process of its own, which takes seconds to start."""
+    told = {"seconds": 2.0, "weights": 2**30, "peak": 3 * 2**30, "losses": [2.0, 1.5]}
+    monkeypatch.setattr(finetune_lora, "in_a_process", lambda way, argv: told)
+    run_example(tmp_path)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["packed", "bfloat16"]
+    assert rows[0][1:] == ["2.00", "1.00", "GiB", "3.00", "GiB", "2.0000,", "1.5000"]
