@@ -150,7 +150,10 @@ class TestNearMisses(NearMisses):
         return module
 
     def test_no_activation(self) -> None:
-        changes = {'activation="swiglu",': 'activation="none",', "inner,\n": "inner[:, ::2],\n"}
+        changes = {
+            "activation=self.activation,": 'activation="none",',
+            "inner,\n": "inner[:, ::2],\n",
+        }
         self.assert_missed(
             self.edit(changes),
             """\

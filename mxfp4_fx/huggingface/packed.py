@@ -114,41 +114,14 @@ class PackedExperts(nn.Module):
             hidden_states, router_indices = hidden_states.to(device), router_indices.to(device)
             routing_weights = routing_weights.to(device)
         if torch.compiler.is_dynamo_compiling() and self._is_logical():
-            out = self._logical(hidden_states, router_indices, routing_weights)
-        else:
-            out = self._by_ops(hidden_states, router_indices, routing_weights)
-        return out if home == device else out.to(home)
-
-    def _is_logical(self) -> bool:
-        """Return whether this backend captures the logical op: not for what `patterns.py` has."""
-        is_gpt_oss = self.gate_up_proj_bias is not None and self.activation == "swiglu"
-        return not is_gpt_oss and compilation.compiling_for()
-
-    def _logical(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mxfp4.moe.routes(
-            hidden,
-            indices,
-            weights,
-            self.gate_up_proj_blocks,
-            self.gate_up_proj_bias,
-            self.down_proj_blocks,
-            self.down_proj_bias,
-            self.alpha,
-            self.limit,
-            self.gate_up_proj_scales,
-            self.down_proj_scales,
-            activation=self.activation,
-            up_offset=self.up_offset,
-        )
-        return out
-
-    def _by_ops(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+            result = self._logical(hidden_states, router_indices, routing_weights)
+            return result if home == device else result.to(home)
         gammas, gather_index, scatter_index, offsets = torch.ops.mxfp4.routing.routes(
-            indices, weights, self.num_experts
+            router_indices, routing_weights, self.num_experts
         )
         gate_up, by = _readable(self.gate_up_proj_blocks, self.gate_up_proj_scales)
         inner = torch.ops.mxfp4.matmul_ogs(
-            hidden,
+            hidden_states,
             *gate_up,
             self.gate_up_proj_bias,
             self.sizes()[0][0],
@@ -171,8 +144,31 @@ class PackedExperts(nn.Module):
             offsets,
             scatter_index=scatter_index,
             gammas=gammas,
-            experts_per_token=indices.shape[1],
+            experts_per_token=router_indices.shape[1],
             **by,
+        )
+        return out if home == device else out.to(home)
+
+    def _is_logical(self) -> bool:
+        """Return whether this backend captures the logical op: not for what `patterns.py` has."""
+        is_gpt_oss = self.gate_up_proj_bias is not None and self.activation == "swiglu"
+        return not is_gpt_oss and compilation.compiling_for()
+
+    def _logical(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mxfp4.moe.routes(
+            hidden,
+            indices,
+            weights,
+            self.gate_up_proj_blocks,
+            self.gate_up_proj_bias,
+            self.down_proj_blocks,
+            self.down_proj_bias,
+            self.alpha,
+            self.limit,
+            self.gate_up_proj_scales,
+            self.down_proj_scales,
+            activation=self.activation,
+            up_offset=self.up_offset,
         )
         return out
 
