@@ -87,7 +87,10 @@ def split(path: Path, edit: Callable[[dict[str, Any]], object] = lambda index: N
     files = {f"model-0000{i}-of-00002.safetensors": names[i::2] for i in range(2)}
     for file, part in files.items():
         save_file({name: tensors[name] for name in part}, path / file, {"format": "pt"})
-    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, part in files.items() for name in part},
+    }
     edit(index)
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path
