@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained.set_defaults(run=_explain)
 
     _add_checkpoint(commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint"))
-    _add_quantize(commands.add_parser("quantize", help="quantize a GPT-OSS checkpoint to MXFP4"))
+    _add_quantize(commands.add_parser("quantize", help="quantize a checkpoint's experts to MXFP4"))
 
     args = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""`quantize_checkpoint`: quantize a GPT-OSS checkpoint to MXFP4 in bounded memory.
+"""`quantize_checkpoint`: quantize a checkpoint to MXFP4 in bounded memory.
 
 Experts are read, quantized and written one at a time; other tensors are copied a few MiB at a time.
 All files are written in ``OUT.partial``, which `journal.py` describes, and then read again and
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from mxfp4_fx.checkpoints import consistency
+from mxfp4_fx.checkpoints import consistency, packed_formats, single_experts
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.files import CONFIG, INDEX, PICKLES
 from mxfp4_fx.checkpoints.gpt_oss import (
@@ -39,6 +39,7 @@ from mxfp4_fx.checkpoints.safetensors_file import (
     require_room,
     write_safetensors,
 )
+from mxfp4_fx.checkpoints.single_experts import has_single_experts, packed_specs
 from mxfp4_fx.core import formats
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, SCALE_RULES
@@ -60,11 +61,12 @@ def quantize_checkpoint(
 ) -> Path:
     """Write the checkpoint directory `source` to `out`, with its experts in MXFP4.
 
-    `formats.quantize` turns dense experts [E, K, N] into blocks [E, N, K/32, 16] and scales
-    [E, N, K/32]. All other tensors and files are copied byte for byte, except weights in other
-    files. The config gets a ``quantization_config``. `out` appears only after its files were read
-    again and compared. An interrupted run leaves ``out.partial``; the same call resumes it after
-    the last complete shard.
+    `formats.quantize` turns a GPT-OSS's dense experts [E, K, N] into blocks [E, N, K/32, 16] and
+    scales [E, N, K/32]. Experts of other families, whose files have a matrix [N, K] for each
+    expert, become compressed-tensors' ``mxfp4-pack-quantized``, which other programs read. All
+    other tensors and files are copied byte for byte, except weights in other files. The config gets
+    a ``quantization_config``. `out` appears only after its files were read again and compared. An
+    interrupted run leaves ``out.partial``; the same call resumes it after the last complete shard.
 
     Args:
         source: a directory with dense experts in bfloat16, float16 or float32.
@@ -146,6 +148,11 @@ class _Item(NamedTuple):
         if self.is_copied:
             yield from ((self.source.name, chunk) for chunk in self.source.chunks())
             return
+        if len(self.source.shape) == 2:  # one expert
+            blocks, scales = formats.quantize(self.source.read(), scale_rule=scale_rule)
+            for spec, data in zip(self.specs, (blocks.flatten(1), scales), strict=True):
+                yield spec.name, data.numpy().data
+            return
         for expert in range(self.source.shape[0]):
             values = self.source.read(expert).transpose(0, 1)
             packed = formats.quantize(values, scale_rule=scale_rule)
@@ -169,6 +176,8 @@ class _Plan(NamedTuple):
 
 def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) -> _Plan:
     checkpoint = Checkpoint.open(directory)
+    if has_single_experts(checkpoint):
+        return _plan_of_family(checkpoint, directory, skip, scale_rule, max_shard_bytes)
     config = dict(checkpoint.config)
     _require_dense(checkpoint)
     _, modules = checkpoint.quantization()
@@ -193,6 +202,26 @@ def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) ->
     identity = {
         "input": _fingerprint(checkpoint, directory / CONFIG),
         "modules_to_not_convert": modules,
+        "scale_rule": scale_rule,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    shards = cut(items, lambda item: item.nbytes, max_shard_bytes)
+    return _Plan(directory, shards, config, _other_files(directory), identity, scale_rule)
+
+
+def _plan_of_family(
+    checkpoint: Checkpoint, directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int
+) -> _Plan:
+    names = single_experts.to_quantize(checkpoint, skip)
+    settings = single_experts.quantized_config(checkpoint, names)
+    config = {**checkpoint.config, "quantization_config": settings}
+    items = [
+        _Item(one, packed_specs(one) if name in names else (one.spec,))
+        for name, one in checkpoint.tensors.items()
+    ]
+    identity = {
+        "input": _fingerprint(checkpoint, directory / CONFIG),
+        "quantization_config": settings,
         "scale_rule": scale_rule,
         "max_shard_bytes": max_shard_bytes,
     }
@@ -295,7 +324,11 @@ def _watched(
 def _verify(plan: _Plan, journal: Journal, progress: bool) -> None:
     """Read all shards again; compare them with the checksums, and copied tensors with the input."""
     written = Checkpoint([journal.checkpoint / name for name in plan.shards], plan.config)
-    consistency.check(written)
+    form = packed_formats.format_of(plan.config, CONFIG)
+    if form is None:
+        consistency.check(written)
+    else:
+        packed_formats.packed_weights(written, form)
     total = sum(item.nbytes for items in plan.shards.values() for item in items)
     with _bar("verifying", total, progress) as bar:
         for shard, items in plan.shards.items():
