@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from checkpoints import edit_config, edit_tensors, read_tensors
 from compressed_tensors.compressors import MXFP4PackedCompressor
 from compressed_tensors.quantization import (
@@ -17,9 +18,11 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
+from families import fill
 from safetensors.torch import save_file
-from test_family_models import model
+from test_family_models import _COMMON, MODELS
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 FAMILIES = ("Qwen3-MoE", "Mixtral", "DeepSeek-V3")
 IDS = torch.arange(14).view(2, 7) * 4
@@ -47,12 +50,20 @@ def decompressed(parts: dict[str, Tensor]) -> Tensor:
     return found.float()
 
 
-def write(path: Path, name: str, dtype: torch.dtype, which: re.Pattern[str] = EXPERTS) -> Path:
+def write(
+    path: Path,
+    name: str,
+    dtype: torch.dtype,
+    which: re.Pattern[str] = EXPERTS,
+    **sizes: Any,
+) -> Path:
     """Write the checkpoint of a random model whose matrices of some names are MXFP4.
 
     Beside it, ``path / "dense"`` is the checkpoint with the values that compressed-tensors reads.
     """
-    whole = model(name, "grouped_mm", dtype)
+    kind, given = MODELS[name]
+    config = getattr(transformers, kind)(**{**_COMMON, **given, **sizes})
+    whole = fill(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
     whole.save_pretrained(path)
     whole.save_pretrained(path / "dense")
     values: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import packed_families as families
@@ -15,10 +16,11 @@ from oracle import assert_as_accurate
 from packed_families import FAMILIES, IDS, LINEARS
 from test_forms import InFloat64
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import CompressedTensorsConfig as CompressedTensorsOfTransformers
 
 import mxfp4_fx
+from mxfp4_fx.cli import main
 from mxfp4_fx.core import version
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import dequantize, quantize
@@ -126,6 +128,13 @@ def test_by_transformers_own_from_pretrained(written: dict[str, Path], no_gradie
     assert torch.equal(own(IDS).logits, mxfp4_fx.from_pretrained(path)(IDS).logits)
 
 
+def test_another_head_is_new(written: dict[str, Path]) -> None:
+    kind = AutoModelForSequenceClassification
+    model = mxfp4_fx.from_pretrained(written["Qwen3-MoE"], auto_class=kind)
+    assert experts_of(model)
+    assert model.score.weight.shape == (2, 64)
+
+
 def test_older_transformers(written: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(version, "transformers_version", lambda: "5.22.0")
     with pytest.raises(CheckpointError, match=r"need transformers 5\.23 or newer.*5\.22\.0 is"):
@@ -190,3 +199,14 @@ def test_dequantize(written: dict[str, Path], no_gradients: None) -> None:
     assert_same_tensors(model.state_dict(), expected.state_dict())
     model.set_experts_implementation("batched_mm")
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
+
+
+def test_explain_a_directory(
+    written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its config.json is enough."""
+    copy(written["Qwen3-MoE"] / "config.json", tmp_path)
+    assert main(["explain", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "1 of 1 MoE layers rewritten" in told
+    assert "activation: silu(gate) * up\n" in told

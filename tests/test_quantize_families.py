@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import mxfp4_fx
+from mxfp4_fx.cli import main
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.huggingface.packed import PackedExperts
@@ -63,6 +64,20 @@ def test_compressed_tensors_reads_it(dense: Path, quantized: Path) -> None:
         is_expert = ".experts." in name
         actual = model.get_parameter(name)
         assert torch.equal(actual, rounded(parameter.data) if is_expert else parameter), name
+
+
+def test_the_command_shows_the_error_of_each_layers_rounding(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(dense), str(tmp_path / "out"), "--max-shard-bytes", "50000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    weights = read_tensors(dense)
+    for layer in range(2):
+        name = LAYER.format(layer)
+        given = [w.double() for n, w in weights.items() if n.startswith(f"{name}.")]
+        change = sum((w - rounded(w.float())).square().sum().item() for w in given)
+        error = (change / sum(w.square().sum().item() for w in given)) ** 0.5
+        assert f"{name}: rounding changed the weights by {error:.2%}" in lines
 
 
 def test_its_config_ignores_what_is_not_quantized(quantized: Path) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -26,8 +25,8 @@ from mxfp4_fx.checkpoints.files import AGAIN, few
 from mxfp4_fx.checkpoints.packed_formats import PackedWeight
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK
-from mxfp4_fx.huggingface.activations import activation_of
 from mxfp4_fx.huggingface.packed import PackedExperts
+from mxfp4_fx.ops.operands import Activation
 
 _ORIGINAL = "load the checkpoint with transformers itself, which makes its experts dense"
 _EXPERT = re.compile(r".*\.(\d+)(?=\.)")  # the last number of a name
@@ -134,30 +133,33 @@ def is_family(module: nn.Module) -> bool:
     return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
 
 
-def packed_like(experts: Any, name: str, intermediate: int) -> PackedExperts:
-    """Return packed experts, on meta, that compute what a family's experts do.
+def packed_like(experts: Any, name: str, found: Activation) -> PackedExperts:
+    """Return packed experts, without values, in the place of a family's experts.
+
+    Args:
+        experts: transformers' experts.
+        name: their name, for messages.
+        found: their activation.
 
     Raises:
-        CheckpointError: kernels cannot compute them, or a size is no multiple of 32.
+        CheckpointError: a size is no multiple of 32.
     """
-    h = experts.down_proj.shape[1]
+    count, h, intermediate = experts.down_proj.shape
     for size in (h, intermediate):
         if size % BLOCK:
             raise CheckpointError(
                 f"{name} cannot be MXFP4: its size {size} is no multiple of {BLOCK}: {_ORIGINAL}"
             )
-    found = activation_of(experts, name)
-    with torch.device("meta"):
-        packed = PackedExperts(
-            experts.down_proj.shape[0],
-            h,
-            intermediate,
-            found.alpha,
-            found.limit,
-            activation=found.kind,
-            up_offset=found.up_offset,
-            has_bias=False,
-        )
+    packed = PackedExperts(
+        count,
+        h,
+        intermediate,
+        found.alpha,
+        found.limit,
+        activation=found.kind,
+        up_offset=found.up_offset,
+        has_bias=False,
+    )
     packed.replaced = (experts,)
     return packed
 
@@ -173,13 +175,20 @@ def _targets(target: str, converter: Any) -> set[str]:
 def _require_all(
     model: Any, held: Mapping[str, Any], found: set[str], checkpoint: Checkpoint
 ) -> None:
-    """Raise CheckpointError if a tensor of the model is not in the files."""
+    """Raise CheckpointError if a tensor of the model is not in the files.
+
+    Another head than the language model's, such as ``score.weight``, may be missing: it is new.
+    """
+    base = model.base_model_prefix
+    ours = (f"{base}.", "lm_head.") if hasattr(model, base) else ("",)
     optional = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
     tied = {*(getattr(model, "all_tied_weights_keys", None) or ())}
     missing = [
         name
         for name in held
-        if name not in found | tied and not any(re.search(one, name) for one in optional)
+        if name.startswith(ours)
+        and name not in found | tied
+        and not any(re.search(one, name) for one in optional)
     ]
     if missing:
         raise CheckpointError(

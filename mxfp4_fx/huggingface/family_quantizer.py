@@ -35,6 +35,7 @@ from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NoExpertsWa
 from mxfp4_fx.core.formats import quantize
 from mxfp4_fx.core.version import OLDEST_FOR_FAMILIES, too_old_for_families
 from mxfp4_fx.huggingface import parallel
+from mxfp4_fx.huggingface.activations import activation_of
 from mxfp4_fx.huggingface.arguments import refuse
 from mxfp4_fx.huggingface.conversions import BYTES
 from mxfp4_fx.huggingface.family_conversions import (
@@ -139,9 +140,10 @@ class FamilyQuantizer(HfQuantizer):
         self._plan = plan_of(model, checkpoint, packed, dict(self.quantization_config.key_mapping))
         _warn_of(self._plan, model)
         self._nan_blocks: dict[str, int] = {}
-        for name, weights in self._plan.experts.items():
-            (down,) = weights["down_proj"].values()
-            experts = packed_like(model.get_submodule(name), name, down[0].k)
+        for name in self._plan.experts:
+            replaced = model.get_submodule(name)
+            with torch.device("meta"):
+                experts = packed_like(replaced, name, activation_of(replaced, name))
             parent, child = name.rpartition(".")[::2]
             setattr(model.get_submodule(parent), child, experts)
 

@@ -167,8 +167,8 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
             experts, as :func:`from_pretrained` loads them.
 
     Raises:
-        CheckpointError: the file is missing or does not describe a GPT-OSS, or transformers is not
-            installed, or too old.
+        CheckpointError: the file is missing or describes neither a GPT-OSS nor a model in a format
+            of docs/families.md, or transformers is not installed, or too old.
         OptionError: transformers has no implementation of that name.
     """
     _require_transformers()
@@ -177,14 +177,20 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+        from mxfp4_fx.huggingface import family_plan
+        from mxfp4_fx.huggingface.activations import activation_of
+        from mxfp4_fx.huggingface.family_plan import is_family
         from mxfp4_fx.huggingface.quantizer import packed_like
     except ImportError as error:
         raise CheckpointError(f"this needs {_NEEDED}: {error}") from error
     directory = directory_of(path)
     content, named = read_config(directory), str(directory / CONFIG)
-    gpt_oss.sizes(content, named)
-    method, kept = gpt_oss.quantization(content, named)
-    gpt_oss.require_method(method, named)
+    form = format_of(content, named)
+    kept: list[str] = []
+    if form is None:
+        gpt_oss.sizes(content, named)
+        method, kept = gpt_oss.quantization(content, named)
+        gpt_oss.require_method(method, named)
     known = ("eager", *ALL_EXPERTS_FUNCTIONS)
     if experts is not None and experts not in known:
         raise OptionError(
@@ -193,7 +199,8 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
     config, _ = _model_config(str(directory), {"local_files_only": True}, {})
     vars(config).pop("quantization_config", None)
     kwargs = {"experts_implementation": experts} if experts else {}
-    with FakeTensorMode():
+    mode = FakeTensorMode()
+    with mode:
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
         except Exception as error:  # of any class: transformers uses the config's values unchecked
@@ -201,14 +208,25 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
                 f"transformers cannot make the model of {named} ({_one_line(error)}): "
                 f"{gpt_oss.ITS_CONFIG}"
             ) from error
-        for name, module in list(model.named_modules()):
-            is_dense = experts is not None or any(not_converted(entry, name) for entry in kept)
-            if isinstance(module, GptOssExperts) and not is_dense:
+    stacked = {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, GptOssExperts) if form is None else is_family(module))
+        and experts is None
+        and not any(not_converted(entry, name) for entry in kept)
+    }
+    # Found by computing it, with numbers that are not fake.
+    found = {} if form is None else {n: activation_of(m, n) for n, m in stacked.items()}
+    with mode:
+        for name, module in stacked.items():
+            if form is None:
                 packed = packed_like(module, name)
                 packed.gate_up_proj_bias = module.gate_up_proj_bias
                 packed.down_proj_bias = module.down_proj_bias
-                parent, child = name.rsplit(".", 1)
-                setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
+            else:
+                packed = family_plan.packed_like(module, name, found[name])
+            parent, child = name.rsplit(".", 1)
+            setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
         yield model
 
 
