@@ -251,7 +251,7 @@ def judge(
     agreement = {}
     for rule in SCALE_RULES:
         log(f"MXFP4, scale_rule={rule!r}: float32 to know the exact logits, bfloat16, compiled")
-        packed = {"scale_rule": rule}
+        packed: dict[str, Any] = {"scale_rule": rule}
         model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.float32, **packed).eval()
         exact = run(model, compared, settings)
         model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16, **packed).eval()

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
 
     explained = commands.add_parser("explain", help="what would be rewritten in a model, and why")
-    explained.add_argument("checkpoint", help="a GPT-OSS directory (its config.json is enough)")
+    explained.add_argument("checkpoint", help="a checkpoint, whose config.json is enough")
     explained.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16"
     )
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained.set_defaults(run=_explain)
 
     _add_checkpoint(commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint"))
-    _add_quantize(commands.add_parser("quantize", help="quantize a GPT-OSS checkpoint to MXFP4"))
+    _add_quantize(commands.add_parser("quantize", help="quantize a checkpoint's experts to MXFP4"))
 
     args = parser.parse_args(argv)
     try:
@@ -136,6 +136,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> int:
+    errors: dict[str, float] = {}
     try:
         path = quantize_checkpoint(
             args.source,
@@ -143,10 +144,13 @@ def _quantize(args: argparse.Namespace) -> int:
             skip=args.skip,
             scale_rule=args.scale_rule,
             max_shard_bytes=args.max_shard_bytes,
+            report=errors.update,
         )
     except KeyboardInterrupt:
         print("interrupted: the same command goes on after the last whole shard", file=sys.stderr)
         return 130
+    for experts, error in errors.items():
+        print(f"{experts}: rounding changed the weights by {error:.2%}")
     print(f"wrote {path}")
     return 0
 

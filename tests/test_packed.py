@@ -146,11 +146,14 @@ class TestNearMisses(NearMisses):
 
     def edit(self, changes: dict[str, str], **names: Any) -> GptOssMLP:
         module = pack(mlp())
-        swap_methods(module.experts, forward=edited(PackedExperts.forward, changes, **names))
+        swap_methods(module.experts, _frozen=edited(PackedExperts._frozen, changes, **names))
         return module
 
     def test_no_activation(self) -> None:
-        changes = {'activation="swiglu",': 'activation="none",', "inner,\n": "inner[:, ::2],\n"}
+        changes = {
+            "activation=self.activation,": 'activation="none",',
+            "inner,\n": "inner[:, ::2],\n",
+        }
         self.assert_missed(
             self.edit(changes),
             """\

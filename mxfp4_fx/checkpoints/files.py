@@ -15,6 +15,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 AGAIN = "copy or download the checkpoint again"
 
+# What `other_files` leaves out: weights of any format, and their indexes.
+_WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
 _SHOWN = 4  # how many names a message lists
 _ADAPTER = "adapter_config.json"
 # Prefixes of the pickles that training writes and that hold no weights.
@@ -105,6 +108,21 @@ def require_safetensors(file: Path) -> None:
         )
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file} is no .safetensors file: name the checkpoint's own")
+
+
+def other_files(directory: Path) -> list[Path]:
+    """Return all files except weights, the config and files in hidden folders, such as .git."""
+    files = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
+    return sorted(
+        file
+        for file in files
+        if not (
+            file.suffix in _WEIGHTS
+            or file.name.endswith(_INDEXES)
+            or file == Path(CONFIG)
+            or any(folder.startswith(".") for folder in file.parts[:-1])
+        )
+    )
 
 
 def few(names: Sequence[str]) -> str:

@@ -79,7 +79,7 @@ def sizes(config: Mapping[str, Any], named: str) -> dict[str, int]:
     if (kind := config.get("model_type")) != MODEL_TYPE:
         raise CheckpointError(
             f"{named} says that model_type is {kind!r}: name a checkpoint of GPT-OSS, where it is "
-            f"{MODEL_TYPE!r}"
+            f"{MODEL_TYPE!r}, or one of another family in a format of docs/families.md"
         )
     for key in (*KEYS, *_OPTIONAL):
         if key in _OPTIONAL and key not in config:

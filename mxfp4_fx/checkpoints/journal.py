@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,6 +40,10 @@ def locked(partial: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+# Experts -> sums of squares: of what rounding changed, and of the weights.
+Squares = dict[str, tuple[float, float]]
 
 
 class Journal:
@@ -88,8 +93,21 @@ class Journal:
     def __contains__(self, shard: str) -> bool:
         return shard in self._content["shards"]
 
-    def add(self, shard: str, size: int, digests: dict[str, str], nan: dict[str, int]) -> None:
-        self._content["shards"][shard] = {"size": size, "sha256": digests, "nan_blocks": nan}
+    def add(
+        self,
+        shard: str,
+        size: int,
+        digests: dict[str, str],
+        nan: dict[str, int],
+        squares: Squares,
+    ) -> None:
+        """Enter a complete shard; `squares` is empty, or of its experts that were quantized."""
+        self._content["shards"][shard] = {
+            "size": size,
+            "sha256": digests,
+            "nan_blocks": nan,
+            "squares": squares,
+        }
         self._save()
 
     def digest(self, shard: str, tensor: str) -> str:
@@ -104,6 +122,19 @@ class Journal:
     def nan_blocks(self) -> dict[str, int]:
         shards = self._content["shards"].values()
         return {name: n for shard in shards for name, n in shard["nan_blocks"].items()}
+
+    @property
+    def rounding_errors(self) -> dict[str, float]:
+        """Experts -> the norm of what rounding changed, relative to the norm of the weights."""
+        sums: Squares = {}
+        for shard in self._content["shards"].values():
+            for name, (error, value) in shard.get("squares", {}).items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = before[0] + error, before[1] + value
+        return {
+            name: math.sqrt(error / value) if value else 0.0
+            for name, (error, value) in sums.items()
+        }
 
     def _save(self) -> None:
         written = self._file.with_suffix(".writing")

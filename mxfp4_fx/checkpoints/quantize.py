@@ -1,4 +1,4 @@
-"""`quantize_checkpoint`: quantize a GPT-OSS checkpoint to MXFP4 in bounded memory.
+"""`quantize_checkpoint`: quantize a checkpoint to MXFP4 in bounded memory.
 
 Experts are read, quantized and written one at a time; other tensors are copied a few MiB at a time.
 All files are written in ``OUT.partial``, which `journal.py` describes, and then read again and
@@ -11,16 +11,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from mxfp4_fx.checkpoints import consistency
+from mxfp4_fx.checkpoints import consistency, packed_formats, single_experts
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
-from mxfp4_fx.checkpoints.files import CONFIG, INDEX, PICKLES
+from mxfp4_fx.checkpoints.files import CONFIG, INDEX, other_files
 from mxfp4_fx.checkpoints.gpt_oss import (
     METHOD,
     MULTIPLES_OF_BLOCK,
@@ -28,7 +29,7 @@ from mxfp4_fx.checkpoints.gpt_oss import (
     not_converted_by_default,
     quantized_config,
 )
-from mxfp4_fx.checkpoints.journal import Journal, locked, sync
+from mxfp4_fx.checkpoints.journal import Journal, Squares, locked, sync
 from mxfp4_fx.checkpoints.safetensors_file import (
     SHARD_BYTES,
     StoredTensor,
@@ -39,14 +40,11 @@ from mxfp4_fx.checkpoints.safetensors_file import (
     require_room,
     write_safetensors,
 )
+from mxfp4_fx.checkpoints.single_experts import has_single_experts, packed_specs
 from mxfp4_fx.core import formats
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, SCALE_RULES
 from mxfp4_fx.core.skip import Skip
-
-# Files that are not copied: weights of any format, and their indexes.
-_WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
-_INDEXES = (".safetensors.index.json", ".bin.index.json")
 
 
 def quantize_checkpoint(
@@ -57,14 +55,16 @@ def quantize_checkpoint(
     scale_rule: str = "max",
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
+    report: Callable[[dict[str, float]], object] | None = None,
 ) -> Path:
     """Write the checkpoint directory `source` to `out`, with its experts in MXFP4.
 
-    `formats.quantize` turns dense experts [E, K, N] into blocks [E, N, K/32, 16] and scales
-    [E, N, K/32]. All other tensors and files are copied byte for byte, except weights in other
-    files. The config gets a ``quantization_config``. `out` appears only after its files were read
-    again and compared. An interrupted run leaves ``out.partial``; the same call resumes it after
-    the last complete shard.
+    `formats.quantize` turns a GPT-OSS's dense experts [E, K, N] into blocks [E, N, K/32, 16] and
+    scales [E, N, K/32]. Experts of other families, whose files have a matrix [N, K] for each
+    expert, become compressed-tensors' ``mxfp4-pack-quantized``, which other programs read. All
+    other tensors and files are copied byte for byte, except weights in other files. The config gets
+    a ``quantization_config``. `out` appears only after its files were read again and compared. An
+    interrupted run leaves ``out.partial``; the same call resumes it after the last complete shard.
 
     Args:
         source: a directory with dense experts in bfloat16, float16 or float32.
@@ -75,6 +75,8 @@ def quantize_checkpoint(
         max_shard_bytes: tensor bytes in a shard. A weight's blocks and scales stay in one shard,
             even if they exceed it.
         progress: show progress bars if stderr is a terminal.
+        report: called at the end with experts -> relative error of their rounding: the norm of what
+            it changed, divided by the norm of the weights. None means that it is not computed.
 
     Returns:
         `out` as an absolute path.
@@ -106,7 +108,7 @@ def quantize_checkpoint(
             require_new(out)  # another run may have finished before we got the lock
             journal = Journal(partial, plan.identity)
             require_room(out, plan.nbytes - journal.nbytes)
-            _write(plan, journal, progress)
+            _write(plan, journal, progress, report is not None)
             _verify(plan, journal, progress)
             _add_files(plan, journal.checkpoint)
             journal.checkpoint.replace(out)
@@ -116,6 +118,8 @@ def quantize_checkpoint(
             f"{error}: repair that, and the same command goes on from {partial}"
         ) from error
     warn_of_nan_blocks(journal.nan_blocks)
+    if report is not None:
+        report(journal.rounding_errors)
     return out
 
 
@@ -141,16 +145,41 @@ class _Item(NamedTuple):
     def is_copied(self) -> bool:
         return len(self.specs) == 1
 
-    def parts(self, scale_rule: str) -> Iterator[tuple[str, memoryview]]:
-        """Yield (name, bytes) to write, one expert's blocks and scales at a time."""
+    def parts(
+        self, scale_rule: str, squares: Squares | None = None
+    ) -> Iterator[tuple[str, memoryview]]:
+        """Yield (name, bytes) to write, one expert's blocks and scales at a time.
+
+        The sums of squares of what is quantized are added to `squares`.
+        """
         if self.is_copied:
             yield from ((self.source.name, chunk) for chunk in self.source.chunks())
+            return
+        if len(self.source.shape) == 2:  # one expert
+            values = self.source.read()
+            blocks, scales = formats.quantize(values, scale_rule=scale_rule)
+            self._measure(values, blocks, scales, squares)
+            for spec, data in zip(self.specs, (blocks.flatten(1), scales), strict=True):
+                yield spec.name, data.numpy().data
             return
         for expert in range(self.source.shape[0]):
             values = self.source.read(expert).transpose(0, 1)
             packed = formats.quantize(values, scale_rule=scale_rule)
+            self._measure(values, *packed, squares)
             for spec, data in zip(self.specs, packed, strict=True):
                 yield spec.name, data.numpy().data
+
+    def _measure(
+        self, values: Tensor, blocks: Tensor, scales: Tensor, squares: Squares | None
+    ) -> None:
+        if squares is None:
+            return
+        wide = values.float()
+        change = formats.dequantize(blocks, scales, torch.float32).sub_(wide)
+        sums = [x.flatten().double().square().sum().item() for x in (change, wide)]
+        experts = self.source.name.partition(".experts.")[0] + ".experts"
+        before = squares.get(experts, (0.0, 0.0))
+        squares[experts] = before[0] + sums[0], before[1] + sums[1]
 
 
 class _Plan(NamedTuple):
@@ -169,6 +198,8 @@ class _Plan(NamedTuple):
 
 def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) -> _Plan:
     checkpoint = Checkpoint.open(directory)
+    if has_single_experts(checkpoint):
+        return _plan_of_family(checkpoint, directory, skip, scale_rule, max_shard_bytes)
     config = dict(checkpoint.config)
     _require_dense(checkpoint)
     _, modules = checkpoint.quantization()
@@ -197,7 +228,27 @@ def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) ->
         "max_shard_bytes": max_shard_bytes,
     }
     shards = cut(items, lambda item: item.nbytes, max_shard_bytes)
-    return _Plan(directory, shards, config, _other_files(directory), identity, scale_rule)
+    return _Plan(directory, shards, config, other_files(directory), identity, scale_rule)
+
+
+def _plan_of_family(
+    checkpoint: Checkpoint, directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int
+) -> _Plan:
+    names = single_experts.to_quantize(checkpoint, skip)
+    settings = single_experts.quantized_config(checkpoint, names)
+    config = {**checkpoint.config, "quantization_config": settings}
+    items = [
+        _Item(one, packed_specs(one) if name in names else (one.spec,))
+        for name, one in checkpoint.tensors.items()
+    ]
+    identity = {
+        "input": _fingerprint(checkpoint, directory / CONFIG),
+        "quantization_config": settings,
+        "scale_rule": scale_rule,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    shards = cut(items, lambda item: item.nbytes, max_shard_bytes)
+    return _Plan(directory, shards, config, other_files(directory), identity, scale_rule)
 
 
 def _require_dense(checkpoint: Checkpoint) -> None:
@@ -243,25 +294,10 @@ def _fingerprint(checkpoint: Checkpoint, config: Path) -> list[list[Any]]:
     ]
 
 
-def _other_files(directory: Path) -> list[Path]:
-    """Return all files except weights, the config and files in hidden folders, such as .git."""
-    files = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
-    return sorted(
-        file
-        for file in files
-        if not (
-            file.suffix in _WEIGHTS
-            or file.name.endswith(_INDEXES)
-            or file == Path(CONFIG)
-            or any(folder.startswith(".") for folder in file.parts[:-1])
-        )
-    )
-
-
 # ---- running ------------------------------------------------------------------------------------
 
 
-def _write(plan: _Plan, journal: Journal, progress: bool) -> None:
+def _write(plan: _Plan, journal: Journal, progress: bool, measured: bool) -> None:
     """Write the shards that the journal does not have."""
     missing = {name: items for name, items in plan.shards.items() if name not in journal}
     total = sum(item.nbytes for items in missing.values() for item in items)
@@ -270,21 +306,28 @@ def _write(plan: _Plan, journal: Journal, progress: bool) -> None:
             specs = [spec for item in items for spec in item.specs]
             digests = {spec.name: hashlib.sha256() for spec in specs}
             nan: dict[str, int] = {}
+            squares: Squares = {}
             written = journal.checkpoint / f"{name}.writing"
-            parts = _watched(items, plan.scale_rule, digests, nan)
+            given = squares if measured else None
+            parts = _watched(items, plan.scale_rule, digests, nan, given)
             write_safetensors(written, specs, parts, bar.update)
             sync(written)
             written.replace(journal.checkpoint / name)
             size = (journal.checkpoint / name).stat().st_size
-            journal.add(name, size, {key: d.hexdigest() for key, d in digests.items()}, nan)
+            hashes = {key: digest.hexdigest() for key, digest in digests.items()}
+            journal.add(name, size, hashes, nan, squares)
 
 
 def _watched(
-    items: Iterable[_Item], scale_rule: str, digests: Mapping[str, Any], nan: dict[str, int]
+    items: Iterable[_Item],
+    scale_rule: str,
+    digests: Mapping[str, Any],
+    nan: dict[str, int],
+    squares: Squares | None,
 ) -> Iterator[tuple[str, memoryview]]:
     """Yield the parts of `items`; update `digests`, and count NaN scales in `nan`, on the way."""
     for item in items:
-        for name, part in item.parts(scale_rule):
+        for name, part in item.parts(scale_rule, squares):
             digests[name].update(part)
             is_scales = not item.is_copied and name == item.specs[-1].name
             if is_scales and (count := bytes(part).count(E8M0_NAN)):
@@ -295,7 +338,11 @@ def _watched(
 def _verify(plan: _Plan, journal: Journal, progress: bool) -> None:
     """Read all shards again; compare them with the checksums, and copied tensors with the input."""
     written = Checkpoint([journal.checkpoint / name for name in plan.shards], plan.config)
-    consistency.check(written)
+    form = packed_formats.format_of(plan.config, CONFIG)
+    if form is None:
+        consistency.check(written)
+    else:
+        packed_formats.packed_weights(written, form)
     total = sum(item.nbytes for items in plan.shards.values() for item in items)
     with _bar("verifying", total, progress) as bar:
         for shard, items in plan.shards.items():

@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 OLDEST_TRANSFORMERS = "5.8"
 # The oldest that can spread packed experts over processes.
 OLDEST_TO_SPREAD = "5.20"
+# The oldest whose quantizers can change how a family's experts are merged.
+OLDEST_FOR_FAMILIES = "5.23"
 
 
 def transformers_version() -> str | None:
@@ -29,6 +31,14 @@ def too_old_transformers() -> str | None:
     """Return transformers' version if it is older than it must be, or else None."""
     version = transformers_version()
     if version is None or _numbers(version) >= _numbers(OLDEST_TRANSFORMERS):
+        return None
+    return version
+
+
+def too_old_for_families() -> str | None:
+    """Return transformers' version if it cannot load packed experts of any family, or else None."""
+    version = transformers_version()
+    if version is None or _numbers(version) >= _numbers(OLDEST_FOR_FAMILIES):
         return None
     return version
 

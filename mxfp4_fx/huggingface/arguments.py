@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mxfp4_fx.core.errors import OptionError
 from mxfp4_fx.core.formats import SCALE_RULES
@@ -38,3 +38,12 @@ def check_scale_rule(scale_rule: str, called: str) -> None:
     if scale_rule not in SCALE_RULES:
         known = " or ".join(map(repr, SCALE_RULES))
         raise OptionError(f"{called}(..., scale_rule={scale_rule!r}): it must be {known}")
+
+
+def refuse_for_families(**given: Any) -> None:
+    """Raise the OptionError for an argument that only GPT-OSS checkpoints take."""
+    if named := next((name for name, value in given.items() if value), None):
+        raise OptionError(
+            f"from_pretrained(..., {named}=...) is for GPT-OSS checkpoints: in those of other "
+            "families, all experts that are MXFP4 stay packed, and all sizes are the config's"
+        )

@@ -1,4 +1,4 @@
-"""``mxfp4_fx.from_pretrained``: a GPT-OSS model whose experts stay packed."""
+"""``mxfp4_fx.from_pretrained``: a model whose experts stay packed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from mxfp4_fx.checkpoints import gpt_oss
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
 from mxfp4_fx.checkpoints.files import CONFIG, directory_of, read_config
 from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
+from mxfp4_fx.checkpoints.packed_formats import Format, format_of, packed_weights
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.skip import not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
 from mxfp4_fx.core.version import OLDEST_TRANSFORMERS, too_old_transformers
-from mxfp4_fx.huggingface.arguments import REFUSED, check_scale_rule, refuse
+from mxfp4_fx.huggingface.arguments import REFUSED, check_scale_rule, refuse, refuse_for_families
 
 _NEEDED = f"transformers {OLDEST_TRANSFORMERS} or newer (pip install --upgrade transformers)"
 _HUB_OPTIONS = (
@@ -35,12 +36,15 @@ def from_pretrained(
     skip: str | Sequence[str] = (),
     scale_rule: str = "max",
     experts_device: torch.device | str | int | None = None,
+    requantize: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Load a GPT-OSS model through transformers; its experts keep the bytes of the checkpoint.
+    """Load a model through transformers; its experts keep the bytes of the checkpoint.
 
-    Experts that the checkpoint holds dense (float32, bfloat16, float16) are quantized while they
-    are loaded, one tensor at a time.
+    The checkpoint is a GPT-OSS, or a model of another family in one of the formats of
+    docs/families.md. Experts that a GPT-OSS checkpoint holds dense (float32, bfloat16, float16) are
+    quantized while they are loaded, one tensor at a time. What else than experts is MXFP4 in the
+    files of another family becomes dense.
 
     Args:
         path: a directory, or a model's name on the Hub.
@@ -52,6 +56,8 @@ def from_pretrained(
         experts_device: the device on which packed experts stay (``placement.place_experts``), "cpu"
             beside a GPU for example; ``device_map`` then names the one device of the rest. None
             means that they go where the rest goes.
+        requantize: whether ``save_pretrained`` rounds to MXFP4 again what was MXFP4 in the files,
+            is no expert's and has changed since; otherwise it raises a CheckpointError.
         kwargs: further arguments of transformers' ``from_pretrained``: dtype, device_map, ...
             With ``distributed_config=DistributedConfig(tp_size=W, ep_size=W)`` all W processes of
             torch.distributed call this, and each loads its own part of the experts.
@@ -63,9 +69,9 @@ def from_pretrained(
         (``backend="mxfp4"``) and saved (``save_pretrained`` writes an MXFP4 checkpoint).
 
     Raises:
-        CheckpointError: the checkpoint does not exist, is damaged, or is not a GPT-OSS in MXFP4 or
-            dense; or transformers is not installed, or too old; or another process that loads the
-            model fails, or loads another one.
+        CheckpointError: the checkpoint does not exist, is damaged, or is neither a GPT-OSS in MXFP4
+            or dense nor in a format of docs/families.md; or transformers is not installed, or too
+            old; or another process that loads the model fails, or loads another one.
         OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
             experts, ``scale_rule`` or ``experts_device`` is unknown, or ``device_map`` names no
             single device beside ``experts_device``.
@@ -109,17 +115,33 @@ def from_pretrained(
     mapping, ignore_sizes = kwargs.get("key_mapping") or {}, kwargs.get("ignore_mismatched_sizes")
     rename = renaming(mapping)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-    quantization = Mxfp4Config(skip=skip, scale_rule=scale_rule)
-    quantization.key_mapping, quantization.ignore_sizes = mapping, bool(ignore_sizes)
+    form = _format_of(path, hub)
+    quantization: Any
+    if form is None:
+        quantization = Mxfp4Config(skip=skip, scale_rule=scale_rule)
+        quantization.ignore_sizes = bool(ignore_sizes)
+    else:
+        from mxfp4_fx.huggingface.family_quantizer import CompressedTensorsConfig
+
+        refuse_for_families(skip=skip, ignore_mismatched_sizes=ignore_sizes)
+        quantization = CompressedTensorsConfig(requantize=requantize)
+    quantization.key_mapping = mapping
     auto_class = auto_class or transformers.AutoModelForCausalLM
     kwargs["use_safetensors"] = True  # None would allow pickles
     with Meeting(is_spread(distributed)) as quantization.meeting:
-        if os.path.isdir(path) and kwargs.get("variant") is None:
+        is_local = os.path.isdir(path) and kwargs.get("variant") is None
+        if form is not None:
+            if is_local:
+                packed_weights(Checkpoint.open(Path(path, hub.get("subfolder", "")), rename), form)
+        elif is_local:
             checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")), rename)
             check(checkpoint, ignore_sizes=bool(ignore_sizes))
         else:  # the quantizer checks the files after transformers has found or downloaded them
             _check_config(path, hub)
         config, kwargs = _model_config(path, hub, kwargs)
+        if form is not None:  # with it, transformers would insist on its own quantizer
+            for part in (config, config.get_text_config()):
+                vars(part).pop("quantization_config", None)
         try:
             model = auto_class.from_pretrained(
                 path, config=config, quantization_config=quantization, **hub, **kwargs
@@ -145,8 +167,8 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
             experts, as :func:`from_pretrained` loads them.
 
     Raises:
-        CheckpointError: the file is missing or does not describe a GPT-OSS, or transformers is not
-            installed, or too old.
+        CheckpointError: the file is missing or describes neither a GPT-OSS nor a model in a format
+            of docs/families.md, or transformers is not installed, or too old.
         OptionError: transformers has no implementation of that name.
     """
     _require_transformers()
@@ -155,14 +177,20 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+        from mxfp4_fx.huggingface import family_plan
+        from mxfp4_fx.huggingface.activations import activation_of
+        from mxfp4_fx.huggingface.family_plan import is_family
         from mxfp4_fx.huggingface.quantizer import packed_like
     except ImportError as error:
         raise CheckpointError(f"this needs {_NEEDED}: {error}") from error
     directory = directory_of(path)
     content, named = read_config(directory), str(directory / CONFIG)
-    gpt_oss.sizes(content, named)
-    method, kept = gpt_oss.quantization(content, named)
-    gpt_oss.require_method(method, named)
+    form = format_of(content, named)
+    kept: list[str] = []
+    if form is None:
+        gpt_oss.sizes(content, named)
+        method, kept = gpt_oss.quantization(content, named)
+        gpt_oss.require_method(method, named)
     known = ("eager", *ALL_EXPERTS_FUNCTIONS)
     if experts is not None and experts not in known:
         raise OptionError(
@@ -171,7 +199,8 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
     config, _ = _model_config(str(directory), {"local_files_only": True}, {})
     vars(config).pop("quantization_config", None)
     kwargs = {"experts_implementation": experts} if experts else {}
-    with FakeTensorMode():
+    mode = FakeTensorMode()
+    with mode:
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
         except Exception as error:  # of any class: transformers uses the config's values unchecked
@@ -179,15 +208,41 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
                 f"transformers cannot make the model of {named} ({_one_line(error)}): "
                 f"{gpt_oss.ITS_CONFIG}"
             ) from error
-        for name, module in list(model.named_modules()):
-            is_dense = experts is not None or any(not_converted(entry, name) for entry in kept)
-            if isinstance(module, GptOssExperts) and not is_dense:
+    stacked = {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, GptOssExperts) if form is None else is_family(module))
+        and experts is None
+        and not any(not_converted(entry, name) for entry in kept)
+    }
+    # Found by computing it, with numbers that are not fake.
+    found = {} if form is None else {n: activation_of(m, n) for n, m in stacked.items()}
+    with mode:
+        for name, module in stacked.items():
+            if form is None:
                 packed = packed_like(module, name)
                 packed.gate_up_proj_bias = module.gate_up_proj_bias
                 packed.down_proj_bias = module.down_proj_bias
-                parent, child = name.rsplit(".", 1)
-                setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
+            else:
+                packed = family_plan.packed_like(module, name, found[name])
+            parent, child = name.rsplit(".", 1)
+            setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
         yield model
+
+
+def _format_of(path: str, hub: dict[str, Any]) -> Format | None:
+    """Return the format of another family's checkpoint; None for GPT-OSS and for what is none.
+
+    Raises:
+        CheckpointError: the format cannot be read.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        config: dict[str, Any] = PretrainedConfig.get_config_dict(path, **hub)[0]
+    except Exception:  # of any class: what is wrong is said by the checks of a GPT-OSS
+        return None
+    return format_of(config, f"{CONFIG} of {path}")
 
 
 def _require_transformers() -> None:
@@ -216,8 +271,8 @@ def _check_config(path: str, hub: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} has no {CONFIG}: name a directory, or a model on the Hub")
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
-            f"{path} has a model of type {config.get('model_type')}: only GPT-OSS ({MODEL_TYPE}) "
-            f"can be loaded with packed experts"
+            f"{path} has a model of type {config.get('model_type')}, and no MXFP4 in a format of "
+            f"docs/families.md: only GPT-OSS ({MODEL_TYPE}) is loaded from other files"
         )
     gpt_oss.require_method(gpt_oss.quantization(config, f"{CONFIG} of {path}")[0], path)
 

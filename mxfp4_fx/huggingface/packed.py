@@ -1,8 +1,10 @@
-"""`PackedExperts`: GPT-OSS experts whose weights stay packed, as in an MXFP4 checkpoint.
+"""`PackedExperts`: experts whose weights stay packed, as in an MXFP4 checkpoint.
 
 Uncompiled, the module calls the reference implementation of the ops, which dequantizes the experts
 that are hit, one at a time. For freed weights, it calls the kernels in whose layout the store has
-them. Dynamo captures the ops whole, and ``passes/patterns.py`` has them as the form ``packed``.
+them. Dynamo captures the ops whole, and ``passes/patterns.py`` has GPT-OSS's as the form
+``packed``. For this backend it captures the logical op of other families' experts, of which nothing
+but shapes need be proven.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.checkpoints.gpt_oss import PROJECTIONS
+from mxfp4_fx.core import compilation
 from mxfp4_fx.core.errors import SlowKernelsWarning
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.huggingface.block_shards import BlockShard
@@ -23,23 +26,26 @@ from mxfp4_fx.huggingface.shards import Shard
 from mxfp4_fx.ops import adapters as lora
 from mxfp4_fx.ops import target
 from mxfp4_fx.ops.adapters import LowRank
-from mxfp4_fx.ops.operands import ALPHA, LIMIT, Activation
+from mxfp4_fx.ops.operands import ACTIVATIONS, ALPHA, LIMIT, UP_OFFSET, Activation
 from mxfp4_fx.weights.freed import is_freed
 from mxfp4_fx.weights.source import MXFP4, Parts, Source
 from mxfp4_fx.weights.store import STORE
 
 
 class PackedExperts(nn.Module):
-    """The replacement for transformers' ``GptOssExperts``, with a checkpoint's names and bytes.
+    """The replacement for transformers' experts, with a checkpoint's bytes.
 
-    Shape letters: T tokens, E experts, A experts per token, H hidden, I intermediate.
+    Shape letters: T tokens, E experts, A experts per token, H hidden, I intermediate. Names and
+    order are those of GPT-OSS's checkpoints. Without a gate, ``gate_up_proj`` is up alone, [E, I,
+    ...].
 
     Attributes:
         gate_up_proj_blocks, gate_up_proj_scales: uint8 [E, 2I, H/32, 16] and [E, 2I, H/32]; gate in
             the even rows, up in the odd.
         down_proj_blocks, down_proj_scales: uint8 [E, H, I/32, 16] and [E, H, I/32].
-        gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H].
-        alpha, limit: SwiGLU's constants.
+        gate_up_proj_bias, down_proj_bias: [E, 2I] and [E, H], or None.
+        alpha, limit, activation, up_offset: see ``operands.Activation``.
+        replaced: transformers' own experts on meta, without values, if they are not GPT-OSS's.
         shards: parameter's name -> how the processes share it, for those of which this one holds a
             part. E or I, in the shapes above, is then what this process has of it.
         cuts: the same under tensor parallelism, from before the weights are loaded on.
@@ -56,6 +62,7 @@ class PackedExperts(nn.Module):
     gate_up_proj_scales: nn.Parameter
     down_proj_blocks: nn.Parameter
     down_proj_scales: nn.Parameter
+    replaced: tuple[nn.Module, ...] = ()  # in a tuple, it is no submodule
 
     def __init__(
         self,
@@ -64,6 +71,10 @@ class PackedExperts(nn.Module):
         intermediate_size: int,
         alpha: float = ALPHA,
         limit: float = LIMIT,
+        *,
+        activation: str = "swiglu",
+        up_offset: float = UP_OFFSET,
+        has_bias: bool = True,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -71,16 +82,23 @@ class PackedExperts(nn.Module):
         self.intermediate_size = intermediate_size
         self.alpha = alpha
         self.limit = limit
+        self.activation = activation
+        self.up_offset = up_offset
         self.stays_on: torch.device | None = None
         self.shards: dict[str, Shard | BlockShard] = {}
         self.cuts: dict[str, BlockShard] = {}
-        sizes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
-        for name, (n, k) in zip(PROJECTIONS, sizes, strict=True):
+        for name, (n, k) in zip(PROJECTIONS, self.sizes(), strict=True):
             shape = (num_experts, n, k // BLOCK)
             self.register_parameter(f"{name}_blocks", _bytes(*shape, BYTES_PER_BLOCK))
             self.register_parameter(f"{name}_scales", _bytes(*shape))
-            bias = nn.Parameter(torch.empty(num_experts, n), requires_grad=False)
-            self.register_parameter(f"{name}_bias", bias)
+            bias = torch.empty(num_experts, n) if has_bias else None
+            held = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            self.register_parameter(f"{name}_bias", held)
+
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (N, K) of both projections."""
+        h, i = self.hidden_size, self.intermediate_size
+        return (2 * i if ACTIVATIONS[self.activation] else i, h), (h, i)
 
     def forward(
         self,
@@ -109,6 +127,8 @@ class PackedExperts(nn.Module):
         routes = router_indices, routing_weights
         if adapters and any(adapters.values()):
             out = self._adapted(hidden_states, *routes, adapters)
+        elif torch.compiler.is_dynamo_compiling() and self._is_logical():
+            out = self._logical(hidden_states, *routes)
         else:
             out = self._frozen(hidden_states, *routes)
         return out if home == device else out.to(home)
@@ -122,12 +142,13 @@ class PackedExperts(nn.Module):
             hidden_states,
             *gate_up,
             self.gate_up_proj_bias,
-            2 * self.intermediate_size,
+            self.sizes()[0][0],
             offsets,
             gather_index=gather_index,
-            activation="swiglu",
+            activation=self.activation,
             alpha=self.alpha,
             limit=self.limit,
+            up_offset=self.up_offset,
             **by,
         )
         down, by = _readable(self.down_proj_blocks, self.down_proj_scales)
@@ -194,6 +215,32 @@ class PackedExperts(nn.Module):
         blocks, scales = self.get_parameter(f"{name}_blocks"), self.get_parameter(f"{name}_scales")
         parts, by = _readable(blocks, scales)
         return lora.projection(*parts, self.get_parameter(f"{name}_bias"), n, by)
+
+    @property
+    def is_of_gpt_oss(self) -> bool:
+        return self.gate_up_proj_bias is not None and self.activation == "swiglu"
+
+    def _is_logical(self) -> bool:
+        """Return whether this backend captures the logical op: not for what `patterns.py` has."""
+        return not self.is_of_gpt_oss and compilation.compiling_for()
+
+    def _logical(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mxfp4.moe.routes(
+            hidden,
+            indices,
+            weights,
+            self.gate_up_proj_blocks,
+            self.gate_up_proj_bias,
+            self.down_proj_blocks,
+            self.down_proj_bias,
+            self.alpha,
+            self.limit,
+            self.gate_up_proj_scales,
+            self.down_proj_scales,
+            activation=self.activation,
+            up_offset=self.up_offset,
+        )
+        return out
 
     @torch.no_grad()
     def keep_shards(self) -> None:

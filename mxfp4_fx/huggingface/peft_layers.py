@@ -56,7 +56,8 @@ class ParamWrapper(DenseParamWrapper):
         roundings: what merging has lost since the last ``unmerge``, an entry for each ``merge``.
 
     Raises:
-        OptionError: it is to adapt something else than a projection, or shards of experts.
+        OptionError: it is to adapt something else than a projection, shards of experts, or experts
+            of another family.
     """
 
     def __init__(
@@ -73,6 +74,11 @@ class ParamWrapper(DenseParamWrapper):
             raise OptionError(
                 "packed experts that are spread over processes take no adapters: train them in one "
                 "process, or in processes that each hold all experts"
+            )
+        if not experts.is_of_gpt_oss:
+            raise OptionError(
+                "packed experts of other families than GPT-OSS take no adapters yet: train them on "
+                "the dense model, or leave experts out of target_parameters"
             )
         self.roundings: list[Rounding] = []
         self._unmerged: list[tuple[nn.Parameter, nn.Parameter]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, TypeVar, cast
 
@@ -87,7 +88,10 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         # Packed experts are never trainable. Dense ones become so if the router beside them is.
         trainable = any(parameter.requires_grad for parameter in parents[0].parameters())
         packed = cast(PackedExperts, model.get_submodule(names[0]))
-        experts = _dense(packed, owner.config.get_text_config(), dtype)
+        if packed.replaced:
+            experts = _dense_of_family(packed, dtype or owner.dtype)
+        else:
+            experts = _dense(packed, owner.config.get_text_config(), dtype)
         del packed
         for parent, name in zip(parents, names, strict=True):
             setattr(parent, name.rpartition(".")[2], experts.requires_grad_(trainable))
@@ -127,18 +131,41 @@ def _dense(packed: PackedExperts, config: Any, dtype: torch.dtype | None) -> Any
         experts = GptOssExperts(config)
     for name in PROJECTIONS:
         bias = packed.get_parameter(f"{name}_bias")
-        # After free_weights, only the store has the weight, in a kernel's layout.
-        held = tuple(packed.get_parameter(f"{name}_{part}") for part in ("blocks", "scales"))
-        source = Source(held, MXFP4)
-        try:
-            blocks, scales = STORE.values(source)
-        except torch.OutOfMemoryError:
-            blocks, scales = STORE.values(source, torch.device("cpu"))
-        with torch.no_grad():
-            weight = dense_weight(blocks, scales, dtype or bias.dtype)
+        weight = _values(packed, name, dtype or bias.dtype)
         experts.register_parameter(name, nn.Parameter(weight))
         experts.register_parameter(f"{name}_bias", bias)
     experts.alpha, experts.limit = packed.alpha, packed.limit
+    return _in_its_place(packed, experts)
+
+
+def _dense_of_family(packed: PackedExperts, dtype: torch.dtype) -> Any:
+    """Return the same for experts of another family, which are [E, N, K], gate before up."""
+    (replaced,) = cast(Any, packed.replaced)
+    # The config stays the model's, which chooses the implementation of its experts.
+    experts = copy.deepcopy(replaced, {id(replaced.config): replaced.config})
+    for name in PROJECTIONS:
+        weight = _values(packed, name, dtype).transpose(1, 2)
+        if name == PROJECTIONS[0]:
+            weight = weight.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        experts.register_parameter(name, nn.Parameter(weight.contiguous()))
+    return _in_its_place(packed, experts)
+
+
+def _values(packed: PackedExperts, name: str, dtype: torch.dtype) -> Tensor:
+    """Return a projection's weight [E, K, N]."""
+    # After free_weights, only the store has the weight, in a kernel's layout.
+    held = tuple(packed.get_parameter(f"{name}_{part}") for part in ("blocks", "scales"))
+    source = Source(held, MXFP4)
+    try:
+        blocks, scales = STORE.values(source)
+    except torch.OutOfMemoryError:
+        blocks, scales = STORE.values(source, torch.device("cpu"))
+    with torch.no_grad():
+        return dense_weight(blocks, scales, dtype)
+
+
+def _in_its_place(packed: PackedExperts, experts: Any) -> Any:
+    """Return dense experts with the hook and the mode of packed ones."""
     setattr(experts, UNPACKED, True)
     hook = getattr(packed, "_hf_hook", None)
     if hook is not None:  # the model's layers are on several devices

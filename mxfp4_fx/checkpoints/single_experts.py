@@ -1,0 +1,127 @@
+"""Dense checkpoints that hold experts one by one, and the words of compressed-tensors for them.
+
+Such files have a matrix [N, K] for each expert and projection, as nearly all families' have:
+"model.layers.0.mlp.experts.3.up_proj.weight". In MXFP4 they get the names, the bytes and the config
+of compressed-tensors' ``mxfp4-pack-quantized``, which other programs read, too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint
+from mxfp4_fx.checkpoints.gpt_oss import FLOATS, MODEL_TYPE
+from mxfp4_fx.checkpoints.packed_formats import COMPRESSED_TENSORS, quantization_config
+from mxfp4_fx.checkpoints.safetensors_file import StoredTensor, TensorSpec
+from mxfp4_fx.core.errors import CheckpointError
+from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.skip import Skip
+
+_SINGLE = re.compile(r"^(.*\.experts)\.\d+\.\w+\.weight$")
+
+
+def has_single_experts(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint is of another family than GPT-OSS, with experts one by one."""
+    is_gpt_oss = checkpoint.config.get("model_type") == MODEL_TYPE
+    return not is_gpt_oss and any(map(_SINGLE.match, checkpoint.tensors))
+
+
+def to_quantize(checkpoint: Checkpoint, skip: Skip) -> set[str]:
+    """Return the names of the experts' matrices that become MXFP4.
+
+    Args:
+        checkpoint: one that :func:`has_single_experts`.
+        skip: names modules of experts ("model.layers.0.mlp.experts") that stay dense.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized already; a matrix cannot be MXFP4; or all
+            experts are skipped.
+        OptionError: a pattern of `skip` names no experts.
+    """
+    settings = quantization_config(checkpoint.config)
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise CheckpointError(
+            f"{checkpoint.config_name} says that quant_method is {method!r}: name a checkpoint "
+            "that is not quantized"
+        )
+    places = {name: found[1] for name in checkpoint.tensors if (found := _SINGLE.match(name))}
+    skip.require_used(list(dict.fromkeys(places.values())))
+    skipped = {place for place in places.values() if skip.names(place)}
+    names = {name for name, place in places.items() if place not in skipped}
+    if not names:
+        raise CheckpointError(
+            f"nothing of {checkpoint.files[0].parent} is left to quantize: skip fewer layers"
+        )
+    for name in sorted(names):
+        tensor = checkpoint.tensors[name]
+        if tensor.dtype not in FLOATS or len(tensor.shape) != 2 or tensor.shape[1] % BLOCK:
+            raise CheckpointError(
+                f"{name} in {tensor.file} is {tensor.dtype} {list(tensor.shape)}: MXFP4 takes "
+                f"matrices of float32, bfloat16 or float16 whose rows are a multiple of {BLOCK} "
+                "long; skip its experts"
+            )
+    return names
+
+
+def packed_specs(tensor: StoredTensor) -> tuple[TensorSpec, TensorSpec]:
+    """Return the two tensors to write for a matrix: its blocks, then its scales."""
+    n, k = tensor.shape
+    stem = tensor.name.removesuffix("weight")
+    return (
+        TensorSpec(f"{stem}{COMPRESSED_TENSORS.blocks}", torch.uint8, (n, k // 2)),
+        TensorSpec(f"{stem}{COMPRESSED_TENSORS.scales}", torch.uint8, (n, k // BLOCK)),
+    )
+
+
+def quantized_config(checkpoint: Checkpoint, names: set[str]) -> dict[str, Any]:
+    """Return ``quantization_config`` of the checkpoint in which the matrices `names` are MXFP4.
+
+    What else may be a linear layer is named as ignored, once for all layers where that is so.
+    """
+    weights = [
+        name.removesuffix(".weight")
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and name not in names
+    ]
+    quantized = {_of_any_layer(name.removesuffix(".weight")) for name in names}
+    ignore = []
+    for module in weights:
+        pattern = _of_any_layer(module)
+        is_one = pattern in quantized or pattern == re.escape(
+            module
+        )  # a skipped one, or no layer's
+        ignore.append(module if is_one else f"re:^{pattern}$")
+    return {
+        "quant_method": COMPRESSED_TENSORS.method,
+        "format": COMPRESSED_TENSORS.name,
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": COMPRESSED_TENSORS.name,
+                "input_activations": None,
+                "output_activations": None,
+                "weights": {
+                    "num_bits": 4,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": BLOCK,
+                    "dynamic": False,
+                    "scale_dtype": "torch.uint8",
+                },
+            }
+        },
+        "ignore": list(dict.fromkeys(ignore)),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _of_any_layer(module: str) -> str:
+    """Return a pattern for a module's name with any numbers in it."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module))

@@ -1,0 +1,118 @@
+"""What transformers' loader converts for a family's packed files, and back when it saves.
+
+Shape letters: E experts, I intermediate, N output rows, K contraction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+
+from mxfp4_fx.core.formats import BYTES_PER_BLOCK, E8M0_NAN, dequantize
+from mxfp4_fx.huggingface.conversions import _only
+
+
+class StackExperts(ConversionOps):
+    """The conversion of single experts' bytes to the one tensor of ``PackedExperts``.
+
+    Of each expert there is one matrix, or one of gate and one of up, whose rows then alternate.
+    """
+
+    def __init__(self, is_blocks: bool, nan_blocks: dict[str, int]) -> None:
+        self.is_blocks = is_blocks
+        self._nan_blocks = nan_blocks  # convert() writes the counts of NaN blocks into it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackExperts:
+        return self  # the loader copies a conversion for each weight; all share `nan_blocks`
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        source_patterns: list[str],
+        full_layer_name: str,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        parts = [input_dict.pop(pattern) for pattern in source_patterns]
+        (experts, one), count = (len(parts[0]), parts[0][0]), len(parts)
+        n, width = one.shape
+        stacked = one.new_empty((experts, n, count, width), dtype=torch.uint8)
+        for at, tensors in enumerate(parts):
+            for expert in range(experts):
+                stacked[expert, :, at] = tensors[expert].view(torch.uint8)
+                tensors[expert] = None  # its memory is not needed any longer
+        stacked = stacked.view(experts, n * count, width)
+        if self.is_blocks:
+            return {full_layer_name: stacked.unflatten(2, (-1, BYTES_PER_BLOCK))}
+        if nan := int((stacked == E8M0_NAN).sum()):
+            self._nan_blocks[full_layer_name] = nan
+        return {full_layer_name: stacked}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitExperts(self.is_blocks)
+
+
+class SplitExperts(ConversionOps):
+    """The inverse of `StackExperts`, for ``save_pretrained``."""
+
+    def __init__(self, is_blocks: bool) -> None:
+        self.is_blocks = is_blocks
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        target_patterns: list[str],
+        full_layer_name: str,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        (stacked,) = (_only(tensors) for tensors in input_dict.values())
+        stacked = stacked.detach()
+        if self.is_blocks:
+            stacked = stacked.flatten(2)
+        parts = stacked.unflatten(1, (-1, len(target_patterns))).unbind(2)
+        found = {}
+        for pattern, part in zip(target_patterns, parts, strict=True):
+            name = full_layer_name.replace(target_patterns[0], pattern)
+            for expert in range(stacked.shape[0]):
+                found[name.replace("*", str(expert))] = part[expert].contiguous()
+        return found
+
+
+class DequantizeWeights(ConversionOps):
+    """The conversion of packed matrices that are no experts' to the parameters' dtype.
+
+    It may stand before a family's own operations, which then get dense matrices.
+    """
+
+    def __init__(self, blocks: str, scales: str) -> None:
+        self.blocks, self.scales = blocks, scales
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DequantizeWeights:
+        return self
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
+    ) -> dict[str, Any]:
+        dtype = model.get_parameter(full_layer_name).dtype
+        found: dict[str, Any] = {}
+        for pattern in [p for p in input_dict if p.endswith(self.blocks)]:
+            stem = pattern.removesuffix(self.blocks)
+            pairs = zip(input_dict[pattern], input_dict[f"{stem}{self.scales}"], strict=True)
+            found[f"{stem}weight"] = [dense_matrix(*pair, dtype) for pair in pairs]
+        rest = {p: t for p, t in input_dict.items() if not p.endswith((self.blocks, self.scales))}
+        return found | rest
+
+
+def dense_matrix(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dequantize [N, K/2] and [N, K/32], of whatever dtype the loader made of bytes, to [N, K]."""
+    # The loader casts bytes to the parameter's dtype; every float dtype holds 0 to 255 exactly.
+    blocks, scales = blocks.to(torch.uint8), scales.to(torch.uint8)
+    return dequantize(blocks.unflatten(1, (-1, BYTES_PER_BLOCK)), scales, dtype)
