@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.checkpoints.gpt_oss import PROJECTIONS
+from mxfp4_fx.core import compilation
 from mxfp4_fx.core.errors import SlowKernelsWarning
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
 from mxfp4_fx.huggingface.block_shards import BlockShard
@@ -184,10 +185,12 @@ class PackedExperts(nn.Module):
 # Strict export runs this function instead of tracing it.
 @torch.compiler.assume_constant_result
 def _warn_of_export() -> None:
+    if compilation.is_exporting():  # by mxfp4_fx.export, which chooses kernels
+        return
     warnings.warn(
         "packed experts are exported with the reference kernels, which are slow everywhere: "
         "backend='mxfp4' chooses kernels when it compiles a model, and an exported program is not "
-        "compiled by it. torch.compile(model, backend='mxfp4') runs them in MXFP4",
+        "compiled by it. mxfp4_fx.export exports them with native kernels",
         SlowKernelsWarning,
         stacklevel=2,
     )
