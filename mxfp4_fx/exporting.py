@@ -7,6 +7,7 @@ in it, is exported again, to ATen, and AOTInductor compiles that.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind, TensorArgument
 
 from mxfp4_fx import calls
 from mxfp4_fx.backend import analyze, announce, bind, plan_inputs, refuse_freed
-from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo, torch_private_export
-from mxfp4_fx.core.errors import FreedWeightError, OptionError, PackageError
+from mxfp4_fx.core import compilation, torch_private, torch_private_export
+from mxfp4_fx.core.errors import FreedWeightError, Mxfp4Error, OptionError, PackageError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.torch_private_distributed import is_dtensor
 from mxfp4_fx.explanation import Explanation
@@ -105,7 +107,7 @@ def lowered_program(
     named = {"options": dataclasses.asdict(options), "mode": None}
     del named["options"]["mode"]
     with torch_private.without_compiled_calls(modules), call:
-        with compilation.exporting(named), _told_by_us(model):
+        with compilation.exporting(named), _naming(model):
             captured = torch_private_export.capture(model, args, kwargs, dynamic_shapes)
         signature = torch_private_export.take_signature(captured.graph)
         result = _plain_result(model, signature)
@@ -122,10 +124,11 @@ def lowered_program(
     change = GraphChange.of(captured, rewritten)
     values = _swizzled(captured, rewritten, ctx, options)
     whole = _with_weights(rewritten, values, len(inputs), signature, result)
-    with _told_by_us(model):
+    with _naming(model):
         program = torch.export.export(
             whole, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
+    _check_results(model, program)
     return Exported(program, _note(program, args, kwargs), _explanation(report, change))
 
 
@@ -133,7 +136,7 @@ def _options(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     parsed = Options.parse(options, mode)
     if parsed.inner != "inductor":
         raise OptionError(
-            f"options['inner'] is {parsed.inner!r}, and only 'inductor' makes packages: leave it out"
+            f"options['inner'] is {parsed.inner!r}, and packages need 'inductor': leave it out"
         )
     return parsed
 
@@ -193,21 +196,24 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-class _told_by_us:
-    """A context that says in the error which model could not be exported, and what to do."""
+@contextlib.contextmanager
+def _naming(model: nn.Module) -> Iterator[None]:
+    """Say in an error of the exporter which model it does not take.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._kind = type(model).__name__
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
-        if isinstance(error, torch_private_dynamo.capture_errors()):
-            raise PackageError(
-                f"{self._kind} cannot be exported as one graph, with these inputs and "
-                f"dynamic_shapes: {error}"
-            ) from error
+    Raises:
+        PackageError: the block raises what is none of this package's errors.
+    """
+    try:
+        yield
+    except Mxfp4Error:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        cache = " A cache is no result of a package: export with use_cache=False."
+        raise PackageError(
+            f"{type(model).__name__} cannot be exported as one graph with these inputs and "
+            f"dynamic_shapes.{cache if 'Cache' in text else ''} {text}"
+        ) from error
 
 
 def _plain_result(model: nn.Module, signature: Any) -> Any:
@@ -226,7 +232,7 @@ def _plain_result(model: nn.Module, signature: Any) -> Any:
         if isinstance(tree, tuple):
             return tuple(map(plain, tree))
         raise PackageError(
-            f"{type(model).__name__} returns a {type(tree).__name__}, and a package returns tensors "
+            f"{type(model).__name__} returns a {type(tree).__name__}; a package returns tensors "
             "in tuples, lists and dicts. Leave caches of keys and values out: use_cache=False"
         )
 
@@ -314,6 +320,29 @@ def _with_weights(
     return fx.GraphModule(held, graph)
 
 
+def _check_results(model: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Check that a program returns tensors and changes nothing else."""
+    kind = type(model).__name__
+    for one in program.graph_signature.output_specs:
+        if one.kind is not OutputKind.USER_OUTPUT:
+            raise PackageError(
+                f"{kind} writes to its {_WRITTEN.get(one.kind, 'state')} {one.target}, and a "
+                "package only returns results: export in eval mode, without caches and counters"
+            )
+        if not isinstance(one.arg, TensorArgument):
+            raise PackageError(
+                f"{kind} returns {getattr(one.arg, 'value', 'a number')!r} beside its tensors: let "
+                "it return tensors alone"
+            )
+
+
+_WRITTEN = {
+    OutputKind.USER_INPUT_MUTATION: "argument",
+    OutputKind.BUFFER_MUTATION: "buffer",
+    OutputKind.PARAMETER_MUTATION: "parameter",
+}
+
+
 def _note(
     program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Note:
@@ -329,21 +358,22 @@ def _note(
             given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
             kernels = given.get("kernels", "reference")
             targets.add((kernels, "" if kernels == "reference" else given.get("layout", "")))
-    sizes = torch_private_export.known_sizes(program)
+    known = torch_private_export.known_values(program)
     names = program.graph_signature.user_inputs
     inputs = {
-        path: _input(program, path, value, sizes.get(name) if isinstance(name, str) else None)
+        path: _input(program, path, value, known.get(str(name)))
         for (path, value), name in zip(named_inputs(args, kwargs).items(), names, strict=True)
     }
     return Note.here(targets, ops, inputs)
 
 
-def _input(
-    program: torch.export.ExportedProgram, path: str, value: Any, known: Tensor | None
-) -> Input | Any:
+def _input(program: torch.export.ExportedProgram, path: str, value: Any, known: Any) -> Input | Any:
+    if isinstance(known, torch.SymInt):
+        raise PackageError(
+            f"{path} is a number, which cannot vary in a package: leave it out of dynamic_shapes"
+        )
     if not isinstance(value, Tensor):
         return value
-    assert known is not None
     shape: list[int | Size] = []
     for dim, size in enumerate(known.shape):
         if isinstance(size, int):
@@ -352,7 +382,7 @@ def _input(
         symbol, least, most = torch_private_export.range_of(program, size)
         if not symbol.isidentifier():
             raise PackageError(
-                f"dimension {dim} of {path} is {symbol}, computed from another dimension: give it a "
+                f"dimension {dim} of {path} is {symbol}, computed from another one: give it a "
                 "Dim of its own, or fix its size"
             )
         shape.append(Size(symbol, least, most))

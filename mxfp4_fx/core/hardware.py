@@ -202,7 +202,6 @@ def cpu_name() -> str:
     return _cpu_info().get("model name", "unknown")
 
 
-@functools.cache
 def _cpu_info() -> dict[str, str]:
     """Return what ``/proc/cpuinfo`` says of an x86 CPU's first core."""
     facts: dict[str, str] = {}

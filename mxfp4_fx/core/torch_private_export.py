@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from mxfp4_fx.core.torch_private import look_up
 
@@ -89,10 +88,9 @@ def leaves(tree: Any) -> dict[str, Any]:
     return {name(path): leaf for path, leaf in paths}
 
 
-def known_sizes(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
-    """Return a program's inputs that are tensors -> fake ones, whose sizes may be symbolic."""
-    values = {n.name: n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+def known_values(program: torch.export.ExportedProgram) -> dict[str, Any]:
+    """Return a program's inputs -> fake tensors and symbolic numbers, whose sizes may vary."""
+    return {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
 
 
 def range_of(program: torch.export.ExportedProgram, size: Any) -> tuple[str, int, int | None]:
@@ -155,11 +153,3 @@ def inductor_configs(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     """
     of_mode = look_up("torch._inductor", "list_mode_options")(mode) if mode else {}
     return {"cpp.dynamic_threads": True, **of_mode, **options}
-
-
-def parameters_of(module: nn.Module) -> list[str] | None:
-    """Return the names of a module's arguments, or None if it takes any."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    return [p.name for p in parameters]
