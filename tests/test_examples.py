@@ -19,7 +19,11 @@ TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 
 HERE = {"default_load", "explain", "graph_passes"}
-ELSEWHERE = {"compile_model": "test_demo.py", "expert_parallel": "test_expert_parallel.py"}
+ELSEWHERE = {
+    "compile_model": "test_demo.py",
+    "expert_parallel": "test_expert_parallel.py",
+    "export_model": "test_exported.py",
+}
 
 BLOCK, BYTES_PER_BLOCK = 32, 17  # MXFP4: 32 elements of four bits and a scale of eight
 
