@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import OutputKind, TensorArgument
+from torch.export.graph_signature import TensorArgument
 
 from mxfp4_fx import calls
 from mxfp4_fx.backend import analyze, announce, bind, plan_inputs, refuse_freed
@@ -28,7 +28,10 @@ from mxfp4_fx.core.torch_private_distributed import is_dtensor
 from mxfp4_fx.explanation import Explanation
 from mxfp4_fx.exported import Input, Note, Size, contiguous, named_inputs
 from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.effects import Effect
 from mxfp4_fx.passes.listing import GraphChange
+from mxfp4_fx.passes.memory import Memory, effects_on
+from mxfp4_fx.passes.origin import source_line
 from mxfp4_fx.passes.report import GraphReport
 from mxfp4_fx.weights.freed import is_freed
 from mxfp4_fx.weights.store import STORE
@@ -104,7 +107,7 @@ def lowered_program(
     args, kwargs = torch_private.tree_map_only(Tensor, contiguous, (args, kwargs))
     modules = [*model.modules()]
     call = calls.Call(options, model.forward)
-    named = {"options": dataclasses.asdict(options), "mode": None}
+    named = {"options": {**vars(options)}, "mode": options.mode}
     del named["options"]["mode"]
     with torch_private.without_compiled_calls(modules), call:
         with compilation.exporting(named), _naming(model):
@@ -113,6 +116,7 @@ def lowered_program(
         result = _plain_result(model, signature)
         inputs = [*named_inputs(args, kwargs).values()]
         weights = _lift_weights(captured)
+        _check_writes(model, captured.graph, [*inputs, *weights])
         rewritten, ctx = analyze(captured, [*inputs, *weights], options)
         refuse_freed(captured, rewritten, ctx)
         announce(ctx)
@@ -320,27 +324,33 @@ def _with_weights(
     return fx.GraphModule(held, graph)
 
 
+def _check_writes(model: nn.Module, graph: fx.Graph, inputs: list[Any]) -> None:
+    """Check that a captured graph changes none of its inputs, the model's tensors among them."""
+    held = graph.find_nodes(op="placeholder")
+    memory = Memory(graph, dict(zip(held, inputs, strict=True)))
+    places = {key: node for node in held for key in memory.of(node)}
+    for call, effects in effects_on(graph).items():
+        for argument, effect in effects.items():
+            written = memory.of(argument) & places.keys() if effect & _WRITES else None
+            if written:
+                raise PackageError(
+                    f"{type(model).__name__} writes to {places[written.pop()].name}, by {call} "
+                    f"({source_line(call)}), and a package only returns results: export in eval "
+                    "mode, without caches and counters"
+                )
+
+
+_WRITES = Effect.WRITES | Effect.RESHAPES | Effect.REPOINTS
+
+
 def _check_results(model: nn.Module, program: torch.export.ExportedProgram) -> None:
-    """Check that a program returns tensors and changes nothing else."""
-    kind = type(model).__name__
+    """Check that a program returns tensors."""
     for one in program.graph_signature.output_specs:
-        if one.kind is not OutputKind.USER_OUTPUT:
-            raise PackageError(
-                f"{kind} writes to its {_WRITTEN.get(one.kind, 'state')} {one.target}, and a "
-                "package only returns results: export in eval mode, without caches and counters"
-            )
         if not isinstance(one.arg, TensorArgument):
             raise PackageError(
-                f"{kind} returns {getattr(one.arg, 'value', 'a number')!r} beside its tensors: let "
-                "it return tensors alone"
+                f"{type(model).__name__} returns {getattr(one.arg, 'value', 'a number')!r} beside "
+                "its tensors: let it return tensors alone"
             )
-
-
-_WRITTEN = {
-    OutputKind.USER_INPUT_MUTATION: "argument",
-    OutputKind.BUFFER_MUTATION: "buffer",
-    OutputKind.PARAMETER_MUTATION: "parameter",
-}
 
 
 def _note(

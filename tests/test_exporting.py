@@ -22,7 +22,7 @@ from mxfp4_fx.errors import (
     OptionError,
     PackageError,
 )
-from mxfp4_fx.exported import Input
+from mxfp4_fx.exported import Input, Size
 from mxfp4_fx.exporting import Exported, lowered_program
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -65,6 +65,7 @@ class Returns(nn.Module):
 def test_a_program_computes_what_the_compiled_model_does_for_any_length(form: str) -> None:
     module = mlp(form="eager") if form == "dense" else pack(mlp())
     exported = lowered(module, hidden(7), strict=True, **LENGTHS)
+    assert mxfp4_fx.forget(module) == 0  # the weights were swizzled for the program alone
     run, compiled = exported.program.module(), compile_with(module, dynamic=True)
     for tokens in (1, 7, 64):
         x = hidden(tokens, seed=tokens)
@@ -77,20 +78,12 @@ def test_a_program_computes_what_the_compiled_model_does_for_any_length(form: st
     others = [p for n, p in module.named_parameters() if n.endswith("bias") or "router" in n]
     assert held == rewrite.bytes_after + sum(p.numel() * p.element_size() for p in others)
 
-
-def test_a_note_says_what_a_package_takes_and_calls() -> None:
-    module = mlp()
-    exported = lowered(module, hidden(7), **LENGTHS)
     note = type(exported.note).of_json(exported.note.to_json())
     assert note == exported.note
     (taken,) = note.inputs.values()
-    length = taken.shape[1]
-    assert (length.least, length.most) == (1, 64)
-    assert note.inputs == {"args[0]": Input("torch.float32", (1, length, 64))}
-    (rewrite,) = exported.explanation.rewrites
+    assert taken == Input("torch.float32", (1, Size(taken.shape[1].symbol, 1, 64), 64))
     assert (rewrite.kernels, rewrite.layout) in note.targets
-    assert set(note.schemas) == {"routing", "matmul_ogs"}
-    assert mxfp4_fx.forget(module) == 0  # swizzled for the program alone
+    assert "matmul_ogs" in note.schemas
 
 
 def test_a_miss_is_an_error_when_strict_with_the_name_in_the_model() -> None:
@@ -189,7 +182,7 @@ class TestInputsAndResults:
         ("function", "message"),
         [
             (lambda x: (x + 1, x.shape[1]), "returns 7 beside its tensors"),
-            (lambda x: (x.add_(1), x * 2)[1], "writes to its argument x"),
+            (lambda x: (x[0].add_(1), x * 2)[1], "writes to .*, by add_ "),
         ],
         ids=["a number", "a write"],
     )
@@ -251,5 +244,5 @@ def test_bad_arguments_are_refused(
 
 
 def test_a_model_that_is_not_on_a_cpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match=r"experts\.\w+ is on meta, and packages are for CPUs"):
+    with pytest.raises(PackageError, match=r"router\.weight is on meta, and packages are for CPUs"):
         mxfp4_fx.export(mlp().to("meta"), (hidden(),), tmp_path / "model.pt2")
