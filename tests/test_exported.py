@@ -56,7 +56,7 @@ def test_a_package_of_this_machine_is_taken() -> None:
         ({"instruction_sets": ("avx9",)}, r"this is .*, which lacks avx9: export the model again"),
         ({"targets": (("cpu", "row_major"),)}, "in layout 'row_major', and kernels='cpu' read"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+    ids=["torch", "schema", "op", "machine", "instructions", "layout"],
 )
 def test_a_package_for_something_else_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PackageError, match=message):
