@@ -100,11 +100,10 @@ def lowered_program(
     check_model(model, args, kwargs)
     args, kwargs = torch_private.tree_map_only(Tensor, contiguous, (args, kwargs))
     modules = [*model.modules()]
-    call = calls.Call(options, model.forward)
-    named = {"options": {**vars(options)}, "mode": options.mode}
-    del named["options"]["mode"]
+    call = calls.Call(options, torch_private.uncompiled(model))
+    settings = {name: value for name, value in vars(options).items() if name != "mode"}
     with torch_private.without_compiled_calls(modules), call:
-        with compilation.exporting(named), naming(model):
+        with compilation.exporting({"options": settings, "mode": options.mode}), naming(model):
             captured = torch_private_export.capture(model, args, kwargs, dynamic_shapes)
         signature = torch_private_export.take_signature(captured.graph)
         result = plain_result(model, signature)
