@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mxfp4_fx.backend import mxfp4
     from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
     from mxfp4_fx.explanation import Explanation, explain
+    from mxfp4_fx.exported import load_exported
+    from mxfp4_fx.exporting import export
     from mxfp4_fx.huggingface.loading import from_pretrained
     from mxfp4_fx.huggingface.placement import place_experts
     from mxfp4_fx.huggingface.quantizer import Mxfp4Config
@@ -30,8 +32,10 @@ __all__ = [
     "compile",
     "dequantize",
     "explain",
+    "export",
     "forget",
     "from_pretrained",
+    "load_exported",
     "mxfp4",
     "place_experts",
     "quantize_checkpoint",
@@ -45,8 +49,10 @@ _MODULES = {
     "compile": "mxfp4_fx.layerwise",
     "dequantize": "mxfp4_fx.huggingface.unpacking",
     "explain": "mxfp4_fx.explanation",
+    "export": "mxfp4_fx.exporting",
     "forget": "mxfp4_fx.weights.upkeep",
     "from_pretrained": "mxfp4_fx.huggingface.loading",
+    "load_exported": "mxfp4_fx.exported",
     "mxfp4": "mxfp4_fx.backend",
     "place_experts": "mxfp4_fx.huggingface.placement",
     "quantize_checkpoint": "mxfp4_fx.checkpoints.quantize",

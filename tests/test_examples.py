@@ -22,6 +22,7 @@ HERE = {"default_load", "explain", "graph_passes"}
 ELSEWHERE = {
     "compile_model": "test_demo.py",
     "expert_parallel": "test_expert_parallel.py",
+    "export_model": "test_exported.py",
     "finetune_lora": "test_fine_tuning.py",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -21,6 +22,11 @@ _OURS = "_is_mxfp4_backend"
 _IS_PART = "_compiles_parts"
 # Code that Dynamo compiles no more -> the name in ``torch._dynamo.config`` of the limit it reached.
 _limited: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
+
+# The keyword arguments of a backend of this package for which a program is captured to be exported.
+_exported_with: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "exported_with", default=None
+)
 
 Enter = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -57,23 +63,43 @@ def innermost(backend: Any) -> tuple[Backend | None, dict[str, Any]]:
     return None, {}
 
 
+@contextlib.contextmanager
+def exporting(keywords: dict[str, Any]) -> Iterator[None]:
+    """Let Dynamo capture as for a backend of this package, though it captures for the exporter.
+
+    Args:
+        keywords: the backend's arguments, ``options`` among them.
+    """
+    token = _exported_with.set(keywords)
+    try:
+        yield
+    finally:
+        _exported_with.reset(token)
+
+
 # Dynamo traces a freed parameter's __torch_function__. It must evaluate this call, not trace it.
 @torch.compiler.assume_constant_result
 def compiling_for() -> bool:
-    """Return whether Dynamo captures for a backend of this package now."""
-    return innermost(torch_private_dynamo.compiled_with())[0] is not None
+    """Return whether Dynamo captures for a backend of this package now, or to export for it."""
+    return is_exporting() or innermost(torch_private_dynamo.compiled_with())[0] is not None
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Return whether this thread is in a block of :func:`exporting`."""
+    return _exported_with.get() is not None
 
 
 @torch.compiler.assume_constant_result
 def compiling_whole_for() -> bool:
-    """Return the same for a backend that is not marked with :func:`ours_for_parts`."""
+    """Return whether Dynamo captures for a backend that no :func:`ours_for_parts` marks."""
     backend = innermost(torch_private_dynamo.compiled_with())[0]
     return backend is not None and not getattr(backend, _IS_PART, False)
 
 
 def keywords() -> dict[str, Any]:
     """Return ``options`` and ``mode`` of the compilation for which Dynamo captures now."""
-    given = innermost(torch_private_dynamo.compiled_with())[1]
+    given = _exported_with.get() or innermost(torch_private_dynamo.compiled_with())[1]
     return {"options": given.get("options"), "mode": given.get("mode")}
 
 

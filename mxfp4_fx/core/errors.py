@@ -41,6 +41,10 @@ class MissedRewriteError(Mxfp4Error, RuntimeError):
     """``strict=True``: experts are not rewritten, or the model has none."""
 
 
+class PackageError(Mxfp4Error, ValueError):
+    """A model cannot be exported, or an exported package cannot be loaded or called so."""
+
+
 class TorchVersionError(Mxfp4Error, ImportError):
     """This torch lacks something that mxfp4_fx takes of it beyond its public API."""
 

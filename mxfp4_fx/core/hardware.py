@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import platform
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
@@ -173,6 +174,17 @@ def runnable_paths() -> tuple[str, ...]:
     return tuple(name for name, path in CPU_PATHS.items() if not path.for_tests and _can_run(name))
 
 
+# Flags of /proc/cpuinfo for instructions that a compiler uses by itself on the CPU it runs on.
+_COMPILED_FOR = re.compile(
+    r"(sse|ssse|avx|fma|f16c|amx|bmi|abm$|popcnt|movbe|adx|xop|tbm|gfni|sha_ni|v?aes|v?pclmul)"
+)
+
+
+def instruction_sets() -> frozenset[str]:
+    """Return this x86 CPU's instructions that code compiled on it for itself may have."""
+    return frozenset(flag for flag in _cpu_facts()[1] if _COMPILED_FOR.match(flag))
+
+
 def _can_run(path: str) -> bool:
     needed = CPU_PATHS[path].features.keys()
     return needed <= _cpu_facts()[1] and ("amx_tile" not in needed or _amx_is_permitted())
@@ -180,7 +192,18 @@ def _can_run(path: str) -> bool:
 
 @functools.cache
 def _cpu_facts() -> tuple[str, frozenset[str]]:
-    """Return an x86 CPU's vendor and instruction-set flags, from ``/proc/cpuinfo``."""
+    """Return an x86 CPU's vendor and instruction-set flags."""
+    facts = _cpu_info()
+    return facts.get("vendor_id", ""), frozenset(facts.get("flags", "").split())
+
+
+def cpu_name() -> str:
+    """Return an x86 CPU's name, for users; "unknown" for other CPUs."""
+    return _cpu_info().get("model name", "unknown")
+
+
+def _cpu_info() -> dict[str, str]:
+    """Return what ``/proc/cpuinfo`` says of an x86 CPU's first core."""
     facts: dict[str, str] = {}
     if platform.machine() in ("x86_64", "AMD64"):
         try:
@@ -190,7 +213,7 @@ def _cpu_facts() -> tuple[str, frozenset[str]]:
                     facts.setdefault(name.strip(), value.strip())
         except OSError:
             pass
-    return facts.get("vendor_id", ""), frozenset(facts.get("flags", "").split())
+    return facts
 
 
 def _amx_is_permitted() -> bool:

@@ -299,10 +299,12 @@ class PackedExperts(nn.Module):
 # Strict export runs this function instead of tracing it.
 @torch.compiler.assume_constant_result
 def _warn_of_export() -> None:
+    if compilation.is_exporting():  # by mxfp4_fx.export, which chooses kernels
+        return
     warnings.warn(
         "packed experts are exported with the reference kernels, which are slow everywhere: "
         "backend='mxfp4' chooses kernels when it compiles a model, and an exported program is not "
-        "compiled by it. torch.compile(model, backend='mxfp4') runs them in MXFP4",
+        "compiled by it. mxfp4_fx.export exports them with native kernels",
         SlowKernelsWarning,
         stacklevel=2,
     )
