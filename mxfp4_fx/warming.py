@@ -47,9 +47,9 @@ def warmup(
     _check(model, settings)
     config: Any = getattr(model, "config", None)
     most = getattr(config, "max_position_embeddings", None)
-    if most is not None and max(sizes[1]) + tokens > most:
+    if most is not None and sizes[1][-1] + tokens > most:
         raise OptionError(
-            f"lengths: a prompt of {max(sizes[1])} tokens and {tokens} new ones are more than the "
+            f"lengths: a prompt of {sizes[1][-1]} tokens and {tokens} new ones are more than the "
             f"{most} positions of the model (max_position_embeddings)"
         )
     device = next(model.parameters()).device
@@ -67,14 +67,13 @@ def warmup(
 
 
 def _sizes(name: str, given: Sequence[int]) -> list[int]:
-    """Return the sizes without repetitions, in the order given."""
+    """Return the sizes in ascending order: Dynamo compiles for one first, then for any number."""
     is_sequence = isinstance(given, Sequence) and not isinstance(given, str)
-    found = list(dict.fromkeys(given)) if is_sequence else []
-    if not found or not all(type(size) is int and size > 0 for size in found):
+    if not is_sequence or not given or not all(type(n) is int and n > 0 for n in given):
         kind = "a positive whole number" if name == "new_tokens" else "positive whole numbers"
         shown = given[0] if name == "new_tokens" else given
         raise OptionError(f"warmup's {name} must be {kind}, not {shown!r}")
-    return found
+    return sorted({*given})
 
 
 def _check(model: Any, settings: dict[str, Any]) -> None:

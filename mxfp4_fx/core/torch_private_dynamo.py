@@ -187,8 +187,8 @@ def forget_with(function: types.FunctionType) -> None:
     """Let what Dynamo compiles of a function go when the function does.
 
     Its code, to which that belongs, is of this function alone. Torch would keep it for ever: a
-    cycle through C++ holds it, a table of why it compiled anew, and a cache without limit holds the
-    symbols of its sizes. Other caches of torch hold a few hundred entries at most.
+    cycle through C++ holds it, a table of why it compiled anew, and caches, of which one has no
+    limit, hold the code and the symbols of its sizes.
     """
     weakref.finalize(function, _forget, function.__code__).atexit = False
 
@@ -196,7 +196,11 @@ def forget_with(function: types.FunctionType) -> None:
 def _forget(code: types.CodeType) -> None:
     _reset_code(code)
     look_up("torch._dynamo.utils", "guard_failures").pop(code, None)
-    look_up("torch.fx.experimental.symbolic_shapes", "ShapeEnv").get_implications.cache_clear()
+    caches = vars(look_up("torch.fx.experimental.symbolic_shapes", "ShapeEnv")).values()
+    instructions = "torch._dynamo.bytecode_transformation", "_cached_cleaned_instructions"
+    for cache in (*caches, look_up(*instructions)):
+        if hasattr(cache, "cache_clear"):  # who compiles meanwhile computes it again
+            cache.cache_clear()
 
 
 def keep_apart(frame: types.FrameType) -> None:
