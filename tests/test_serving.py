@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, pipeline
 
 import mxfp4_fx
 
-ONE_LAYER = {"num_hidden_layers": 1}
+ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
 # A prompt and a decoding, each with one sequence, with the first larger number of them and with
 # any; each in two pieces.
 MOST_GRAPHS = 2 * 3 * 2

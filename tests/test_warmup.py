@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mxfp4_fx
 from mxfp4_fx.core.errors import OptionError
 
-ONE_LAYER = {"num_hidden_layers": 1}
+ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
 LENGTHS = 4, 20  # within the sliding window of 16, and past it
 
 
@@ -46,7 +46,8 @@ def generate(whole: Any, prompt: Tensor, new: int, **kwargs: Any) -> Tensor:
 )
 def test_later_calls_compile_nothing(make: Any, cache: str, batches: tuple[int, ...]) -> None:
     """In other threads, too, as a server has them."""
-    graphs, settings = Graphs(), {"cache_implementation": cache}
+    graphs = Graphs()
+    settings: dict[str, Any] = {"cache_implementation": cache}
     whole = make(graphs)
     mxfp4_fx.warmup(whole, lengths=LENGTHS, batch_sizes=batches, **settings)
     compiled = len(graphs.seen)
@@ -64,7 +65,7 @@ def test_later_calls_compile_nothing(make: Any, cache: str, batches: tuple[int, 
 
 
 def test_the_state_is_as_it_was() -> None:
-    whole = mxfp4_fx.compile(pack(model(**ONE_LAYER)), options={"inner": "eager"})
+    whole: Any = mxfp4_fx.compile(pack(model(**ONE_LAYER)), options={"inner": "eager"})
     whole.generation_config.do_sample = True
     whole.config.attention_dropout = 0.5
     for layer in whole.model.layers:
@@ -103,12 +104,13 @@ def test_bad_sizes(sizes: dict[str, Any], message: str) -> None:
 
 def test_models_that_it_cannot_warm_up() -> None:
     whole = model(**ONE_LAYER)
-    for given, message in (
+    cases: list[tuple[Any, str]] = [
         (whole, r"this GptOssForCausalLM is not compiled: call mxfp4_fx\.compile"),
         (torch.compile(whole, backend="mxfp4"), "runs uncompiled. Compile the model in place"),
         (whole.model, "a GptOssModel has no generate"),
         (nn.Linear(2, 2), "a Linear has no generate"),
         (print, "a builtin_function_or_method has no generate"),
-    ):
+    ]
+    for given, message in cases:
         with pytest.raises(OptionError, match=message):
             mxfp4_fx.warmup(given, lengths=[4])

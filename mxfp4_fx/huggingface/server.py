@@ -40,9 +40,9 @@ def serve(path: str, options: Sequence[str], prepare: Callable[[Any], None]) -> 
     manager, app = _found()
 
     def load(self: Any, model_id_and_revision: str, *_: Any, **__: Any) -> Any:
-        name, _, revision = model_id_and_revision.rpartition("@")
+        model_id, _at, revision = model_id_and_revision.rpartition("@")
         model = from_pretrained(
-            name,
+            model_id,
             revision=revision,
             dtype=self.dtype,
             device_map=self.device,
