@@ -99,18 +99,22 @@ def measure(args: argparse.Namespace, log: Log) -> list[list[dict[str, Any]]]:
 
 
 def judge(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether a rank's memory is flat, from its samples, and what it has compiled late.
+    """Whether a rank's memory is flat, from its samples, and what it has compiled late."""
+    return {"rank": samples[0]["rank"], **growth(samples)}
+
+
+def growth(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether a process's memory is flat, from its samples, and what it has compiled late.
 
     Compares the medians of its second and its last quarter; the first one is for compiling.
     """
     size = max(1, len(samples) // 4)
     early, late = samples[size : 2 * size] or samples[-1:], samples[-size:]
     own = [median(one["memory"]["anonymous"] for one in part) for part in (early, late)]
-    growth = own[1] - own[0]
+    grown = own[1] - own[0]
     return {
-        "rank": samples[0]["rank"],
-        "growth": growth,
-        "flat": growth <= MOST_GROWTH * own[0],
+        "growth": grown,
+        "flat": grown <= MOST_GROWTH * own[0],
         "new": {
             name: samples[-1][name] - early[-1][name] for name in ("graphs", "swizzles", "calls")
         },

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mxfp4_fx.huggingface.quantizer import Mxfp4Config
     from mxfp4_fx.huggingface.unpacking import dequantize
     from mxfp4_fx.layerwise import compile
+    from mxfp4_fx.warming import warmup
     from mxfp4_fx.weights.upkeep import forget, refresh, restore
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "quantize_checkpoint",
     "refresh",
     "restore",
+    "warmup",
 ]
 
 _MODULES = {
@@ -58,6 +60,7 @@ _MODULES = {
     "quantize_checkpoint": "mxfp4_fx.checkpoints.quantize",
     "refresh": "mxfp4_fx.weights.upkeep",
     "restore": "mxfp4_fx.weights.upkeep",
+    "warmup": "mxfp4_fx.warming",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command ``mxfp4_fx``: what a machine uses, what a model becomes; it writes checkpoints."""
+"""The command ``mxfp4_fx``: looks at machines and models, writes checkpoints, serves a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
 from mxfp4_fx.checkpoints.random_config import CheckpointShape
@@ -22,6 +23,8 @@ from mxfp4_fx.core.formats import SCALE_RULES
 from mxfp4_fx.core.version import __version__
 from mxfp4_fx.doctor import examine
 from mxfp4_fx.explanation import explain
+from mxfp4_fx.layerwise import compile
+from mxfp4_fx.warming import warmup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _add_checkpoint(commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint"))
     _add_quantize(commands.add_parser("quantize", help="quantize a checkpoint's experts to MXFP4"))
+    text = "transformers' server with the model compiled; takes the options of `transformers serve`"
+    _add_serve(commands.add_parser("serve", help=text, description=text, allow_abbrev=False))
 
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
+    if args.command == "serve":
+        args.others = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         status = int(args.run(args) or 0)
         if sys.stdout is not None:
@@ -153,6 +162,26 @@ def _quantize(args: argparse.Namespace) -> int:
         print(f"{experts}: rounding changed the weights by {error:.2%}")
     print(f"wrote {path}")
     return 0
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a GPT-OSS directory, or a name on the Hub")
+    text = "numbers of tokens of prompts to compile for before the server listens (%(default)s)"
+    parser.add_argument("--lengths", type=int, nargs="*", default=[64, 65], metavar="N", help=text)
+    text = "numbers of prompts that requests have at once, for the same (%(default)s)"
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help=text)
+    parser.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from mxfp4_fx.huggingface.server import serve
+
+    def prepare(model: nn.Module) -> None:
+        compile(model)
+        if args.lengths:
+            warmup(model, lengths=args.lengths, batch_sizes=args.batch_sizes)
+
+    serve(args.checkpoint, args.others, prepare)
 
 
 def _add_max_shard_bytes(parser: argparse.ArgumentParser) -> None:

@@ -140,6 +140,7 @@ class _Shared:
         code = function.__code__.replace(co_name=name)
         limits.share(code, self._count)
         own = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
+        torch_private_dynamo.forget_with(own)
         return torch.compile(own, backend=_mxfp4_of_parts, fullgraph=fullgraph, **self._arguments)
 
     def is_first(self, kind: tuple[Any, ...]) -> bool:

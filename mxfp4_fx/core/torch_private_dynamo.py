@@ -8,6 +8,7 @@ import inspect
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ with trusted():
     import torch._C._dynamo.eval_frame
 
     _FrameAction = torch._C._dynamo.eval_frame._FrameAction
+    _reset_code = torch._C._dynamo.eval_frame.reset_code
     _FrameExecStrategy = torch._C._dynamo.eval_frame._FrameExecStrategy
     _set_code_exec_strategy = torch._C._dynamo.eval_frame.set_code_exec_strategy
 
@@ -179,6 +181,26 @@ def replace_limit_check(make: Callable[[LimitCheck], LimitCheck]) -> None:
 def is_compiled(code: types.CodeType) -> bool:
     """Return whether Dynamo has compiled a function, for any backend and arguments."""
     return bool(look_up("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code))
+
+
+def forget_with(function: types.FunctionType) -> None:
+    """Let what Dynamo compiles of a function go when the function does.
+
+    Its code, to which that belongs, is of this function alone. Torch would keep it for ever: a
+    cycle through C++ holds it, a table of why it compiled anew, and caches, of which one has no
+    limit, hold the code and the symbols of its sizes.
+    """
+    weakref.finalize(function, _forget, function.__code__).atexit = False
+
+
+def _forget(code: types.CodeType) -> None:
+    _reset_code(code)
+    look_up("torch._dynamo.utils", "guard_failures").pop(code, None)
+    caches = vars(look_up("torch.fx.experimental.symbolic_shapes", "ShapeEnv")).values()
+    instructions = "torch._dynamo.bytecode_transformation", "_cached_cleaned_instructions"
+    for cache in (*caches, look_up(*instructions)):
+        if hasattr(cache, "cache_clear"):  # who compiles meanwhile computes it again
+            cache.cache_clear()
 
 
 def keep_apart(frame: types.FrameType) -> None:

@@ -1,0 +1,51 @@
+"""Models that are compiled and dropped leave nothing compiled behind: a server may load others."""
+
+from __future__ import annotations
+
+import gc
+import types
+import weakref
+
+import pytest
+import torch
+from models import model, tokens
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import mxfp4_fx
+from mxfp4_fx import limits
+from mxfp4_fx.core import torch_private_dynamo
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+def test_what_dynamo_compiled_goes_with_a_function() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + 1 if x.shape[0] < 10 else x
+
+    code = function.__code__.replace(co_name="own")
+    own = types.FunctionType(code, globals())
+    torch_private_dynamo.forget_with(own)
+    compiled = torch.compile(own, backend="eager", fullgraph=True)
+    for length in (3, 4):  # the second time for any length
+        compiled(torch.ones(length))
+    assert torch_private_dynamo.is_compiled(code)
+    assert code in torch._dynamo.utils.guard_failures
+    del own, compiled
+    gc.collect()
+    assert not torch_private_dynamo.is_compiled(code)
+    assert code not in torch._dynamo.utils.guard_failures
+    assert not ShapeEnv.get_implications.cache_info().currsize
+
+
+def test_what_dynamo_compiled_goes_with_a_model() -> None:
+    before = {*limits._shared}
+    whole = mxfp4_fx.compile(model(num_hidden_layers=1), options={"inner": "eager"})
+    whole(tokens(1), use_cache=False)
+    codes = [code for code in limits._shared if code not in before]
+    held = weakref.ref(whole)
+    assert any(map(torch_private_dynamo.is_compiled, codes))
+    del whole
+    gc.collect()
+    assert held() is None
+    assert not any(map(torch_private_dynamo.is_compiled, codes))
