@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import write_packed
 from combinations import exhaustive
 from models import model, pack, tokens
 from oracle import assert_as_accurate
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+import mxfp4_fx
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -120,6 +123,31 @@ def test_trainer_with_checkpointing_resumes(bf16: bool, tmp_path: Path) -> None:
     assert not counters["graph_break"]
     for actual, reference, exactly in zip(resumed, expected, truth, strict=True):
         assert_as_accurate(actual, reference, exactly)
+
+
+@pytest.mark.exhaustive
+def test_sft_trainer(tmp_path: Path) -> None:
+    """TRL's trainer on text."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    write_packed(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
+    found = []
+    for compiled in (False, True):
+        base = mxfp4_fx.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        made = with_adapters(base, target_modules=["q_proj"], target_parameters=EXPERTS)
+        given = arguments(tmp_path / "out", gradient_checkpointing=False, max_steps=2, bf16=False)
+        trainer = trl.SFTTrainer(
+            model=made,
+            args=trl.SFTConfig(**given, max_length=16),
+            train_dataset=datasets.Dataset.from_dict({"text": ["a mixture of experts"] * 4}),
+            processing_class=tokenizer,
+        )
+        if compiled:
+            trainer.model.compile(backend="mxfp4", options=OPTIONS)
+        trained(trainer)
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    # The log rounds losses to four significant digits.
+    assert found[1] == found[0]
 
 
 def run_example(folder: Path, *argv: str) -> None:

@@ -21,7 +21,7 @@ def hide(packages):
     find = PathFinder.find_spec
     def find_spec(name, *args, **kwargs):
         return None if name.partition(".")[0] in packages else find(name, *args, **kwargs)
-    PathFinder.find_spec = find_spec
+    PathFinder.find_spec = staticmethod(find_spec)
 """
 
 COMPILE = """

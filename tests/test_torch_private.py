@@ -49,6 +49,8 @@ OTHERS = {
     *("_active_collector", "_attn_implementation", "_experts_implementation"),
     *("_device_mesh", "_hf_hook", "_is_hooked", "_weight_conversions", "_replace"),
     *("_apply_gate", "_is_expert_parallel", "_asdict"),
+    *("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"),
+    *("_original_source_patterns", "_original_target_patterns"),
     *("_check_forward_args", "_inject_parameters", "_register_custom_module"),
 }
 
