@@ -19,7 +19,6 @@ import transformers
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.files import CONFIG, few, read_json
@@ -37,7 +36,6 @@ from mxfp4_fx.core.version import OLDEST_FOR_FAMILIES, too_old_for_families
 from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.activations import activation_of
 from mxfp4_fx.huggingface.arguments import refuse
-from mxfp4_fx.huggingface.conversions import BYTES
 from mxfp4_fx.huggingface.family_conversions import (
     DequantizeWeights,
     StackExperts,
@@ -45,7 +43,7 @@ from mxfp4_fx.huggingface.family_conversions import (
 )
 from mxfp4_fx.huggingface.family_plan import Plan, packed_like, plan_of
 from mxfp4_fx.huggingface.packed import PackedExperts
-from mxfp4_fx.huggingface.unpacking import unpack_experts
+from mxfp4_fx.huggingface.packed_quantizer import PackedQuantizer
 
 OUR_METHOD = "mxfp4_fx_families"
 
@@ -106,7 +104,7 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
 
 
 @register_quantizer(OUR_METHOD)
-class FamilyQuantizer(HfQuantizer):
+class FamilyQuantizer(PackedQuantizer):
     """The quantizer that loads and saves `PackedExperts` of any family."""
 
     requires_calibration = False
@@ -237,36 +235,6 @@ class FamilyQuantizer(HfQuantizer):
             blocks.flatten(1).view(self._format.blocks_dtype),
             scales.view(self._format.scales_dtype),
         )
-
-    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Return the bytes of a loaded element, from which transformers plans a device map."""
-        return 1 if param_name.endswith(BYTES) else param.element_size()
-
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        unpack_experts(model, dtype)
-        return model
-
-    def remove_quantization_config(self, model: Any) -> None:
-        super().remove_quantization_config(model)
-        for module in model.modules():
-            vars(getattr(module, "config", self)).pop("_is_quantized", None)
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """True: adapters can be trained. The experts are frozen."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """True: transformers' Trainer need not add adapters, but trains what is not experts."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 _AGAIN = (

@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 
 from mxfp4_fx.checkpoints import consistency, gpt_oss
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
@@ -48,8 +47,8 @@ from mxfp4_fx.huggingface.conversions import (
 )
 from mxfp4_fx.huggingface.meeting import Meeting, identity
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
+from mxfp4_fx.huggingface.packed_quantizer import PackedQuantizer
 from mxfp4_fx.huggingface.shards import gathered_state_dict
-from mxfp4_fx.huggingface.unpacking import unpack_experts
 
 OUR_METHOD = "mxfp4_fx"
 
@@ -181,7 +180,7 @@ class Mxfp4Config(transformers.Mxfp4Config):
 
 
 @register_quantizer(OUR_METHOD)
-class PackedMxfp4Quantizer(HfQuantizer):
+class PackedMxfp4Quantizer(PackedQuantizer):
     """The quantizer that puts :class:`PackedExperts` into a model before its weights are loaded."""
 
     requires_calibration = False
@@ -315,36 +314,6 @@ class PackedMxfp4Quantizer(HfQuantizer):
             sources = [exactly(name) for name in bytes_of(weight)]
             conversions.append(WeightConverter(sources, weight, [DequantizeExperts()]))
         return conversions
-
-    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Return the bytes of a loaded element, from which transformers plans a device map."""
-        return 1 if param_name.endswith(BYTES) else param.element_size()
-
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        unpack_experts(model, dtype)
-        return model
-
-    def remove_quantization_config(self, model: Any) -> None:
-        super().remove_quantization_config(model)
-        for module in model.modules():
-            vars(getattr(module, "config", self)).pop("_is_quantized", None)
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """True: adapters can be trained. The experts are frozen."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """True: transformers' Trainer need not add adapters, but trains what is not experts."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 def _opened(files: Sequence[str], config: Any, rename: Callable[[str], str] = str) -> Checkpoint:

@@ -1,0 +1,46 @@
+"""What transformers asks of every quantization method whose experts stay packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.quantizers.base import HfQuantizer
+
+from mxfp4_fx.huggingface.conversions import BYTES
+from mxfp4_fx.huggingface.unpacking import unpack_experts
+
+
+class PackedQuantizer(HfQuantizer):
+    """A quantization method for files that hold MXFP4 experts; each kind of files has its own."""
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Return the bytes of a loaded element, from which transformers plans a device map."""
+        return 1 if param_name.endswith(BYTES) else param.element_size()
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        unpack_experts(model, dtype)
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            vars(getattr(module, "config", self)).pop("_is_quantized", None)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: adapters can be trained. The experts are frozen."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True: transformers' Trainer need not add adapters, but trains what is not experts."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
