@@ -38,10 +38,17 @@ def test_what_dynamo_compiled_goes_with_a_function() -> None:
     assert not ShapeEnv.get_implications.cache_info().currsize
 
 
+def symbolic_sizes() -> int:
+    """How many compilations' sizes are in memory, with fake tensors and all else that they hold."""
+    gc.collect()
+    return sum(type(one) is ShapeEnv for one in gc.get_objects())
+
+
 def test_what_dynamo_compiled_goes_with_a_model() -> None:
-    before = {*limits._shared}
+    before, sizes = {*limits._shared}, symbolic_sizes()
     whole = mxfp4_fx.compile(model(num_hidden_layers=1), options={"inner": "eager"})
     whole(tokens(1), use_cache=False)
+    assert symbolic_sizes() > sizes
     codes = [code for code in limits._shared if code not in before]
     held = weakref.ref(whole)
     assert any(map(torch_private_dynamo.is_compiled, codes))
@@ -49,3 +56,4 @@ def test_what_dynamo_compiled_goes_with_a_model() -> None:
     gc.collect()
     assert held() is None
     assert not any(map(torch_private_dynamo.is_compiled, codes))
+    assert symbolic_sizes() == sizes

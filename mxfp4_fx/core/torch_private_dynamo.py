@@ -203,6 +203,24 @@ def _forget(code: types.CodeType) -> None:
             cache.cache_clear()
 
 
+def forget_sizes_with(compiled: Callable[..., Any]) -> None:
+    """Let the symbolic sizes of the graph that is being compiled go when the result does.
+
+    The garbage collector cannot see that these belong together: a size's symbols hold the fake
+    tensors of the graph, and these, through C++, the size.
+    """
+    context = look_up("torch._guards", "TracingContext").try_get()
+    env = getattr(getattr(context, "fake_mode", None), "shape_env", None)
+    if env is not None:
+        weakref.finalize(compiled, _forget_sizes, env).atexit = False
+
+
+def _forget_sizes(env: Any) -> None:
+    for held in (env.tracked_fakes, env.fake_tensor_cache):
+        if held is not None:
+            held.clear()
+
+
 def keep_apart(frame: types.FrameType) -> None:
     """Count the compilations of a compiled call apart from those for other backends.
 
