@@ -44,11 +44,18 @@ def symbolic_sizes() -> int:
     return sum(type(one) is ShapeEnv for one in gc.get_objects())
 
 
+def guards() -> int:
+    """How many compilations' guards are in memory."""
+    found = [one for one in gc.get_objects() if type(one).__name__ == "GuardManagerWrapper"]
+    return sum(one.root is not None for one in found)
+
+
 def test_what_dynamo_compiled_goes_with_a_model() -> None:
-    before, sizes = {*limits._shared}, symbolic_sizes()
+    before, sizes, guarded = {*limits._shared}, symbolic_sizes(), guards()
     whole = mxfp4_fx.compile(model(num_hidden_layers=1), options={"inner": "eager"})
     whole(tokens(1), use_cache=False)
     assert symbolic_sizes() > sizes
+    assert guards() > guarded
     codes = [code for code in limits._shared if code not in before]
     held = weakref.ref(whole)
     assert any(map(torch_private_dynamo.is_compiled, codes))
@@ -57,3 +64,4 @@ def test_what_dynamo_compiled_goes_with_a_model() -> None:
     assert held() is None
     assert not any(map(torch_private_dynamo.is_compiled, codes))
     assert symbolic_sizes() == sizes
+    assert guards() == guarded

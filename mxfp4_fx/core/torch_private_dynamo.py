@@ -194,7 +194,11 @@ def forget_with(function: types.FunctionType) -> None:
 
 
 def _forget(code: types.CodeType) -> None:
+    entries = look_up("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
+    guards = [entry.guard_manager for entry in entries]
     _reset_code(code)
+    for guard in guards:  # finalizers of whatever was guarded hold them, classes and modules too
+        vars(guard).update(dict.fromkeys(vars(guard)))
     look_up("torch._dynamo.utils", "guard_failures").pop(code, None)
     caches = vars(look_up("torch.fx.experimental.symbolic_shapes", "ShapeEnv")).values()
     instructions = "torch._dynamo.bytecode_transformation", "_cached_cleaned_instructions"
