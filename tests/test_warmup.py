@@ -41,7 +41,7 @@ def generate(whole: Any, prompt: Tensor, new: int, **kwargs: Any) -> Tensor:
     [
         (by_layers, "dynamic", (1,)),
         pytest.param(by_layers, "static", (2,), marks=pytest.mark.exhaustive),
-        pytest.param(as_a_whole, "dynamic", (1, 2), marks=pytest.mark.exhaustive),
+        pytest.param(as_a_whole, "dynamic", (1,), marks=pytest.mark.exhaustive),
     ],
 )
 def test_later_calls_compile_nothing(make: Any, cache: str, batches: tuple[int, ...]) -> None:
