@@ -48,8 +48,10 @@ def test_options_that_it_refuses(capsys: Any, tmp_path: Path, option: str, why: 
     assert why in told
 
 
-@pytest.mark.skipif(PACKAGES, reason="has the packages")
-def test_packages_that_it_lacks(capsys: Any, tmp_path: Path) -> None:
+def test_packages_that_it_lacks(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     assert main(["serve", str(tmp_path)]) == 1
     assert "pip install 'transformers[serving]'" in capsys.readouterr().err
 
