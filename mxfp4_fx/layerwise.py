@@ -98,9 +98,8 @@ def _mxfp4_of_parts(
     options: Mapping[str, Any] | None = None,
 ) -> CompiledGraph:
     """The backend of the pieces, whose calls belong to the call of the model or the layer."""
-    compiled = mxfp4(gm, example_inputs, mode=mode, options=options)
-    torch_private_dynamo.forget_sizes_with(compiled)
-    return compiled
+    torch_private_dynamo.forget_sizes()
+    return mxfp4(gm, example_inputs, mode=mode, options=options)
 
 
 class _Shared:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import model, tokens
 from torch import Tensor
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import mxfp4_fx
@@ -65,3 +66,13 @@ def test_what_dynamo_compiled_goes_with_a_model() -> None:
     assert not any(map(torch_private_dynamo.is_compiled, codes))
     assert symbolic_sizes() == sizes
     assert guards() == guarded
+
+
+def test_the_sizes_of_a_model_that_lives_are_guarded() -> None:
+    """A graph without experts too, of which nothing is left but the captured graph itself."""
+    whole = mxfp4_fx.compile(model(num_hidden_layers=1), options={"inner": "eager"})
+    whole(tokens(1), use_cache=True)
+    gc.collect()
+    (head,) = [code for code in torch_private_dynamo._sizes if code.co_name.startswith("head_")]
+    (entry,) = _debug_get_cache_entry_list(head)
+    assert "2 <= L['hidden'].size()[1]" in str(entry.guard_manager)

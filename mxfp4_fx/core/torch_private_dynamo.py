@@ -183,6 +183,10 @@ def is_compiled(code: types.CodeType) -> bool:
     return bool(look_up("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code))
 
 
+# Code of a function that :func:`forget_with` knows -> the symbolic sizes of its compilations.
+_sizes: weakref.WeakKeyDictionary[types.CodeType, list[Any]] = weakref.WeakKeyDictionary()
+
+
 def forget_with(function: types.FunctionType) -> None:
     """Let what Dynamo compiles of a function go when the function does.
 
@@ -190,39 +194,42 @@ def forget_with(function: types.FunctionType) -> None:
     cycle through C++ holds it, a table of why it compiled anew, and caches, of which one has no
     limit, hold the code and the symbols of its sizes.
     """
-    weakref.finalize(function, _forget, function.__code__).atexit = False
+    code = function.__code__
+    sizes = _sizes.setdefault(code, [])
+    weakref.finalize(function, _forget, code, sizes).atexit = False
 
 
-def _forget(code: types.CodeType) -> None:
+def forget_sizes() -> None:
+    """Let the symbolic sizes of the graph that is being compiled go with its function, too.
+
+    The garbage collector cannot see that these belong together: a size's symbols hold the fake
+    tensors of the graph, and these, through C++, the size. They cannot go sooner: Dynamo makes
+    guards of them when the backend has returned.
+    """
+    compiling = look_up("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx")()
+    context = look_up("torch._guards", "TracingContext").try_get()
+    env = getattr(getattr(context, "fake_mode", None), "shape_env", None)
+    if env is not None and compiling.f_code in _sizes:
+        _sizes[compiling.f_code].append(env)
+
+
+def _forget(code: types.CodeType, sizes: list[Any]) -> None:
     entries = look_up("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
     guards = [entry.guard_manager for entry in entries]
     _reset_code(code)
     for guard in guards:  # finalizers of whatever was guarded hold them, classes and modules too
         vars(guard).update(dict.fromkeys(vars(guard)))
+    for env in sizes:
+        for held in (env.tracked_fakes, env.fake_tensor_cache):
+            if held is not None:
+                held.clear()
+    sizes.clear()
     look_up("torch._dynamo.utils", "guard_failures").pop(code, None)
     caches = vars(look_up("torch.fx.experimental.symbolic_shapes", "ShapeEnv")).values()
     instructions = "torch._dynamo.bytecode_transformation", "_cached_cleaned_instructions"
     for cache in (*caches, look_up(*instructions)):
         if hasattr(cache, "cache_clear"):  # who compiles meanwhile computes it again
             cache.cache_clear()
-
-
-def forget_sizes_with(compiled: Callable[..., Any]) -> None:
-    """Let the symbolic sizes of the graph that is being compiled go when the result does.
-
-    The garbage collector cannot see that these belong together: a size's symbols hold the fake
-    tensors of the graph, and these, through C++, the size.
-    """
-    context = look_up("torch._guards", "TracingContext").try_get()
-    env = getattr(getattr(context, "fake_mode", None), "shape_env", None)
-    if env is not None:
-        weakref.finalize(compiled, _forget_sizes, env).atexit = False
-
-
-def _forget_sizes(env: Any) -> None:
-    for held in (env.tracked_fakes, env.fake_tensor_cache):
-        if held is not None:
-            held.clear()
 
 
 def keep_apart(frame: types.FrameType) -> None:
