@@ -146,14 +146,16 @@ struct Bf16Tile {
   }
 
   // Multiplies one row with weights without their scales, and the sums of each block with the
-  // scales. Memory bounds the speed. It is read fastest line after line, each once, by the
-  // hardware's prefetcher alone. The empty asm keeps compilers from reading a line again for each
+  // scales. Memory bounds the speed. It is read fastest line after line, each once; where the first
+  // cache is small, by the hardware's prefetcher alone. The empty asm keeps compilers from reading a line again for each
   // shift. Each result has four sums, because a product waits for the one before it in a sum.
   static void multiply_row(const int32_t* x, const uint8_t* panel, int64_t blocks, float* sums) {
+    const bool has_room = has_room_ahead();
     Sums<1> sum(sums);
     for (int64_t b = 0; b < blocks; b++, x += BLOCK / 2) {
       const uint8_t* codes = block_codes(panel, b);
       const uint8_t* scales = block_scales(panel, b);
+      if (has_room) prefetch_block(panel, b, DIRECT_PREFETCH);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; h++, codes += CODE_BYTES / 2) {
         __m512 part[4] = {};

@@ -266,8 +266,8 @@ inline __attribute__((always_inline)) RowVector row_scales(const uint8_t* scales
 #endif
 }
 
-// How far ahead weights are prefetched, in bytes.
-constexpr int64_t ROW_PREFETCH = 1024;
+// How far ahead weights of a panel are prefetched, in bytes.
+inline int64_t row_prefetch() { return has_room_ahead() ? 4096 : 1024; }
 
 // Adds the products of a block with values that may overflow or underflow in the fast kernels, are
 // infinite or NaN.
@@ -300,7 +300,7 @@ inline void add_any_block(const RowBlock* x, const float* values, const uint8_t*
 template <int ROWS>
 void multiply_rows(const FewRows& rows, const uint8_t* panel, int64_t panels, float* sums,
                    int64_t step) {
-  const int64_t panel_bytes = ceil_div(rows.blocks, 2) * PAIR_BYTES;
+  const int64_t panel_bytes = ceil_div(rows.blocks, 2) * PAIR_BYTES, ahead = row_prefetch();
   for (int64_t b = 0; b < rows.blocks; b++) {
     const RowBlock* x[ROWS];
     bool exact = true;
@@ -312,7 +312,7 @@ void multiply_rows(const FewRows& rows, const uint8_t* panel, int64_t panels, fl
       const uint8_t* codes = block_codes(panel + p * panel_bytes, b);
       const uint8_t* scales = block_scales(panel + p * panel_bytes, b);
       float* to = sums + p * step;
-      prefetch_block(panel + p * panel_bytes, b, ROW_PREFETCH);
+      prefetch_block(panel + p * panel_bytes, b, ahead);
       if (__builtin_expect(!exact, 0)) {
         for (int r = 0; r < ROWS; r++)
           add_any_block(x[r], rows.values(r, b), codes, scales, to + r * PANEL_ROWS);
