@@ -113,6 +113,7 @@ class Kernels:
 
 BF16_UNITS = ("amx", "amx_emulated", "avx512_bf16")
 _PATHS = hardware.runnable_paths()
+ARM_PATHS = [name for name, path in hardware.CPU_PATHS.items() if path.is_for_arm]
 CPU_PATHS = (*_PATHS, *(("amx_emulated",) if "avx512_bf16" in _PATHS else ()))
 _GPU = hardware.gpu_name(torch.device(DEVICE))
 # All three layouts are right on any device that has the assembly with which fragments are decoded.

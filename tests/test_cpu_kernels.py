@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import oracle
 import pytest
 import torch
 from combinations import covering, exhaustive
-from implementations import CPU_PATHS, Kernels, check_matmul, chosen, int32, randn
+from implementations import ARM_PATHS, CPU_PATHS, Kernels, check_matmul, chosen, int32, randn
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_routes
 from processes import LAST_RESORT
@@ -371,6 +372,8 @@ CASCADE_LAKE = SKYLAKE | {"avx512_vnni"}
 COOPER_LAKE = CASCADE_LAKE | {"avx512_bf16"}
 GENOA = COOPER_LAKE | {"avx512vbmi"}
 SAPPHIRE_RAPIDS = GENOA | {"amx_bf16", "amx_tile"}
+GRAVITON2 = frozenset({"asimd", "asimddp", "fphp"})
+GRAVITON3 = GRAVITON2 | {"bf16", "i8mm", "sve"}
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
 CPUS = {
     "EPYC Genoa": (AMD, GENOA, "avx512_bf16"),
@@ -381,7 +384,10 @@ CPUS = {
     "Xeon Skylake": (INTEL, SKYLAKE, "avx2"),
     "Xeon Cascade Lake": (INTEL, CASCADE_LAKE, "avx512"),
     "an old one": (INTEL, frozenset({"sse4_2", "avx"}), "portable"),
-    "no x86": ("", frozenset(), "portable"),
+    "Graviton 3": ("", GRAVITON3, "neon_bf16"),
+    "Graviton 2": ("", GRAVITON2, "neon_dotprod"),
+    "Graviton 1": ("", frozenset({"asimd"}), "portable"),
+    "neither x86 nor ARM": ("", frozenset(), "portable"),
 }
 
 
@@ -401,6 +407,27 @@ def test_a_path_needs_each_of_its_flags(fresh_choice: pytest.MonkeyPatch, flag: 
     fresh_choice.setattr(hardware, "_amx_is_permitted", lambda: True)
     left = [path for path, flags in needed.items() if flag not in flags]
     assert hardware.runnable_paths() == (*left, "portable")
+
+
+@pytest.mark.parametrize(
+    ("machine", "name", "found"),
+    [("x86_64", "flags", {"avx2", "fma"}), ("aarch64", "Features", {"asimd", "asimddp"})],
+)
+def test_flags_are_read_as_linux_writes_them(
+    fresh_choice: pytest.MonkeyPatch, machine: str, name: str, found: set[str]
+) -> None:
+    text = f"processor\t: 0\n{name}\t: {' '.join(found)}\n\nprocessor\t: 1\n{name}\t: none\n"
+    fresh_choice.setattr(hardware.platform, "machine", lambda: machine)
+    fresh_choice.setattr("builtins.open", lambda *_, **__: io.StringIO(text))
+    assert hardware._cpu_facts()[1] == found
+
+
+def test_the_flags_of_an_arm_are_one_architecture() -> None:
+    flags = {path: hardware.CPU_PATHS[path].compiler_flags for path in ARM_PATHS}
+    assert flags == {
+        "neon_bf16": ("-march=armv8.2-a+dotprod+bf16",),
+        "neon_dotprod": ("-march=armv8.2-a+dotprod",),
+    }
 
 
 def test_amx_that_the_system_forbids_is_not_used(fresh_choice: pytest.MonkeyPatch) -> None:

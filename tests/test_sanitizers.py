@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from combinations import exhaustive
-from implementations import CPU_PATHS
+from implementations import ARM_PATHS, CPU_PATHS
 
 from mxfp4_fx.core.hardware import CPU_PATHS as ALL_PATHS
 
@@ -46,7 +46,8 @@ def test_no_byte_too_far_and_nothing_undefined(path: str, tmp_path: Path) -> Non
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 # These two take what few machines can run, and nothing else compiles it there.
 NEWEST = ("avx512_bf16", "amx")
-PATHS = [p if p in NEWEST else exhaustive(p) for p in ALL_PATHS] if IS_X86 else ["portable"]
+OF_X86 = [path for path in ALL_PATHS if path not in ARM_PATHS]
+PATHS = [p if p in NEWEST else exhaustive(p) for p in OF_X86] if IS_X86 else ["portable"]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -59,16 +60,51 @@ def test_every_path_compiles_without_a_warning(path: str) -> None:
     subprocess.run(command, check=True)
 
 
-ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"
+def clangs_folders() -> list[str]:
+    """Where clang's headers for ARM are, when gcc's cross compiler has brought the rest."""
+    own = subprocess.run(
+        ["clang++", "-print-resource-dir"], capture_output=True, text=True, check=True
+    )
+    (cxx,) = sorted(Path("/usr/aarch64-linux-gnu/include/c++").iterdir())[-1:]
+    return [
+        f"{own.stdout.strip()}/include",
+        str(cxx),
+        f"{cxx}/aarch64-linux-gnu",
+        str(cxx.parents[1]),
+    ]
 
 
 @pytest.mark.skipif(
-    not all(map(shutil.which, ARM)), reason=f"wants {' and '.join(ARM)} (Debian: qemu-user)"
+    not all(map(shutil.which, ("clang++", "aarch64-linux-gnu-g++"))),
+    reason="wants clang++ and aarch64-linux-gnu-g++ (Debian: clang, g++-aarch64-linux-gnu)",
 )
-def test_the_portable_path_on_arm(tmp_path: Path) -> None:
-    compiler, emulator = ARM
+@pytest.mark.parametrize("path", [*map(exhaustive, [*ARM_PATHS, "portable"])])
+def test_clang_reads_what_is_for_arm_without_a_warning(path: str, tmp_path: Path) -> None:
+    """As Apple's compiler would. OpenMP's header is not there, so a stand-in declares it."""
+    (tmp_path / "omp.h").write_text(
+        "#pragma once\nint omp_in_parallel(); int omp_get_thread_num(); int omp_get_num_threads();"
+    )
+    command = ["clang++", "--target=aarch64-linux-gnu", "-std=c++17", "-fsyntax-only", "-fopenmp"]
+    command += ["-Wall", "-Wextra", "-Werror", *ALL_PATHS[path].compiler_flags]
+    command += [f"-I{folder}" for folder in (tmp_path, *clangs_folders())]
+    command += [f"-DMXFP4_PATH_{path.upper()}=1", str(SOURCES / "kernels.cpp")]
+    subprocess.run(command, check=True)
+
+
+CROSS = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, CROSS)),
+    reason=f"wants {' and '.join(CROSS)} (Debian: g++-aarch64-linux-gnu, qemu-user)",
+)
+@pytest.mark.parametrize("path", [*map(exhaustive, [*ARM_PATHS, "portable"])])
+def test_on_an_arm(path: str, tmp_path: Path) -> None:
+    """In an emulator."""
+    compiler, emulator = CROSS
     program = tmp_path / "driver"
-    flags = ["-std=c++17", "-O3", "-static", "-fopenmp", "-DMXFP4_PATH_PORTABLE=1", f"-I{SOURCES}"]
+    flags = ["-std=c++17", "-O3", "-static", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
+    flags += [*ALL_PATHS[path].compiler_flags, f"-DMXFP4_PATH_{path.upper()}=1", f"-I{SOURCES}"]
     source = TESTS / "native" / "driver.cpp"
     subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
     done = subprocess.run([emulator, program, "60"], capture_output=True, text=True, check=False)

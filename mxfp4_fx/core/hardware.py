@@ -34,7 +34,8 @@ class CpuPath:
     """An instruction set that the native CPU kernels are compiled for.
 
     Attributes:
-        features: flag of ``/proc/cpuinfo`` -> the compiler's flag for the same instructions.
+        features: flag of ``/proc/cpuinfo`` -> the compiler's flag for the same instructions. On ARM
+            that is an extension of ``-march``, such as ``"+dotprod"``.
         reason: why a CPU gets this path, in words for ``explain`` and ``doctor``.
         pays_on: the path is the best only on this vendor's CPUs; None stands for all vendors.
         for_tests: a CPU gets this path only if ``MXFP4_FX_CPU`` names it.
@@ -56,7 +57,12 @@ class CpuPath:
 
     @property
     def compiler_flags(self) -> tuple[str, ...]:
-        return tuple(self.features.values())
+        flags = tuple(self.features.values())
+        return (_ARM + "".join(flags),) if self.is_for_arm else flags
+
+    @property
+    def is_for_arm(self) -> bool:
+        return any(flag.startswith("+") for flag in self.features.values())
 
 
 _AVX2 = {"avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c", "bmi2": "-mbmi2"}
@@ -70,6 +76,9 @@ _AVX512 = {
 }
 _AVX512_BF16 = {**_AVX512, "avx512vbmi": "-mavx512vbmi", "avx512_bf16": "-mavx512bf16"}
 _AMX = {**_AVX512_BF16, "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
+
+_ARM = "-march=armv8.2-a"
+_DOTPROD = {"asimddp": "+dotprod"}
 
 _AMD = "AuthenticAMD"
 _ANY_NUMBER = 1 << 30  # of rows
@@ -101,6 +110,12 @@ CPU_PATHS: dict[str, CpuPath] = {
         # times as long.
         linear_rows={torch.bfloat16: _ANY_NUMBER, torch.float16: _ANY_NUMBER, torch.float32: 8},
         linear_rows_of={_AMD: {torch.float32: 48}},
+    ),
+    "neon_bf16": CpuPath(
+        {**_DOTPROD, "bf16": "+bf16"}, "the CPU is an ARM with matrix products of bfloat16"
+    ),
+    "neon_dotprod": CpuPath(
+        _DOTPROD, "the CPU is an ARM with dot products of bytes, and none of bfloat16"
     ),
     "portable": CpuPath({}, f"no vector instructions of this CPU ({platform.machine()}) are known"),
     "amx_emulated": CpuPath(
@@ -192,9 +207,10 @@ def _can_run(path: str) -> bool:
 
 @functools.cache
 def _cpu_facts() -> tuple[str, frozenset[str]]:
-    """Return an x86 CPU's vendor and instruction-set flags."""
+    """Return the CPU's vendor, which ARM's have in no words, and its instruction-set flags."""
     facts = _cpu_info()
-    return facts.get("vendor_id", ""), frozenset(facts.get("flags", "").split())
+    flags = facts.get("flags") or facts.get("Features", "")  # of x86, of an ARM
+    return facts.get("vendor_id", ""), frozenset(flags.split())
 
 
 def cpu_name() -> str:
@@ -203,9 +219,9 @@ def cpu_name() -> str:
 
 
 def _cpu_info() -> dict[str, str]:
-    """Return what ``/proc/cpuinfo`` says of an x86 CPU's first core."""
+    """Return what ``/proc/cpuinfo`` says of the first core of an x86 CPU, or of an ARM."""
     facts: dict[str, str] = {}
-    if platform.machine() in ("x86_64", "AMD64"):
+    if platform.machine() in ("x86_64", "AMD64", "aarch64"):
         try:
             with open("/proc/cpuinfo", encoding="utf-8") as lines:
                 for line in lines:

@@ -22,8 +22,12 @@
 
 namespace mxfp4 {
 
-// Every other lane of two vectors, from a lane on.
-inline VectorBits lanes_from(uint32_t first) {
+// Lanes `first`, `first` + 2 and so on of two vectors, one after the other.
+template <uint32_t FIRST>
+inline Vector every_other(Vector a, Vector b) {
+#if defined(__clang__) && defined(__aarch64__)
+  return __builtin_shufflevector(a, b, FIRST, FIRST + 2, FIRST + 4, FIRST + 6);
+#else
 #if defined(__AVX512F__)
   const VectorBits even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
 #elif defined(__AVX2__)
@@ -31,16 +35,16 @@ inline VectorBits lanes_from(uint32_t first) {
 #else
   const VectorBits even = {0, 2, 4, 6};
 #endif
-  return even + first;
+  return __builtin_shuffle(a, b, even + FIRST);
+#endif
 }
 
 // The sum of each of VECTOR vectors, in the vectors' order. The vectors are overwritten.
 inline Vector sums_of(Vector* vectors) {
-  const VectorBits even = lanes_from(0), odd = lanes_from(1);
   for (int count = VECTOR; count > 1; count /= 2)
     for (int i = 0; i < count / 2; i++)
-      vectors[i] = __builtin_shuffle(vectors[2 * i], vectors[2 * i + 1], even) +
-                   __builtin_shuffle(vectors[2 * i], vectors[2 * i + 1], odd);
+      vectors[i] = every_other<0>(vectors[2 * i], vectors[2 * i + 1]) +
+                   every_other<1>(vectors[2 * i], vectors[2 * i + 1]);
   return vectors[0];
 }
 

@@ -11,8 +11,8 @@
 namespace mxfp4 {
 
 // As in torch.clamp, a NaN stays a NaN, and a bound that is NaN gives NaN.
-inline Vector at_most(Vector x, Vector bound) { return (x <= bound) | (x != x) ? x : bound; }
-inline Vector at_least(Vector x, Vector bound) { return (x >= bound) | (x != x) ? x : bound; }
+inline Vector at_most(Vector x, Vector bound) { return ((x <= bound) | (x != x)) ? x : bound; }
+inline Vector at_least(Vector x, Vector bound) { return ((x >= bound) | (x != x)) ? x : bound; }
 
 // e^x within 2 ulp for x >= -87. Results from 2^128 on are infinite, and a NaN stays a NaN.
 inline Vector exponential(Vector x) {

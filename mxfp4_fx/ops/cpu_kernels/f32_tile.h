@@ -12,6 +12,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include "neon.h"
 #endif
 
 namespace mxfp4 {
@@ -61,6 +63,19 @@ inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& va
         const __m256 weight =
             _mm256_mul_ps(_mm256_xor_ps(size, _mm256_castsi256_ps(negative)), factor);
         _mm256_storeu_ps(&values[8 * g + KORDER[i / 2] + 4 * (i % 2)][8 * q], weight);
+      }
+    }
+  }
+#elif defined(__aarch64__)
+  for (int q = 0; q < 8; q++) {  // four rows
+    const float32x4_t factor = vld1q_f32(factors + 4 * q);
+    for (int g = 0; g < 4; g++) {
+      const Doubled eight(codes + 256 * (q / 4) + 64 * g + 16 * (q % 4));
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        float* to = &values[8 * g + KORDER[j]][4 * q];
+        vst1q_f32(to, vmulq_f32(halved(eight.low, j), factor));
+        vst1q_f32(to + 4 * PANEL_ROWS, vmulq_f32(halved(eight.high, j), factor));
       }
     }
   }

@@ -7,6 +7,7 @@
 #include "f32_tile.h"
 #include "linear.h"
 #include "matmul.h"
+#include "neon_bf16_tile.h"
 #include "quantize.h"
 #include "routing.h"
 #include "self_test.h"
@@ -29,6 +30,8 @@ static int matmul_ogs(const mxfp4_matmul& arguments) {
   }
 #elif defined(MXFP4_PATH_AVX512_BF16)
   if (arguments.x_dtype == MXFP4_BF16) return Matmul<Bf16Tile>(arguments).run();
+#elif defined(MXFP4_PATH_NEON_BF16)
+  if (arguments.x_dtype == MXFP4_BF16) return Matmul<NeonBf16Tile>(arguments).run();
 #endif
   return Matmul<F32Tile>(arguments).run();
 }

@@ -41,6 +41,9 @@ struct F16Values {
 #elif defined(__F16C__)
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
     values[0] = reinterpret_cast<Vector>(_mm256_cvtph_ps(half));
+#elif defined(__aarch64__)
+    const uint16x4_t half = vld1_u16(reinterpret_cast<const uint16_t*>(source));
+    values[0] = reinterpret_cast<Vector>(vcvt_f32_f16(vreinterpret_f16_u16(half)));
 #else
     float numbers[VECTOR];
     to_f32(source, MXFP4_F16, VECTOR, numbers);

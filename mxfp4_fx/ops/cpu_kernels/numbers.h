@@ -6,8 +6,10 @@
 
 #include "api.h"
 
-#ifdef __F16C__
+#if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace mxfp4 {
@@ -77,11 +79,19 @@ inline void to_f32(const void* values, int32_t dtype, int64_t count, float* out)
   }
   const char* source = static_cast<const char*>(values);
   int64_t i = 0;
-#ifdef __F16C__
+#if defined(__F16C__)
   if (dtype == MXFP4_F16) {
     for (; i + 8 <= count; i += 8) {
       const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 2 * i));
       _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+    }
+  }
+#elif defined(__aarch64__)
+  if (dtype == MXFP4_F16) {
+    for (; i + 4 <= count; i += 4) {
+      uint64_t half;
+      std::memcpy(&half, source + 2 * i, sizeof half);
+      vst1q_f32(out + i, vcvt_f32_f16(vcreate_f16(half)));
     }
   }
 #endif
@@ -100,11 +110,19 @@ inline void from_f32(const float* values, int32_t dtype, int64_t count, void* ou
   }
   char* target = static_cast<char*>(out);
   int64_t i = 0;
-#ifdef __F16C__
+#if defined(__F16C__)
   if (dtype == MXFP4_F16) {
     for (; i + 8 <= count; i += 8) {
       const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(target + 2 * i), half);
+    }
+  }
+#elif defined(__aarch64__)
+  if (dtype == MXFP4_F16) {
+    for (; i + 4 <= count; i += 4) {
+      const uint64_t half = vget_lane_u64(
+          vreinterpret_u64_f16(vcvt_f16_f32(vld1q_f32(values + i))), 0);
+      std::memcpy(target + 2 * i, &half, sizeof half);
     }
   }
 #endif

@@ -1,0 +1,98 @@
+"""Instructions that the CPU kernels execute for a weight, on ARM, in an emulator.
+
+    python -m benchmarks.arm --output benchmarks/results/arm.json
+
+Wants aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user). A count is
+the difference between a program that multiplies twice and one that multiplies once. It says nothing
+of speed beyond that: how long an instruction takes differs between CPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import command
+from benchmarks.report import table
+from mxfp4_fx.core.hardware import CPU_PATHS
+from mxfp4_fx.ops.cpu_library import DTYPES
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+KERNELS = Path(__file__).parent.parent / "mxfp4_fx" / "ops" / "cpu_kernels"
+DRIVER = Path(__file__).parent / "arm_driver.cpp"
+WEIGHTS = 4096 * 256  # of the driver
+PATHS = ("portable", *(name for name, path in CPU_PATHS.items() if path.is_for_arm))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    missing = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
+    if missing:
+        print(f"benchmarks.arm: {' and '.join(missing)} not found; see the docstring")
+        return 2
+    log = command.start(args)
+    counts: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for path in PATHS:
+            log(f"compiling {path}")
+            program = build(path, Path(folder))
+            for dtype in args.dtypes:
+                for rows in args.rows:
+                    name = f"{dtype}, {rows} row{'s' if rows > 1 else ''}"
+                    log(f"{path}: {name}")
+                    counts.setdefault(name, {})[path] = per_weight(program, dtype, rows)
+    command.finish(args, {"instructions_per_weight": counts}, text(counts))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("--dtypes", type=command.names, default=("bfloat16",))
+    parser.add_argument("--rows", type=command.numbers, default=(1, 2, 4, 8))
+    return parser.parse_args(argv)
+
+
+def build(path: str, folder: Path) -> Path:
+    program = folder / path
+    flags = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-static", "-fopenmp")
+    define = f"-DMXFP4_PATH_{path.upper()}=1"
+    subprocess.run(
+        [COMPILER, *flags, *CPU_PATHS[path].compiler_flags, define, f"-I{KERNELS}", DRIVER, "-o",
+         program], check=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    return program
+
+
+def per_weight(program: Path, dtype: str, rows: int) -> float:
+    number = str(DTYPES[getattr(torch, dtype)])
+    once, twice = (executed([program, number, str(rows), times]) for times in ("1", "2"))
+    return (twice - once) / WEIGHTS
+
+
+def executed(program: list[Any]) -> int:
+    """The instructions that a program executes: the emulator writes a line for each."""
+    options = ("-singlestep", "-d", "exec,nochain", "-D", "/dev/stdout")
+    with subprocess.Popen([EMULATOR, *options, *program], stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        lines = 0
+        while part := running.stdout.read(1 << 20):
+            lines += part.count(b"\n")
+    if running.returncode:
+        raise RuntimeError(f"{program[0]} ended with {running.returncode}")
+    return lines
+
+
+def text(counts: dict[str, dict[str, float]]) -> str:
+    rows = [[name, *(f"{found[path]:.2f}" for path in PATHS)] for name, found in counts.items()]
+    return "instructions for a weight\n" + table(["activations", *PATHS], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

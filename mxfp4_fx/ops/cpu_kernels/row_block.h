@@ -1,0 +1,89 @@
+// A block of activations in exact integers, which few_rows.h multiplies.
+//
+// It becomes fixed-point numbers of 24 bits. Each has three signed bytes (limbs), and its value is
+// (limb 0 + 2^8 limb 1 + 2^16 limb 2) times a power of two. A weight w becomes a byte: 2 w + 12
+// where the dot product of bytes needs unsigned weights, and then the sums' starting values subtract
+// what the 12 adds; 2 w elsewhere. A block's sum is exact before it becomes float32.
+//
+// Some blocks are not exact in that form: one value may be tiny beside a large one, or a float32
+// may use all its bits. They are multiplied in float32, also directly from the codes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
+#include "numbers.h"
+#include "panels.h"
+
+namespace mxfp4 {
+
+constexpr int LIMBS = 3;
+
+// SHORT blocks are exact in 16 bits, so limb 0 is zero. Most blocks of bfloat16 activations are.
+enum class BlockKind : int32_t { SHORT, EXACT, FLOAT, EXTREME };
+
+// A block of activations. Dword 2 g of a limb is multiplied with the low nibbles of group g, dword
+// 2 g + 1 with the high ones.
+struct RowBlock {
+  int8_t limbs[LIMBS][BLOCK];
+  int32_t start[LIMBS];
+  float unit;  // half of limb 0's unit, because weights count in halves
+  BlockKind kind;
+};
+
+// In this range, products with codes and sums of them neither overflow nor underflow.
+constexpr float ROW_SMALLEST = 0x1p-100f, ROW_LARGEST = 0x1p90f;
+
+inline bool is_moderate(float value) {  // false for a NaN
+  const float size = std::fabs(value);
+  return size == 0 || (size >= ROW_SMALLEST && size <= ROW_LARGEST);
+}
+
+// All loops have a fixed length, no branch and only integer reductions, so that the compiler
+// vectorizes them.
+inline RowBlock row_block(const float* values) {
+  RowBlock block{};
+  uint32_t largest = 0, smallest = UINT32_MAX;  // of the magnitudes' bits; `smallest` is less 1
+  for (int k = 0; k < BLOCK; k++) {
+    const uint32_t size = bits_of(values[k]) & 0x7fffffff;
+    largest = std::max(largest, size);
+    smallest = std::min(smallest, size - 1);  // a zero wraps around and does not count
+  }
+  if (largest == 0) return block;  // SHORT
+  if (smallest < bits_of(ROW_SMALLEST) - 1 || largest > bits_of(ROW_LARGEST)) {
+    block.kind = BlockKind::EXTREME;
+    return block;
+  }
+  const int exponent = static_cast<int>(largest >> 23) - 126;  // all are below 2^exponent
+  const float scale = float_of(static_cast<uint32_t>(127 + 22 - exponent) << 23);
+  int32_t fixed[BLOCK], inexact = 0;
+  for (int k = 0; k < BLOCK; k++) {
+    const float scaled = values[k] * scale;
+    fixed[k] = static_cast<int32_t>(scaled);
+    inexact |= static_cast<float>(fixed[k]) != scaled;
+  }
+  if (inexact) {
+    block.kind = BlockKind::FLOAT;
+    return block;
+  }
+  int32_t low = 0;
+  for (int k = 0; k < BLOCK; k++) low |= fixed[k] & 0xff;
+  block.kind = low ? BlockKind::EXACT : BlockKind::SHORT;
+  for (int g = 0; g < BLOCK; g += 4) std::swap(fixed[g + 1], fixed[g + 2]);  // KORDER
+  for (int limb = 0; limb < LIMBS; limb++) {
+    int32_t sum = 0;
+    for (int i = 0; i < BLOCK; i++) {
+      const int32_t byte = limb + 1 < LIMBS ? static_cast<int8_t>(fixed[i]) : fixed[i];
+      block.limbs[limb][i] = static_cast<int8_t>(byte);
+      fixed[i] = (fixed[i] - byte) >> 8;
+      sum += byte;
+    }
+    block.start[limb] = -12 * sum;
+  }
+  block.unit = float_of(static_cast<uint32_t>(127 - 23 + exponent) << 23);
+  return block;
+}
+
+}  // namespace mxfp4
