@@ -1,9 +1,9 @@
 """Formats of packed checkpoints beside GPT-OSS's: a matrix [N, K] is two tensors of their own.
 
 All of them hold the same bytes; names, dtypes and the words of ``quantization_config`` differ. To
-add a format, add a row to :data:`FORMATS` and a reader of its config to :data:`_READERS`.
+add a format, add a row to :data:`FORMATS` and a reader of its config to ``packed_configs.py``.
 
-Sources: compressed-tensors, compressors/mxfp4/base.py and quantization/quant_config.py.
+Sources: compressed-tensors, compressors/mxfp4/base.py; Quark, torch/utils/pack.py (``Pack_fp4``).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mxfp4_fx.checkpoints import packed_configs
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
-from mxfp4_fx.checkpoints.files import AGAIN, few
+from mxfp4_fx.checkpoints.files import AGAIN
+from mxfp4_fx.checkpoints.gpt_oss import FLOATS
+from mxfp4_fx.checkpoints.packed_configs import NVFP4, OTHER, quantization_config
 from mxfp4_fx.checkpoints.safetensors_file import StoredTensor
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK
 
-OTHER = "name a checkpoint in MXFP4, or a dense one; transformers itself may load this one"
-_NVFP4 = (
-    "is NVFP4, which is another format than MXFP4 (blocks of 16 values with E4M3 scales): " + OTHER
-)
+_DENSE = "weight"  # the last part of a dense matrix's name
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Format:
         blocks, scales: the last parts of the names of the two tensors, which are [N, K/2] and
             [N, K/32].
         blocks_dtype, scales_dtype: their dtypes; the bits are those of uint8.
+        reads: returns whether a config names the format. Its arguments are the config, its
+            ``quantization_config`` and what messages call it. It raises CheckpointError for other
+            properties than those that kernels read.
         strange: last parts of names that only other formats have -> what such a tensor is.
     """
 
@@ -45,25 +48,44 @@ class Format:
     scales: str
     blocks_dtype: torch.dtype
     scales_dtype: torch.dtype
+    reads: Callable[[Mapping[str, Any], Mapping[str, Any], str], bool]
     strange: Mapping[str, str]
 
 
+_INTEGERS = f"belongs to packed integers, not to MXFP4: {OTHER}"
+_ZERO_POINT = f"is the zero point of integers, which MXFP4 has not: {OTHER}"
+
 COMPRESSED_TENSORS = Format(
-    "mxfp4-pack-quantized",
+    packed_configs.COMPRESSED_TENSORS,
     "compressed-tensors",
     "weight_packed",
     "weight_scale",
     torch.uint8,
     torch.uint8,
+    packed_configs.compressed_tensors,
     {
-        "weight_global_scale": _NVFP4,
-        "input_global_scale": _NVFP4,
-        "weight_zero_point": f"is the zero point of integers, which MXFP4 has not: {OTHER}",
-        "weight_shape": f"belongs to packed integers, not to MXFP4: {OTHER}",
-        "weight_g_idx": f"belongs to packed integers, not to MXFP4: {OTHER}",
+        "weight_global_scale": NVFP4,
+        "input_global_scale": NVFP4,
+        "weight_zero_point": _ZERO_POINT,
+        "weight_shape": _INTEGERS,
+        "weight_g_idx": _INTEGERS,
     },
 )
-FORMATS = (COMPRESSED_TENSORS,)
+QUARK = Format(
+    "Quark's fp4",
+    "quark",
+    "weight",
+    "weight_scale",
+    torch.uint8,
+    torch.uint8,
+    packed_configs.quark,
+    {
+        "weight_scale_2": NVFP4,
+        "weight_zero_point": _ZERO_POINT,
+        "weight_packed": f"is compressed-tensors', in a checkpoint of Quark's: {AGAIN}",
+    },
+)
+FORMATS = (COMPRESSED_TENSORS, QUARK)
 
 
 class PackedWeight(NamedTuple):
@@ -100,18 +122,7 @@ def format_of(config: Mapping[str, Any], named: str) -> Format | None:
     settings = quantization_config(config)
     if not isinstance(settings, Mapping):
         return None
-    method = settings.get("quant_method")
-    found = next((one for one in FORMATS if one.method == method), None)
-    if found is not None:
-        _READERS[found.name](settings, named)
-    return found
-
-
-def quantization_config(config: Mapping[str, Any]) -> Any:
-    """Return the ``quantization_config`` of a model, or of the text model in it, or None."""
-    text = config.get("text_config")
-    inner = text.get("quantization_config") if isinstance(text, Mapping) else None
-    return config.get("quantization_config") or inner
+    return next((one for one in FORMATS if one.reads(config, settings, named)), None)
 
 
 def packed_weights(checkpoint: Checkpoint, form: Format) -> dict[str, PackedWeight]:
@@ -121,12 +132,12 @@ def packed_weights(checkpoint: Checkpoint, form: Format) -> dict[str, PackedWeig
         CheckpointError: a tensor is missing, or has another dtype or shape, or belongs to another
             format. The message names the tensor.
     """
-    stems = {stem for stem, part in _parts(checkpoint) if part in (form.blocks, form.scales)}
+    stems = {stem for stem, part in _parts(checkpoint) if _is_packed(checkpoint, form, stem, part)}
     for stem, part in _parts(checkpoint):
         name = _joined(stem, part)
         if part in form.strange:
             raise CheckpointError(f"{_placed(checkpoint, name)} {form.strange[part]}")
-        if stem in stems and part == "weight" and form.blocks != part:
+        if stem in stems and part == _DENSE != form.blocks:
             raise CheckpointError(
                 f"{_placed(checkpoint, name)} has the same weight in another format as "
                 f"{_joined(stem, form.blocks)} or {_joined(stem, form.scales)}: {AGAIN}, or save "
@@ -139,6 +150,13 @@ def packed_weights(checkpoint: Checkpoint, form: Format) -> dict[str, PackedWeig
             f"name ends in .{form.blocks}: {AGAIN}"
         )
     return found
+
+
+def _is_packed(checkpoint: Checkpoint, form: Format, stem: str, part: str) -> bool:
+    """Return whether a tensor belongs to a packed matrix, or seems to."""
+    if part == form.blocks == _DENSE:  # where dense matrices have the same name
+        return checkpoint.tensors[_joined(stem, part)].dtype not in FLOATS
+    return part in (form.blocks, form.scales)
 
 
 def _parts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -164,7 +182,7 @@ def _weight(checkpoint: Checkpoint, form: Format, stem: str) -> PackedWeight:
             )
     blocks, scales = (checkpoint.tensors[name] for name in names)
     if scales.dtype == torch.float8_e4m3fn:
-        raise CheckpointError(f"{_placed(checkpoint, names[1])} {_NVFP4}")
+        raise CheckpointError(f"{_placed(checkpoint, names[1])} {NVFP4}")
     dtypes = form.blocks_dtype, form.scales_dtype
     for name, tensor, dtype in zip(names, (blocks, scales), dtypes, strict=True):
         if tensor.dtype != dtype or len(tensor.shape) != 2:
@@ -182,45 +200,3 @@ def _weight(checkpoint: Checkpoint, form: Format, stem: str) -> PackedWeight:
             f"{[weight.n, weight.k // BLOCK]}: {AGAIN}, or quantize it with groups of {BLOCK}"
         )
     return weight
-
-
-def _read_compressed_tensors(settings: Mapping[str, Any], named: str) -> None:
-    """Raise CheckpointError unless all groups of a config of compressed-tensors are MXFP4."""
-    groups = settings.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise CheckpointError(f"{named} has no config_groups in quantization_config: {AGAIN}")
-    whole = settings.get("format")
-    others = []
-    for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weights, Mapping):
-            raise CheckpointError(f"{named} says of {name} not how its weights are held: {AGAIN}")
-        form = group.get("format") or whole
-        size = weights.get("group_size")
-        is_fp4 = (weights.get("type"), weights.get("num_bits")) == ("float", 4)
-        if form == "nvfp4-pack-quantized" or (is_fp4 and size == 16):
-            raise CheckpointError(f"{name} in {named} {_NVFP4}")
-        if form != COMPRESSED_TENSORS.name or not is_fp4:
-            others.append(f"{name} ({form})")
-        elif size != BLOCK or not weights.get("symmetric", True):
-            raise CheckpointError(
-                f"{name} in {named} has group_size {size}, and symmetric "
-                f"{weights.get('symmetric', True)}: MXFP4 has groups of {BLOCK}, symmetric ones; "
-                "quantize the original again, with the preset MXFP4A16"
-            )
-    if others:
-        mixed = "a mix of formats" if len(others) < len(groups) else "another format"
-        raise CheckpointError(
-            f"{named} has {mixed}: {few(others)} instead of {COMPRESSED_TENSORS.name}: {OTHER}"
-        )
-    for key in ("transform_config", "sparsity_config"):
-        value = settings.get(key)
-        if isinstance(value, Mapping) and any(value.values()):
-            raise CheckpointError(
-                f"{named} has a {key}, which changes what the weights mean: {OTHER}"
-            )
-
-
-_READERS: dict[str, Callable[[Mapping[str, Any], str], None]] = {
-    COMPRESSED_TENSORS.name: _read_compressed_tensors,
-}

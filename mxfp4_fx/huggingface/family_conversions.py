@@ -21,8 +21,8 @@ class StackExperts(ConversionOps):
     Of each expert there is one matrix, or one of gate and one of up, whose rows then alternate.
     """
 
-    def __init__(self, is_blocks: bool, nan_blocks: dict[str, int]) -> None:
-        self.is_blocks = is_blocks
+    def __init__(self, is_blocks: bool, dtype: torch.dtype, nan_blocks: dict[str, int]) -> None:
+        self.is_blocks, self.dtype = is_blocks, dtype  # dtype: that of the bytes in the files
         self._nan_blocks = nan_blocks  # convert() writes the counts of NaN blocks into it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackExperts:
@@ -54,14 +54,14 @@ class StackExperts(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return SplitExperts(self.is_blocks)
+        return SplitExperts(self.is_blocks, self.dtype)
 
 
 class SplitExperts(ConversionOps):
     """The inverse of `StackExperts`, for ``save_pretrained``."""
 
-    def __init__(self, is_blocks: bool) -> None:
-        self.is_blocks = is_blocks
+    def __init__(self, is_blocks: bool, dtype: torch.dtype) -> None:
+        self.is_blocks, self.dtype = is_blocks, dtype
 
     @torch.no_grad()
     def convert(
@@ -73,7 +73,7 @@ class SplitExperts(ConversionOps):
         **_: Any,
     ) -> dict[str, Tensor]:
         (stacked,) = (_only(tensors) for tensors in input_dict.values())
-        stacked = stacked.detach()
+        stacked = stacked.detach().view(self.dtype)
         if self.is_blocks:
             stacked = stacked.flatten(2)
         parts = stacked.unflatten(1, (-1, len(target_patterns))).unbind(2)

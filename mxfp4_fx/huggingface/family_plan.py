@@ -99,9 +99,9 @@ def plan_of(
             plan.dense[name] = weight
             if pattern is not None:
                 plan.dense_patterns.add(pattern)
-    dense_stems = {f"{stem}." for stem in packed}
+    parts_of_packed = {part.name for weight in packed.values() for part in weight[1:]}
     for name in checkpoint.tensors:
-        if f"{name.rpartition('.')[0]}." in dense_stems:
+        if name in parts_of_packed:
             continue
         target, pattern = place(name)
         if target in parts:

@@ -23,7 +23,6 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.files import CONFIG, few, read_json
 from mxfp4_fx.checkpoints.packed_formats import (
-    COMPRESSED_TENSORS,
     Format,
     PackedWeight,
     format_of,
@@ -43,6 +42,7 @@ from mxfp4_fx.huggingface.family_conversions import (
 )
 from mxfp4_fx.huggingface.family_plan import Plan, packed_like, plan_of
 from mxfp4_fx.huggingface.packed import PackedExperts
+from mxfp4_fx.huggingface.packed_names import BLOCKS, SCALES, renamings
 from mxfp4_fx.huggingface.packed_quantizer import PackedQuantizer
 
 OUR_METHOD = "mxfp4_fx_families"
@@ -135,6 +135,7 @@ class FamilyQuantizer(PackedQuantizer):
         checkpoint, self._format = _opened(checkpoint_files or ())
         self.quantization_config.stored = dict(quantization_config(checkpoint.config))
         packed = packed_weights(checkpoint, self._format)
+        self._renamings = renamings(self._format, packed, checkpoint.tensors)
         self._plan = plan_of(model, checkpoint, packed, dict(self.quantization_config.key_mapping))
         _warn_of(self._plan, model)
         self._nan_blocks: dict[str, int] = {}
@@ -148,7 +149,7 @@ class FamilyQuantizer(PackedQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Return the model's conversions, with those of packed weights before the ones they are of.
 
-        transformers takes the first that fits a name.
+        transformers takes the first that fits a name, after all renamings.
         """
         form, plan = self._format, self._plan
         updated: list[Any] = []
@@ -156,24 +157,26 @@ class FamilyQuantizer(PackedQuantizer):
             sources = getattr(conversion, "_original_source_patterns", [])
             patterns = {*getattr(conversion, "source_patterns", [])}
             if patterns & plan.patterns:
-                for part, ending in ((form.blocks, "blocks"), (form.scales, "scales")):
-                    step = StackExperts(ending == "blocks", self._nan_blocks)
+                kinds = (
+                    (BLOCKS, "blocks", form.blocks_dtype),
+                    (SCALES, "scales", form.scales_dtype),
+                )
+                for part, ending, dtype in kinds:
+                    step = StackExperts(part == BLOCKS, dtype, self._nan_blocks)
                     targets = [f"{t}_{ending}" for t in conversion._original_target_patterns]
                     names = [_with(source, part) for source in sources]
                     updated.append(conversion.copy(names, targets, operations=[step]))
             elif patterns & plan.dense_patterns:
-                names = [_with(s, part) for s in sources for part in (form.blocks, form.scales)]
-                steps = [DequantizeWeights(form.blocks, form.scales), *conversion.operations]
+                names = [_with(s, part) for s in sources for part in (BLOCKS, SCALES)]
+                steps = [DequantizeWeights(BLOCKS, SCALES), *conversion.operations]
                 targets = list(conversion._original_target_patterns)
                 updated.append(conversion.copy(names, targets, operations=steps))
             updated.append(conversion)
-        return updated + self.get_weight_conversions()
+        return [*self._renamings, *updated, *self.get_weight_conversions()]
 
     def get_weight_conversions(self) -> list[Any]:
         """Return the conversion of packed matrices that no other conversion takes."""
-        form = self._format
-        step = DequantizeWeights(form.blocks, form.scales)
-        return [WeightConverter([form.blocks, form.scales], "weight", [step])]
+        return [WeightConverter([BLOCKS, SCALES], "weight", [DequantizeWeights(BLOCKS, SCALES)])]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():
@@ -200,12 +203,11 @@ class FamilyQuantizer(PackedQuantizer):
             CheckpointError: such a matrix has changed since it was loaded.
         """
         state: dict[str, Any] = model.state_dict()
-        form = self._format
         for name, weight in self._plan.dense.items():
             if name in state:
                 blocks, scales = self._packed_again(name, state.pop(name).detach(), weight)
                 stem = name.removesuffix("weight")
-                state |= {f"{stem}{form.blocks}": blocks, f"{stem}{form.scales}": scales}
+                state |= {f"{stem}{BLOCKS}": blocks, f"{stem}{SCALES}": scales}
         return state, {}
 
     def _packed_again(self, name: str, value: Tensor, weight: PackedWeight) -> tuple[Tensor, ...]:
@@ -257,8 +259,8 @@ def _opened(files: Sequence[str]) -> tuple[Checkpoint, Format]:
     form = format_of(checkpoint.config, str(beside))
     if form is None:
         raise CheckpointError(
-            f"{beside} names no quant_method of {COMPRESSED_TENSORS.method}: load the checkpoint "
-            "with mxfp4_fx.from_pretrained(...), or without quantization_config"
+            f"{beside} names no format of docs/families.md: load the checkpoint with "
+            "mxfp4_fx.from_pretrained(...), or without quantization_config"
         )
     return checkpoint, form
 

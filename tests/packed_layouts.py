@@ -1,0 +1,96 @@
+"""How each format of packed checkpoints names a matrix's tensors, and what its config says.
+
+The layouts other than compressed-tensors' are written as published, because their own tools need
+other versions of transformers, a GPU, or are not public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and dtypes of a matrix's blocks and scales, and ``quantization_config``."""
+
+    blocks: str
+    scales: str
+    settings: Callable[[], dict[str, Any]]
+    blocks_dtype: torch.dtype = torch.uint8
+    scales_dtype: torch.dtype = torch.uint8
+
+    def tensors(self, stem: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a matrix, of what compressed-tensors makes of it."""
+        return {
+            f"{stem}.{self.blocks}": parts["weight_packed"].view(self.blocks_dtype),
+            f"{stem}.{self.scales}": parts["weight_scale"].view(self.scales_dtype),
+        }
+
+    def config(self, config: dict[str, Any]) -> None:
+        config["quantization_config"] = self.settings()
+
+
+def scheme(preset: str = "MXFP4A16") -> QuantizationScheme:
+    return preset_name_to_scheme(preset, targets=["Linear"])
+
+
+def _compressed_tensors() -> dict[str, Any]:
+    made = QuantizationConfig(
+        config_groups={"group_0": scheme()},
+        format="mxfp4-pack-quantized",
+        quantization_status="compressed",
+        ignore=["lm_head"],
+    )
+    return dict(made.model_dump(mode="json"))
+
+
+def _quark() -> dict[str, Any]:
+    """Return what Quark 0.13 writes for its scheme mxfp4, as amd/*-MXFP4 have it."""
+    weight = {
+        "dtype": "fp4",
+        "qscheme": "per_group",
+        "group_size": 32,
+        "ch_axis": -1,
+        "scale_format": "e8m0",
+        "scale_type": "float",
+        "is_dynamic": False,
+        "round_method": "half_even",
+        "scale_calculation_mode": "even",
+        "observer_cls": "PerBlockMXObserver",
+        "symmetric": None,
+    }
+    return {
+        "quant_method": "quark",
+        "version": "0.13",
+        "quant_mode": "eager_mode",
+        "global_quant_config": {
+            "weight": weight,
+            "input_tensors": {**weight, "is_dynamic": True},
+            "output_tensors": None,
+            "bias": None,
+        },
+        "exclude": ["lm_head"],
+        "export": {
+            "weight_format": "real_quantized",
+            "pack_method": "reorder",
+            "kv_cache_group": [],
+        },
+        "layer_quant_config": {},
+        "layer_type_quant_config": {},
+        "kv_cache_quant_config": {},
+        "algo_config": None,
+    }
+
+
+COMPRESSED_TENSORS = Layout("weight_packed", "weight_scale", _compressed_tensors)
+QUARK = Layout("weight", "weight_scale", _quark)

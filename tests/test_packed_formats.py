@@ -1,0 +1,90 @@
+"""Every format of packed checkpoints, beside compressed-tensors', which has the same bytes.
+
+`test_packed_families.py` shows for compressed-tensors' that the model is right. Here a checkpoint
+of another format must become the same model, and itself again.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import packed_families as families
+import pytest
+import torch
+from checkpoints import edit_config, edit_tensors, read_config, read_tensors
+from loaded import assert_same_tensors
+from packed_families import EXPERTS, IDS, LINEARS
+from packed_layouts import QUARK, Layout
+
+import mxfp4_fx
+from mxfp4_fx.cli import main
+from mxfp4_fx.core.errors import CheckpointError
+from mxfp4_fx.huggingface.packed import PackedExperts
+
+FLOAT = torch.float32
+LAYOUTS = {"quark": QUARK}
+FIRST = re.compile(rf"layers\.0\..*{LINEARS.pattern}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("formats")
+
+
+@pytest.fixture(scope="module")
+def same(folder: Path) -> Path:
+    """The checkpoint in compressed-tensors' format."""
+    return families.write(folder / "same", "Qwen3-MoE", FLOAT, LINEARS)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path, layout: Layout) -> Path:
+    path = folder / "-".join((layout.blocks, layout.scales))
+    return families.write(path, "Qwen3-MoE", FLOAT, LINEARS, layout)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, torch.float16])
+def test_the_model_is_that_of_compressed_tensors(
+    written: Path, same: Path, dtype: torch.dtype
+) -> None:
+    """Experts byte for byte, and attention, which becomes dense."""
+    model = mxfp4_fx.from_pretrained(written, dtype=dtype)
+    expected = mxfp4_fx.from_pretrained(same, dtype=dtype)
+    assert any(isinstance(module, PackedExperts) for module in model.modules())
+    assert_same_tensors(model.state_dict(), expected.state_dict())
+
+
+def test_saving_writes_what_was_loaded(written: Path, tmp_path: Path) -> None:
+    mxfp4_fx.from_pretrained(written).save_pretrained(tmp_path)
+    assert_same_tensors(read_tensors(tmp_path), read_tensors(written))
+    settings = [read_config(path)["quantization_config"] for path in (tmp_path, written)]
+    assert settings[0] == settings[1]
+
+
+def test_one_layer_is_dense(layout: Layout, tmp_path: Path) -> None:
+    """Its tensors may have the names of packed ones. What is saved goes over the files."""
+    path = families.write(tmp_path, "Mixtral", FLOAT, FIRST, layout, num_hidden_layers=2)
+    stored = read_tensors(path)
+    model = mxfp4_fx.from_pretrained(path)
+    packed = [name for name, part in model.named_modules() if isinstance(part, PackedExperts)]
+    assert packed == ["model.layers.0.mlp.experts"]
+    assert torch.equal(
+        model.get_parameter("model.layers.1.mlp.experts.down_proj")[2],
+        stored["model.layers.1.block_sparse_moe.experts.2.w2.weight"],
+    )
+    model.save_pretrained(path)
+    assert_same_tensors(read_tensors(path), stored)
+
+
+def test_biases_of_packed_matrices(tmp_path: Path) -> None:
+    """They lie beside the blocks, under names with the same beginning."""
+    path = families.write(tmp_path, "Qwen2-MoE", FLOAT, LINEARS)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    bias = mxfp4_fx.from_pretrained(path).get_parameter(name)
+    assert torch.equal(bias, read_tensors(path)[name])
