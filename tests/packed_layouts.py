@@ -28,6 +28,7 @@ class Layout:
     settings: Callable[[], dict[str, Any]]
     blocks_dtype: torch.dtype = torch.uint8
     scales_dtype: torch.dtype = torch.uint8
+    more: tuple[tuple[str, Any], ...] = ()  # other entries of config.json
 
     def tensors(self, stem: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a matrix, of what compressed-tensors makes of it."""
@@ -37,7 +38,7 @@ class Layout:
         }
 
     def config(self, config: dict[str, Any]) -> None:
-        config["quantization_config"] = self.settings()
+        config.update(self.more, quantization_config=self.settings())
 
 
 def scheme(preset: str = "MXFP4A16") -> QuantizationScheme:
@@ -92,5 +93,24 @@ def _quark() -> dict[str, Any]:
     }
 
 
+def _deepseek() -> dict[str, Any]:
+    """Return what deepseek-ai/DeepSeek-V4-* have; blocks of 32 by 32 are those of V4.1."""
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [32, 32],
+    }
+
+
 COMPRESSED_TENSORS = Layout("weight_packed", "weight_scale", _compressed_tensors)
 QUARK = Layout("weight", "weight_scale", _quark)
+DEEPSEEK = Layout(
+    "weight",
+    "scale",
+    _deepseek,
+    torch.int8,
+    torch.float8_e8m0fnu,
+    (("expert_dtype", "fp4"),),
+)

@@ -11,14 +11,14 @@ import packed_families
 import pytest
 import torch
 from checkpoints import copied, edit_config, edit_tensors
-from packed_layouts import QUARK, Layout
+from packed_layouts import DEEPSEEK, QUARK, Layout
 from torch import Tensor
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.huggingface.family_conversions import StackExperts
 
-LAYOUTS = {"quark": QUARK}
+LAYOUTS = {"quark": QUARK, "deepseek": DEEPSEEK}
 EXPERTS = "model.layers.0.mlp.experts"
 UP, DOWN = f"{EXPERTS}.3.up_proj", f"{EXPERTS}.2.down_proj"
 
@@ -81,7 +81,7 @@ TENSORS: dict[str, tuple[Edit, str]] = {
         put(blocks=lambda blocks: blocks[None]),
         r"BLOCKS in .* is torch\.u?int8 \[1, 64, 48\], and in .* a matrix of torch\.u?int8",
     ),
-    "dtype of blocks": (put(blocks=lambda blocks: blocks.to(torch.int16)), r"BLOCKS in .* torch\.int16 "),
+    "dtype of blocks": (put(blocks=lambda blocks: blocks.short()), r"BLOCKS in .* torch\.int16 "),
     "dtype of scales": (put(scales=lambda scales: scales.float()), r"SCALES in .* torch\.float32"),
     "NVFP4": (
         put(scales=lambda scales: scales.to(torch.float8_e4m3fn)),
@@ -176,6 +176,16 @@ CONFIGS: dict[str, tuple[Layout, Callable[[dict[str, Any]], object], str]] = {
         ),
         r"has the algorithm rotation in algo_config, which changes what the weights mean",
     ),
+    "no rectangles": (
+        DEEPSEEK,
+        lambda settings: settings.update(weight_block_size=[128]),
+        r"has weight_block_size \[128\], which must be two positive integers",
+    ),
+    "scales in float32": (
+        DEEPSEEK,
+        lambda settings: settings.update(scale_fmt="float"),
+        r"has scale_fmt 'float'; beside experts in MXFP4 only ue8m0 is known",
+    ),
 }
 
 
@@ -183,9 +193,8 @@ CONFIGS: dict[str, tuple[Layout, Callable[[dict[str, Any]], object], str]] = {
 def test_configs(tmp_path: Path, fault: str) -> None:
     """The config is read before the files."""
     layout, edit, words = CONFIGS[fault]
-    settings = layout.settings()
-    edit(settings)
-    (tmp_path / "config.json").write_text("{}")
-    edit_config(tmp_path, lambda c: c.update(model_type="qwen3_moe", quantization_config=settings))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    edit_config(tmp_path, layout.config)
+    edit_config(tmp_path, lambda config: edit(config["quantization_config"]))
     with pytest.raises(CheckpointError, match=words):
         mxfp4_fx.from_pretrained(tmp_path)

@@ -12,18 +12,16 @@ from pathlib import Path
 import packed_families as families
 import pytest
 import torch
-from checkpoints import edit_config, edit_tensors, read_config, read_tensors
+from checkpoints import read_config, read_tensors
 from loaded import assert_same_tensors
-from packed_families import EXPERTS, IDS, LINEARS
-from packed_layouts import QUARK, Layout
+from packed_families import LINEARS
+from packed_layouts import DEEPSEEK, QUARK, Layout
 
 import mxfp4_fx
-from mxfp4_fx.cli import main
-from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.huggingface.packed import PackedExperts
 
 FLOAT = torch.float32
-LAYOUTS = {"quark": QUARK}
+LAYOUTS = {"quark": QUARK, "deepseek": DEEPSEEK}
 FIRST = re.compile(rf"layers\.0\..*{LINEARS.pattern}")
 
 

@@ -9,7 +9,7 @@ quantization/quark/quark.py; transformers, DeepseekV4Config and FineGrainedFP8Co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mxfp4_fx.checkpoints.files import AGAIN, few
@@ -102,6 +102,28 @@ def quark(config: Json, settings: Json, named: str) -> bool:
             raise CheckpointError(
                 f"{named} has the algorithm {name} in algo_config, which changes what the weights "
                 f"mean: {OTHER}"
+            )
+    return True
+
+
+def deepseek(config: Json, settings: Json, named: str) -> bool:
+    """Return whether experts are MXFP4 as in DeepSeek-V4, beside other matrices in FP8."""
+    places = settings, config, _text(config)
+    expert_dtype = next((p["expert_dtype"] for p in places if "expert_dtype" in p), None)
+    if settings.get("quant_method") != "fp8" or expert_dtype != "fp4":
+        return False
+    rectangle = settings.get("weight_block_size")
+    sizes = rectangle if isinstance(rectangle, Sequence) else ()
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise CheckpointError(
+            f"{named} has weight_block_size {rectangle!r}, which must be two positive integers: "
+            f"{AGAIN}"
+        )
+    for key, known in (("scale_fmt", "ue8m0"), ("fmt", "e4m3")):
+        if (value := settings.get(key, known)) != known:
+            raise CheckpointError(
+                f"{named} has {key} {value!r}; beside experts in MXFP4 only {known} is known: "
+                f"{OTHER}"
             )
     return True
 

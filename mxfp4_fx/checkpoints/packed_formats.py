@@ -16,6 +16,7 @@ import torch
 
 from mxfp4_fx.checkpoints import packed_configs
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
+from mxfp4_fx.checkpoints.encodings import Encoding, Fp8, Mxfp4
 from mxfp4_fx.checkpoints.files import AGAIN
 from mxfp4_fx.checkpoints.gpt_oss import FLOATS
 from mxfp4_fx.checkpoints.packed_configs import NVFP4, OTHER, quantization_config
@@ -40,6 +41,8 @@ class Format:
             ``quantization_config`` and what messages call it. It raises CheckpointError for other
             properties than those that kernels read.
         strange: last parts of names that only other formats have -> what such a tensor is.
+        fp8: returns, of the ``quantization_config``, how matrices are FP8 that lie beside those in
+            MXFP4 under the same names; None if the format has none.
     """
 
     name: str
@@ -50,6 +53,11 @@ class Format:
     scales_dtype: torch.dtype
     reads: Callable[[Mapping[str, Any], Mapping[str, Any], str], bool]
     strange: Mapping[str, str]
+    fp8: Callable[[Mapping[str, Any]], Fp8] | None = None
+
+    @property
+    def encoding(self) -> Mxfp4:
+        return Mxfp4((self.blocks_dtype, self.scales_dtype))
 
 
 _INTEGERS = f"belongs to packed integers, not to MXFP4: {OTHER}"
@@ -85,7 +93,22 @@ QUARK = Format(
         "weight_packed": f"is compressed-tensors', in a checkpoint of Quark's: {AGAIN}",
     },
 )
-FORMATS = (COMPRESSED_TENSORS, QUARK)
+DEEPSEEK = Format(
+    "DeepSeek's fp4",
+    "fp8",
+    "weight",
+    "scale",
+    torch.int8,
+    torch.float8_e8m0fnu,
+    packed_configs.deepseek,
+    {
+        "weight_scale": f"is not what DeepSeek calls scales: {AGAIN}",
+        "weight_scale_inv": f"is not what DeepSeek-V4 calls scales: {AGAIN}",
+        "weight_packed": f"is compressed-tensors', in a checkpoint of DeepSeek's: {AGAIN}",
+    },
+    lambda settings: Fp8(tuple(settings["weight_block_size"])),
+)
+FORMATS = (COMPRESSED_TENSORS, QUARK, DEEPSEEK)
 
 
 class PackedWeight(NamedTuple):
@@ -94,19 +117,21 @@ class PackedWeight(NamedTuple):
     Attributes:
         stem: its name without the last part: "model.layers.0.mlp.experts.3.up_proj".
         blocks, scales: its tensors.
+        encoding: what they mean.
     """
 
     stem: str
     blocks: StoredTensor
     scales: StoredTensor
+    encoding: Encoding
 
     @property
     def n(self) -> int:
-        return self.blocks.shape[0]
+        return self.encoding.shape(self.blocks.shape)[0]
 
     @property
     def k(self) -> int:
-        return 2 * self.blocks.shape[1]
+        return self.encoding.shape(self.blocks.shape)[1]
 
 
 def format_of(config: Mapping[str, Any], named: str) -> Format | None:
@@ -183,20 +208,29 @@ def _weight(checkpoint: Checkpoint, form: Format, stem: str) -> PackedWeight:
     blocks, scales = (checkpoint.tensors[name] for name in names)
     if scales.dtype == torch.float8_e4m3fn:
         raise CheckpointError(f"{_placed(checkpoint, names[1])} {NVFP4}")
-    dtypes = form.blocks_dtype, form.scales_dtype
-    for name, tensor, dtype in zip(names, (blocks, scales), dtypes, strict=True):
+    encoding: Encoding = form.encoding
+    if form.fp8 is not None and blocks.dtype == Fp8.dtypes[0]:
+        encoding = form.fp8(quantization_config(checkpoint.config))
+    for name, tensor, dtype in zip(names, (blocks, scales), encoding.dtypes, strict=True):
         if tensor.dtype != dtype or len(tensor.shape) != 2:
             raise CheckpointError(
                 f"{_placed(checkpoint, name)} is {tensor.dtype} {list(tensor.shape)}, and in "
                 f"{form.name} a matrix of {dtype}: {AGAIN}"
             )
-    weight = PackedWeight(stem, blocks, scales)
-    if weight.k % BLOCK or scales.shape != (weight.n, weight.k // BLOCK):
+    weight = PackedWeight(stem, blocks, scales, encoding)
+    expected = encoding.scales_shape(weight.n, weight.k)
+    if isinstance(encoding, Fp8) and scales.shape != expected:
+        raise CheckpointError(
+            f"{_placed(checkpoint, names[1])} is {list(scales.shape)}; for {form.blocks} "
+            f"{list(blocks.shape)} and weight_block_size {list(encoding.rectangle)} FP8 has scales "
+            f"{list(expected)}: {AGAIN}"
+        )
+    if not encoding.is_whole(weight.n, weight.k) or scales.shape != expected:
         size, rest = divmod(weight.k, scales.shape[1]) if scales.shape[1] else (0, 1)
         of = f", which is a scale for {size} values" if not rest and size != BLOCK else ""
         raise CheckpointError(
             f"{_placed(checkpoint, names[1])} is {list(scales.shape)}{of}; for "
             f"{form.blocks} {list(blocks.shape)} MXFP4 has a scale for {BLOCK} values, "
-            f"{[weight.n, weight.k // BLOCK]}: {AGAIN}, or quantize it with groups of {BLOCK}"
+            f"{list(expected)}: {AGAIN}, or quantize it with groups of {BLOCK}"
         )
     return weight

@@ -5,13 +5,15 @@ Shape letters: E experts, I intermediate, N output rows, K contraction.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
-from mxfp4_fx.core.formats import BYTES_PER_BLOCK, E8M0_NAN, dequantize
+from mxfp4_fx.checkpoints.encodings import Encoding
+from mxfp4_fx.core.formats import BYTES_PER_BLOCK, E8M0_NAN
 from mxfp4_fx.huggingface.conversions import _only
 
 
@@ -88,11 +90,16 @@ class SplitExperts(ConversionOps):
 class DequantizeWeights(ConversionOps):
     """The conversion of packed matrices that are no experts' to the parameters' dtype.
 
-    It may stand before a family's own operations, which then get dense matrices.
+    The loader has cast bytes and scales to it, which holds them exactly. It may stand before a
+    family's own operations, which then get dense matrices.
     """
 
-    def __init__(self, blocks: str, scales: str) -> None:
-        self.blocks, self.scales = blocks, scales
+    def __init__(
+        self, encoding: Encoding, names: tuple[str, str], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        self.encoding = encoding
+        self.blocks, self.scales = names  # last parts of names
+        self.dtypes = dtypes  # of parameters that are declared in another dtype while they load
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DequantizeWeights:
         return self
@@ -101,18 +108,12 @@ class DequantizeWeights(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
     ) -> dict[str, Any]:
-        dtype = model.get_parameter(full_layer_name).dtype
+        parameter = model.get_parameter(full_layer_name)
+        dtype = self.dtypes.get(full_layer_name, parameter.dtype)
         found: dict[str, Any] = {}
         for pattern in [p for p in input_dict if p.endswith(self.blocks)]:
             stem = pattern.removesuffix(self.blocks)
             pairs = zip(input_dict[pattern], input_dict[f"{stem}{self.scales}"], strict=True)
-            found[f"{stem}weight"] = [dense_matrix(*pair, dtype) for pair in pairs]
+            found[f"{stem}weight"] = [self.encoding.to_dense(*pair, dtype) for pair in pairs]
         rest = {p: t for p, t in input_dict.items() if not p.endswith((self.blocks, self.scales))}
         return found | rest
-
-
-def dense_matrix(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dequantize [N, K/2] and [N, K/32], of whatever dtype the loader made of bytes, to [N, K]."""
-    # The loader casts bytes to the parameter's dtype; every float dtype holds 0 to 255 exactly.
-    blocks, scales = blocks.to(torch.uint8), scales.to(torch.uint8)
-    return dequantize(blocks.unflatten(1, (-1, BYTES_PER_BLOCK)), scales, dtype)

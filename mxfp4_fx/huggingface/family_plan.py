@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
+from mxfp4_fx.checkpoints.encodings import Encoding, Mxfp4
 from mxfp4_fx.checkpoints.files import AGAIN, few
 from mxfp4_fx.checkpoints.packed_formats import PackedWeight
 from mxfp4_fx.core.errors import CheckpointError
@@ -41,14 +42,15 @@ class Plan:
             of experts 0 to E - 1.
         dense: name of a parameter that is no expert's -> the matrix that it is made of.
         strays: names of packed matrices that the model does not have.
-        patterns: patterns of sources of `experts`; those of `dense` that a conversion takes.
+        patterns: patterns of sources of `experts`.
+        dense_patterns: patterns of those of `dense` that a conversion takes -> their encodings.
     """
 
     experts: dict[str, dict[str, dict[str, list[PackedWeight]]]] = field(default_factory=dict)
     dense: dict[str, PackedWeight] = field(default_factory=dict)
     strays: list[str] = field(default_factory=list)
     patterns: set[str] = field(default_factory=set)
-    dense_patterns: set[str] = field(default_factory=set)
+    dense_patterns: dict[str, set[Encoding]] = field(default_factory=lambda: defaultdict(set))
 
 
 def plan_of(
@@ -93,17 +95,26 @@ def plan_of(
                 raise CheckpointError(
                     f"{weight.blocks.name} is no single expert's, as {name} would need: {_ORIGINAL}"
                 )
+            if not isinstance(weight.encoding, Mxfp4):
+                raise CheckpointError(
+                    f"{weight.blocks.name} in {weight.blocks.file} is {weight.blocks.dtype}, and "
+                    f"experts of {path} are to be MXFP4: {_ORIGINAL}"
+                )
             parts[name][pattern][int(expert[1])] = weight
             plan.patterns.add(pattern)
         else:
             plan.dense[name] = weight
             if pattern is not None:
-                plan.dense_patterns.add(pattern)
-    parts_of_packed = {part.name for weight in packed.values() for part in weight[1:]}
+                plan.dense_patterns[pattern].add(weight.encoding)
+    parts_of_packed = {
+        part.name for weight in packed.values() for part in (weight.blocks, weight.scales)
+    }
     for name in checkpoint.tensors:
         if name in parts_of_packed:
             continue
         target, pattern = place(name)
+        if target not in held and name in held:  # the loader then takes the name as it is
+            target, pattern = name, None
         if target in parts:
             raise CheckpointError(
                 f"{name} in {checkpoint.tensors[name].file} is dense, and other experts of "

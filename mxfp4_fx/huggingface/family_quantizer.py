@@ -21,7 +21,9 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
+from mxfp4_fx.checkpoints.encodings import Encoding
 from mxfp4_fx.checkpoints.files import CONFIG, few, read_json
+from mxfp4_fx.checkpoints.gpt_oss import PROJECTIONS
 from mxfp4_fx.checkpoints.packed_formats import (
     Format,
     PackedWeight,
@@ -30,7 +32,6 @@ from mxfp4_fx.checkpoints.packed_formats import (
     quantization_config,
 )
 from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NoExpertsWarning, OptionError
-from mxfp4_fx.core.formats import quantize
 from mxfp4_fx.core.version import OLDEST_FOR_FAMILIES, too_old_for_families
 from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.activations import activation_of
@@ -38,11 +39,10 @@ from mxfp4_fx.huggingface.arguments import refuse
 from mxfp4_fx.huggingface.family_conversions import (
     DequantizeWeights,
     StackExperts,
-    dense_matrix,
 )
 from mxfp4_fx.huggingface.family_plan import Plan, packed_like, plan_of
 from mxfp4_fx.huggingface.packed import PackedExperts
-from mxfp4_fx.huggingface.packed_names import BLOCKS, SCALES, renamings
+from mxfp4_fx.huggingface.packed_names import BLOCKS, SCALES, names_of, renamings
 from mxfp4_fx.huggingface.packed_quantizer import PackedQuantizer
 
 OUR_METHOD = "mxfp4_fx_families"
@@ -67,8 +67,8 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
     compressed-tensors for that; :func:`mxfp4_fx.from_pretrained` does not.
 
     Attributes:
-        requantize: whether ``save_pretrained`` rounds matrices to MXFP4 again that were MXFP4 in
-            the files, are no experts' and have changed since; otherwise it raises an error.
+        requantize: whether ``save_pretrained`` rounds matrices again that were MXFP4 or FP8 in the
+            files, are no experts' and have changed since; otherwise it raises an error.
         given: in the config of a loaded model, the one that the user gave.
         stored: the ``quantization_config`` of the files, as saved models have it.
         key_mapping: patterns of names in the files -> replacements, as in transformers.
@@ -145,6 +145,15 @@ class FamilyQuantizer(PackedQuantizer):
                 experts = packed_like(replaced, name, activation_of(replaced, name))
             parent, child = name.rpartition(".")[::2]
             setattr(model.get_submodule(parent), child, experts)
+            for projection in PROJECTIONS:  # the loader casts what it reads to the declared dtype
+                scales = experts.get_parameter(f"{projection}_scales")
+                scales.data = scales.data.to(self._format.scales_dtype)
+        self._dtypes: dict[str, torch.dtype] = {}
+        for name, weight in self._plan.dense.items():
+            parameter = model.get_parameter(name)
+            if parameter.dtype is torch.float16 and weight.scales.dtype.is_floating_point:
+                self._dtypes[name] = parameter.dtype  # which does not hold all scales
+                parameter.data = parameter.data.float()
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Return the model's conversions, with those of packed weights before the ones they are of.
@@ -166,17 +175,27 @@ class FamilyQuantizer(PackedQuantizer):
                     targets = [f"{t}_{ending}" for t in conversion._original_target_patterns]
                     names = [_with(source, part) for source in sources]
                     updated.append(conversion.copy(names, targets, operations=[step]))
-            elif patterns & plan.dense_patterns:
-                names = [_with(s, part) for s in sources for part in (BLOCKS, SCALES)]
-                steps = [DequantizeWeights(BLOCKS, SCALES), *conversion.operations]
-                targets = list(conversion._original_target_patterns)
-                updated.append(conversion.copy(names, targets, operations=steps))
+            elif patterns & plan.dense_patterns.keys():
+                encodings = {e for p in patterns for e in plan.dense_patterns.get(p, ())}
+                for encoding in sorted(encodings, key=names_of):
+                    parts = names_of(encoding)
+                    names = [_with(source, part) for source in sources for part in parts]
+                    steps = [self._dequantizing(encoding), *conversion.operations]
+                    targets = list(conversion._original_target_patterns)
+                    updated.append(conversion.copy(names, targets, operations=steps))
             updated.append(conversion)
         return [*self._renamings, *updated, *self.get_weight_conversions()]
 
     def get_weight_conversions(self) -> list[Any]:
-        """Return the conversion of packed matrices that no other conversion takes."""
-        return [WeightConverter([BLOCKS, SCALES], "weight", [DequantizeWeights(BLOCKS, SCALES)])]
+        """Return the conversions of packed matrices that no other conversion takes."""
+        encodings = {weight.encoding for weight in self._plan.dense.values()}
+        return [
+            WeightConverter(list(names_of(one)), "weight", [self._dequantizing(one)])
+            for one in sorted(encodings, key=names_of)
+        ]
+
+    def _dequantizing(self, encoding: Encoding) -> DequantizeWeights:
+        return DequantizeWeights(encoding, names_of(encoding), self._dtypes)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():
@@ -205,9 +224,10 @@ class FamilyQuantizer(PackedQuantizer):
         state: dict[str, Any] = model.state_dict()
         for name, weight in self._plan.dense.items():
             if name in state:
-                blocks, scales = self._packed_again(name, state.pop(name).detach(), weight)
+                parts = self._packed_again(name, state.pop(name).detach(), weight)
                 stem = name.removesuffix("weight")
-                state |= {f"{stem}{BLOCKS}": blocks, f"{stem}{SCALES}": scales}
+                for part, value in zip(names_of(weight.encoding), parts, strict=True):
+                    state[stem + part] = value
         return state, {}
 
     def _packed_again(self, name: str, value: Tensor, weight: PackedWeight) -> tuple[Tensor, ...]:
@@ -215,33 +235,27 @@ class FamilyQuantizer(PackedQuantizer):
         given = self.quantization_config.given
         try:
             # Copied, because the file may be the one that is overwritten.
-            stored = tuple(part.read().clone() for part in (weight.blocks, weight.scales))
+            stored = weight.blocks.read().clone(), weight.scales.read().clone()
         except (OSError, CheckpointError) as error:
             if not given.requantize:
                 raise CheckpointError(
-                    f"{name} is MXFP4 in {weight.blocks.file}, which cannot be read any longer "
+                    f"{name} is packed in {weight.blocks.file}, which cannot be read any longer "
                     f"({error}): {_AGAIN}"
                 ) from error
         else:
-            blocks, scales = (part.view(torch.uint8) for part in stored)
-            was = dense_matrix(blocks, scales, value.dtype)
+            was = weight.encoding.to_dense(*stored, value.dtype)
             if torch.equal(was.view(torch.uint8), value.cpu().contiguous().view(torch.uint8)):
                 return stored
             if not given.requantize:
                 raise CheckpointError(
-                    f"{name} was MXFP4 in {weight.blocks.file}, and has changed since it was "
+                    f"{name} was packed in {weight.blocks.file}, and has changed since it was "
                     f"loaded: {_AGAIN}"
                 )
-        blocks, scales = quantize(value.cpu())
-        return (
-            blocks.flatten(1).view(self._format.blocks_dtype),
-            scales.view(self._format.scales_dtype),
-        )
+        return weight.encoding.from_dense(value.cpu())
 
 
 _AGAIN = (
-    "load the model with mxfp4_fx.from_pretrained(..., requantize=True), and saving rounds it to "
-    "MXFP4 again"
+    "load the model with mxfp4_fx.from_pretrained(..., requantize=True), and saving rounds it again"
 )
 
 

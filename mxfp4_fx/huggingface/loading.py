@@ -43,8 +43,8 @@ def from_pretrained(
 
     The checkpoint is a GPT-OSS, or a model of another family in one of the formats of
     docs/families.md. Experts that a GPT-OSS checkpoint holds dense (float32, bfloat16, float16) are
-    quantized while they are loaded, one tensor at a time. What else than experts is MXFP4 in the
-    files of another family becomes dense.
+    quantized while they are loaded, one tensor at a time. What else than experts is MXFP4 or
+    FP8 in the files of another family becomes dense.
 
     Args:
         path: a directory, or a model's name on the Hub.
@@ -56,8 +56,8 @@ def from_pretrained(
         experts_device: the device on which packed experts stay (``placement.place_experts``), "cpu"
             beside a GPU for example; ``device_map`` then names the one device of the rest. None
             means that they go where the rest goes.
-        requantize: whether ``save_pretrained`` rounds to MXFP4 again what was MXFP4 in the files,
-            is no expert's and has changed since; otherwise it raises a CheckpointError.
+        requantize: whether ``save_pretrained`` rounds again what was MXFP4 or FP8 in the files, is
+            no expert's and has changed since; otherwise it raises a CheckpointError.
         kwargs: further arguments of transformers' ``from_pretrained``: dtype, device_map, ...
             With ``distributed_config=DistributedConfig(tp_size=W, ep_size=W)`` all W processes of
             torch.distributed call this, and each loads its own part of the experts.

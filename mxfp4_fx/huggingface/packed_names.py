@@ -1,4 +1,4 @@
-"""One pair of names for the two tensors of a packed matrix, whatever its format calls them.
+"""A pair of names for the two tensors of a packed matrix, whatever its format calls them.
 
 Formats may call blocks ``weight``, as dense matrices are called, which transformers converts in
 another way. So packed matrices get names that nothing else has, before a family's own mapping
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from transformers.core_model_loading import WeightRenaming
 
-from mxfp4_fx.checkpoints.packed_formats import Format
+from mxfp4_fx.checkpoints.encodings import Encoding, Fp8, Mxfp4
+from mxfp4_fx.checkpoints.packed_formats import Format, PackedWeight
 
 BLOCKS, SCALES = "weight_packed", "weight_scale"  # as in compressed-tensors
+_NAMES = {Mxfp4: (BLOCKS, SCALES), Fp8: ("weight_fp8", "weight_fp8_scale")}
 
 _NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)")  # between two dots that re.escape has escaped
 
@@ -31,22 +33,30 @@ class PartRenaming(WeightRenaming):
         return WeightRenaming(rf"\.{ours}", rf".{own}")
 
 
-def renamings(form: Format, packed: Iterable[str], names: Iterable[str]) -> list[WeightRenaming]:
-    """Return what gives packed matrices the names with BLOCKS and SCALES.
+def names_of(encoding: Encoding) -> tuple[str, str]:
+    """Return the last parts of the names of a matrix's two tensors."""
+    return _NAMES[type(encoding)]
+
+
+def renamings(
+    form: Format, packed: Mapping[str, PackedWeight], names: Iterable[str]
+) -> list[WeightRenaming]:
+    """Return what gives packed matrices the names of `names_of`.
 
     Args:
         form: the format of the files.
-        packed: stems of the packed matrices.
+        packed: stem -> packed matrix.
         names: names of all tensors in the files.
     """
-    packed = set(packed)
-    dense = {stem for name in names if (stem := name.rpartition(".")[0])} - packed
+    stems = {stem for name in names if (stem := name.rpartition(".")[0])}
     found = []
-    for own, ours in ((form.blocks, BLOCKS), (form.scales, SCALES)):
-        if own != ours:
-            # A pattern that ends in a letter ends at the end of a word: transformers sees to that.
-            matching = "|".join(_patterns(packed, dense))
-            found.append(PartRenaming(rf"^({matching})\.{own}", rf"\1.{ours}"))
+    for kind, parts in _NAMES.items():
+        of_kind = {stem for stem, weight in packed.items() if isinstance(weight.encoding, kind)}
+        for own, ours in zip((form.blocks, form.scales), parts, strict=True):
+            if of_kind and own != ours:
+                # transformers sees to it that a pattern that ends in a letter ends with a word.
+                matching = "|".join(_patterns(of_kind, stems - of_kind))
+                found.append(PartRenaming(rf"^({matching})\.{own}", rf"\1.{ours}"))
     return found
 
 
