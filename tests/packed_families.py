@@ -73,6 +73,7 @@ def write(
             parts = compressed(tensors.pop(weight))
             values[weight] = decompressed(parts)
             tensors |= layout.tensors(weight.removesuffix(".weight"), parts)
+        layout.whole(tensors)
 
     edit_tensors(path, compress)
     edit_tensors(

@@ -6,6 +6,8 @@ other versions of transformers, a GPU, or are not public.
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,8 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
+GATES = {"up_proj": "gate_proj", "w3": "w1"}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -28,6 +32,7 @@ class Layout:
     settings: Callable[[], dict[str, Any]]
     blocks_dtype: torch.dtype = torch.uint8
     scales_dtype: torch.dtype = torch.uint8
+    is_stacked: bool = False  # whether a layer's experts are one tensor; others are then dense
     more: tuple[tuple[str, Any], ...] = ()  # other entries of config.json
 
     def tensors(self, stem: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -36,6 +41,28 @@ class Layout:
             f"{stem}.{self.blocks}": parts["weight_packed"].view(self.blocks_dtype),
             f"{stem}.{self.scales}": parts["weight_scale"].view(self.scales_dtype),
         }
+
+    def whole(self, tensors: dict[str, Tensor]) -> None:
+        """Change all tensors of a checkpoint that were made one by one."""
+        if not self.is_stacked:
+            return
+        experts: dict[tuple[str, str], dict[int, Tensor]] = defaultdict(dict)
+        for name in list(tensors):
+            found = re.match(r"(.*\.experts)\.(\d+)\.(\w+)\.(weight\w*)$", name)
+            if found and tensors[name].dtype == self.blocks_dtype:
+                path, expert, projection, part = found.groups()
+                experts[f"{path}.{projection}", part][int(expert)] = tensors.pop(name)
+        stacked = {
+            key: torch.stack([one[expert] for expert in range(len(one))])
+            for key, one in experts.items()
+        }
+        for (stem, part), up in stacked.items():
+            path, _, projection = stem.rpartition(".")
+            if projection in ("up_proj", "w3"):
+                gate = stacked[f"{path}.{GATES[projection]}", part]
+                tensors[f"{path}.w13_{part}"] = torch.cat([gate, up], 1)
+            elif projection in ("down_proj", "w2"):
+                tensors[f"{path}.w2_{part}"] = up
 
     def config(self, config: dict[str, Any]) -> None:
         config.update(self.more, quantization_config=self.settings())
@@ -106,11 +133,17 @@ def _deepseek() -> dict[str, Any]:
 
 COMPRESSED_TENSORS = Layout("weight_packed", "weight_scale", _compressed_tensors)
 QUARK = Layout("weight", "weight_scale", _quark)
+VLLM = Layout(
+    "weight",
+    "weight_scale",
+    lambda: {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    is_stacked=True,
+)
 DEEPSEEK = Layout(
     "weight",
     "scale",
     _deepseek,
     torch.int8,
     torch.float8_e8m0fnu,
-    (("expert_dtype", "fp4"),),
+    more=(("expert_dtype", "fp4"),),
 )

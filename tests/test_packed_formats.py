@@ -14,26 +14,19 @@ import pytest
 import torch
 from checkpoints import read_config, read_tensors
 from loaded import assert_same_tensors
-from packed_families import LINEARS
-from packed_layouts import DEEPSEEK, QUARK, Layout
+from packed_families import EXPERTS, LINEARS
+from packed_layouts import DEEPSEEK, QUARK, VLLM, Layout
 
 import mxfp4_fx
 from mxfp4_fx.huggingface.packed import PackedExperts
 
 FLOAT = torch.float32
-LAYOUTS = {"quark": QUARK, "deepseek": DEEPSEEK}
-FIRST = re.compile(rf"layers\.0\..*{LINEARS.pattern}")
+LAYOUTS = {"quark": QUARK, "deepseek": DEEPSEEK, "vllm": VLLM}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("formats")
-
-
-@pytest.fixture(scope="module")
-def same(folder: Path) -> Path:
-    """The checkpoint in compressed-tensors' format."""
-    return families.write(folder / "same", "Qwen3-MoE", FLOAT, LINEARS)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -43,8 +36,19 @@ def layout(request: pytest.FixtureRequest) -> Layout:
 
 @pytest.fixture(scope="module")
 def written(folder: Path, layout: Layout) -> Path:
-    path = folder / "-".join((layout.blocks, layout.scales))
-    return families.write(path, "Qwen3-MoE", FLOAT, LINEARS, layout)
+    name = layout.settings()["quant_method"]
+    return families.write(folder / name, "Qwen3-MoE", FLOAT, packed_in(layout), layout)
+
+
+@pytest.fixture(scope="module")
+def same(folder: Path, layout: Layout) -> Path:
+    """The checkpoint in compressed-tensors' format."""
+    which = packed_in(layout)
+    return families.write(folder / str(layout.is_stacked), "Qwen3-MoE", FLOAT, which)
+
+
+def packed_in(layout: Layout) -> re.Pattern[str]:
+    return EXPERTS if layout.is_stacked else LINEARS
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, torch.float16])
@@ -67,7 +71,8 @@ def test_saving_writes_what_was_loaded(written: Path, tmp_path: Path) -> None:
 
 def test_one_layer_is_dense(layout: Layout, tmp_path: Path) -> None:
     """Its tensors may have the names of packed ones. What is saved goes over the files."""
-    path = families.write(tmp_path, "Mixtral", FLOAT, FIRST, layout, num_hidden_layers=2)
+    first = re.compile(rf"layers\.0\..*{packed_in(layout).pattern}")
+    path = families.write(tmp_path, "Mixtral", FLOAT, first, layout, num_hidden_layers=2)
     stored = read_tensors(path)
     model = mxfp4_fx.from_pretrained(path)
     packed = [name for name, part in model.named_modules() if isinstance(part, PackedExperts)]

@@ -17,7 +17,7 @@ E4M3_MAX = 448.0
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """Blocks [N, K/2] and scales [N, K/32], whose bits are those of uint8.
+    """Blocks [N, K/2] and scales [N, K/32], or one for each expert, whose bits are those of uint8.
 
     Attributes:
         dtypes: those that the files declare for blocks and scales.
@@ -27,7 +27,7 @@ class Mxfp4:
 
     def shape(self, blocks: tuple[int, ...]) -> tuple[int, int]:
         """Return (N, K) of a matrix whose blocks have a shape."""
-        return blocks[0], 2 * blocks[1]
+        return blocks[-2], 2 * blocks[-1]
 
     def scales_shape(self, n: int, k: int) -> tuple[int, int]:
         return n, k // BLOCK
@@ -62,7 +62,7 @@ class Fp8:
     dtypes = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 
     def shape(self, blocks: tuple[int, ...]) -> tuple[int, int]:
-        return blocks[0], blocks[1]
+        return blocks[-2], blocks[-1]
 
     def scales_shape(self, n: int, k: int) -> tuple[int, int]:
         rows, columns = self.rectangle

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mxfp4_fx.checkpoints.files import AGAIN, few
+from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK
 
@@ -125,6 +126,18 @@ def deepseek(config: Json, settings: Json, named: str) -> bool:
                 f"{named} has {key} {value!r}; beside experts in MXFP4 only {known} is known: "
                 f"{OTHER}"
             )
+    return True
+
+
+def vllm(config: Json, settings: Json, named: str) -> bool:
+    """Return whether experts of another family than GPT-OSS are in what vLLM calls ``mxfp4``."""
+    if settings.get("quant_method") != "mxfp4" or config.get("model_type") == MODEL_TYPE:
+        return False
+    if (size := settings.get("group_size", BLOCK)) != BLOCK:
+        raise CheckpointError(
+            f"{named} has group_size {size}: MXFP4 has groups of {BLOCK}; quantize the original "
+            "again"
+        )
     return True
 
 

@@ -8,8 +8,8 @@ Sources: compressed-tensors, compressors/mxfp4/base.py; Quark, torch/utils/pack.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,9 @@ class Format:
             ``quantization_config`` and what messages call it. It raises CheckpointError for other
             properties than those that kernels read.
         strange: last parts of names that only other formats have -> what such a tensor is.
+        stacked: the last part of the name of a layer's stacked experts, [E, N, K], before
+            ``_weight`` -> the parameter of transformers. Rows are gates, then ups. It is empty if
+            the files hold matrices one by one.
         fp8: returns, of the ``quantization_config``, how matrices are FP8 that lie beside those in
             MXFP4 under the same names; None if the format has none.
     """
@@ -53,11 +56,31 @@ class Format:
     scales_dtype: torch.dtype
     reads: Callable[[Mapping[str, Any], Mapping[str, Any], str], bool]
     strange: Mapping[str, str]
+    stacked: Mapping[str, str] = field(default_factory=dict)
     fp8: Callable[[Mapping[str, Any]], Fp8] | None = None
 
     @property
     def encoding(self) -> Mxfp4:
         return Mxfp4((self.blocks_dtype, self.scales_dtype))
+
+    def split(self, name: str) -> tuple[str, str]:
+        """Return the stem of a tensor's name, and the part that says which tensor it is."""
+        stem, _, part = name.rpartition(".")
+        for experts in self.stacked:
+            if part.startswith(f"{experts}_"):
+                return f"{stem}.{experts}", part.removeprefix(f"{experts}_")
+        return stem, part
+
+    def joined(self, stem: str, part: str) -> str:
+        """Return the name that `split` splits."""
+        if stem.rpartition(".")[2] in self.stacked:
+            return f"{stem}_{part}"
+        return f"{stem}.{part}" if stem else part
+
+    def dense_name(self, stem: str) -> str:
+        """Return what a packed matrix would be called if it were dense."""
+        path, _, last = stem.rpartition(".")
+        return f"{path}.{self.stacked[last]}" if last in self.stacked else f"{stem}.{_DENSE}"
 
 
 _INTEGERS = f"belongs to packed integers, not to MXFP4: {OTHER}"
@@ -106,24 +129,41 @@ DEEPSEEK = Format(
         "weight_scale_inv": f"is not what DeepSeek-V4 calls scales: {AGAIN}",
         "weight_packed": f"is compressed-tensors', in a checkpoint of DeepSeek's: {AGAIN}",
     },
-    lambda settings: Fp8(tuple(settings["weight_block_size"])),
+    fp8=lambda settings: Fp8(tuple(settings["weight_block_size"])),
 )
-FORMATS = (COMPRESSED_TENSORS, QUARK, DEEPSEEK)
+VLLM = Format(
+    "vLLM's mxfp4",
+    "mxfp4",
+    "weight",
+    "weight_scale",
+    torch.uint8,
+    torch.uint8,
+    packed_configs.vllm,
+    {"weight_packed": f"is compressed-tensors', in a checkpoint with vLLM's names: {AGAIN}"},
+    {"w13": "gate_up_proj", "w2": "down_proj"},
+)
+FORMATS = (COMPRESSED_TENSORS, QUARK, DEEPSEEK, VLLM)
 
 
 class PackedWeight(NamedTuple):
-    """A packed matrix [N, K] in the files.
+    """A packed matrix [N, K] in the files, or one for each expert of a layer.
 
     Attributes:
         stem: its name without the last part: "model.layers.0.mlp.experts.3.up_proj".
+        dense_name: its name if it were dense.
         blocks, scales: its tensors.
         encoding: what they mean.
     """
 
     stem: str
+    dense_name: str
     blocks: StoredTensor
     scales: StoredTensor
     encoding: Encoding
+
+    @property
+    def experts(self) -> int | None:
+        return self.blocks.shape[0] if len(self.blocks.shape) == 3 else None
 
     @property
     def n(self) -> int:
@@ -157,41 +197,42 @@ def packed_weights(checkpoint: Checkpoint, form: Format) -> dict[str, PackedWeig
         CheckpointError: a tensor is missing, or has another dtype or shape, or belongs to another
             format. The message names the tensor.
     """
-    stems = {stem for stem, part in _parts(checkpoint) if _is_packed(checkpoint, form, stem, part)}
-    for stem, part in _parts(checkpoint):
-        name = _joined(stem, part)
+    stems = {
+        form.split(name)[0] for name in checkpoint.tensors if _is_packed(checkpoint, form, name)
+    }
+    for name, tensor in checkpoint.tensors.items():
+        stem, part = form.split(name)
         if part in form.strange:
             raise CheckpointError(f"{_placed(checkpoint, name)} {form.strange[part]}")
         if stem in stems and part == _DENSE != form.blocks:
             raise CheckpointError(
                 f"{_placed(checkpoint, name)} has the same weight in another format as "
-                f"{_joined(stem, form.blocks)} or {_joined(stem, form.scales)}: {AGAIN}, or save "
-                "it again with one of them"
+                f"{form.joined(stem, form.blocks)} or {form.joined(stem, form.scales)}: {AGAIN}, "
+                "or save it again with one of them"
+            )
+        if stem not in stems and part == _DENSE and tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{_placed(checkpoint, name)} is {tensor.dtype}, and what is not packed as in "
+                f"{form.name} must be dense: {OTHER}"
             )
     found = {stem: _weight(checkpoint, form, stem) for stem in sorted(stems)}
     if not found:
+        ends = [form.joined(stem, form.blocks) for stem in form.stacked or [""]]
         raise CheckpointError(
-            f"{checkpoint.config_name} says that weights are {form.name}, but no tensor's "
-            f"name ends in .{form.blocks}: {AGAIN}"
+            f"{checkpoint.config_name} says that weights are {form.name}, but none is packed, with "
+            f"a name that ends in {' or '.join(ends)}: {AGAIN}"
         )
     return found
 
 
-def _is_packed(checkpoint: Checkpoint, form: Format, stem: str, part: str) -> bool:
+def _is_packed(checkpoint: Checkpoint, form: Format, name: str) -> bool:
     """Return whether a tensor belongs to a packed matrix, or seems to."""
+    stem, part = form.split(name)
+    if form.stacked and stem.rpartition(".")[2] not in form.stacked:
+        return False
     if part == form.blocks == _DENSE:  # where dense matrices have the same name
-        return checkpoint.tensors[_joined(stem, part)].dtype not in FLOATS
+        return checkpoint.tensors[name].dtype not in FLOATS
     return part in (form.blocks, form.scales)
-
-
-def _parts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    for name in checkpoint.tensors:
-        stem, _, part = name.rpartition(".")
-        yield stem, part
-
-
-def _joined(stem: str, part: str) -> str:
-    return f"{stem}.{part}" if stem else part
 
 
 def _placed(checkpoint: Checkpoint, name: str) -> str:
@@ -199,7 +240,7 @@ def _placed(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _weight(checkpoint: Checkpoint, form: Format, stem: str) -> PackedWeight:
-    names = _joined(stem, form.blocks), _joined(stem, form.scales)
+    names = form.joined(stem, form.blocks), form.joined(stem, form.scales)
     for name, other in (names, names[::-1]):
         if name not in checkpoint.tensors:
             raise CheckpointError(
@@ -212,13 +253,14 @@ def _weight(checkpoint: Checkpoint, form: Format, stem: str) -> PackedWeight:
     if form.fp8 is not None and blocks.dtype == Fp8.dtypes[0]:
         encoding = form.fp8(quantization_config(checkpoint.config))
     for name, tensor, dtype in zip(names, (blocks, scales), encoding.dtypes, strict=True):
-        if tensor.dtype != dtype or len(tensor.shape) != 2:
+        if tensor.dtype != dtype or len(tensor.shape) != (3 if form.stacked else 2):
+            one = "a matrix for each expert" if form.stacked else "a matrix"
             raise CheckpointError(
                 f"{_placed(checkpoint, name)} is {tensor.dtype} {list(tensor.shape)}, and in "
-                f"{form.name} a matrix of {dtype}: {AGAIN}"
+                f"{form.name} {one} of {dtype}: {AGAIN}"
             )
-    weight = PackedWeight(stem, blocks, scales, encoding)
-    expected = encoding.scales_shape(weight.n, weight.k)
+    weight = PackedWeight(stem, form.dense_name(stem), blocks, scales, encoding)
+    expected = (*blocks.shape[:-2], *encoding.scales_shape(weight.n, weight.k))
     if isinstance(encoding, Fp8) and scales.shape != expected:
         raise CheckpointError(
             f"{_placed(checkpoint, names[1])} is {list(scales.shape)}; for {form.blocks} "
@@ -226,7 +268,7 @@ def _weight(checkpoint: Checkpoint, form: Format, stem: str) -> PackedWeight:
             f"{list(expected)}: {AGAIN}"
         )
     if not encoding.is_whole(weight.n, weight.k) or scales.shape != expected:
-        size, rest = divmod(weight.k, scales.shape[1]) if scales.shape[1] else (0, 1)
+        size, rest = divmod(weight.k, scales.shape[-1]) if scales.shape[-1] else (0, 1)
         of = f", which is a scale for {size} values" if not rest and size != BLOCK else ""
         raise CheckpointError(
             f"{_placed(checkpoint, names[1])} is {list(scales.shape)}{of}; for "

@@ -39,7 +39,9 @@ class StackExperts(ConversionOps):
         full_layer_name: str,
         **_: Any,
     ) -> dict[str, Tensor]:
-        parts = [input_dict.pop(pattern) for pattern in source_patterns]
+        return self._stacked([input_dict.pop(p) for p in source_patterns], full_layer_name)
+
+    def _stacked(self, parts: list[list[Any]], full_layer_name: str) -> dict[str, Tensor]:
         (experts, one), count = (len(parts[0]), parts[0][0]), len(parts)
         n, width = one.shape
         stacked = one.new_empty((experts, n, count, width), dtype=torch.uint8)
@@ -57,6 +59,23 @@ class StackExperts(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         return SplitExperts(self.is_blocks, self.dtype)
+
+
+class InterleaveExperts(StackExperts):
+    """The conversion of a layer's stacked bytes, of gates and then of ups, to `PackedExperts`'."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any
+    ) -> dict[str, Tensor]:
+        stacked = _only(input_dict.popitem()[1])
+        halves = 2 if ".gate_up_proj_" in full_layer_name else 1
+        parts = [list(part) for part in stacked.chunk(halves, 1)]
+        return self._stacked(parts, full_layer_name)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SeparateHalves(self.is_blocks, self.dtype)
 
 
 class SplitExperts(ConversionOps):
@@ -85,6 +104,27 @@ class SplitExperts(ConversionOps):
             for expert in range(stacked.shape[0]):
                 found[name.replace("*", str(expert))] = part[expert].contiguous()
         return found
+
+
+class SeparateHalves(SplitExperts):
+    """The inverse of `InterleaveExperts`."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        target_patterns: list[str],
+        full_layer_name: str,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        ((source, tensors),) = input_dict.items()
+        stacked = _only(tensors).detach().view(self.dtype)
+        if self.is_blocks:
+            stacked = stacked.flatten(2)
+        halves = 2 if "gate_up_proj" in source else 1
+        separate = stacked.unflatten(1, (-1, halves)).transpose(1, 2).flatten(1, 2)
+        return {full_layer_name: separate.contiguous()}
 
 
 class DequantizeWeights(ConversionOps):

@@ -38,6 +38,7 @@ from mxfp4_fx.huggingface.activations import activation_of
 from mxfp4_fx.huggingface.arguments import refuse
 from mxfp4_fx.huggingface.family_conversions import (
     DequantizeWeights,
+    InterleaveExperts,
     StackExperts,
 )
 from mxfp4_fx.huggingface.family_plan import Plan, packed_like, plan_of
@@ -161,15 +162,17 @@ class FamilyQuantizer(PackedQuantizer):
         transformers takes the first that fits a name, after all renamings.
         """
         form, plan = self._format, self._plan
+        kinds = (BLOCKS, "blocks", form.blocks_dtype), (SCALES, "scales", form.scales_dtype)
         updated: list[Any] = []
+        for experts, parameter in form.stacked.items():
+            for part, ending, dtype in kinds:
+                source = rf"\.{form.joined(experts, getattr(form, ending))}"
+                step = InterleaveExperts(part == BLOCKS, dtype, self._nan_blocks)
+                updated.append(WeightConverter([source], rf"\.{parameter}_{ending}", [step]))
         for conversion in weight_conversions:
             sources = getattr(conversion, "_original_source_patterns", [])
             patterns = {*getattr(conversion, "source_patterns", [])}
             if patterns & plan.patterns:
-                kinds = (
-                    (BLOCKS, "blocks", form.blocks_dtype),
-                    (SCALES, "scales", form.scales_dtype),
-                )
                 for part, ending, dtype in kinds:
                     step = StackExperts(part == BLOCKS, dtype, self._nan_blocks)
                     targets = [f"{t}_{ending}" for t in conversion._original_target_patterns]

@@ -48,8 +48,10 @@ def renamings(
         packed: stem -> packed matrix.
         names: names of all tensors in the files.
     """
-    stems = {stem for name in names if (stem := name.rpartition(".")[0])}
-    found = []
+    found: list[WeightRenaming] = []
+    if form.stacked:  # whose names no dense matrix has
+        return found
+    stems = {stem for name in names if (stem := form.split(name)[0])}
     for kind, parts in _NAMES.items():
         of_kind = {stem for stem, weight in packed.items() if isinstance(weight.encoding, kind)}
         for own, ours in zip((form.blocks, form.scales), parts, strict=True):
