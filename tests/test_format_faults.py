@@ -92,7 +92,7 @@ TENSORS: dict[str, tuple[Edit, str]] = {
         rf"{DOWN}\.weight_packed in .* is compressed-tensors', in a checkpoint of",
     ),
     "one dense expert": (to_dense, rf"{DOWN}\.weight in .* is dense, and other experts of"),
-    "nothing packed": (all_dense, r"config\.json says that weights are .*, but none is packed"),
+    "nothing packed": (all_dense, r"is 'qwen3_moe', says that weights are .*, but none is packed"),
 }  # fmt: skip
 
 

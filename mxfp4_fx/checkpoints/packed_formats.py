@@ -219,8 +219,9 @@ def packed_weights(checkpoint: Checkpoint, form: Format) -> dict[str, PackedWeig
     if not found:
         ends = [form.joined(stem, form.blocks) for stem in form.stacked or [""]]
         raise CheckpointError(
-            f"{checkpoint.config_name} says that weights are {form.name}, but none is packed, with "
-            f"a name that ends in {' or '.join(ends)}: {AGAIN}"
+            f"{checkpoint.config_name}, whose model_type is "
+            f"{checkpoint.config.get('model_type')!r}, says that weights are {form.name}, but none "
+            f"is packed, with a name that ends in {' or '.join(ends)}: {AGAIN}"
         )
     return found
 

@@ -215,6 +215,11 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         and experts is None
         and not any(not_converted(entry, name) for entry in kept)
     }
+    if form is not None and form.stacked and not any(map(is_family, model.modules())):
+        raise CheckpointError(
+            f"model_type is {content.get('model_type')!r} in {named}, a model without experts, and "
+            f"{form.name} is a format of experts: {gpt_oss.ITS_CONFIG}"
+        )
     # Found by computing it, with numbers that are not fake.
     found = {} if form is None else {n: activation_of(m, n) for n, m in stacked.items()}
     with mode:
