@@ -19,6 +19,7 @@ from packed_layouts import DEEPSEEK, QUARK, VLLM, Layout
 
 import mxfp4_fx
 from mxfp4_fx.huggingface.packed import PackedExperts
+from mxfp4_fx.huggingface.packed_names import _patterns
 
 FLOAT = torch.float32
 LAYOUTS = {"quark": QUARK, "deepseek": DEEPSEEK, "vllm": VLLM}
@@ -91,3 +92,16 @@ def test_biases_of_packed_matrices(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.bias"
     bias = mxfp4_fx.from_pretrained(path).get_parameter(name)
     assert torch.equal(bias, read_tensors(path)[name])
+
+
+def test_patterns_match_packed_matrices_only() -> None:
+    """For any numbers, one first number, or one name, as dense matrices demand it."""
+    packed = {f"layers.{n}.{m}.{p}" for n in (0, 12) for m in (0, 1) for p in ("up", "q", "k")}
+    packed -= {"layers.12.0.q", "layers.12.1.q", "layers.0.1.k"}
+    found = _patterns(packed, {"layers.12.0.q", "layers.12.1.q", "layers.0.1.k", "lm_head", "q"})
+    assert sorted(found) == [
+        r"layers\.0\.0\.k",
+        r"layers\.0\.\d+\.q",
+        r"layers\.12\.\d+\.k",
+        r"layers\.\d+\.\d+\.up",
+    ]

@@ -1,7 +1,8 @@
 """What a ``config.json`` says of its packed weights, one reader for each format.
 
-A reader returns whether the config names its format, and raises an error if it does, but with other
-properties than those that kernels read.
+A reader gets a config with its format's ``quant_method``, the ``quantization_config`` in it and
+what messages call it. It returns whether the config names the format, and raises an error if it
+does, but with other properties than those that kernels read.
 
 Sources: compressed-tensors, quantization/quant_config.py; Quark, torch/quantization/config; vLLM,
 quantization/quark/quark.py; transformers, DeepseekV4Config and FineGrainedFP8Config.
@@ -32,9 +33,7 @@ def quantization_config(config: Json) -> Any:
 
 
 def compressed_tensors(config: Json, settings: Json, named: str) -> bool:
-    """Return whether it is compressed-tensors', all of whose groups must then be MXFP4."""
-    if settings.get("quant_method") != "compressed-tensors":
-        return False
+    """Return True for compressed-tensors', all of whose groups must be MXFP4."""
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"{named} has no config_groups in quantization_config: {AGAIN}")
@@ -68,9 +67,7 @@ def compressed_tensors(config: Json, settings: Json, named: str) -> bool:
 
 
 def quark(config: Json, settings: Json, named: str) -> bool:
-    """Return whether it is Quark's, all of whose quantized weights must then be MXFP4."""
-    if settings.get("quant_method") != "quark":
-        return False
+    """Return True for Quark's, all of whose quantized weights must be MXFP4."""
     weight_format = _mapping(settings.get("export")).get("weight_format", "real_quantized")
     if weight_format != "real_quantized":
         raise CheckpointError(
@@ -111,7 +108,7 @@ def deepseek(config: Json, settings: Json, named: str) -> bool:
     """Return whether experts are MXFP4 as in DeepSeek-V4, beside other matrices in FP8."""
     places = settings, config, _text(config)
     expert_dtype = next((p["expert_dtype"] for p in places if "expert_dtype" in p), None)
-    if settings.get("quant_method") != "fp8" or expert_dtype != "fp4":
+    if expert_dtype != "fp4":
         return False
     rectangle = settings.get("weight_block_size")
     sizes = rectangle if isinstance(rectangle, Sequence) else ()
@@ -131,7 +128,7 @@ def deepseek(config: Json, settings: Json, named: str) -> bool:
 
 def vllm(config: Json, settings: Json, named: str) -> bool:
     """Return whether experts of another family than GPT-OSS are in what vLLM calls ``mxfp4``."""
-    if settings.get("quant_method") != "mxfp4" or config.get("model_type") == MODEL_TYPE:
+    if config.get("model_type") == MODEL_TYPE:
         return False
     if (size := settings.get("group_size", BLOCK)) != BLOCK:
         raise CheckpointError(

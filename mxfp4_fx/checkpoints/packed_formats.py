@@ -33,13 +33,11 @@ class Format:
 
     Attributes:
         name: in messages.
-        method: ``quant_method`` of the config.
+        method: ``quant_method`` of the config, which other formats may have, too.
         blocks, scales: the last parts of the names of the two tensors, which are [N, K/2] and
             [N, K/32].
         blocks_dtype, scales_dtype: their dtypes; the bits are those of uint8.
-        reads: returns whether a config names the format. Its arguments are the config, its
-            ``quantization_config`` and what messages call it. It raises CheckpointError for other
-            properties than those that kernels read.
+        reads: its reader in ``packed_configs.py``.
         strange: last parts of names that only other formats have -> what such a tensor is.
         stacked: the last part of the name of a layer's stacked experts, [E, N, K], before
             ``_weight`` -> the parameter of transformers. Rows are gates, then ups. It is empty if
@@ -187,7 +185,9 @@ def format_of(config: Mapping[str, Any], named: str) -> Format | None:
     settings = quantization_config(config)
     if not isinstance(settings, Mapping):
         return None
-    return next((one for one in FORMATS if one.reads(config, settings, named)), None)
+    method = settings.get("quant_method")
+    known = [one for one in FORMATS if one.method == method]
+    return next((one for one in known if one.reads(config, settings, named)), None)
 
 
 def packed_weights(checkpoint: Checkpoint, form: Format) -> dict[str, PackedWeight]:

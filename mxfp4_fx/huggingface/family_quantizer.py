@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.encodings import Encoding
@@ -60,12 +61,8 @@ def require_transformers() -> None:
 
 
 @register_quantization_config(OUR_METHOD)
-class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
+class FamilyConfig(QuantizationConfigMixin):
     """The ``quantization_config`` with which transformers loads a family's packed experts.
-
-    It is for ``from_pretrained`` of transformers' classes and the like, for checkpoints of
-    compressed-tensors in ``mxfp4-pack-quantized``. transformers itself needs the package
-    compressed-tensors for that; :func:`mxfp4_fx.from_pretrained` does not.
 
     Attributes:
         requantize: whether ``save_pretrained`` rounds matrices again that were MXFP4 or FP8 in the
@@ -75,15 +72,12 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
         key_mapping: patterns of names in the files -> replacements, as in transformers.
     """
 
-    given: CompressedTensorsConfig
+    given: FamilyConfig
 
     def __init__(self, *, requantize: bool = False, quant_method: str = OUR_METHOD) -> None:
         if quant_method != OUR_METHOD:
             raise OptionError(f"quant_method is {quant_method!r}: it must be {OUR_METHOD!r}")
         self.quant_method = OUR_METHOD
-        self.quantization_config = None
-        self.dequantize = False
-        self.use_optimized_inference = False
         self.requantize = requantize
         self.stored: dict[str, Any] = {}
         self.key_mapping: Mapping[str, str] = {}
@@ -104,6 +98,18 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
         return self.stored
 
 
+class CompressedTensorsConfig(FamilyConfig, transformers.CompressedTensorsConfig):
+    """The same for ``from_pretrained`` of transformers' own classes and the like.
+
+    It is for checkpoints of compressed-tensors, because transformers takes no config of another
+    class than it makes of the checkpoint's. For these it needs the package compressed-tensors.
+    """
+
+    quantization_config = None
+    dequantize = False
+    use_optimized_inference = False
+
+
 @register_quantizer(OUR_METHOD)
 class FamilyQuantizer(PackedQuantizer):
     """The quantizer that loads and saves `PackedExperts` of any family."""
@@ -112,7 +118,7 @@ class FamilyQuantizer(PackedQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         given = getattr(quantization_config, "given", quantization_config)
-        settings = CompressedTensorsConfig(requantize=given.requantize)
+        settings = FamilyConfig(requantize=given.requantize)
         settings.given, settings.key_mapping = given, given.key_mapping
         super().__init__(settings, **kwargs)
 

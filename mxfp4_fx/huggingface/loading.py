@@ -121,10 +121,10 @@ def from_pretrained(
         quantization = Mxfp4Config(skip=skip, scale_rule=scale_rule)
         quantization.ignore_sizes = bool(ignore_sizes)
     else:
-        from mxfp4_fx.huggingface.family_quantizer import CompressedTensorsConfig
+        from mxfp4_fx.huggingface.family_quantizer import FamilyConfig
 
         refuse_for_families(skip=skip, ignore_mismatched_sizes=ignore_sizes)
-        quantization = CompressedTensorsConfig(requantize=requantize)
+        quantization = FamilyConfig(requantize=requantize)
     quantization.key_mapping = mapping
     auto_class = auto_class or transformers.AutoModelForCausalLM
     kwargs["use_safetensors"] = True  # None would allow pickles
