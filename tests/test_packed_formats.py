@@ -12,10 +12,11 @@ from pathlib import Path
 import packed_families as families
 import pytest
 import torch
-from checkpoints import read_config, read_tensors
+from checkpoints import edit_tensors, read_config, read_tensors
 from loaded import assert_same_tensors
 from packed_families import EXPERTS, LINEARS
 from packed_layouts import DEEPSEEK, QUARK, VLLM, Layout
+from torch import Tensor
 
 import mxfp4_fx
 from mxfp4_fx.huggingface.packed import PackedExperts
@@ -105,3 +106,16 @@ def test_patterns_match_packed_matrices_only() -> None:
         r"layers\.12\.\d+\.k",
         r"layers\.\d+\.\d+\.up",
     ]
+
+
+def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
+    """A scale of 2^16, where the values, 2^15, are no more than float16 holds."""
+    path = families.write(tmp_path, "Qwen3-MoE", FLOAT, LINEARS, DEEPSEEK)
+    name = "model.layers.0.self_attn.q_proj"
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{name}.weight"].fill_(0x11)  # two halves
+        tensors[f"{name}.scale"].view(torch.uint8).fill_(127 + 16)
+
+    weight = mxfp4_fx.from_pretrained(edit_tensors(path, edit), dtype=torch.float16)
+    assert (weight.get_parameter(f"{name}.weight") == 2**15).all()
