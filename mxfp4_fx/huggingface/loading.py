@@ -43,8 +43,8 @@ def from_pretrained(
 
     The checkpoint is a GPT-OSS, or a model of another family in one of the formats of
     docs/families.md. Experts that a GPT-OSS checkpoint holds dense (float32, bfloat16, float16) are
-    quantized while they are loaded, one tensor at a time. What else than experts is MXFP4 or
-    FP8 in the files of another family becomes dense.
+    quantized while they are loaded, one tensor at a time. What else than experts is MXFP4 in the
+    files of another family becomes dense.
 
     Args:
         path: a directory, or a model's name on the Hub.
@@ -208,6 +208,11 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
                 f"transformers cannot make the model of {named} ({_one_line(error)}): "
                 f"{gpt_oss.ITS_CONFIG}"
             ) from error
+    if form is not None and form.stacked and not any(map(is_family, model.modules())):
+        raise CheckpointError(
+            f"model_type is {content.get('model_type')!r} in {named}, a model without experts, and "
+            f"{form.name} is a format of experts: {gpt_oss.ITS_CONFIG}"
+        )
     stacked = {
         name: module
         for name, module in model.named_modules()
@@ -215,11 +220,6 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         and experts is None
         and not any(not_converted(entry, name) for entry in kept)
     }
-    if form is not None and form.stacked and not any(map(is_family, model.modules())):
-        raise CheckpointError(
-            f"model_type is {content.get('model_type')!r} in {named}, a model without experts, and "
-            f"{form.name} is a format of experts: {gpt_oss.ITS_CONFIG}"
-        )
     # Found by computing it, with numbers that are not fake.
     found = {} if form is None else {n: activation_of(m, n) for n, m in stacked.items()}
     with mode:
