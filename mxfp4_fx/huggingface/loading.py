@@ -56,8 +56,8 @@ def from_pretrained(
         experts_device: the device on which packed experts stay (``placement.place_experts``), "cpu"
             beside a GPU for example; ``device_map`` then names the one device of the rest. None
             means that they go where the rest goes.
-        requantize: whether ``save_pretrained`` rounds to MXFP4 again what was MXFP4 in the files,
-            is no expert's and has changed since; otherwise it raises a CheckpointError.
+        requantize: whether ``save_pretrained`` rounds again what was MXFP4 or FP8 in the files, is
+            no expert's and has changed since; otherwise it raises a CheckpointError.
         kwargs: further arguments of transformers' ``from_pretrained``: dtype, device_map, ...
             With ``distributed_config=DistributedConfig(tp_size=W, ep_size=W)`` all W processes of
             torch.distributed call this, and each loads its own part of the experts.
@@ -121,10 +121,10 @@ def from_pretrained(
         quantization = Mxfp4Config(skip=skip, scale_rule=scale_rule)
         quantization.ignore_sizes = bool(ignore_sizes)
     else:
-        from mxfp4_fx.huggingface.family_quantizer import CompressedTensorsConfig
+        from mxfp4_fx.huggingface.family_quantizer import FamilyConfig
 
         refuse_for_families(skip=skip, ignore_mismatched_sizes=ignore_sizes)
-        quantization = CompressedTensorsConfig(requantize=requantize)
+        quantization = FamilyConfig(requantize=requantize)
     quantization.key_mapping = mapping
     auto_class = auto_class or transformers.AutoModelForCausalLM
     kwargs["use_safetensors"] = True  # None would allow pickles
@@ -208,6 +208,11 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
                 f"transformers cannot make the model of {named} ({_one_line(error)}): "
                 f"{gpt_oss.ITS_CONFIG}"
             ) from error
+    if form is not None and form.stacked and not any(map(is_family, model.modules())):
+        raise CheckpointError(
+            f"model_type is {content.get('model_type')!r} in {named}, a model without experts, and "
+            f"{form.name} is a format of experts: {gpt_oss.ITS_CONFIG}"
+        )
     stacked = {
         name: module
         for name, module in model.named_modules()
