@@ -235,7 +235,7 @@ def _plan_of_family(
     checkpoint: Checkpoint, directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int
 ) -> _Plan:
     names = single_experts.to_quantize(checkpoint, skip)
-    settings = single_experts.quantized_config(checkpoint, names)
+    settings = single_experts.quantized_config(checkpoint.tensors, names)
     config = {**checkpoint.config, "quantization_config": settings}
     items = [
         _Item(one, packed_specs(one) if name in names else (one.spec,))

@@ -8,6 +8,7 @@ of compressed-tensors' ``mxfp4-pack-quantized``, which other programs read, too.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.skip import Skip
 
-_SINGLE = re.compile(r"^(.*\.experts)\.\d+\.\w+\.weight$")
+SINGLE = re.compile(r"^(.*\.experts)\.\d+\.\w+\.weight$")
 
 
 def has_single_experts(checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint is of another family than GPT-OSS, with experts one by one."""
     is_gpt_oss = checkpoint.config.get("model_type") == MODEL_TYPE
-    return not is_gpt_oss and any(map(_SINGLE.match, checkpoint.tensors))
+    return not is_gpt_oss and any(map(SINGLE.match, checkpoint.tensors))
 
 
 def to_quantize(checkpoint: Checkpoint, skip: Skip) -> set[str]:
@@ -48,7 +49,7 @@ def to_quantize(checkpoint: Checkpoint, skip: Skip) -> set[str]:
             f"{checkpoint.config_name} says that quant_method is {method!r}: name a checkpoint "
             "that is not quantized"
         )
-    places = {name: found[1] for name in checkpoint.tensors if (found := _SINGLE.match(name))}
+    places = {name: found[1] for name in checkpoint.tensors if (found := SINGLE.match(name))}
     skip.require_used(list(dict.fromkeys(places.values())))
     skipped = {place for place in places.values() if skip.names(place)}
     names = {name for name, place in places.items() if place not in skipped}
@@ -67,7 +68,7 @@ def to_quantize(checkpoint: Checkpoint, skip: Skip) -> set[str]:
     return names
 
 
-def packed_specs(tensor: StoredTensor) -> tuple[TensorSpec, TensorSpec]:
+def packed_specs(tensor: StoredTensor | TensorSpec) -> tuple[TensorSpec, TensorSpec]:
     """Return the two tensors to write for a matrix: its blocks, then its scales."""
     n, k = tensor.shape
     stem = tensor.name.removesuffix("weight")
@@ -77,14 +78,20 @@ def packed_specs(tensor: StoredTensor) -> tuple[TensorSpec, TensorSpec]:
     )
 
 
-def quantized_config(checkpoint: Checkpoint, names: set[str]) -> dict[str, Any]:
-    """Return ``quantization_config`` of the checkpoint in which the matrices `names` are MXFP4.
+def quantized_config(
+    tensors: Mapping[str, StoredTensor | TensorSpec], names: set[str]
+) -> dict[str, Any]:
+    """Return ``quantization_config`` of a checkpoint in which the matrices `names` are MXFP4.
 
     What else may be a linear layer is named as ignored, once for all layers where that is so.
+
+    Args:
+        tensors: name -> dense tensor of the checkpoint, experts one by one.
+        names: those that become MXFP4.
     """
     weights = [
         name.removesuffix(".weight")
-        for name, tensor in checkpoint.tensors.items()
+        for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2 and name not in names
     ]
     quantized = {_of_any_layer(name.removesuffix(".weight")) for name in names}
