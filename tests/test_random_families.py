@@ -67,8 +67,10 @@ def test_transformers_finds_every_tensor_and_no_other(checkpoint: Path) -> None:
         stored[f"{stem}.weight_scale"],
         torch.bfloat16,
     )
-    experts = model.get_submodule("model.layers.1.mlp.experts")
-    assert torch.equal(experts.down_proj[3], weight)
+    experts = model.get_submodule("model.layers.1.mlp.experts").down_proj
+    assert torch.equal(experts[3], weight)
+    # Scaled by the fan-in; one exponent too many or too few is a factor of 2.
+    assert 2**-0.5 < experts.double().std().item() * experts.shape[-1] ** 0.5 < 2**0.5
 
 
 def test_dense_experts_are_bfloat16_one_by_one(tmp_path: Path) -> None:
