@@ -1,8 +1,9 @@
-"""Dense checkpoints that hold experts one by one, and the words of compressed-tensors for them.
+"""Dense checkpoints of other families than GPT-OSS, and the words of compressed-tensors for them.
 
-Such files have a matrix [N, K] for each expert and projection, as nearly all families' have:
-"model.layers.0.mlp.experts.3.up_proj.weight". In MXFP4 they get the names, the bytes and the config
-of compressed-tensors' ``mxfp4-pack-quantized``, which other programs read, too.
+Most files have a matrix [N, K] for each expert and projection:
+"model.layers.0.mlp.experts.3.up_proj.weight"; for the others, see `fused_experts.py`. In MXFP4
+they get the names, the bytes and the config of compressed-tensors' ``mxfp4-pack-quantized``, which
+other programs read, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
+from mxfp4_fx.checkpoints.fused_experts import experts_of
 from mxfp4_fx.checkpoints.gpt_oss import FLOATS, MODEL_TYPE
 from mxfp4_fx.checkpoints.packed_formats import COMPRESSED_TENSORS, quantization_config
 from mxfp4_fx.checkpoints.safetensors_file import StoredTensor, TensorSpec
@@ -24,17 +26,23 @@ from mxfp4_fx.core.skip import Skip
 SINGLE = re.compile(r"^(.*\.experts)\.\d+\.\w+\.weight$")
 
 
-def has_single_experts(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint is of another family than GPT-OSS, with experts one by one."""
+def is_of_another_family(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint has dense experts, of another family than GPT-OSS."""
     is_gpt_oss = checkpoint.config.get("model_type") == MODEL_TYPE
-    return not is_gpt_oss and any(map(SINGLE.match, checkpoint.tensors))
+    return not is_gpt_oss and any(map(_experts_of, checkpoint.tensors))
+
+
+def _experts_of(name: str) -> str | None:
+    """Return the module of experts that a tensor is of, one expert's or all of a layer's."""
+    single = SINGLE.match(name)
+    return single[1] if single else experts_of(name)
 
 
 def to_quantize(checkpoint: Checkpoint, skip: Skip) -> set[str]:
-    """Return the names of the experts' matrices that become MXFP4.
+    """Return the names of the experts' tensors that become MXFP4.
 
     Args:
-        checkpoint: one that :func:`has_single_experts`.
+        checkpoint: one that :func:`is_of_another_family`.
         skip: names modules of experts ("model.layers.0.mlp.experts") that stay dense.
 
     Raises:
@@ -49,7 +57,7 @@ def to_quantize(checkpoint: Checkpoint, skip: Skip) -> set[str]:
             f"{checkpoint.config_name} says that quant_method is {method!r}: name a checkpoint "
             "that is not quantized"
         )
-    places = {name: found[1] for name in checkpoint.tensors if (found := SINGLE.match(name))}
+    places = {name: found for name in checkpoint.tensors if (found := _experts_of(name))}
     skip.require_used(list(dict.fromkeys(places.values())))
     skipped = {place for place in places.values() if skip.names(place)}
     names = {name for name, place in places.items() if place not in skipped}
@@ -59,6 +67,8 @@ def to_quantize(checkpoint: Checkpoint, skip: Skip) -> set[str]:
         )
     for name in sorted(names):
         tensor = checkpoint.tensors[name]
+        if experts_of(name):
+            continue  # `fused_experts.fused` checks it
         if tensor.dtype not in FLOATS or len(tensor.shape) != 2 or tensor.shape[1] % BLOCK:
             raise CheckpointError(
                 f"{name} in {tensor.file} is {tensor.dtype} {list(tensor.shape)}: MXFP4 takes "
