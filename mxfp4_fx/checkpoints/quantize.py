@@ -186,20 +186,17 @@ def _plan_of_family(
 ) -> _Plan:
     names = single_experts.to_quantize(checkpoint, skip)
     items: list[Item] = []
-    matrices: dict[str, TensorSpec] = {}
     for name, one in checkpoint.tensors.items():
         if name not in names:
             items.append(Item(one, (one.spec,)))
         elif experts_of(name) is None:
-            matrices[name] = one.spec
             items.append(Item(one, packed_specs(one)))
         else:
-            found = fused(checkpoint, name)
+            whole = fused(checkpoint, name)
             for expert in range(one.shape[0]):
-                single = {spec.name: spec for spec in found.specs(expert)}
-                matrices |= single
-                specs = tuple(part for spec in single.values() for part in packed_specs(spec))
-                items.append(Item(one, specs, found, expert))
+                specs = [part for spec in whole.specs(expert) for part in packed_specs(spec)]
+                items.append(Item(one, tuple(specs), whole, expert))
+    matrices = single_experts.matrices(checkpoint, names)
     settings = single_experts.quantized_config({**checkpoint.tensors, **matrices}, {*matrices})
     config = {**checkpoint.config, "quantization_config": settings}
     identity = {

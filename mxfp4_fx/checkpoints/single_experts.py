@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
-from mxfp4_fx.checkpoints.fused_experts import experts_of
+from mxfp4_fx.checkpoints.fused_experts import experts_of, fused
 from mxfp4_fx.checkpoints.gpt_oss import FLOATS, MODEL_TYPE
 from mxfp4_fx.checkpoints.packed_formats import COMPRESSED_TENSORS, quantization_config
 from mxfp4_fx.checkpoints.safetensors_file import StoredTensor, TensorSpec
@@ -76,6 +76,23 @@ def to_quantize(checkpoint: Checkpoint, skip: Skip) -> set[str]:
                 "long; skip its experts"
             )
     return names
+
+
+def matrices(checkpoint: Checkpoint, names: set[str]) -> dict[str, TensorSpec]:
+    """Return name -> matrix of one expert, of all that the tensors `names` hold.
+
+    Raises:
+        CheckpointError: a tensor that holds all experts of a layer cannot be MXFP4.
+    """
+    found = {}
+    for name in names:
+        tensor = checkpoint.tensors[name]
+        if experts_of(name) is None:
+            found[name] = tensor.spec
+            continue
+        whole = fused(checkpoint, name)
+        found |= {s.name: s for expert in range(tensor.shape[0]) for s in whole.specs(expert)}
+    return found
 
 
 def packed_specs(tensor: StoredTensor | TensorSpec) -> tuple[TensorSpec, TensorSpec]:

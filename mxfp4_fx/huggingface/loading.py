@@ -15,7 +15,12 @@ from mxfp4_fx.checkpoints import gpt_oss
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
 from mxfp4_fx.checkpoints.files import CONFIG, directory_of, read_config
 from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
-from mxfp4_fx.checkpoints.packed_formats import Format, format_of, packed_weights
+from mxfp4_fx.checkpoints.packed_formats import (
+    Format,
+    format_of,
+    packed_weights,
+    quantization_config,
+)
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.skip import not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
@@ -42,16 +47,16 @@ def from_pretrained(
     """Load a model through transformers; its experts keep the bytes of the checkpoint.
 
     The checkpoint is a GPT-OSS, or a model of another family in one of the formats of
-    docs/families.md. Experts that a GPT-OSS checkpoint holds dense (float32, bfloat16, float16) are
-    quantized while they are loaded, one tensor at a time. What else than experts is MXFP4 in the
-    files of another family becomes dense.
+    docs/families.md, or dense. Dense experts (float32, bfloat16, float16) are quantized while they
+    are loaded, one tensor or one projection of a layer at a time. What else than experts is MXFP4
+    in the files of another family becomes dense.
 
     Args:
         path: a directory, or a model's name on the Hub.
         auto_class: the transformers class that loads it; None means ``AutoModelForCausalLM``.
         skip: names of modules, or patterns (`core/skip.py`), whose experts become transformers'
             dense ones, in addition to those that ``modules_to_not_convert`` of the checkpoint
-            names.
+            names. In another family's checkpoint, they must be dense in the files.
         scale_rule: for ``formats.quantize``, if the checkpoint has dense experts.
         experts_device: the device on which packed experts stay (``placement.place_experts``), "cpu"
             beside a GPU for example; ``device_map`` then names the one device of the rest. None
@@ -70,8 +75,9 @@ def from_pretrained(
 
     Raises:
         CheckpointError: the checkpoint does not exist, is damaged, or is neither a GPT-OSS in MXFP4
-            or dense nor in a format of docs/families.md; or transformers is not installed, or too
-            old; or another process that loads the model fails, or loads another one.
+            nor in a format of docs/families.md nor has dense experts; or transformers is not
+            installed, or too old; or another process that loads the model fails, or loads another
+            one.
         OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
             experts, ``scale_rule`` or ``experts_device`` is unknown, or ``device_map`` names no
             single device beside ``experts_device``.
@@ -116,8 +122,14 @@ def from_pretrained(
     rename = renaming(mapping)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     form = _format_of(path, hub)
+    is_dense_family = form is None and _has_dense_experts(path, hub)
     quantization: Any
-    if form is None:
+    if is_dense_family:
+        from mxfp4_fx.huggingface.family_quantizing import QuantizeFamilyConfig
+
+        refuse_for_families(ignore_mismatched_sizes=ignore_sizes)
+        quantization = QuantizeFamilyConfig(skip=skip, scale_rule=scale_rule)
+    elif form is None:
         quantization = Mxfp4Config(skip=skip, scale_rule=scale_rule)
         quantization.ignore_sizes = bool(ignore_sizes)
     else:
@@ -133,13 +145,17 @@ def from_pretrained(
         if form is not None:
             if is_local:
                 packed_weights(Checkpoint.open(Path(path, hub.get("subfolder", "")), rename), form)
+        elif is_dense_family:
+            pass  # the quantizer checks the files
         elif is_local:
             checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")), rename)
             check(checkpoint, ignore_sizes=bool(ignore_sizes))
         else:  # the quantizer checks the files after transformers has found or downloaded them
             _check_config(path, hub)
         config, kwargs = _model_config(path, hub, kwargs)
-        if form is not None:  # with it, transformers would insist on its own quantizer
+        if (
+            form is not None or is_dense_family
+        ):  # with it, transformers would insist on its own quantizer
             for part in (config, config.get_text_config()):
                 vars(part).pop("quantization_config", None)
         try:
@@ -245,6 +261,27 @@ def _format_of(path: str, hub: dict[str, Any]) -> Format | None:
     return format_of(config, f"{CONFIG} of {path}")
 
 
+def _has_dense_experts(path: str, hub: dict[str, Any]) -> bool:
+    """Return whether a config is of a model of another family, with experts, and not quantized."""
+    from transformers import PretrainedConfig
+
+    try:
+        config: dict[str, Any] = PretrainedConfig.get_config_dict(path, **hub)[0]
+    except Exception:  # of any class: what is wrong is said by the checks of a GPT-OSS
+        return False
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    return (
+        config.get("model_type") not in (None, MODEL_TYPE)
+        and not quantization_config(config)
+        and any(isinstance(text.get(key), int) and text[key] > 0 for key in _COUNTS)
+    )
+
+
+# What families' configs call the number of experts.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 def _require_transformers() -> None:
     """Raise a CheckpointError if transformers is too old, before it lacks a name to import."""
     version = too_old_transformers()
@@ -272,7 +309,8 @@ def _check_config(path: str, hub: dict[str, Any]) -> None:
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{path} has a model of type {config.get('model_type')}, and no MXFP4 in a format of "
-            f"docs/families.md: only GPT-OSS ({MODEL_TYPE}) is loaded from other files"
+            f"docs/families.md and no dense experts: only GPT-OSS ({MODEL_TYPE}) is loaded from "
+            "other files"
         )
     gpt_oss.require_method(gpt_oss.quantization(config, f"{CONFIG} of {path}")[0], path)
 
