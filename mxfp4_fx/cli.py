@@ -17,6 +17,7 @@ from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
 from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
 from mxfp4_fx.checkpoints.random_config import CheckpointShape
 from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
+from mxfp4_fx.checkpoints.rounding import read_rounding
 from mxfp4_fx.checkpoints.safetensors_file import SHARD_BYTES
 from mxfp4_fx.core.console import announced
 from mxfp4_fx.core.errors import CheckpointError, Mxfp4Error, OptionError
@@ -47,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
 
     explained = commands.add_parser("explain", help="what would be rewritten in a model, and why")
-    explained.add_argument("checkpoint", help="a checkpoint, whose config.json is enough")
+    explained.add_argument(
+        "checkpoint",
+        help="a checkpoint; its config.json is enough, and headers of weights are read",
+    )
     explained.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16"
     )
@@ -104,6 +108,8 @@ def _explain(args: argparse.Namespace) -> None:
         ids = torch.zeros((1, 8), dtype=torch.long)
         with torch.no_grad(), announced("capturing the model"):
             explanation = explain(model, ids)
+    errors = read_rounding(Path(args.checkpoint).expanduser())
+    explanation = dataclasses.replace(explanation, rounding_errors=errors)
     if args.html is not None:
         explanation.save_html(args.html)
     print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)

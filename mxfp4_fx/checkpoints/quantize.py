@@ -31,6 +31,7 @@ from mxfp4_fx.checkpoints.gpt_oss import (
 )
 from mxfp4_fx.checkpoints.journal import Journal, Squares, locked, sync
 from mxfp4_fx.checkpoints.quantized_item import Item
+from mxfp4_fx.checkpoints.rounding import write_rounding
 from mxfp4_fx.checkpoints.safetensors_file import (
     SHARD_BYTES,
     StoredTensor,
@@ -77,7 +78,8 @@ def quantize_checkpoint(
             even if they exceed it.
         progress: show progress bars if stderr is a terminal.
         report: called at the end with experts -> relative error of their rounding: the norm of what
-            it changed, divided by the norm of the weights. None means that it is not computed.
+            it changed, divided by the norm of the weights, which is also recorded beside the
+            weights (``rounding.py``). None means that it is not computed.
 
     Returns:
         `out` as an absolute path.
@@ -112,6 +114,9 @@ def quantize_checkpoint(
             _write(plan, journal, progress, report is not None)
             _verify(plan, journal, progress)
             _add_files(plan, journal.checkpoint)
+            if report is not None:
+                errors = journal.rounding_errors
+                sync(write_rounding(journal.checkpoint, errors, scale_rule))
             journal.checkpoint.replace(out)
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:

@@ -127,7 +127,7 @@ class DenseFamilyQuantizer(PackedQuantizer):
         self.pre_quantized = False  # so the loader reads one tensor after the other
         settings, checkpoint = self.quantization_config, _opened(checkpoint_files or ())
         names = single_experts.to_quantize(checkpoint, settings.skip)
-        plan = _plan_of(model, checkpoint, names, dict(settings.key_mapping))
+        plan = dense_plan_of(model, checkpoint, names, dict(settings.key_mapping))
         matrices = single_experts.matrices(checkpoint, names)
         settings.stored = single_experts.quantized_config(
             {**checkpoint.tensors, **matrices}, {*matrices}
@@ -204,7 +204,7 @@ class _Projection(NamedTuple):
     dtype: torch.dtype
 
 
-def _plan_of(
+def dense_plan_of(
     model: Any, checkpoint: Checkpoint, names: set[str], key_mapping: dict[str, str]
 ) -> dict[str, dict[str, _Projection]]:
     """Return module of experts -> projection, and check that the files are the model's.

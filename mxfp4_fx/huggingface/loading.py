@@ -21,8 +21,9 @@ from mxfp4_fx.checkpoints.packed_formats import (
     packed_weights,
     quantization_config,
 )
+from mxfp4_fx.checkpoints.single_experts import to_quantize
 from mxfp4_fx.core.errors import CheckpointError, OptionError
-from mxfp4_fx.core.skip import not_converted
+from mxfp4_fx.core.skip import Skip, not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
 from mxfp4_fx.core.version import OLDEST_TRANSFORMERS, too_old_transformers
 from mxfp4_fx.huggingface.arguments import REFUSED, check_scale_rule, refuse, refuse_for_families
@@ -176,6 +177,9 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
     Fake tensors have shapes but no memory, so a model of any size can be explained on any machine.
     Inside the context, torch's factory functions make fake tensors, too.
 
+    Which experts are packed, and that the files are the model's, is read from their headers. If
+    there are no weights, the config says it.
+
     Args:
         path: a directory with a ``config.json``.
         dtype: the dtype of the parameters.
@@ -184,7 +188,8 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
 
     Raises:
         CheckpointError: the file is missing or describes neither a GPT-OSS nor a model in a format
-            of docs/families.md, or transformers is not installed, or too old.
+            of docs/families.md nor one with dense experts; or the weights are not those of the
+            config, or damaged; or transformers is not installed, or too old.
         OptionError: transformers has no implementation of that name.
     """
     _require_transformers()
@@ -196,17 +201,21 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         from mxfp4_fx.huggingface import family_plan
         from mxfp4_fx.huggingface.activations import activation_of
         from mxfp4_fx.huggingface.family_plan import is_family
-        from mxfp4_fx.huggingface.quantizer import packed_like
+        from mxfp4_fx.huggingface.quantizer import check, packed_like
     except ImportError as error:
         raise CheckpointError(f"this needs {_NEEDED}: {error}") from error
     directory = directory_of(path)
     content, named = read_config(directory), str(directory / CONFIG)
     form = format_of(content, named)
+    is_gpt_oss = form is None and not _is_dense_family(content)
+    checkpoint = Checkpoint.open(directory) if any(directory.glob("*.safetensors")) else None
     kept: list[str] = []
-    if form is None:
+    if is_gpt_oss:
         gpt_oss.sizes(content, named)
         method, kept = gpt_oss.quantization(content, named)
         gpt_oss.require_method(method, named)
+        if checkpoint is not None:
+            check(checkpoint)
     known = ("eager", *ALL_EXPERTS_FUNCTIONS)
     if experts is not None and experts not in known:
         raise OptionError(
@@ -227,15 +236,18 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
     stacked = {
         name: module
         for name, module in model.named_modules()
-        if (isinstance(module, GptOssExperts) if form is None else is_family(module))
+        if (isinstance(module, GptOssExperts) if is_gpt_oss else is_family(module))
         and experts is None
         and not any(not_converted(entry, name) for entry in kept)
     }
+    if checkpoint is not None and not is_gpt_oss:
+        packed_names = _packed_in(model, checkpoint, form)
+        stacked = {name: module for name, module in stacked.items() if name in packed_names}
     # Found by computing it, with numbers that are not fake.
-    found = {} if form is None else {n: activation_of(m, n) for n, m in stacked.items()}
+    found = {} if is_gpt_oss else {n: activation_of(m, n) for n, m in stacked.items()}
     with mode:
         for name, module in stacked.items():
-            if form is None:
+            if is_gpt_oss:
                 packed = packed_like(module, name)
                 packed.gate_up_proj_bias = module.gate_up_proj_bias
                 packed.down_proj_bias = module.down_proj_bias
@@ -244,6 +256,20 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
         yield model
+
+
+def _packed_in(model: Any, checkpoint: Checkpoint, form: Format | None) -> set[str]:
+    """Return the experts of another family that its files hold packed, or whose loader packs them.
+
+    Raises:
+        CheckpointError: the files are not the model's.
+    """
+    from mxfp4_fx.huggingface.family_plan import plan_of
+    from mxfp4_fx.huggingface.family_quantizing import dense_plan_of
+
+    if form is not None:
+        return {*plan_of(model, checkpoint, packed_weights(checkpoint, form)).experts}
+    return {*dense_plan_of(model, checkpoint, to_quantize(checkpoint, Skip.of(())), {})}
 
 
 def _format_of(path: str, hub: dict[str, Any]) -> Format | None:
@@ -266,9 +292,12 @@ def _has_dense_experts(path: str, hub: dict[str, Any]) -> bool:
     from transformers import PretrainedConfig
 
     try:
-        config: dict[str, Any] = PretrainedConfig.get_config_dict(path, **hub)[0]
+        return _is_dense_family(PretrainedConfig.get_config_dict(path, **hub)[0])
     except Exception:  # of any class: what is wrong is said by the checks of a GPT-OSS
         return False
+
+
+def _is_dense_family(config: dict[str, Any]) -> bool:
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
     return (
