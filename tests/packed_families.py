@@ -1,4 +1,8 @@
-"""Tiny models of other families, and their MXFP4 checkpoints as compressed-tensors makes them."""
+"""Tiny models of other families, and their MXFP4 checkpoints in each format.
+
+compressed-tensors makes the bytes, and all formats hold the same ones. `packed_layouts.py` has
+their names.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,10 @@ import torch
 import transformers
 from checkpoints import edit_config, edit_tensors, read_tensors
 from compressed_tensors.compressors import MXFP4PackedCompressor
-from compressed_tensors.quantization import (
-    QuantizationConfig,
-    QuantizationScheme,
-    preset_name_to_scheme,
-)
+from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from families import fill
+from packed_layouts import COMPRESSED_TENSORS, Layout, scheme
 from safetensors.torch import save_file
 from test_family_models import _COMMON, MODELS
 from torch import Tensor
@@ -29,10 +30,6 @@ IDS = torch.arange(14).view(2, 7) * 4
 # What llm-compressor's own example quantizes: all linears but the head and the routers.
 LINEARS = re.compile(r"(?<!lm_head)(?<!gate)\.weight$")
 EXPERTS = re.compile(r"\.experts\.\d+\.\w+\.weight$")
-
-
-def scheme(preset: str = "MXFP4A16") -> QuantizationScheme:
-    return preset_name_to_scheme(preset, targets=["Linear"])
 
 
 def compressed(weight: Tensor, made: QuantizationScheme | None = None) -> dict[str, Tensor]:
@@ -55,6 +52,7 @@ def write(
     name: str,
     dtype: torch.dtype,
     which: re.Pattern[str] = EXPERTS,
+    layout: Layout = COMPRESSED_TENSORS,
     **sizes: Any,
 ) -> Path:
     """Write the checkpoint of a random model whose matrices of some names are MXFP4.
@@ -74,20 +72,14 @@ def write(
                 continue
             parts = compressed(tensors.pop(weight))
             values[weight] = decompressed(parts)
-            stem = weight.removesuffix(".weight")
-            tensors |= {f"{stem}.{part}": tensor for part, tensor in parts.items()}
+            tensors |= layout.tensors(weight.removesuffix(".weight"), parts)
+        layout.whole(tensors)
 
     edit_tensors(path, compress)
     edit_tensors(
         path / "dense", lambda t: t.update({n: v.to(t[n].dtype) for n, v in values.items()})
     )
-    settings = QuantizationConfig(
-        config_groups={"group_0": scheme()},
-        format="mxfp4-pack-quantized",
-        quantization_status="compressed",
-        ignore=["lm_head"],
-    ).model_dump(mode="json")
-    return edit_config(path, lambda config: config.update(quantization_config=settings))
+    return edit_config(path, layout.config)
 
 
 def split(path: Path, edit: Callable[[dict[str, Any]], object] = lambda index: None) -> Path:

@@ -119,7 +119,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "one dense projection": (to_dense(), rf"{LAYER}\.down_proj is not packed in the files"),
     "nothing packed": (
         lambda t: [t.pop(name) for name in list(t) if ".weight_" in name],
-        r"says that weights are mxfp4-pack-quantized, but no tensor's name ends in",
+        r"says that weights are mxfp4-pack-quantized, but none is packed, with a name that ends",
     ),
 }
 

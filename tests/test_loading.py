@@ -301,7 +301,7 @@ def test_what_cannot_be_loaded(checkpoint: Path, tmp_path: Path, spoil: Any, rea
 
 
 CACHED = {
-    "another model": "someone/tiny has a model of type llama",
+    "another model": "model_type is 'llama', says that weights are vLLM's mxfp4",
     "another method": "someone/tiny says that quant_method is 'fp8'",
     "only pickles": "someone/tiny cannot be loaded",  # and were not downloaded
     "no safetensors": "someone/tiny cannot be loaded",

@@ -5,13 +5,15 @@ Shape letters: E experts, I intermediate, N output rows, K contraction.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
-from mxfp4_fx.core.formats import BYTES_PER_BLOCK, E8M0_NAN, dequantize
+from mxfp4_fx.checkpoints.encodings import Encoding
+from mxfp4_fx.core.formats import BYTES_PER_BLOCK, E8M0_NAN
 from mxfp4_fx.huggingface.conversions import _only
 
 
@@ -21,8 +23,8 @@ class StackExperts(ConversionOps):
     Of each expert there is one matrix, or one of gate and one of up, whose rows then alternate.
     """
 
-    def __init__(self, is_blocks: bool, nan_blocks: dict[str, int]) -> None:
-        self.is_blocks = is_blocks
+    def __init__(self, is_blocks: bool, dtype: torch.dtype, nan_blocks: dict[str, int]) -> None:
+        self.is_blocks, self.dtype = is_blocks, dtype  # dtype: that of the bytes in the files
         self._nan_blocks = nan_blocks  # convert() writes the counts of NaN blocks into it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackExperts:
@@ -37,7 +39,9 @@ class StackExperts(ConversionOps):
         full_layer_name: str,
         **_: Any,
     ) -> dict[str, Tensor]:
-        parts = [input_dict.pop(pattern) for pattern in source_patterns]
+        return self._stacked([input_dict.pop(p) for p in source_patterns], full_layer_name)
+
+    def _stacked(self, parts: list[list[Any]], full_layer_name: str) -> dict[str, Tensor]:
         (experts, one), count = (len(parts[0]), parts[0][0]), len(parts)
         n, width = one.shape
         stacked = one.new_empty((experts, n, count, width), dtype=torch.uint8)
@@ -54,14 +58,31 @@ class StackExperts(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return SplitExperts(self.is_blocks)
+        return SplitExperts(self.is_blocks, self.dtype)
+
+
+class InterleaveExperts(StackExperts):
+    """The conversion of a layer's stacked bytes, of gates and then of ups, to `PackedExperts`'."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any
+    ) -> dict[str, Tensor]:
+        stacked = _only(input_dict.popitem()[1])
+        halves = 2 if ".gate_up_proj_" in full_layer_name else 1
+        parts = [list(part) for part in stacked.chunk(halves, 1)]
+        return self._stacked(parts, full_layer_name)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SeparateHalves(self.is_blocks, self.dtype)
 
 
 class SplitExperts(ConversionOps):
     """The inverse of `StackExperts`, for ``save_pretrained``."""
 
-    def __init__(self, is_blocks: bool) -> None:
-        self.is_blocks = is_blocks
+    def __init__(self, is_blocks: bool, dtype: torch.dtype) -> None:
+        self.is_blocks, self.dtype = is_blocks, dtype
 
     @torch.no_grad()
     def convert(
@@ -73,7 +94,7 @@ class SplitExperts(ConversionOps):
         **_: Any,
     ) -> dict[str, Tensor]:
         (stacked,) = (_only(tensors) for tensors in input_dict.values())
-        stacked = stacked.detach()
+        stacked = stacked.detach().view(self.dtype)
         if self.is_blocks:
             stacked = stacked.flatten(2)
         parts = stacked.unflatten(1, (-1, len(target_patterns))).unbind(2)
@@ -85,14 +106,40 @@ class SplitExperts(ConversionOps):
         return found
 
 
+class SeparateHalves(SplitExperts):
+    """The inverse of `InterleaveExperts`."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        target_patterns: list[str],
+        full_layer_name: str,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        ((source, tensors),) = input_dict.items()
+        stacked = _only(tensors).detach().view(self.dtype)
+        if self.is_blocks:
+            stacked = stacked.flatten(2)
+        halves = 2 if "gate_up_proj" in source else 1
+        separate = stacked.unflatten(1, (-1, halves)).transpose(1, 2).flatten(1, 2)
+        return {full_layer_name: separate.contiguous()}
+
+
 class DequantizeWeights(ConversionOps):
     """The conversion of packed matrices that are no experts' to the parameters' dtype.
 
-    It may stand before a family's own operations, which then get dense matrices.
+    The loader has cast bytes and scales to it, which holds them exactly. It may stand before a
+    family's own operations, which then get dense matrices.
     """
 
-    def __init__(self, blocks: str, scales: str) -> None:
-        self.blocks, self.scales = blocks, scales
+    def __init__(
+        self, encoding: Encoding, names: tuple[str, str], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        self.encoding = encoding
+        self.blocks, self.scales = names  # last parts of names
+        self.dtypes = dtypes  # of parameters that are declared in another dtype while they load
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DequantizeWeights:
         return self
@@ -101,18 +148,12 @@ class DequantizeWeights(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
     ) -> dict[str, Any]:
-        dtype = model.get_parameter(full_layer_name).dtype
+        parameter = model.get_parameter(full_layer_name)
+        dtype = self.dtypes.get(full_layer_name, parameter.dtype)
         found: dict[str, Any] = {}
         for pattern in [p for p in input_dict if p.endswith(self.blocks)]:
             stem = pattern.removesuffix(self.blocks)
             pairs = zip(input_dict[pattern], input_dict[f"{stem}{self.scales}"], strict=True)
-            found[f"{stem}weight"] = [dense_matrix(*pair, dtype) for pair in pairs]
+            found[f"{stem}weight"] = [self.encoding.to_dense(*pair, dtype) for pair in pairs]
         rest = {p: t for p, t in input_dict.items() if not p.endswith((self.blocks, self.scales))}
         return found | rest
-
-
-def dense_matrix(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dequantize [N, K/2] and [N, K/32], of whatever dtype the loader made of bytes, to [N, K]."""
-    # The loader casts bytes to the parameter's dtype; every float dtype holds 0 to 255 exactly.
-    blocks, scales = blocks.to(torch.uint8), scales.to(torch.uint8)
-    return dequantize(blocks.unflatten(1, (-1, BYTES_PER_BLOCK)), scales, dtype)

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
+from mxfp4_fx.checkpoints.encodings import Encoding, Mxfp4
 from mxfp4_fx.checkpoints.files import AGAIN, few
 from mxfp4_fx.checkpoints.packed_formats import PackedWeight
 from mxfp4_fx.core.errors import CheckpointError
@@ -35,6 +36,7 @@ from mxfp4_fx.huggingface.packed import PackedExperts
 from mxfp4_fx.ops.operands import Activation
 
 _ORIGINAL = "load the checkpoint with transformers itself, which makes its experts dense"
+_SAME = "copy or download config.json and all files from one and the same checkpoint"
 _EXPERT = re.compile(r".*\.(\d+)(?=\.)")  # the last number of a name
 
 
@@ -44,17 +46,18 @@ class Plan:
 
     Attributes:
         experts: name of a module of experts -> parameter -> pattern of its sources -> the matrices
-            of experts 0 to E - 1.
+            of experts 0 to E - 1, or the one tensor that has all of them.
         dense: name of a parameter that is no expert's -> the matrix that it is made of.
         strays: names of packed matrices that the model does not have.
-        patterns: patterns of sources of `experts`; those of `dense` that a conversion takes.
+        patterns: patterns of sources of `experts`.
+        dense_patterns: patterns of those of `dense` that a conversion takes -> their encodings.
     """
 
     experts: dict[str, dict[str, dict[str, list[PackedWeight]]]] = field(default_factory=dict)
     dense: dict[str, PackedWeight] = field(default_factory=dict)
     strays: list[str] = field(default_factory=list)
     patterns: set[str] = field(default_factory=set)
-    dense_patterns: set[str] = field(default_factory=set)
+    dense_patterns: dict[str, set[Encoding]] = field(default_factory=lambda: defaultdict(set))
 
 
 def plan_of(
@@ -81,36 +84,49 @@ def plan_of(
     held = model.state_dict()
     modules = {name for name, module in model.named_modules() if is_family(module)}
     plan, found = Plan(), set()
+    stacked: dict[str, PackedWeight] = {}
     parts: dict[str, dict[str, dict[int, PackedWeight]]] = defaultdict(lambda: defaultdict(dict))
 
     def place(name: str) -> tuple[str, str | None]:
         return rename_source_key(name, renamings, converters, model.base_model_prefix, held)
 
     for stem, weight in packed.items():
-        name, pattern = place(f"{stem}.weight")
+        name, pattern = place(weight.dense_name)
         path, _, parameter = name.rpartition(".")
         if name not in held:
             plan.strays.append(stem)
             continue
         found.add(name)
         if path in modules:
+            if weight.experts is not None:
+                stacked[name] = weight
+                continue
             expert = _EXPERT.match(stem)
             if pattern is None or expert is None:
                 raise CheckpointError(
                     f"{weight.blocks.name} is no single expert's, as {name} would need: {_ORIGINAL}"
+                )
+            if not isinstance(weight.encoding, Mxfp4):
+                raise CheckpointError(
+                    f"{weight.blocks.name} in {weight.blocks.file} is {weight.blocks.dtype}, and "
+                    f"experts of {path} are to be MXFP4: {_ORIGINAL}"
                 )
             parts[name][pattern][int(expert[1])] = weight
             plan.patterns.add(pattern)
         else:
             plan.dense[name] = weight
             if pattern is not None:
-                plan.dense_patterns.add(pattern)
-    dense_stems = {f"{stem}." for stem in packed}
+                plan.dense_patterns[pattern].add(weight.encoding)
+    parts_of_packed = {
+        part.name for weight in packed.values() for part in (weight.blocks, weight.scales)
+    }
     for name in checkpoint.tensors:
-        if f"{name.rpartition('.')[0]}." in dense_stems:
+        if name in parts_of_packed:
             continue
         target, pattern = place(name)
-        if target in parts:
+        if target not in held and name in held:  # the loader then takes the name as it is
+            target, pattern = name, None
+        if target in parts or target in stacked:
             raise CheckpointError(
                 f"{name} in {checkpoint.tensors[name].file} is dense, and other experts of "
                 f"{target} are packed: {AGAIN}, or quantize all experts of a layer"
@@ -124,6 +140,10 @@ def plan_of(
         plan.experts.setdefault(path, {})[parameter] = _experts(
             model.get_submodule(path), name, parts[name], converter
         )
+    for name, weight in stacked.items():
+        path, _, parameter = name.rpartition(".")
+        _require_stacked(model.get_submodule(path), name, weight)
+        plan.experts.setdefault(path, {})[parameter] = {weight.dense_name: [weight]}
     for path, weights in plan.experts.items():
         if missing := {"gate_up_proj", "down_proj"} - weights.keys():
             raise CheckpointError(
@@ -229,18 +249,12 @@ def _experts(
 ) -> dict[str, list[PackedWeight]]:
     """Return pattern -> matrices of experts 0 to E - 1, of one stacked weight."""
     is_down = name.endswith(".down_proj")
-    if (
-        module.is_transposed
-        or module.has_bias
-        or getattr(module, "has_post_expert_norm", False)
-        or not (module.is_concatenated and module.has_gate)
-        or _merge(converter) != (["MergeModulelist"] if is_down else _OF_HALVES)
-        or len(converter.source_patterns) != (1 if is_down else 2)
-    ):
-        raise CheckpointError(
-            f"{name} is of {type(module).__name__}, whose experts are not packed as one matrix of "
-            f"gate, one of up and one of down for each: {_ORIGINAL}"
-        )
+    _require_usual(
+        module,
+        name,
+        _merge(converter) == (["MergeModulelist"] if is_down else _OF_HALVES)
+        and len(converter.source_patterns) == (1 if is_down else 2),
+    )
     experts, n, k = getattr(module, name.rpartition(".")[2]).shape
     rows = n if is_down else n // 2
     ordered: dict[str, list[PackedWeight]] = {}
@@ -254,6 +268,33 @@ def _experts(
         for weight in ordered[pattern]:
             _require_size(weight, rows, k, name)
     return ordered
+
+
+def _require_stacked(module: Any, name: str, weight: PackedWeight) -> None:
+    """Raise CheckpointError unless a tensor has all experts of one stacked weight."""
+    _require_usual(module, name)
+    experts, n, k = getattr(module, name.rpartition(".")[2]).shape
+    _require_size(weight, n, k, name)
+    if weight.experts != experts:
+        raise CheckpointError(
+            f"{weight.blocks.name} in {weight.blocks.file} has {weight.experts} experts, and the "
+            f"config {experts}: {_SAME}"
+        )
+
+
+def _require_usual(module: Any, name: str, is_merged_so: bool = True) -> None:
+    """Raise CheckpointError unless experts are gate, up and down, and no more."""
+    if (
+        module.is_transposed
+        or module.has_bias
+        or getattr(module, "has_post_expert_norm", False)
+        or not (module.is_concatenated and module.has_gate)
+        or not is_merged_so
+    ):
+        raise CheckpointError(
+            f"{name} is of {type(module).__name__}, whose experts are not packed as one matrix of "
+            f"gate, one of up and one of down for each: {_ORIGINAL}"
+        )
 
 
 def _name_of(of_pattern: Mapping[int, PackedWeight], pattern: str, expert: int) -> str:
@@ -289,6 +330,5 @@ def _require_size(weight: PackedWeight, n: int, k: int, name: str) -> None:
     if (weight.n, weight.k) != (n, k):
         raise CheckpointError(
             f"{weight.blocks.name} in {weight.blocks.file} holds a matrix {[weight.n, weight.k]}, "
-            f"and {name} needs {[n, k]}: copy or download config.json and all files from one and "
-            "the same checkpoint"
+            f"and {name} needs {[n, k]}: {_SAME}"
         )

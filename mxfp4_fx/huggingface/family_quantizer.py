@@ -19,11 +19,13 @@ import transformers
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
+from mxfp4_fx.checkpoints.encodings import Encoding
 from mxfp4_fx.checkpoints.files import CONFIG, few, read_json
+from mxfp4_fx.checkpoints.gpt_oss import PROJECTIONS
 from mxfp4_fx.checkpoints.packed_formats import (
-    COMPRESSED_TENSORS,
     Format,
     PackedWeight,
     format_of,
@@ -31,18 +33,18 @@ from mxfp4_fx.checkpoints.packed_formats import (
     quantization_config,
 )
 from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NoExpertsWarning, OptionError
-from mxfp4_fx.core.formats import quantize
 from mxfp4_fx.core.version import OLDEST_FOR_FAMILIES, too_old_for_families
 from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.activations import activation_of
 from mxfp4_fx.huggingface.arguments import refuse
 from mxfp4_fx.huggingface.family_conversions import (
     DequantizeWeights,
+    InterleaveExperts,
     StackExperts,
-    dense_matrix,
 )
 from mxfp4_fx.huggingface.family_plan import Plan, packed_like, plan_of, with_single_experts
 from mxfp4_fx.huggingface.packed import PackedExperts
+from mxfp4_fx.huggingface.packed_names import BLOCKS, SCALES, names_of, renamings
 from mxfp4_fx.huggingface.packed_quantizer import PackedQuantizer
 
 OUR_METHOD = "mxfp4_fx_families"
@@ -59,30 +61,23 @@ def require_transformers() -> None:
 
 
 @register_quantization_config(OUR_METHOD)
-class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
+class FamilyConfig(QuantizationConfigMixin):
     """The ``quantization_config`` with which transformers loads a family's packed experts.
 
-    It is for ``from_pretrained`` of transformers' classes and the like, for checkpoints of
-    compressed-tensors in ``mxfp4-pack-quantized``. transformers itself needs the package
-    compressed-tensors for that; :func:`mxfp4_fx.from_pretrained` does not.
-
     Attributes:
-        requantize: whether ``save_pretrained`` rounds matrices to MXFP4 again that were MXFP4 in
-            the files, are no experts' and have changed since; otherwise it raises an error.
+        requantize: whether ``save_pretrained`` rounds matrices again that were MXFP4 or FP8 in the
+            files, are no experts' and have changed since; otherwise it raises an error.
         given: in the config of a loaded model, the one that the user gave.
         stored: the ``quantization_config`` of the files, as saved models have it.
         key_mapping: patterns of names in the files -> replacements, as in transformers.
     """
 
-    given: CompressedTensorsConfig
+    given: FamilyConfig
 
     def __init__(self, *, requantize: bool = False, quant_method: str = OUR_METHOD) -> None:
         if quant_method != OUR_METHOD:
             raise OptionError(f"quant_method is {quant_method!r}: it must be {OUR_METHOD!r}")
         self.quant_method = OUR_METHOD
-        self.quantization_config = None
-        self.dequantize = False
-        self.use_optimized_inference = False
         self.requantize = requantize
         self.stored: dict[str, Any] = {}
         self.key_mapping: Mapping[str, str] = {}
@@ -103,6 +98,18 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
         return self.stored
 
 
+class CompressedTensorsConfig(FamilyConfig, transformers.CompressedTensorsConfig):
+    """The same for ``from_pretrained`` of transformers' own classes and the like.
+
+    It is for checkpoints of compressed-tensors, because transformers takes no config of another
+    class than it makes of the checkpoint's. For these it needs the package compressed-tensors.
+    """
+
+    quantization_config = None
+    dequantize = False
+    use_optimized_inference = False
+
+
 @register_quantizer(OUR_METHOD)
 class FamilyQuantizer(PackedQuantizer):
     """The quantizer that loads and saves `PackedExperts` of any family."""
@@ -111,7 +118,7 @@ class FamilyQuantizer(PackedQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         given = getattr(quantization_config, "given", quantization_config)
-        settings = CompressedTensorsConfig(requantize=given.requantize)
+        settings = FamilyConfig(requantize=given.requantize)
         settings.given, settings.key_mapping = given, given.key_mapping
         super().__init__(settings, **kwargs)
 
@@ -135,6 +142,7 @@ class FamilyQuantizer(PackedQuantizer):
         checkpoint, self._format = _opened(checkpoint_files or ())
         self.quantization_config.stored = dict(quantization_config(checkpoint.config))
         packed = packed_weights(checkpoint, self._format)
+        self._renamings = renamings(self._format, packed, checkpoint.tensors)
         self._plan = plan_of(model, checkpoint, packed, dict(self.quantization_config.key_mapping))
         _warn_of(self._plan, model)
         self._nan_blocks: dict[str, int] = {}
@@ -144,36 +152,59 @@ class FamilyQuantizer(PackedQuantizer):
                 experts = packed_like(replaced, name, activation_of(replaced, name))
             parent, child = name.rpartition(".")[::2]
             setattr(model.get_submodule(parent), child, experts)
+            for projection in PROJECTIONS:  # the loader casts what it reads to the declared dtype
+                scales = experts.get_parameter(f"{projection}_scales")
+                scales.data = scales.data.to(self._format.scales_dtype)
+        self._dtypes: dict[str, torch.dtype] = {}
+        for name, weight in self._plan.dense.items():
+            parameter = model.get_parameter(name)
+            if parameter.dtype is torch.float16 and weight.scales.dtype.is_floating_point:
+                self._dtypes[name] = parameter.dtype  # which does not hold all scales
+                parameter.data = parameter.data.float()
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Return the model's conversions, with those of packed weights before the ones they are of.
 
-        transformers takes the first that fits a name.
+        transformers takes the first that fits a name, after all renamings.
         """
         form, plan = self._format, self._plan
+        kinds = (BLOCKS, "blocks", form.blocks_dtype), (SCALES, "scales", form.scales_dtype)
         updated: list[Any] = []
+        for experts, parameter in form.stacked.items():
+            for part, ending, dtype in kinds:
+                source = rf"\.{form.joined(experts, getattr(form, ending))}"
+                step = InterleaveExperts(part == BLOCKS, dtype, self._nan_blocks)
+                updated.append(WeightConverter([source], rf"\.{parameter}_{ending}", [step]))
         for conversion in with_single_experts(weight_conversions):
             sources = getattr(conversion, "_original_source_patterns", [])
             patterns = {*getattr(conversion, "source_patterns", [])}
             if patterns & plan.patterns:
-                for part, ending in ((form.blocks, "blocks"), (form.scales, "scales")):
-                    step = StackExperts(ending == "blocks", self._nan_blocks)
+                for part, ending, dtype in kinds:
+                    step = StackExperts(part == BLOCKS, dtype, self._nan_blocks)
                     targets = [f"{t}_{ending}" for t in conversion._original_target_patterns]
                     names = [_with(source, part) for source in sources]
                     updated.append(conversion.copy(names, targets, operations=[step]))
-            elif patterns & plan.dense_patterns:
-                names = [_with(s, part) for s in sources for part in (form.blocks, form.scales)]
-                steps = [DequantizeWeights(form.blocks, form.scales), *conversion.operations]
-                targets = list(conversion._original_target_patterns)
-                updated.append(conversion.copy(names, targets, operations=steps))
+            elif patterns & plan.dense_patterns.keys():
+                encodings = {e for p in patterns for e in plan.dense_patterns.get(p, ())}
+                for encoding in sorted(encodings, key=names_of):
+                    parts = names_of(encoding)
+                    names = [_with(source, part) for source in sources for part in parts]
+                    steps = [self._dequantizing(encoding), *conversion.operations]
+                    targets = list(conversion._original_target_patterns)
+                    updated.append(conversion.copy(names, targets, operations=steps))
             updated.append(conversion)
-        return updated + self.get_weight_conversions()
+        return [*self._renamings, *updated, *self.get_weight_conversions()]
 
     def get_weight_conversions(self) -> list[Any]:
-        """Return the conversion of packed matrices that no other conversion takes."""
-        form = self._format
-        step = DequantizeWeights(form.blocks, form.scales)
-        return [WeightConverter([form.blocks, form.scales], "weight", [step])]
+        """Return the conversions of packed matrices that no other conversion takes."""
+        encodings = {weight.encoding for weight in self._plan.dense.values()}
+        return [
+            WeightConverter(list(names_of(one)), "weight", [self._dequantizing(one)])
+            for one in sorted(encodings, key=names_of)
+        ]
+
+    def _dequantizing(self, encoding: Encoding) -> DequantizeWeights:
+        return DequantizeWeights(encoding, names_of(encoding), self._dtypes)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():
@@ -200,12 +231,12 @@ class FamilyQuantizer(PackedQuantizer):
             CheckpointError: such a matrix has changed since it was loaded.
         """
         state: dict[str, Any] = model.state_dict()
-        form = self._format
         for name, weight in self._plan.dense.items():
             if name in state:
-                blocks, scales = self._packed_again(name, state.pop(name).detach(), weight)
+                parts = self._packed_again(name, state.pop(name).detach(), weight)
                 stem = name.removesuffix("weight")
-                state |= {f"{stem}{form.blocks}": blocks, f"{stem}{form.scales}": scales}
+                for part, value in zip(names_of(weight.encoding), parts, strict=True):
+                    state[stem + part] = value
         return state, {}
 
     def _packed_again(self, name: str, value: Tensor, weight: PackedWeight) -> tuple[Tensor, ...]:
@@ -213,33 +244,27 @@ class FamilyQuantizer(PackedQuantizer):
         given = self.quantization_config.given
         try:
             # Copied, because the file may be the one that is overwritten.
-            stored = tuple(part.read().clone() for part in (weight.blocks, weight.scales))
+            stored = weight.blocks.read().clone(), weight.scales.read().clone()
         except (OSError, CheckpointError) as error:
             if not given.requantize:
                 raise CheckpointError(
-                    f"{name} is MXFP4 in {weight.blocks.file}, which cannot be read any longer "
+                    f"{name} is packed in {weight.blocks.file}, which cannot be read any longer "
                     f"({error}): {_AGAIN}"
                 ) from error
         else:
-            blocks, scales = (part.view(torch.uint8) for part in stored)
-            was = dense_matrix(blocks, scales, value.dtype)
+            was = weight.encoding.to_dense(*stored, value.dtype)
             if torch.equal(was.view(torch.uint8), value.cpu().contiguous().view(torch.uint8)):
                 return stored
             if not given.requantize:
                 raise CheckpointError(
-                    f"{name} was MXFP4 in {weight.blocks.file}, and has changed since it was "
+                    f"{name} was packed in {weight.blocks.file}, and has changed since it was "
                     f"loaded: {_AGAIN}"
                 )
-        blocks, scales = quantize(value.cpu())
-        return (
-            blocks.flatten(1).view(self._format.blocks_dtype),
-            scales.view(self._format.scales_dtype),
-        )
+        return weight.encoding.from_dense(value.cpu())
 
 
 _AGAIN = (
-    "load the model with mxfp4_fx.from_pretrained(..., requantize=True), and saving rounds it to "
-    "MXFP4 again"
+    "load the model with mxfp4_fx.from_pretrained(..., requantize=True), and saving rounds it again"
 )
 
 
@@ -257,8 +282,8 @@ def _opened(files: Sequence[str]) -> tuple[Checkpoint, Format]:
     form = format_of(checkpoint.config, str(beside))
     if form is None:
         raise CheckpointError(
-            f"{beside} names no quant_method of {COMPRESSED_TENSORS.method}: load the checkpoint "
-            "with mxfp4_fx.from_pretrained(...), or without quantization_config"
+            f"{beside} names no format of docs/families.md: load the checkpoint with "
+            "mxfp4_fx.from_pretrained(...), or without quantization_config"
         )
     return checkpoint, form
 

@@ -50,7 +50,7 @@ def from_pretrained(
     The checkpoint is a GPT-OSS, or a model of another family in one of the formats of
     docs/families.md, or dense. Dense experts (float32, bfloat16, float16) are quantized while they
     are loaded, one tensor or one projection of a layer at a time. What else than experts is MXFP4
-    in the files of another family becomes dense.
+    or FP8 in the files of another family becomes dense.
 
     Args:
         path: a directory, or a model's name on the Hub.
@@ -62,8 +62,8 @@ def from_pretrained(
         experts_device: the device on which packed experts stay (``placement.place_experts``), "cpu"
             beside a GPU for example; ``device_map`` then names the one device of the rest. None
             means that they go where the rest goes.
-        requantize: whether ``save_pretrained`` rounds to MXFP4 again what was MXFP4 in the files,
-            is no expert's and has changed since; otherwise it raises a CheckpointError.
+        requantize: whether ``save_pretrained`` rounds again what was MXFP4 or FP8 in the files, is
+            no expert's and has changed since; otherwise it raises a CheckpointError.
         kwargs: further arguments of transformers' ``from_pretrained``: dtype, device_map, ...
             With ``distributed_config=DistributedConfig(tp_size=W, ep_size=W)`` all W processes of
             torch.distributed call this, and each loads its own part of the experts.
@@ -134,10 +134,10 @@ def from_pretrained(
         quantization = Mxfp4Config(skip=skip, scale_rule=scale_rule)
         quantization.ignore_sizes = bool(ignore_sizes)
     else:
-        from mxfp4_fx.huggingface.family_quantizer import CompressedTensorsConfig
+        from mxfp4_fx.huggingface.family_quantizer import FamilyConfig
 
         refuse_for_families(skip=skip, ignore_mismatched_sizes=ignore_sizes)
-        quantization = CompressedTensorsConfig(requantize=requantize)
+        quantization = FamilyConfig(requantize=requantize)
     quantization.key_mapping = mapping
     auto_class = auto_class or transformers.AutoModelForCausalLM
     kwargs["use_safetensors"] = True  # None would allow pickles
@@ -240,6 +240,11 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         and experts is None
         and not any(not_converted(entry, name) for entry in kept)
     }
+    if form is not None and form.stacked and not any(map(is_family, model.modules())):
+        raise CheckpointError(
+            f"model_type is {content.get('model_type')!r} in {named}, a model without experts, and "
+            f"{form.name} is a format of experts: {gpt_oss.ITS_CONFIG}"
+        )
     if checkpoint is not None and not is_gpt_oss:
         packed_names = _packed_in(model, checkpoint, form)
         stacked = {name: module for name, module in stacked.items() if name in packed_names}
