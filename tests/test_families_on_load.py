@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mxfp4_fx
+from mxfp4_fx.core import version
 from mxfp4_fx.core.errors import CheckpointError, NanWeightsWarning, OptionError
 from mxfp4_fx.core.formats import SLAB_VALUES, quantize
 from mxfp4_fx.huggingface.family_quantizing import QuantizeFamilyConfig
@@ -227,6 +228,17 @@ def test_options_that_have_no_meaning(qwen: Path) -> None:
         QuantizeFamilyConfig(scale_rule="no")
     with pytest.raises(CheckpointError, match=r"nothing of .* is left to quantize"):
         load("qwen3_moe", qwen, skip="*")
+
+
+def test_an_older_transformers_is_named(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(version, "transformers_version", lambda: "5.22.1")
+    words = r"of other families than GPT-OSS need transformers 5\.23 or newer .*: 5\.22\.1 is"
+    with pytest.raises(CheckpointError, match=f"dense experts {words}"):
+        load("qwen3_moe", qwen)
+    with pytest.raises(CheckpointError, match=f"checkpoints {words}"):
+        write_random_family(tmp_path / "out", "qwen3_moe", {})
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -26,7 +26,13 @@ from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.skip import Skip, not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
 from mxfp4_fx.core.version import OLDEST_TRANSFORMERS, too_old_transformers
-from mxfp4_fx.huggingface.arguments import REFUSED, check_scale_rule, refuse, refuse_for_families
+from mxfp4_fx.huggingface.arguments import (
+    REFUSED,
+    check_scale_rule,
+    refuse,
+    refuse_for_families,
+    require_transformers_for_families,
+)
 
 _NEEDED = f"transformers {OLDEST_TRANSFORMERS} or newer (pip install --upgrade transformers)"
 _HUB_OPTIONS = (
@@ -126,6 +132,7 @@ def from_pretrained(
     is_dense_family = form is None and _has_dense_experts(path, hub)
     quantization: Any
     if is_dense_family:
+        require_transformers_for_families("dense experts")
         from mxfp4_fx.huggingface.family_quantizing import QuantizeFamilyConfig
 
         refuse_for_families(ignore_mismatched_sizes=ignore_sizes)

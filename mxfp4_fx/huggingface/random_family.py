@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
 from mxfp4_fx.checkpoints import single_experts
 from mxfp4_fx.checkpoints.files import CONFIG
@@ -36,7 +35,7 @@ from mxfp4_fx.checkpoints.random_weights import (
 )
 from mxfp4_fx.checkpoints.safetensors_file import SHARD_BYTES, TensorSpec
 from mxfp4_fx.core.errors import CheckpointError
-from mxfp4_fx.core.version import OLDEST_FOR_FAMILIES, too_old_for_families
+from mxfp4_fx.huggingface.arguments import require_transformers_for_families
 
 # Sizes, by the names of CheckpointShape -> what most configs call them.
 _KEYS = {
@@ -128,11 +127,9 @@ def write_random_family(
             and is not empty, or cannot be written; the disk has too little room; transformers is
             too old, or `tokenizers` is not installed. Nothing was written.
     """
-    if (version := too_old_for_families()) is not None:
-        raise CheckpointError(
-            f"checkpoints of other families than GPT-OSS need transformers {OLDEST_FOR_FAMILIES} "
-            f"or newer (pip install --upgrade transformers): {version} is installed"
-        )
+    require_transformers_for_families("checkpoints")
+    from transformers.core_model_loading import revert_weight_conversion  # older ones have none
+
     config = family_config(family, sizes or {}, others or {})
     dtype = torch.bfloat16
     with torch.device("meta"):
