@@ -12,7 +12,7 @@ from pathlib import Path
 import packed_families as families
 import pytest
 import torch
-from checkpoints import edit_tensors, read_config, read_tensors
+from checkpoints import copied, edit_tensors, read_config, read_tensors
 from loaded import assert_same_tensors
 from packed_families import EXPERTS, LINEARS
 from packed_layouts import DEEPSEEK, QUARK, VLLM, Layout
@@ -119,3 +119,17 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
 
     weight = mxfp4_fx.from_pretrained(edit_tensors(path, edit), dtype=torch.float16)
     assert (weight.get_parameter(f"{name}.weight") == 2**15).all()
+
+
+def test_key_mapping(written: Path, tmp_path: Path) -> None:
+    """It is applied to the names of the files, under which the model is saved."""
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(".mlp.experts.", ".moe.experts.")] = tensors.pop(name)
+
+    path = edit_tensors(copied(written, tmp_path / "renamed"), rename)
+    model = mxfp4_fx.from_pretrained(path, key_mapping={r"\.moe\.experts\.": ".mlp.experts."})
+    assert_same_tensors(model.state_dict(), mxfp4_fx.from_pretrained(written).state_dict())
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(read_tensors(tmp_path / "saved"), read_tensors(path))

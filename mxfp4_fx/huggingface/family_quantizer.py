@@ -167,19 +167,13 @@ class FamilyQuantizer(PackedQuantizer):
 
         transformers takes the first that fits a name, after all renamings.
         """
-        form, plan = self._format, self._plan
-        kinds = (BLOCKS, "blocks", form.blocks_dtype), (SCALES, "scales", form.scales_dtype)
+        plan = self._plan
         updated: list[Any] = []
-        for experts, parameter in form.stacked.items():
-            for part, ending, dtype in kinds:
-                source = rf"\.{form.joined(experts, getattr(form, ending))}"
-                step = InterleaveExperts(part == BLOCKS, dtype, self._nan_blocks)
-                updated.append(WeightConverter([source], rf"\.{parameter}_{ending}", [step]))
         for conversion in with_single_experts(weight_conversions):
             sources = getattr(conversion, "_original_source_patterns", [])
             patterns = {*getattr(conversion, "source_patterns", [])}
             if patterns & plan.patterns:
-                for part, ending, dtype in kinds:
+                for part, ending, dtype in self._kinds():
                     step = StackExperts(part == BLOCKS, dtype, self._nan_blocks)
                     targets = [f"{t}_{ending}" for t in conversion._original_target_patterns]
                     names = [_with(source, part) for source in sources]
@@ -193,7 +187,23 @@ class FamilyQuantizer(PackedQuantizer):
                     targets = list(conversion._original_target_patterns)
                     updated.append(conversion.copy(names, targets, operations=steps))
             updated.append(conversion)
-        return [*self._renamings, *updated, *self.get_weight_conversions()]
+        own = [*self._renamings, *self._of_stacked()]
+        return [*own, *updated, *self.get_weight_conversions()]
+
+    def _kinds(self) -> tuple[tuple[str, str, torch.dtype], ...]:
+        """Return of blocks and scales: the name in files, the end of the parameter's, the dtype."""
+        form = self._format
+        return (BLOCKS, "blocks", form.blocks_dtype), (SCALES, "scales", form.scales_dtype)
+
+    def _of_stacked(self) -> list[Any]:
+        """Return the conversions of experts of which a layer's are one tensor in the files."""
+        found = []
+        for experts, parameter in self._format.stacked.items():
+            for part, ending, dtype in self._kinds():
+                source = rf"\.{self._format.joined(experts, getattr(self._format, ending))}"
+                step = InterleaveExperts(part == BLOCKS, dtype, self._nan_blocks)
+                found.append(WeightConverter([source], rf"\.{parameter}_{ending}", [step]))
+        return found
 
     def get_weight_conversions(self) -> list[Any]:
         """Return the conversions of packed matrices that no other conversion takes."""

@@ -56,7 +56,7 @@ def from_pretrained(
     The checkpoint is a GPT-OSS, or a model of another family in one of the formats of
     docs/families.md, or dense. Dense experts (float32, bfloat16, float16) are quantized while they
     are loaded, one tensor or one projection of a layer at a time. What else than experts is MXFP4
-    or FP8 in the files of another family becomes dense.
+    in the files of another family becomes dense.
 
     Args:
         path: a directory, or a model's name on the Hub.
@@ -240,6 +240,11 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
                 f"transformers cannot make the model of {named} ({_one_line(error)}): "
                 f"{gpt_oss.ITS_CONFIG}"
             ) from error
+    if form is not None and form.stacked and not any(map(is_family, model.modules())):
+        raise CheckpointError(
+            f"model_type is {content.get('model_type')!r} in {named}, a model without experts, and "
+            f"{form.name} is a format of experts: {gpt_oss.ITS_CONFIG}"
+        )
     stacked = {
         name: module
         for name, module in model.named_modules()
@@ -247,11 +252,6 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         and experts is None
         and not any(not_converted(entry, name) for entry in kept)
     }
-    if form is not None and form.stacked and not any(map(is_family, model.modules())):
-        raise CheckpointError(
-            f"model_type is {content.get('model_type')!r} in {named}, a model without experts, and "
-            f"{form.name} is a format of experts: {gpt_oss.ITS_CONFIG}"
-        )
     if checkpoint is not None and not is_gpt_oss:
         packed_names = _packed_in(model, checkpoint, form)
         stacked = {name: module for name, module in stacked.items() if name in packed_names}
