@@ -1,4 +1,5 @@
-# make demo    compile a GPT-OSS model with backend="mxfp4" (CHECKPOINT: where its files are)
+# make demo    compile a GPT-OSS model with backend="mxfp4" (CHECKPOINT: where its files are;
+#              FAMILY=qwen3_moe, mixtral, deepseek_v3, ...: a model of another family)
 # make test    run the tests, within six minutes on two cores
 # make test-all  run them and those marked exhaustive: all tiles, all Tritons, all dtypes
 # make lint    check style, types and the imports between rooms
@@ -18,7 +19,8 @@
 # `make PYTHON=...` chooses the Python.
 
 PYTHON ?= python3
-CHECKPOINT ?= build/gpt-oss-2-layers
+FAMILY ?= gpt_oss
+CHECKPOINT ?= build/$(subst gpt_oss,gpt-oss,$(FAMILY))-2-layers
 STAMP := .venv/.stamp
 CXX_FILES := $(wildcard mxfp4_fx/ops/cpu_kernels/*.h mxfp4_fx/ops/cpu_kernels/*.cpp tests/native/*.cpp benchmarks/*.cpp)
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -40,7 +42,7 @@ test test-all versions: export TORCHINDUCTOR_COMPILE_THREADS := 1
 .PHONY: demo test test-all lint bench bench-gpu bench-full-size bench-start quality versions clean distclean
 
 demo: $(STAMP)
-	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT)
+	.venv/bin/python examples/compile_model.py --checkpoint $(CHECKPOINT) --family $(FAMILY)
 
 test test-all: export MXFP4_FX_OLDEST_TRITON := $(OLDEST_TRITON)
 test-all: export MXFP4_FX_INTEL_TRITON := $(INTEL_TRITON)

@@ -1,10 +1,12 @@
-"""Compile a GPT-OSS checkpoint with backend="mxfp4", and compare it with transformers' own model.
+"""Compile an MXFP4 checkpoint with backend="mxfp4", and compare it with transformers' own model.
 
 Runs the checkpoint twice: as transformers loads it, dequantized, and as mxfp4_fx loads it, packed
 and compiled. Prints the rewritten layers, the difference of the logits, and tokens a second. If
-there is no checkpoint, one of random weights is written first.
+there is no checkpoint, one of random weights is written first: two layers in the widths of
+gpt-oss-20b, or of another family's model.
 
     python examples/compile_model.py --checkpoint build/gpt-oss-2-layers
+    python examples/compile_model.py --checkpoint build/qwen3_moe-2-layers --family qwen3_moe
 """
 
 from __future__ import annotations
@@ -17,10 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    Mxfp4Config,
+)
 
 import mxfp4_fx
+from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.huggingface.random_family import FAMILIES, family_config, write_random_family
 
 PROMPT = "A mixture of experts sends every token to the few experts that know it best."
 
@@ -28,6 +38,7 @@ PROMPT = "A mixture of experts sends every token to the few experts that know it
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="written if it is absent")
+    parser.add_argument("--family", default=MODEL_TYPE, choices=(MODEL_TYPE, *FAMILIES))
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--inner", default="inductor", help="what compiles the rewritten graph")
@@ -37,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
 
     if not args.checkpoint.exists():
-        step(f"writing a random GPT-OSS checkpoint to {args.checkpoint}")
-        write_random_checkpoint(args.checkpoint, TINY if args.tiny else CheckpointShape())
+        write(args.checkpoint, args.family, args.tiny)
 
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, local_files_only=True)
     ids = tokenizer(args.prompt, return_tensors="pt").input_ids
@@ -80,15 +90,42 @@ TINY = CheckpointShape(
     heads=4, kv_heads=2, head_dim=16,
 )  # fmt: skip
 
+TINY_FAMILY = {"layers": 1, "hidden": 64, "intermediate": 96, "experts": 16, "heads": 16}
+# So few that the float32 run of two layers needs no more than 8 GB; other families keep them all.
+FEWER_EXPERTS = {"deepseek_v3": 16, "glm4_moe": 32, "minimax_m2": 32, "mixtral": 4}
+
+
+def write(checkpoint: Path, family: str, is_tiny: bool) -> None:
+    """Write a checkpoint of random weights."""
+    if family == MODEL_TYPE:
+        step(f"writing a random GPT-OSS checkpoint to {checkpoint}")
+        write_random_checkpoint(checkpoint, TINY if is_tiny else CheckpointShape())
+        return
+    fewer = {"experts": FEWER_EXPERTS[family]} if family in FEWER_EXPERTS else {}
+    sizes = TINY_FAMILY if is_tiny else fewer
+    found, model = family_config(family, sizes, {}), FAMILIES[family].model
+    (experts,) = FAMILIES[family].keys_of("experts")
+    count, all_experts = (getattr(c, experts) for c in (found, family_config(family, {}, {})))
+    step(
+        f"writing a random checkpoint to {checkpoint}: {found.num_hidden_layers} layers of width "
+        f"{found.hidden_size}, with {count} of the {all_experts} experts of {model}"
+    )
+    write_random_family(checkpoint, family, sizes)
+
 
 def load(checkpoint: Path, dtype: torch.dtype) -> Any:
     """Load the model as transformers does on any machine: experts dequantized to ``dtype``."""
-    return AutoModelForCausalLM.from_pretrained(
+    given = AutoConfig.from_pretrained(checkpoint, local_files_only=True).quantization_config
+    dequantized = Mxfp4Config if given["quant_method"] == "mxfp4" else CompressedTensorsConfig
+    model = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         dtype=dtype,
-        quantization_config=Mxfp4Config(dequantize=True),
+        quantization_config=dequantized(dequantize=True),
         local_files_only=True,
     ).eval()
+    for parameter in model.parameters():  # experts of other families became bfloat16, exactly
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @torch.inference_mode()

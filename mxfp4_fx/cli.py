@@ -13,14 +13,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
 from mxfp4_fx.checkpoints.quantize import quantize_checkpoint
 from mxfp4_fx.checkpoints.random_config import CheckpointShape
 from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
+from mxfp4_fx.checkpoints.rounding import read_rounding
 from mxfp4_fx.checkpoints.safetensors_file import SHARD_BYTES
 from mxfp4_fx.core.console import announced
-from mxfp4_fx.core.errors import Mxfp4Error
+from mxfp4_fx.core.errors import CheckpointError, Mxfp4Error, OptionError
 from mxfp4_fx.core.formats import SCALE_RULES
-from mxfp4_fx.core.version import __version__
+from mxfp4_fx.core.version import OLDEST_FOR_FAMILIES, __version__
 from mxfp4_fx.doctor import examine
 from mxfp4_fx.explanation import explain
 from mxfp4_fx.layerwise import compile
@@ -46,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
 
     explained = commands.add_parser("explain", help="what would be rewritten in a model, and why")
-    explained.add_argument("checkpoint", help="a checkpoint, whose config.json is enough")
+    explained.add_argument(
+        "checkpoint",
+        help="a checkpoint; its config.json is enough, and headers of weights are read",
+    )
     explained.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16"
     )
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained.add_argument("--html", type=Path, metavar="FILE", help=text)
     explained.set_defaults(run=_explain)
 
-    _add_checkpoint(commands.add_parser("checkpoint", help="write a random GPT-OSS checkpoint"))
+    _add_checkpoint(commands.add_parser("checkpoint", help="write a random checkpoint"))
     _add_quantize(commands.add_parser("quantize", help="quantize a checkpoint's experts to MXFP4"))
     text = "transformers' server with the model compiled; takes the options of `transformers serve`"
     _add_serve(commands.add_parser("serve", help=text, description=text, allow_abbrev=False))
@@ -103,6 +108,8 @@ def _explain(args: argparse.Namespace) -> None:
         ids = torch.zeros((1, 8), dtype=torch.long)
         with torch.no_grad(), announced("capturing the model"):
             explanation = explain(model, ids)
+    errors = read_rounding(Path(args.checkpoint).expanduser())
+    explanation = dataclasses.replace(explanation, rounding_errors=errors)
     if args.html is not None:
         explanation.save_html(args.html)
     print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)
@@ -110,10 +117,15 @@ def _explain(args: argparse.Namespace) -> None:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the arguments: the directory, a flag for each size, the seed and the size of shards."""
+    parser.description = "Write a checkpoint of random weights, a GPT-OSS in MXFP4 for example."
     parser.add_argument("out", type=Path, help="directory to write: a new or an empty one")
+    text = "another family, qwen3_moe for example, in the sizes of its own model (%(default)s)"
+    parser.add_argument("--family", default=MODEL_TYPE, metavar="NAME", help=text)
+    text = "write the experts of another family in bfloat16 instead of MXFP4"
+    parser.add_argument("--dense", action="store_true", help=text)
     for size in dataclasses.fields(CheckpointShape):
-        flag, text = f"--{size.name.replace('_', '-')}", f"{size.metadata['help']} (%(default)s)"
-        parser.add_argument(flag, type=int, default=size.default, metavar="N", help=text)
+        flag, text = f"--{size.name.replace('_', '-')}", f"{size.metadata['help']} ({size.default})"
+        parser.add_argument(flag, type=int, metavar="N", help=text)
     text = "same seed and sizes, same bytes (%(default)s)"
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
     _add_max_shard_bytes(parser)
@@ -121,13 +133,22 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _checkpoint(args: argparse.Namespace) -> None:
-    sizes = {size.name: getattr(args, size.name) for size in dataclasses.fields(CheckpointShape)}
-    path = write_random_checkpoint(
-        args.out,
-        CheckpointShape(**sizes),
-        seed=args.seed,
-        max_shard_bytes=args.max_shard_bytes,
-    )
+    names = [size.name for size in dataclasses.fields(CheckpointShape)]
+    sizes = {name: size for name in names if (size := getattr(args, name)) is not None}
+    options = {"seed": args.seed, "max_shard_bytes": args.max_shard_bytes}
+    if args.family != MODEL_TYPE:
+        try:
+            from mxfp4_fx.huggingface.random_family import write_random_family
+        except ImportError as error:
+            raise CheckpointError(
+                f"--family needs transformers {OLDEST_FOR_FAMILIES} or newer "
+                f"(pip install --upgrade transformers): {error}"
+            ) from error
+        path = write_random_family(args.out, args.family, sizes, dense=args.dense, **options)
+    elif args.dense:
+        raise OptionError("--dense is for other families than GPT-OSS: name one with --family")
+    else:
+        path = write_random_checkpoint(args.out, CheckpointShape(**sizes), **options)
     print(f"wrote {path}")
 
 

@@ -45,6 +45,8 @@ class Explanation:
         attention: the attentions with sinks that become one op, of memory linear in the tokens.
         attention_misses: what looks like attention with sinks on a CPU and stays as it is.
         changes: each captured graph as text, before and after the passes; only HTML shows it.
+        rounding_errors: experts, as the checkpoint names them -> the norm of what their rounding to
+            MXFP4 changed, divided by the norm of the weights, if ``quantize`` recorded it.
     """
 
     graphs: int
@@ -55,6 +57,7 @@ class Explanation:
     attention: tuple[Attention, ...] = ()
     attention_misses: tuple[Miss, ...] = ()
     changes: tuple[GraphChange, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    rounding_errors: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def bytes_before(self) -> int:
@@ -76,6 +79,7 @@ class Explanation:
             "linears": self.linears,
             "attention": [_data(attention) for attention in self.attention],
             "attention_misses": [_data(miss) for miss in self.attention_misses],
+            "rounding_errors": dict(self.rounding_errors),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
@@ -124,6 +128,8 @@ class Explanation:
             lines += [f"  at {miss.where}"] if miss.where else []
         if self.linears:
             lines.append(f"{self.linears} linears: native while they have few rows")
+        for experts, error in self.rounding_errors.items():
+            lines.append(f"{experts}: rounding changed the weights by {error:.2%}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

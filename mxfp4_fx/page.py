@@ -152,6 +152,10 @@ def _body(found: Mapping[str, Any], changes: Sequence[GraphChange]) -> Iterator[
         yield f"<p>{found['linears']} linears: native while they have few rows</p>"
     for miss in found["attention_misses"]:
         yield _miss(miss, "attention with sinks as it was: ")
+    if found["rounding_errors"]:
+        yield "<h2>What rounding changed in the weights</h2>"
+        errors = found["rounding_errors"].items()
+        yield from (f"<p>{escape(experts)}: {error:.2%}</p>" for experts, error in errors)
     if found["notes"]:
         yield "<h2>Notes</h2>"
         yield from (f"<p>{escape(note)}</p>" for note in found["notes"])

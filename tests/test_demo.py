@@ -27,6 +27,22 @@ def test_says_what_it_promises(output: str) -> None:
     assert "generated: " in output
 
 
+OTHER_FAMILIES = ("deepseek_v3", "glm4_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe")
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_moe", *(pytest.param(f, marks=pytest.mark.exhaustive) for f in OTHER_FAMILIES)],
+)
+def test_another_family(tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str) -> None:
+    assert compile_model.main([*ARGS, str(tmp_path / "checkpoint"), "--family", family]) == 0
+    output = capsys.readouterr().out
+    assert "1 layers of width 64, with 16 of the " in output
+    assert "1 of 1 MoE layers rewritten" in output
+    assert re.search(r"difference of the logits, .*: 0\.\d+; bound 3\*0\.\d+ \+ ", output)
+    assert "generated: " in output
+
+
 def test_a_difference_beyond_the_bound_stops_it() -> None:
     exact = torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(SystemExit, match="exceeds its bound"):

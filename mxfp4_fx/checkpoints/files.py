@@ -12,6 +12,7 @@ from mxfp4_fx.core.errors import CheckpointError
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ROUNDING = "mxfp4_rounding.json"  # of `rounding.py`
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 AGAIN = "copy or download the checkpoint again"
 
@@ -111,7 +112,7 @@ def require_safetensors(file: Path) -> None:
 
 
 def other_files(directory: Path) -> list[Path]:
-    """Return all files except weights, the config and files in hidden folders, such as .git."""
+    """Return all files except weights, what is said of them, and files in folders such as .git."""
     files = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
     return sorted(
         file
@@ -119,7 +120,7 @@ def other_files(directory: Path) -> list[Path]:
         if not (
             file.suffix in _WEIGHTS
             or file.name.endswith(_INDEXES)
-            or file == Path(CONFIG)
+            or file in (Path(CONFIG), Path(ROUNDING))
             or any(folder.startswith(".") for folder in file.parts[:-1])
         )
     )

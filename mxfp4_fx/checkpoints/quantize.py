@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mxfp4_fx.checkpoints import consistency, packed_formats, single_experts
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.files import CONFIG, INDEX, other_files
+from mxfp4_fx.checkpoints.fused_experts import experts_of, fused
 from mxfp4_fx.checkpoints.gpt_oss import (
     METHOD,
     MULTIPLES_OF_BLOCK,
@@ -30,6 +30,8 @@ from mxfp4_fx.checkpoints.gpt_oss import (
     quantized_config,
 )
 from mxfp4_fx.checkpoints.journal import Journal, Squares, locked, sync
+from mxfp4_fx.checkpoints.quantized_item import Item
+from mxfp4_fx.checkpoints.rounding import write_rounding
 from mxfp4_fx.checkpoints.safetensors_file import (
     SHARD_BYTES,
     StoredTensor,
@@ -40,8 +42,7 @@ from mxfp4_fx.checkpoints.safetensors_file import (
     require_room,
     write_safetensors,
 )
-from mxfp4_fx.checkpoints.single_experts import has_single_experts, packed_specs
-from mxfp4_fx.core import formats
+from mxfp4_fx.checkpoints.single_experts import packed_specs
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, SCALE_RULES
 from mxfp4_fx.core.skip import Skip
@@ -61,10 +62,11 @@ def quantize_checkpoint(
 
     `formats.quantize` turns a GPT-OSS's dense experts [E, K, N] into blocks [E, N, K/32, 16] and
     scales [E, N, K/32]. Experts of other families, whose files have a matrix [N, K] for each
-    expert, become compressed-tensors' ``mxfp4-pack-quantized``, which other programs read. All
-    other tensors and files are copied byte for byte, except weights in other files. The config gets
-    a ``quantization_config``. `out` appears only after its files were read again and compared. An
-    interrupted run leaves ``out.partial``; the same call resumes it after the last complete shard.
+    expert or all experts of a layer in one tensor, become single matrices of compressed-tensors'
+    ``mxfp4-pack-quantized``, which other programs read. All other tensors and files are copied byte
+    for byte, except weights in other files. The config gets a ``quantization_config``. `out`
+    appears only after its files were read again and compared. An interrupted run leaves
+    ``out.partial``; the same call resumes it after the last complete shard.
 
     Args:
         source: a directory with dense experts in bfloat16, float16 or float32.
@@ -76,7 +78,8 @@ def quantize_checkpoint(
             even if they exceed it.
         progress: show progress bars if stderr is a terminal.
         report: called at the end with experts -> relative error of their rounding: the norm of what
-            it changed, divided by the norm of the weights. None means that it is not computed.
+            it changed, divided by the norm of the weights, which is also recorded beside the
+            weights (``rounding.py``). None means that it is not computed.
 
     Returns:
         `out` as an absolute path.
@@ -111,6 +114,9 @@ def quantize_checkpoint(
             _write(plan, journal, progress, report is not None)
             _verify(plan, journal, progress)
             _add_files(plan, journal.checkpoint)
+            if report is not None:
+                errors = journal.rounding_errors
+                sync(write_rounding(journal.checkpoint, errors, scale_rule))
             journal.checkpoint.replace(out)
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -131,60 +137,9 @@ def partial_of(out: Path) -> Path:
 # ---- planning -----------------------------------------------------------------------------------
 
 
-class _Item(NamedTuple):
-    """A tensor of the input, and the tensors to write: its copy, or its blocks and scales."""
-
-    source: StoredTensor
-    specs: tuple[TensorSpec, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.specs)
-
-    @property
-    def is_copied(self) -> bool:
-        return len(self.specs) == 1
-
-    def parts(
-        self, scale_rule: str, squares: Squares | None = None
-    ) -> Iterator[tuple[str, memoryview]]:
-        """Yield (name, bytes) to write, one expert's blocks and scales at a time.
-
-        The sums of squares of what is quantized are added to `squares`.
-        """
-        if self.is_copied:
-            yield from ((self.source.name, chunk) for chunk in self.source.chunks())
-            return
-        if len(self.source.shape) == 2:  # one expert
-            values = self.source.read()
-            blocks, scales = formats.quantize(values, scale_rule=scale_rule)
-            self._measure(values, blocks, scales, squares)
-            for spec, data in zip(self.specs, (blocks.flatten(1), scales), strict=True):
-                yield spec.name, data.numpy().data
-            return
-        for expert in range(self.source.shape[0]):
-            values = self.source.read(expert).transpose(0, 1)
-            packed = formats.quantize(values, scale_rule=scale_rule)
-            self._measure(values, *packed, squares)
-            for spec, data in zip(self.specs, packed, strict=True):
-                yield spec.name, data.numpy().data
-
-    def _measure(
-        self, values: Tensor, blocks: Tensor, scales: Tensor, squares: Squares | None
-    ) -> None:
-        if squares is None:
-            return
-        wide = values.float()
-        change = formats.dequantize(blocks, scales, torch.float32).sub_(wide)
-        sums = [x.flatten().double().square().sum().item() for x in (change, wide)]
-        experts = self.source.name.partition(".experts.")[0] + ".experts"
-        before = squares.get(experts, (0.0, 0.0))
-        squares[experts] = before[0] + sums[0], before[1] + sums[1]
-
-
 class _Plan(NamedTuple):
     directory: Path  # the input
-    shards: dict[str, list[_Item]]
+    shards: dict[str, list[Item]]
     config: dict[str, Any]  # of the output
     files: list[Path]  # to copy, relative to the directory
     identity: dict[str, Any]  # the input and the options, which a resumed run must repeat
@@ -198,7 +153,7 @@ class _Plan(NamedTuple):
 
 def _plan(directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int) -> _Plan:
     checkpoint = Checkpoint.open(directory)
-    if has_single_experts(checkpoint):
+    if single_experts.is_of_another_family(checkpoint):
         return _plan_of_family(checkpoint, directory, skip, scale_rule, max_shard_bytes)
     config = dict(checkpoint.config)
     _require_dense(checkpoint)
@@ -235,12 +190,20 @@ def _plan_of_family(
     checkpoint: Checkpoint, directory: Path, skip: Skip, scale_rule: str, max_shard_bytes: int
 ) -> _Plan:
     names = single_experts.to_quantize(checkpoint, skip)
-    settings = single_experts.quantized_config(checkpoint, names)
+    items: list[Item] = []
+    for name, one in checkpoint.tensors.items():
+        if name not in names:
+            items.append(Item(one, (one.spec,)))
+        elif experts_of(name) is None:
+            items.append(Item(one, packed_specs(one)))
+        else:
+            whole = fused(checkpoint, name)
+            for expert in range(one.shape[0]):
+                specs = [part for spec in whole.specs(expert) for part in packed_specs(spec)]
+                items.append(Item(one, tuple(specs), whole, expert))
+    matrices = single_experts.matrices(checkpoint, names)
+    settings = single_experts.quantized_config({**checkpoint.tensors, **matrices}, {*matrices})
     config = {**checkpoint.config, "quantization_config": settings}
-    items = [
-        _Item(one, packed_specs(one) if name in names else (one.spec,))
-        for name, one in checkpoint.tensors.items()
-    ]
     identity = {
         "input": _fingerprint(checkpoint, directory / CONFIG),
         "quantization_config": settings,
@@ -272,13 +235,13 @@ def _require_dense(checkpoint: Checkpoint) -> None:
             )
 
 
-def _item(source: StoredTensor, is_dense: bool) -> _Item:
+def _item(source: StoredTensor, is_dense: bool) -> Item:
     if not is_dense:
-        return _Item(source, (source.spec,))
+        return Item(source, (source.spec,))
     experts, k, n = source.shape
     shape = experts, n, k // BLOCK
     blocks = TensorSpec(f"{source.name}_blocks", torch.uint8, (*shape, BYTES_PER_BLOCK))
-    return _Item(source, (blocks, TensorSpec(f"{source.name}_scales", torch.uint8, shape)))
+    return Item(source, (blocks, TensorSpec(f"{source.name}_scales", torch.uint8, shape)))
 
 
 def _fingerprint(checkpoint: Checkpoint, config: Path) -> list[list[Any]]:
@@ -319,7 +282,7 @@ def _write(plan: _Plan, journal: Journal, progress: bool, measured: bool) -> Non
 
 
 def _watched(
-    items: Iterable[_Item],
+    items: Iterable[Item],
     scale_rule: str,
     digests: Mapping[str, Any],
     nan: dict[str, int],
@@ -329,7 +292,7 @@ def _watched(
     for item in items:
         for name, part in item.parts(scale_rule, squares):
             digests[name].update(part)
-            is_scales = not item.is_copied and name == item.specs[-1].name
+            is_scales = not item.is_copied and name in {spec.name for spec in item.specs[1::2]}
             if is_scales and (count := bytes(part).count(E8M0_NAN)):
                 nan[name] = nan.get(name, 0) + count
             yield name, part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -44,20 +45,26 @@ class CheckpointShape:
     sliding_window: int = _size(128, "tokens that a sliding-attention layer sees")
 
     def __post_init__(self) -> None:
-        kv_heads = max(self.kv_heads, 1)
-        block_rule = f"a multiple of {BLOCK}, the values in an MXFP4 block"
-        rules = (
-            *((size.name, getattr(self, size.name) < 1, "1 or more") for size in fields(self)),
-            ("hidden", self.hidden % BLOCK, block_rule),
-            ("intermediate", self.intermediate % BLOCK, block_rule),
-            ("experts_per_token", self.experts_per_token > self.experts, f"{self.experts} or less"),
-            ("heads", self.heads % kv_heads, f"a multiple of {kv_heads}, the kv_heads"),
-            ("head_dim", self.head_dim % 2, "even: rotary embeddings turn pairs of values"),
-            ("vocab", self.vocab < TOKENIZER_SIZE, f"{TOKENIZER_SIZE} or more, for the tokenizer"),
-        )
-        for name, broken, rule in rules:
-            if broken:
-                raise CheckpointError(f"{name} is {getattr(self, name)}: it must be {rule}")
+        require_sizes({size.name: getattr(self, size.name) for size in fields(self)})
+
+
+def require_sizes(sizes: Mapping[str, int]) -> None:
+    """Raise CheckpointError if a model cannot have these sizes, by the names of CheckpointShape."""
+    kv_heads = max(sizes["kv_heads"], 1)
+    block_rule = f"a multiple of {BLOCK}, the values in an MXFP4 block"
+    experts = sizes["experts"]
+    rules = (
+        *((name, size < 1, "1 or more") for name, size in sizes.items()),
+        ("hidden", sizes["hidden"] % BLOCK, block_rule),
+        ("intermediate", sizes["intermediate"] % BLOCK, block_rule),
+        ("experts_per_token", sizes["experts_per_token"] > experts, f"{experts} or less"),
+        ("heads", sizes["heads"] % kv_heads, f"a multiple of {kv_heads}, the kv_heads"),
+        ("head_dim", sizes["head_dim"] % 2, "even: rotary embeddings turn pairs of values"),
+        ("vocab", sizes["vocab"] < TOKENIZER_SIZE, f"{TOKENIZER_SIZE} or more, for the tokenizer"),
+    )
+    for name, broken, rule in rules:
+        if broken:
+            raise CheckpointError(f"{name} is {sizes[name]}: it must be {rule}")
 
 
 def as_json(content: dict[str, Any]) -> str:
@@ -107,6 +114,15 @@ def texts_of(shape: CheckpointShape) -> dict[str, str]:
         "use_cache": True,
         "vocab_size": shape.vocab,
     }
+    return {"config.json": as_json(config), **tokenizer_texts()}
+
+
+def tokenizer_texts() -> dict[str, str]:
+    """Return file name -> text of the tokenizer, and of what ``generate`` knows of its tokens.
+
+    Raises:
+        CheckpointError: ``tokenizers`` is not installed.
+    """
     generation = {
         "bos_token_id": TOKEN_IDS[BOS],
         "do_sample": True,
@@ -123,7 +139,6 @@ def texts_of(shape: CheckpointShape) -> dict[str, str]:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     return {
-        "config.json": as_json(config),
         "generation_config.json": as_json(generation),
         "tokenizer_config.json": as_json(tokenizer),
         "tokenizer.json": _byte_tokenizer(),

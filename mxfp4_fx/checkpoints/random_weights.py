@@ -18,7 +18,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
@@ -30,6 +30,7 @@ import torch
 from numpy.random import PCG64DXSM
 from tqdm import tqdm
 
+from mxfp4_fx.checkpoints.files import INDEX
 from mxfp4_fx.checkpoints.random_config import CheckpointShape, as_json, texts_of
 from mxfp4_fx.checkpoints.safetensors_file import (
     SHARD_BYTES,
@@ -80,13 +81,26 @@ def write_random_checkpoint(
         CheckpointError: `path` exists and is not empty, or cannot be written; the disk has too
             little room; `tokenizers` is not installed. Nothing was written.
     """
+    tensors, texts = list(_tensors(shape)), texts_of(shape)
+    return write_tensors(path, tensors, texts, seed, max_shard_bytes, progress)
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Sequence[RandomTensor],
+    texts: Mapping[str, str],
+    seed: int,
+    max_shard_bytes: int,
+    progress: bool,
+) -> Path:
+    """Write random tensors and `texts`, by the names of their files; see the function above."""
     path = Path(os.path.realpath(os.path.expanduser(path)))
     require_new(path)
-    total = checkpoint_bytes(shape)
+    total = sum(tensor.spec.nbytes for tensor in tensors)
     require_room(path, total)
-    shards = cut(_tensors(shape), lambda tensor: tensor.spec.nbytes, max_shard_bytes)
+    shards = cut(tensors, lambda tensor: tensor.spec.nbytes, max_shard_bytes)
     index = index_of({name: [t.spec for t in shard] for name, shard in shards.items()})
-    texts = texts_of(shape) | {"model.safetensors.index.json": as_json(index)}
+    texts = {**texts, INDEX: as_json(index)}
 
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
@@ -110,60 +124,63 @@ def write_random_checkpoint(
 
 # ---- tensors ------------------------------------------------------------------------------------
 
-Table = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-_ANY_BYTE: Table = np.arange(256, dtype=np.uint8)
+Table = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+ANY_BYTE: Table = np.arange(256, dtype=np.uint8)
 
 
-class _Tensor(NamedTuple):
+_DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32}
+
+
+class RandomTensor(NamedTuple):
     """A tensor to write; its elements are drawn from `table`, whose entries are equally likely."""
 
     name: str
     shape: tuple[int, ...]
-    table: Table  # 256 bytes, or 65536 bf16 bit patterns
+    table: Table  # 256 bytes, 65536 bf16 bit patterns, or 65536 floats
 
     @property
     def spec(self) -> TensorSpec:
-        dtype = torch.uint8 if self.table.itemsize == 1 else torch.bfloat16
-        return TensorSpec(self.name, dtype, self.shape)
+        return TensorSpec(self.name, _DTYPES[self.table.itemsize], self.shape)
 
     def chunks(self, seed: int) -> Iterator[Table]:
         digest = hashlib.sha256(f"{seed}/{self.name}".encode()).digest()
         bits = PCG64DXSM(int.from_bytes(digest, "little"))
         left = math.prod(self.shape)
+        indexes = np.dtype(np.uint8 if len(self.table) == 256 else np.uint16)
         while left:
-            words = min(CHUNK_WORDS, -(-left * self.table.itemsize // 8))
-            index = bits.random_raw(words).view(self.table.dtype)[:left]
-            yield index if self.table is _ANY_BYTE else self.table[index]
+            words = min(CHUNK_WORDS, -(-left * indexes.itemsize // 8))
+            index = bits.random_raw(words).view(indexes)[:left]
+            yield index if self.table is ANY_BYTE else self.table[index]
             left -= len(index)
 
 
-def _tensors(shape: CheckpointShape) -> Iterator[_Tensor]:
+def _tensors(shape: CheckpointShape) -> Iterator[RandomTensor]:
     """Yield all tensors, layer by layer. A projection is written as (name, N, K)."""
-    hidden, experts = shape.hidden, shape.experts
+    of, hidden, experts = RandomTensor, shape.hidden, shape.experts
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q))
     mlp = (("gate_up", 2 * shape.intermediate, hidden), ("down", hidden, shape.intermediate))
     for i in range(shape.layers):
         layer = f"model.layers.{i}"
-        yield _Tensor(f"{layer}.input_layernorm.weight", (hidden,), _normal(0.1, mean=1.0))
+        yield of(f"{layer}.input_layernorm.weight", (hidden,), normal(0.1, mean=1.0))
         for name, n, k in attention:
-            yield _Tensor(f"{layer}.self_attn.{name}_proj.bias", (n,), _normal(0.1))
-            yield _Tensor(f"{layer}.self_attn.{name}_proj.weight", (n, k), _normal(k**-0.5))
-        yield _Tensor(f"{layer}.self_attn.sinks", (shape.heads,), _normal(1.0))
+            yield of(f"{layer}.self_attn.{name}_proj.bias", (n,), normal(0.1))
+            yield of(f"{layer}.self_attn.{name}_proj.weight", (n, k), normal(k**-0.5))
+        yield of(f"{layer}.self_attn.sinks", (shape.heads,), normal(1.0))
         # The weight outweighs the bias, so that tokens choose different experts, and so that the
         # chosen experts get unequal weights.
-        yield _Tensor(f"{layer}.mlp.router.bias", (experts,), _normal(0.1))
-        yield _Tensor(f"{layer}.mlp.router.weight", (experts, hidden), _normal(2 * hidden**-0.5))
+        yield of(f"{layer}.mlp.router.bias", (experts,), normal(0.1))
+        yield of(f"{layer}.mlp.router.weight", (experts, hidden), normal(2 * hidden**-0.5))
         for name, n, k in mlp:
             proj = f"{layer}.mlp.experts.{name}_proj"
             blocks = (experts, n, k // BLOCK, BYTES_PER_BLOCK)
-            yield _Tensor(f"{proj}_bias", (experts, n), _normal(0.1))
-            yield _Tensor(f"{proj}_blocks", blocks, _ANY_BYTE)
-            yield _Tensor(f"{proj}_scales", blocks[:-1], _scale_bytes(k))
-        yield _Tensor(f"{layer}.post_attention_layernorm.weight", (hidden,), _normal(0.1, mean=1.0))
-    yield _Tensor("model.embed_tokens.weight", (shape.vocab, hidden), _normal(1.0))
-    yield _Tensor("model.norm.weight", (hidden,), _normal(0.1, mean=1.0))
-    yield _Tensor("lm_head.weight", (shape.vocab, hidden), _normal(hidden**-0.5))
+            yield of(f"{proj}_bias", (experts, n), normal(0.1))
+            yield of(f"{proj}_blocks", blocks, ANY_BYTE)
+            yield of(f"{proj}_scales", blocks[:-1], scale_bytes(k))
+        yield of(f"{layer}.post_attention_layernorm.weight", (hidden,), normal(0.1, mean=1.0))
+    yield of("model.embed_tokens.weight", (shape.vocab, hidden), normal(1.0))
+    yield of("model.norm.weight", (hidden,), normal(0.1, mean=1.0))
+    yield of("lm_head.weight", (shape.vocab, hidden), normal(hidden**-0.5))
 
 
 @cache
@@ -173,14 +190,17 @@ def _quantiles(count: int) -> npt.NDArray[np.float64]:
 
 
 @cache
-def _normal(std: float, mean: float = 0.0) -> Table:
-    """Return bit patterns of normally distributed bf16 values, rounded to nearest even."""
-    bits = (mean + std * _quantiles(1 << 16)).astype(np.float32).view(np.uint32)
+def normal(std: float, mean: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> Table:
+    """Return normally distributed float32 values, or bit patterns of bf16, rounded to nearest."""
+    values = (mean + std * _quantiles(1 << 16)).astype(np.float32)
+    if dtype is torch.float32:
+        return values
+    bits = values.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 @cache
-def _scale_bytes(k: int) -> Table:
+def scale_bytes(k: int) -> Table:
     """Return E8M0 bytes that give uniformly random E2M1 codes the standard deviation k**-0.5."""
     code_rms = math.sqrt(sum(value**2 for value in E2M1_VALUES) / len(E2M1_VALUES))
     # Exponents e are normal with standard deviation 1, so log2(rms(2**e)) = mean(e) + ln(2).

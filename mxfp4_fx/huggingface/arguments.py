@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from mxfp4_fx.core.errors import OptionError
+from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.formats import SCALE_RULES
+from mxfp4_fx.core.version import OLDEST_FOR_FAMILIES, too_old_for_families
 
 REFUSED = {
     "quantization_config": "the checkpoint says how it is quantized; pass skip= or scale_rule=",
@@ -38,6 +39,20 @@ def check_scale_rule(scale_rule: str, called: str) -> None:
     if scale_rule not in SCALE_RULES:
         known = " or ".join(map(repr, SCALE_RULES))
         raise OptionError(f"{called}(..., scale_rule={scale_rule!r}): it must be {known}")
+
+
+def require_transformers_for_families(what: str) -> None:
+    """Raise CheckpointError if transformers is too old for other families than GPT-OSS.
+
+    Args:
+        what: the subject of the message.
+    """
+    version = too_old_for_families()
+    if version is not None:
+        raise CheckpointError(
+            f"{what} of other families than GPT-OSS need transformers {OLDEST_FOR_FAMILIES} or "
+            f"newer (pip install --upgrade transformers): {version} is installed"
+        )
 
 
 def refuse_for_families(**given: Any) -> None:

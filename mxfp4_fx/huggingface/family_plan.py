@@ -18,7 +18,13 @@ from typing import Any
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
 from mxfp4_fx.checkpoints.encodings import Encoding, Mxfp4
@@ -72,7 +78,7 @@ def plan_of(
         CheckpointError: a tensor of the model is missing, experts are incomplete or have other
             sizes than the model's, or are merged in a way that is not known.
     """
-    conversions = get_model_conversion_mapping(model, key_mapping or None)
+    conversions = with_single_experts(get_model_conversion_mapping(model, key_mapping or None))
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     held = model.state_dict()
@@ -146,6 +152,27 @@ def plan_of(
             )
     _check_dense(held, plan)
     return plan
+
+
+def with_single_experts(conversions: list[Any]) -> list[Any]:
+    """Return a model's conversions, with the merge of single experts if it has none of its own.
+
+    transformers has none for Qwen3-VL, whose dense files hold all experts of a layer in one tensor.
+    Packed files hold them one by one.
+    """
+    targets = {
+        t for one in conversions if len(one.source_patterns) > 1 for t in one.target_patterns
+    }
+    if any(target.endswith("experts.gate_up_proj") for target in targets):
+        return conversions
+    halves = [".experts.*.gate_proj.weight", ".experts.*.up_proj.weight"]
+    merge, concatenate = MergeModulelist(dim=0), Concatenate(dim=1)
+    down = ".experts.*.down_proj.weight"
+    return [
+        *conversions,
+        WeightConverter(halves, ".experts.gate_up_proj", [merge, concatenate]),
+        WeightConverter(down, ".experts.down_proj", [merge]),
+    ]
 
 
 def is_family(module: nn.Module) -> bool:

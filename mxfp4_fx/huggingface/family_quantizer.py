@@ -42,7 +42,7 @@ from mxfp4_fx.huggingface.family_conversions import (
     InterleaveExperts,
     StackExperts,
 )
-from mxfp4_fx.huggingface.family_plan import Plan, packed_like, plan_of
+from mxfp4_fx.huggingface.family_plan import Plan, packed_like, plan_of, with_single_experts
 from mxfp4_fx.huggingface.packed import PackedExperts
 from mxfp4_fx.huggingface.packed_names import BLOCKS, SCALES, names_of, renamings
 from mxfp4_fx.huggingface.packed_quantizer import PackedQuantizer
@@ -169,7 +169,7 @@ class FamilyQuantizer(PackedQuantizer):
         """
         plan = self._plan
         updated: list[Any] = []
-        for conversion in weight_conversions:
+        for conversion in with_single_experts(weight_conversions):
             sources = getattr(conversion, "_original_source_patterns", [])
             patterns = {*getattr(conversion, "source_patterns", [])}
             if patterns & plan.patterns:

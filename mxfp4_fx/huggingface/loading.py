@@ -15,12 +15,24 @@ from mxfp4_fx.checkpoints import gpt_oss
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
 from mxfp4_fx.checkpoints.files import CONFIG, directory_of, read_config
 from mxfp4_fx.checkpoints.gpt_oss import MODEL_TYPE
-from mxfp4_fx.checkpoints.packed_formats import Format, format_of, packed_weights
+from mxfp4_fx.checkpoints.packed_formats import (
+    Format,
+    format_of,
+    packed_weights,
+    quantization_config,
+)
+from mxfp4_fx.checkpoints.single_experts import to_quantize
 from mxfp4_fx.core.errors import CheckpointError, OptionError
-from mxfp4_fx.core.skip import not_converted
+from mxfp4_fx.core.skip import Skip, not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
 from mxfp4_fx.core.version import OLDEST_TRANSFORMERS, too_old_transformers
-from mxfp4_fx.huggingface.arguments import REFUSED, check_scale_rule, refuse, refuse_for_families
+from mxfp4_fx.huggingface.arguments import (
+    REFUSED,
+    check_scale_rule,
+    refuse,
+    refuse_for_families,
+    require_transformers_for_families,
+)
 
 _NEEDED = f"transformers {OLDEST_TRANSFORMERS} or newer (pip install --upgrade transformers)"
 _HUB_OPTIONS = (
@@ -42,16 +54,16 @@ def from_pretrained(
     """Load a model through transformers; its experts keep the bytes of the checkpoint.
 
     The checkpoint is a GPT-OSS, or a model of another family in one of the formats of
-    docs/families.md. Experts that a GPT-OSS checkpoint holds dense (float32, bfloat16, float16) are
-    quantized while they are loaded, one tensor at a time. What else than experts is MXFP4 in the
-    files of another family becomes dense.
+    docs/families.md, or dense. Dense experts (float32, bfloat16, float16) are quantized while they
+    are loaded, one tensor or one projection of a layer at a time. What else than experts is MXFP4
+    in the files of another family becomes dense.
 
     Args:
         path: a directory, or a model's name on the Hub.
         auto_class: the transformers class that loads it; None means ``AutoModelForCausalLM``.
         skip: names of modules, or patterns (`core/skip.py`), whose experts become transformers'
             dense ones, in addition to those that ``modules_to_not_convert`` of the checkpoint
-            names.
+            names. In another family's checkpoint, they must be dense in the files.
         scale_rule: for ``formats.quantize``, if the checkpoint has dense experts.
         experts_device: the device on which packed experts stay (``placement.place_experts``), "cpu"
             beside a GPU for example; ``device_map`` then names the one device of the rest. None
@@ -70,8 +82,9 @@ def from_pretrained(
 
     Raises:
         CheckpointError: the checkpoint does not exist, is damaged, or is neither a GPT-OSS in MXFP4
-            or dense nor in a format of docs/families.md; or transformers is not installed, or too
-            old; or another process that loads the model fails, or loads another one.
+            nor in a format of docs/families.md nor has dense experts; or transformers is not
+            installed, or too old; or another process that loads the model fails, or loads another
+            one.
         OptionError: an argument of transformers is not supported, a pattern of ``skip`` names no
             experts, ``scale_rule`` or ``experts_device`` is unknown, or ``device_map`` names no
             single device beside ``experts_device``.
@@ -116,8 +129,15 @@ def from_pretrained(
     rename = renaming(mapping)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     form = _format_of(path, hub)
+    is_dense_family = form is None and _has_dense_experts(path, hub)
     quantization: Any
-    if form is None:
+    if is_dense_family:
+        require_transformers_for_families("dense experts")
+        from mxfp4_fx.huggingface.family_quantizing import QuantizeFamilyConfig
+
+        refuse_for_families(ignore_mismatched_sizes=ignore_sizes)
+        quantization = QuantizeFamilyConfig(skip=skip, scale_rule=scale_rule)
+    elif form is None:
         quantization = Mxfp4Config(skip=skip, scale_rule=scale_rule)
         quantization.ignore_sizes = bool(ignore_sizes)
     else:
@@ -133,13 +153,17 @@ def from_pretrained(
         if form is not None:
             if is_local:
                 packed_weights(Checkpoint.open(Path(path, hub.get("subfolder", "")), rename), form)
+        elif is_dense_family:
+            pass  # the quantizer checks the files
         elif is_local:
             checkpoint = Checkpoint.open(Path(path, hub.get("subfolder", "")), rename)
             check(checkpoint, ignore_sizes=bool(ignore_sizes))
         else:  # the quantizer checks the files after transformers has found or downloaded them
             _check_config(path, hub)
         config, kwargs = _model_config(path, hub, kwargs)
-        if form is not None:  # with it, transformers would insist on its own quantizer
+        if (
+            form is not None or is_dense_family
+        ):  # with it, transformers would insist on its own quantizer
             for part in (config, config.get_text_config()):
                 vars(part).pop("quantization_config", None)
         try:
@@ -160,6 +184,9 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
     Fake tensors have shapes but no memory, so a model of any size can be explained on any machine.
     Inside the context, torch's factory functions make fake tensors, too.
 
+    Which experts are packed, and that the files are the model's, is read from their headers. If
+    there are no weights, the config says it.
+
     Args:
         path: a directory with a ``config.json``.
         dtype: the dtype of the parameters.
@@ -168,7 +195,8 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
 
     Raises:
         CheckpointError: the file is missing or describes neither a GPT-OSS nor a model in a format
-            of docs/families.md, or transformers is not installed, or too old.
+            of docs/families.md nor one with dense experts; or the weights are not those of the
+            config, or damaged; or transformers is not installed, or too old.
         OptionError: transformers has no implementation of that name.
     """
     _require_transformers()
@@ -180,17 +208,21 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         from mxfp4_fx.huggingface import family_plan
         from mxfp4_fx.huggingface.activations import activation_of
         from mxfp4_fx.huggingface.family_plan import is_family
-        from mxfp4_fx.huggingface.quantizer import packed_like
+        from mxfp4_fx.huggingface.quantizer import check, packed_like
     except ImportError as error:
         raise CheckpointError(f"this needs {_NEEDED}: {error}") from error
     directory = directory_of(path)
     content, named = read_config(directory), str(directory / CONFIG)
     form = format_of(content, named)
+    is_gpt_oss = form is None and not _is_dense_family(content)
+    checkpoint = Checkpoint.open(directory) if any(directory.glob("*.safetensors")) else None
     kept: list[str] = []
-    if form is None:
+    if is_gpt_oss:
         gpt_oss.sizes(content, named)
         method, kept = gpt_oss.quantization(content, named)
         gpt_oss.require_method(method, named)
+        if checkpoint is not None:
+            check(checkpoint)
     known = ("eager", *ALL_EXPERTS_FUNCTIONS)
     if experts is not None and experts not in known:
         raise OptionError(
@@ -216,15 +248,18 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
     stacked = {
         name: module
         for name, module in model.named_modules()
-        if (isinstance(module, GptOssExperts) if form is None else is_family(module))
+        if (isinstance(module, GptOssExperts) if is_gpt_oss else is_family(module))
         and experts is None
         and not any(not_converted(entry, name) for entry in kept)
     }
+    if checkpoint is not None and not is_gpt_oss:
+        packed_names = _packed_in(model, checkpoint, form)
+        stacked = {name: module for name, module in stacked.items() if name in packed_names}
     # Found by computing it, with numbers that are not fake.
-    found = {} if form is None else {n: activation_of(m, n) for n, m in stacked.items()}
+    found = {} if is_gpt_oss else {n: activation_of(m, n) for n, m in stacked.items()}
     with mode:
         for name, module in stacked.items():
-            if form is None:
+            if is_gpt_oss:
                 packed = packed_like(module, name)
                 packed.gate_up_proj_bias = module.gate_up_proj_bias
                 packed.down_proj_bias = module.down_proj_bias
@@ -233,6 +268,20 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
             parent, child = name.rsplit(".", 1)
             setattr(model.get_submodule(parent), child, packed.requires_grad_(False))
         yield model
+
+
+def _packed_in(model: Any, checkpoint: Checkpoint, form: Format | None) -> set[str]:
+    """Return the experts of another family that its files hold packed, or whose loader packs them.
+
+    Raises:
+        CheckpointError: the files are not the model's.
+    """
+    from mxfp4_fx.huggingface.family_plan import plan_of
+    from mxfp4_fx.huggingface.family_quantizing import dense_plan_of
+
+    if form is not None:
+        return {*plan_of(model, checkpoint, packed_weights(checkpoint, form)).experts}
+    return {*dense_plan_of(model, checkpoint, to_quantize(checkpoint, Skip.of(())), {})}
 
 
 def _format_of(path: str, hub: dict[str, Any]) -> Format | None:
@@ -248,6 +297,30 @@ def _format_of(path: str, hub: dict[str, Any]) -> Format | None:
     except Exception:  # of any class: what is wrong is said by the checks of a GPT-OSS
         return None
     return format_of(config, f"{CONFIG} of {path}")
+
+
+def _has_dense_experts(path: str, hub: dict[str, Any]) -> bool:
+    """Return whether a config is of a model of another family, with experts, and not quantized."""
+    from transformers import PretrainedConfig
+
+    try:
+        return _is_dense_family(PretrainedConfig.get_config_dict(path, **hub)[0])
+    except Exception:  # of any class: what is wrong is said by the checks of a GPT-OSS
+        return False
+
+
+def _is_dense_family(config: dict[str, Any]) -> bool:
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    return (
+        config.get("model_type") not in (None, MODEL_TYPE)
+        and not quantization_config(config)
+        and any(isinstance(text.get(key), int) and text[key] > 0 for key in _COUNTS)
+    )
+
+
+# What families' configs call the number of experts.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def _require_transformers() -> None:
@@ -277,7 +350,8 @@ def _check_config(path: str, hub: dict[str, Any]) -> None:
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{path} has a model of type {config.get('model_type')}, and no MXFP4 in a format of "
-            f"docs/families.md: only GPT-OSS ({MODEL_TYPE}) is loaded from other files"
+            f"docs/families.md and no dense experts: only GPT-OSS ({MODEL_TYPE}) is loaded from "
+            "other files"
         )
     gpt_oss.require_method(gpt_oss.quantization(config, f"{CONFIG} of {path}")[0], path)
 
