@@ -147,8 +147,9 @@ struct Bf16Tile {
 
   // Multiplies one row with weights without their scales, and the sums of each block with the
   // scales. Memory bounds the speed. It is read fastest line after line, each once; where the first
-  // cache is small, by the hardware's prefetcher alone. The empty asm keeps compilers from reading a line again for each
-  // shift. Each result has four sums, because a product waits for the one before it in a sum.
+  // cache is small, by the hardware's prefetcher alone. The empty asm keeps compilers from reading
+  // a line again for each shift. Each result has four sums, because a product waits for the one
+  // before it in a sum.
   static void multiply_row(const int32_t* x, const uint8_t* panel, int64_t blocks, float* sums) {
     const bool has_room = has_room_ahead();
     Sums<1> sum(sums);

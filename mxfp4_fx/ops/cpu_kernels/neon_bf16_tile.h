@@ -79,8 +79,8 @@ struct NeonBf16Tile {
   // saturates, so that zero stays zero.
   alignas(16) static constexpr uint8_t LOWER[16] = {0, 0x80, 0, 0x40, 0x80, 0xc0, 0, 0x40,
                                                     0, 0x80, 0, 0x40, 0x80, 0xc0, 0, 0x40};
-  alignas(16) static constexpr uint8_t UPPER[16] = {
-      0, 0x7d, 0x7e, 0x7e, 0x7e, 0x7e, 0x7f, 0x7f, 0, 0xfd, 0xfe, 0xfe, 0xfe, 0xfe, 0xff, 0xff};
+  alignas(16) static constexpr uint8_t UPPER[16] = {0, 0x7d, 0x7e, 0x7e, 0x7e, 0x7e, 0x7f, 0x7f,
+                                                    0, 0xfd, 0xfe, 0xfe, 0xfe, 0xfe, 0xff, 0xff};
 
   // 252 less the scales of 4 rows, as bfloat16 exponents: rows 0 and 1, rows 2 and 3, each four
   // times.
@@ -122,8 +122,8 @@ struct NeonBf16Tile {
     }
   }
 
-  // sums [N][32] += values [blocks * 8][N][4] times weights, two rows of x and eight of weights at a
-  // time.
+  // sums [N][32] += values [blocks * 8][N][4] times weights, two rows of x and eight of weights at
+  // a time.
   template <int N>
   static void multiply_chunk(const uint16_t* x, const Weights* weights, int64_t blocks,
                              float* sums) {
@@ -134,8 +134,8 @@ struct NeonBf16Tile {
         for (int w = 0; w < WIDE; w++) {
           const float* from = sums + 2 * p * PANEL_ROWS + row + 2 * w;
           const bool is_pair = 2 * p + 1 < N;
-          sum[p][w] = vcombine_f32(vld1_f32(from),
-                                   is_pair ? vld1_f32(from + PANEL_ROWS) : vdup_n_f32(0));
+          sum[p][w] =
+              vcombine_f32(vld1_f32(from), is_pair ? vld1_f32(from + PANEL_ROWS) : vdup_n_f32(0));
         }
       }
       const uint16_t* values = x;
@@ -143,12 +143,12 @@ struct NeonBf16Tile {
       for (int64_t i = 0; i < blocks * BLOCK / 4; i++, values += 4 * N, weight += 4 * PANEL_ROWS) {
         bfloat16x8_t eight[WIDE];
 #pragma GCC unroll 4
-        for (int w = 0; w < WIDE; w++)
-          eight[w] = vreinterpretq_bf16_u16(vld1q_u16(weight + 8 * w));
+        for (int w = 0; w < WIDE; w++) eight[w] = vreinterpretq_bf16_u16(vld1q_u16(weight + 8 * w));
 #pragma GCC unroll 4
         for (int p = 0; p < PAIRS; p++) {
-          const uint16x8_t pair = 2 * p + 1 < N ? vld1q_u16(values + 8 * p)
-                                                : vcombine_u16(vld1_u16(values + 8 * p), vdup_n_u16(0));
+          const uint16x8_t pair = 2 * p + 1 < N
+                                      ? vld1q_u16(values + 8 * p)
+                                      : vcombine_u16(vld1_u16(values + 8 * p), vdup_n_u16(0));
 #pragma GCC unroll 4
           for (int w = 0; w < WIDE; w++)
             sum[p][w] = vbfmmlaq_f32(sum[p][w], vreinterpretq_bf16_u16(pair), eight[w]);

@@ -120,8 +120,8 @@ inline void from_f32(const float* values, int32_t dtype, int64_t count, void* ou
 #elif defined(__aarch64__)
   if (dtype == MXFP4_F16) {
     for (; i + 4 <= count; i += 4) {
-      const uint64_t half = vget_lane_u64(
-          vreinterpret_u64_f16(vcvt_f16_f32(vld1q_f32(values + i))), 0);
+      const uint64_t half =
+          vget_lane_u64(vreinterpret_u64_f16(vcvt_f16_f32(vld1q_f32(values + i))), 0);
       std::memcpy(target + 2 * i, &half, sizeof half);
     }
   }

@@ -2,8 +2,8 @@
 //
 // It becomes fixed-point numbers of 24 bits. Each has three signed bytes (limbs), and its value is
 // (limb 0 + 2^8 limb 1 + 2^16 limb 2) times a power of two. A weight w becomes a byte: 2 w + 12
-// where the dot product of bytes needs unsigned weights, and then the sums' starting values subtract
-// what the 12 adds; 2 w elsewhere. A block's sum is exact before it becomes float32.
+// where the dot product of bytes needs unsigned weights, and then the sums' starting values
+// subtract what the 12 adds; 2 w elsewhere. A block's sum is exact before it becomes float32.
 //
 // Some blocks are not exact in that form: one value may be tiny beside a large one, or a float32
 // may use all its bits. They are multiplied in float32, also directly from the codes.

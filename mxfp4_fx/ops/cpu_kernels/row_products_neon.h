@@ -15,15 +15,15 @@ namespace mxfp4 {
 using RowVector = float32x4_t;
 constexpr int ROW_LANES = 4;
 
-// Vectors of output rows that are computed together, for few rows of activations: they share what is
-// loaded of the activations.
+// Vectors of output rows that are computed together, for few rows of activations: they share what
+// is loaded of the activations.
 template <int ROWS>
 constexpr int row_vectors() {
   return ROWS <= 2 ? 2 : 1;
 }
 
-// The sums of a block for V vectors of output rows and each of ROWS rows of activations, whose limbs
-// before limb FIRST are zero. Codes of group g are at codes + 64 g.
+// The sums of a block for V vectors of output rows and each of ROWS rows of activations, whose
+// limbs before limb FIRST are zero. Codes of group g are at codes + 64 g.
 template <int FIRST, int ROWS, int V>
 inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
                                                          const RowBlock* const (&x)[ROWS],
@@ -40,7 +40,8 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
     const int limb = ORDER[step];
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
-      const int8x16_t first = vld1q_s8(x[r]->limbs[limb]), second = vld1q_s8(x[r]->limbs[limb] + 16);
+      const int8x16_t first = vld1q_s8(x[r]->limbs[limb]),
+                      second = vld1q_s8(x[r]->limbs[limb] + 16);
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) {
         int32x4_t& into = sum[r][v];
@@ -56,8 +57,7 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
         into = vdotq_laneq_s32(into, weights[v][2].high, second, 1);
         into = vdotq_laneq_s32(into, weights[v][3].low, second, 2);
         into = vdotq_laneq_s32(into, weights[v][3].high, second, 3);
-        if (limb == 2)
-          products[r][v] = vfmaq_n_f32(products[r][v], vcvtq_f32_s32(into), 65536.f);
+        if (limb == 2) products[r][v] = vfmaq_n_f32(products[r][v], vcvtq_f32_s32(into), 65536.f);
       }
     }
   }

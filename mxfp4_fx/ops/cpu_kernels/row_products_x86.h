@@ -48,7 +48,8 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
-    for (int limb = FIRST; limb < LIMBS; limb++) sum[r][limb] = _mm512_set1_epi32(x[r]->start[limb]);
+    for (int limb = FIRST; limb < LIMBS; limb++)
+      sum[r][limb] = _mm512_set1_epi32(x[r]->start[limb]);
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
     const __m512i eight = _mm512_loadu_si512(codes + 64 * g);
@@ -76,7 +77,7 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
     __m512i lower = _mm512_slli_epi32(sum[r][1], 8);
     if (FIRST == 0) lower = _mm512_add_epi32(lower, sum[r][0]);
     products[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][2]), _mm512_set1_ps(65536.f),
-                                  _mm512_cvtepi32_ps(lower));
+                                     _mm512_cvtepi32_ps(lower));
   }
 #else
   const __m256i table = _mm256_broadcastsi128_si256(
@@ -84,7 +85,8 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256i sum[ROWS][LIMBS];
   for (int r = 0; r < ROWS; r++)
-    for (int limb = FIRST; limb < LIMBS; limb++) sum[r][limb] = _mm256_set1_epi32(x[r]->start[limb]);
+    for (int limb = FIRST; limb < LIMBS; limb++)
+      sum[r][limb] = _mm256_set1_epi32(x[r]->start[limb]);
 #pragma GCC unroll 2
   for (int two = 0; two < 2; two++) {
     __m256i weights[4];
@@ -114,7 +116,7 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
     __m256i lower = _mm256_slli_epi32(sum[r][1], 8);
     if (FIRST == 0) lower = _mm256_add_epi32(lower, sum[r][0]);
     products[r][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][2]), _mm256_set1_ps(65536.f),
-                                  _mm256_cvtepi32_ps(lower));
+                                     _mm256_cvtepi32_ps(lower));
   }
 #endif
 }
