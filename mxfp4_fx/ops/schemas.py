@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core import torch_private, torch_private_dynamo
+from mxfp4_fx.core import profiling, torch_private, torch_private_dynamo
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import adapters, autograd, backward, flops, operands, reference
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET, Activation, Rows, Weight
@@ -183,7 +183,13 @@ def operands_of(
 
 def _matmul_ogs(*flat: Any) -> Tensor:
     x, weight, rows, activation, kernels = operands_of(*flat)
-    y: Tensor = kernel(kernels, "matmul_ogs")(x, weight, rows, activation)
+    multiply = kernel(kernels, "matmul_ogs")
+    y: Tensor
+    if profiling.is_on():
+        with profiling.shown(weight.blocks):
+            y = multiply(x, weight, rows, activation)
+    else:
+        y = multiply(x, weight, rows, activation)
     return y
 
 
