@@ -77,7 +77,8 @@ SCHEMAS = {
     "moe.adapted": f"(Tensor hidden, Tensor indices, Tensor weights, {_WEIGHTS}, int intermediate, "
     "float alpha, float limit, Tensor gate_up_scales, Tensor down_scales, "
     "Tensor[] gate_up_factors, float[] gate_up_scalings, Tensor[] down_factors, "
-    f"float[] down_scalings, str layout='{CHECKPOINT_ORDER}', str kernels='reference') -> Tensor",
+    f"float[] down_scalings, str activation='swiglu', float up_offset={UP_OFFSET}, "
+    f"str layout='{CHECKPOINT_ORDER}', str kernels='reference') -> Tensor",
     "grouped_linear": "(Tensor x, Tensor weight, Tensor expert_offsets) -> Tensor",
     "grouped_outer": "(Tensor grad, Tensor x, Tensor expert_offsets) -> Tensor",
     "expert_ids": "(Tensor indices, int num_experts, str below, str above) -> Tensor",
