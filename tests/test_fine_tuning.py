@@ -71,6 +71,8 @@ def losses(made: Any, steps: int = 3) -> torch.Tensor:
         exhaustive(
             {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "use_rslora": True}, 1
         ),
+        exhaustive({"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}, 1),
+        exhaustive({"target_parameters": EXPERTS, "modules_to_save": ["router"]}, 1),
     ],
 )
 def test_one_graph_trains_as_the_uncompiled_model_does(changes: Any, graphs: int) -> None:
@@ -79,6 +81,55 @@ def test_one_graph_trains_as_the_uncompiled_model_does(changes: Any, graphs: int
     assert_as_accurate(losses(compiled), losses(uncompiled), losses(exact(**changes)).double())
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def logits(made: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = made(tokens(), use_cache=False).logits
+    return found
+
+
+@pytest.mark.exhaustive
+def test_a_trained_adapter_is_saved_loaded_and_merged(tmp_path: Path) -> None:
+    changes = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    made = packed(**changes)
+    made.compile(backend="mxfp4", options=OPTIONS)
+    losses(made)
+    expected = logits(made)
+    made.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(pack(model(num_hidden_layers=1)), tmp_path)
+    loaded.compile(backend="mxfp4", options=OPTIONS)
+    assert torch.equal(logits(loaded), expected)
+    merged = made.merge_and_unload()
+    merged.compile(backend="mxfp4", options=OPTIONS)
+    # Attention has one matrix where it had a matrix and two factors: float32 rounds elsewhere.
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+@pytest.mark.exhaustive
+def test_adapters_are_switched_while_compiled() -> None:
+    """Of a whole model; each state is a graph, and coming back to it is none."""
+    changes = {"target_modules": ["q_proj", "v_proj"], "target_parameters": EXPERTS}
+    made, plain = packed(**changes), pack(model(num_hidden_layers=1))
+    made.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=8, **changes))
+    for name, parameter in made.named_parameters():
+        if "second" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    expected = {}
+    for name in ("default", "second"):
+        made.set_adapter(name)
+        expected[name] = logits(made)
+    made.compile(backend="mxfp4", options={**OPTIONS, "kernels": "reference"})
+    for _ in range(2):
+        for name, found in expected.items():
+            made.set_adapter(name)
+            torch.testing.assert_close(logits(made), found, rtol=1e-4, atol=1e-5)
+        with made.disable_adapter():
+            torch.testing.assert_close(logits(made), logits(plain), rtol=1e-4, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+    assert not torch.equal(*expected.values())
 
 
 def trained(trainer: Trainer, **how: Any) -> list[torch.Tensor]:
@@ -100,11 +151,15 @@ def trainer_of(made: Any, folder: Path, **changes: Any) -> Trainer:
     return Trainer(model=made, args=given, train_dataset=EXAMPLES)
 
 
-def compiled_trainer(made: Any, folder: Path, **changes: Any) -> Trainer:
-    """The recipe of docs/fine-tuning.md."""
+def checkpointing(made: Any) -> None:
     base = made.get_base_model()
     base.gradient_checkpointing_enable({"use_reentrant": False})
     base.disable_input_require_grads()
+
+
+def compiled_trainer(made: Any, folder: Path, **changes: Any) -> Trainer:
+    """The recipe of docs/fine-tuning.md."""
+    checkpointing(made)
     trainer = trainer_of(made, folder, **changes)
     trainer.model.compile(backend="mxfp4", options=OPTIONS)
     return trainer
@@ -125,9 +180,10 @@ def test_trainer_with_checkpointing_resumes(bf16: bool, tmp_path: Path) -> None:
         assert_as_accurate(actual, reference, exactly)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.exhaustive
 def test_sft_trainer(tmp_path: Path) -> None:
-    """TRL's trainer on text."""
+    """TRL's trainer on text; the recipe of docs/fine-tuning.md checkpoints compiled layers."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     write_packed(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
@@ -143,9 +199,11 @@ def test_sft_trainer(tmp_path: Path) -> None:
             processing_class=tokenizer,
         )
         if compiled:
+            checkpointing(made)
             trainer.model.compile(backend="mxfp4", options=OPTIONS)
         trained(trainer)
         found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert not counters["graph_break"]
     # The log rounds losses to four significant digits.
     assert found[1] == found[0]
 
