@@ -151,15 +151,11 @@ def trainer_of(made: Any, folder: Path, **changes: Any) -> Trainer:
     return Trainer(model=made, args=given, train_dataset=EXAMPLES)
 
 
-def checkpointing(made: Any) -> None:
+def compiled_trainer(made: Any, folder: Path, **changes: Any) -> Trainer:
+    """The recipe of docs/fine-tuning.md."""
     base = made.get_base_model()
     base.gradient_checkpointing_enable({"use_reentrant": False})
     base.disable_input_require_grads()
-
-
-def compiled_trainer(made: Any, folder: Path, **changes: Any) -> Trainer:
-    """The recipe of docs/fine-tuning.md."""
-    checkpointing(made)
     trainer = trainer_of(made, folder, **changes)
     trainer.model.compile(backend="mxfp4", options=OPTIONS)
     return trainer
@@ -180,30 +176,40 @@ def test_trainer_with_checkpointing_resumes(bf16: bool, tmp_path: Path) -> None:
         assert_as_accurate(actual, reference, exactly)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def as_a_whole(made: nn.Module) -> None:
+    made.compile(backend="mxfp4", options=OPTIONS)
+
+
+def by_layers(made: nn.Module) -> None:
+    mxfp4_fx.compile(made, options=OPTIONS)
+
+
 @pytest.mark.exhaustive
-def test_sft_trainer(tmp_path: Path) -> None:
-    """TRL's trainer on text; the recipe of docs/fine-tuning.md checkpoints compiled layers."""
+@pytest.mark.filterwarnings("error::mxfp4_fx.errors.WholeModelWarning")
+@pytest.mark.parametrize(("compiled", "checkpointing"), [(as_a_whole, False), (by_layers, True)])
+def test_sft_trainer(compiled: Any, checkpointing: bool, tmp_path: Path) -> None:
+    """TRL's trainer on text, with its auxiliary loss; also with its own checkpointing."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     write_packed(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
     found = []
-    for compiled in (False, True):
+    for compile_it in (lambda _: None, compiled):
         base = mxfp4_fx.from_pretrained(tmp_path / "model", dtype=torch.float32)
         made = with_adapters(base, target_modules=["q_proj"], target_parameters=EXPERTS)
-        given = arguments(tmp_path / "out", gradient_checkpointing=False, max_steps=2, bf16=False)
+        given = arguments(tmp_path / "out", gradient_checkpointing=checkpointing, max_steps=2)
         trainer = trl.SFTTrainer(
             model=made,
-            args=trl.SFTConfig(**given, max_length=16),
+            args=trl.SFTConfig(**given, bf16=False, max_length=16),
             train_dataset=datasets.Dataset.from_dict({"text": ["a mixture of experts"] * 4}),
             processing_class=tokenizer,
         )
-        if compiled:
-            checkpointing(made)
-            trainer.model.compile(backend="mxfp4", options=OPTIONS)
-        trained(trainer)
-        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert not counters["graph_break"]
+        compile_it(trainer.model)
+        flag = {"skip_fwd_side_effects_in_bwd_under_checkpoint": checkpointing}
+        with torch._dynamo.config.patch(**flag):
+            trained(trainer)
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append([(entry["loss"], entry["aux_loss"]) for entry in log])
+    assert len(found[0]) == 2
     # The log rounds losses to four significant digits.
     assert found[1] == found[0]
 
