@@ -76,10 +76,15 @@ def result_and_gradients(layer: Any, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("dtype", [torch.float32, exhaustive(torch.bfloat16)])
-def test_results_and_gradients(name: str, dtype: torch.dtype, compiled: bool) -> None:
-    theirs = adapted(dense(name, dtype))
-    ours = adapted(packed(name, dtype))
+@pytest.mark.parametrize(
+    ("dtype", "targets"),
+    [(torch.float32, WEIGHTS), (torch.float32, WEIGHTS[1:]), exhaustive(torch.bfloat16, WEIGHTS)],
+)
+def test_results_and_gradients(
+    name: str, dtype: torch.dtype, targets: list[str], compiled: bool
+) -> None:
+    config = lora(target_parameters=targets)
+    theirs, ours = adapted(dense(name, dtype), config), adapted(packed(name, dtype), config)
     exact = copy.deepcopy(theirs).double()
     assert {n: f.shape for n, f in factors(ours).items()} == {
         n: f.shape for n, f in factors(theirs).items()
