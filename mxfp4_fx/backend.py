@@ -12,7 +12,7 @@ from torch.compiler import config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mxfp4_fx import calls
-from mxfp4_fx.core import compilation, ranks, torch_private_dynamo
+from mxfp4_fx.core import compilation, profiling, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.torch_private_distributed import is_dtensor, shard_of
@@ -142,12 +142,12 @@ def bind(
             # Freeing at compile time would be wrong: it changes a parameter's class, which Dynamo
             # guards, and its guards must also hold for other layers and models.
             plan.free(args)
-            return compiled(*plan.inputs(args))
+            return _run(compiled, plan, args)
 
         return run_and_free
 
     def run(*args: Any) -> Any:
-        return compiled(*plan.inputs(args))
+        return _run(compiled, plan, args)
 
     if not options.verify:
         return run
@@ -175,6 +175,16 @@ def bind(
         return result
 
     return verify_first
+
+
+def _run(compiled: CompiledGraph, plan: InputPlan, args: tuple[Any, ...]) -> Any:
+    """Run a lowered graph; while a profiler runs, its weights have the names of their layers."""
+    inputs = plan.inputs(args)
+    if not profiling.is_on():
+        return compiled(*inputs)
+    call = calls.current()
+    with profiling.naming(plan.names(args, inputs, call.layers() if call else {})):
+        return compiled(*inputs)
 
 
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:

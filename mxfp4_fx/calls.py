@@ -315,6 +315,10 @@ class Call:
         attention = self._attention(report, args)
         return dataclasses.replace(report, rewrites=rewrites, misses=misses, attention=attention)
 
+    def layers(self) -> dict[int, str]:
+        """Return ``id`` of each tensor of experts -> the experts' name in the model."""
+        return {key: self.name_of(module) for key, module in self._owners().items()}
+
     def _attention(self, report: GraphReport, args: Sequence[Any]) -> list[Attention]:
         """Return what became one op with the names that these inputs' modules have in the model."""
         if not report.attention:

@@ -116,7 +116,7 @@ def lowered_program(
         call.ran(ctx.report, ctx.inputs)
         report = call.renamed(ctx.report, ctx.inputs)
     if options.verify:
-        eager = dataclasses.replace(options, inner="eager", mode=None, inductor={})
+        eager = dataclasses.replace(options, inner="eager")
         bind(captured, rewritten, ctx, eager)(*ctx.inputs)
     change = GraphChange.of(captured, rewritten)
     values = _swizzled(captured, rewritten, ctx, options)
@@ -220,7 +220,6 @@ def _with_weights(
         held[node.name] = value.detach()
         with graph.inserting_before(node):
             new = graph.create_node("get_attr", node.name)
-        new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     for node in graph.nodes:

@@ -199,6 +199,9 @@ class _Layer:
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shared, layer = self.shared, self.layer
+        why = decoder_layers.why_not_called(shared.cache, kwargs)
+        if why is not None:
+            shared.give_up(self.name, why)
         if shared.why is not None or not self.check():
             return shared.plain(layer, args, kwargs)
         if len(args) != 1:

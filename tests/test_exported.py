@@ -42,7 +42,16 @@ def note(**changes: Any) -> Note:
 def test_a_package_of_this_machine_is_taken() -> None:
     note().check_machine()
     note(instruction_sets=()).check_machine()  # of an older CPU
+    note(machine=(*note().machine[:2], "another name")).check_machine()
+    assert {*note().instruction_sets} == hardware.instruction_sets()
     note(targets=(("reference", ""), ("cpu", ""))).check_machine()
+
+
+def test_builds_of_one_release_of_torch_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
+    made = note()
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    made.check_machine()
 
 
 @pytest.mark.parametrize(
@@ -83,11 +92,13 @@ def write(file: Path, text: str | None) -> None:
     [
         (lambda file: None, "there is no such file"),
         (lambda file: file.write_text("nothing"), "it is damaged, or no package"),
+        (lambda file: file.mkdir(), "it is damaged, or no package"),
+        (lambda file: write(file, "{"), "it is damaged, or no package"),
         (lambda file: write(file, None), r"mxfp4_fx\.export has not written it"),
         (lambda file: write(file, '"{\\"format\\": 0}"'), "of format 0, and this mxfp4_fx reads"),
         (lambda file: write(file, repr_json(note(torch="1.0"))), r"with torch 1\.0"),
     ],
-    ids=["absent", "damaged", "another's", "format", "torch"],
+    ids=["absent", "damaged", "a directory", "no JSON", "another's", "format", "torch"],
 )
 def test_a_file_that_cannot_be_loaded_is_named(
     make: Callable[[Path], object], message: str, tmp_path: Path
@@ -131,6 +142,13 @@ def test_inputs_within_their_bounds_are_taken_as_they_lie_in_memory() -> None:
         assert torch.equal(given, x)
         assert given.is_contiguous()
         assert (nothing, named["scale"]) == (None, 0.5)
+
+
+def test_a_size_without_a_limit() -> None:
+    takes = {"args[0]": Input("torch.float32", (Size("s0", 2, None),))}
+    package = ExportedModel(lambda x: x, note(inputs=takes))
+    assert package.inputs == {"args[0]": "torch.float32 [2 to any]"}
+    assert package(torch.ones(10_000)).shape == (10_000,)
 
 
 def test_inputs_are_told() -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import collections
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import compile_with, hidden, mlp, pack
+from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
+from sharded import sharded
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim
 
 import mxfp4_fx
+from mxfp4_fx.core import torch_private_export
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.errors import (
     FreedWeightError,
@@ -67,8 +72,8 @@ def test_a_program_computes_what_the_compiled_model_does_for_any_length(form: st
     exported = lowered(module, hidden(7), strict=True, **LENGTHS)
     assert mxfp4_fx.forget(module) == 0  # the weights were swizzled for the program alone
     run, compiled = exported.program.module(), compile_with(module, dynamic=True)
-    for tokens in (1, 7, 64):
-        x = hidden(tokens, seed=tokens)
+    for length in (1, 7, 64):
+        x = hidden(length, seed=length)
         for actual, expected in zip(run(x), compiled(x), strict=True):
             assert torch.equal(actual, expected)
     (rewrite,) = exported.explanation.rewrites
@@ -83,12 +88,61 @@ def test_a_program_computes_what_the_compiled_model_does_for_any_length(form: st
     (taken,) = note.inputs.values()
     assert taken == Input("torch.float32", (1, Size(taken.shape[1].symbol, 1, 64), 64))
     assert (rewrite.kernels, rewrite.layout) in note.targets
+    assert not any(tensor.requires_grad for tensor in exported.program.state_dict.values())
     assert "matmul_ogs" in note.schemas
 
 
 def test_a_miss_is_an_error_when_strict_with_the_name_in_the_model() -> None:
     with pytest.raises(MissedRewriteError, match=r"mlp\.experts"):
         lowered(Other(), hidden(), strict=True)
+
+
+def test_parts_that_are_compiled_by_themselves_are_left_out() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.mlp(x)[0]
+            return result
+
+    layer, graphs = Layer(), Graphs()
+    layer.mlp.compile(backend=graphs)
+    assert len(lowered(layer, hidden(), strict=True).explanation.rewrites) == 1
+    assert not graphs.seen
+
+
+def test_attention_is_reported() -> None:
+    whole = model(num_hidden_layers=1)
+    given = {"input_ids": tokens(), "use_cache": False}
+    explanation = lowered_program(whole, (), given, None, Options.parse({})).explanation
+    assert [one.layer for one in explanation.attention] == ["model.layers.0.self_attn"]
+    assert explanation.attention_misses == ()
+
+
+def test_what_runs_as_the_reference_is_for_any_layout() -> None:
+    exported = lowered(pack(mlp()), hidden(), kernels="reference")
+    assert exported.note.targets == (("reference", ""),)
+
+
+def test_what_was_rewritten_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "mxfp4_fx.backend"):
+        lowered(pack(mlp()), hidden())
+    assert re.search(r"experts: packed -> MXFP4, \w+ kernels", caplog.text)
+
+
+def test_adapters_are_exported_and_verify_says_what_it_does_not_compare() -> None:
+    peft = pytest.importorskip("peft")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(
+        r=4, target_modules=[], target_parameters=targets, init_lora_weights=False
+    )
+    module = peft.get_peft_model(pack(mlp()), config)
+    exported = lowered(module, hidden(), verify=True, strict=True)
+    assert any("compares no experts with adapters" in note for note in exported.explanation.notes)
+    (actual, _), (expected, _) = exported.program.module()(hidden()), compile_with(module)(hidden())
+    assert torch.equal(actual, expected)
 
 
 def test_skipped_experts_of_a_module_that_is_compiled_by_itself_stay() -> None:
@@ -158,6 +212,41 @@ class TestInputsAndResults:
         with pytest.raises(PackageError, match="export with use_cache=False"):
             lowered(Returns(function), hidden())
 
+    def test_examples_in_another_order_of_memory(self) -> None:
+        """Calls give packages contiguous tensors."""
+        program = lowered(Returns(torch.relu), torch.randn(4, 3).T).program
+        (x,) = program.graph.find_nodes(op="placeholder")
+        assert x.meta["val"].is_contiguous()
+
+    def test_a_weight_under_two_names_is_there_once(self) -> None:
+        class Tied(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+                self.two.weight = self.one.weight
+
+            def forward(self, x: Tensor) -> Tensor:
+                result: Tensor = self.two(self.one(x)) + self.two.weight
+                return result
+
+        module = Tied()
+        program = lowered(module, torch.ones(64, 64)).program
+        assert [*map(len, program.state_dict.values())].count(64) == 3
+        assert torch.equal(program.module()(torch.ones(64, 64)), module(torch.ones(64, 64)))
+
+    def test_a_branch_at_run_time(self) -> None:
+        weight = nn.Parameter(torch.ones(3))
+
+        def function(x: Tensor) -> Tensor:
+            result: Tensor = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+            return result
+
+        module = Returns(function)
+        module.weight = weight
+        run = lowered(module, torch.ones(3)).program.module()
+        for x in (torch.ones(3), -torch.ones(3)):
+            assert torch.equal(run(x), function(x))
+
     def test_a_size_that_is_computed_from_another_is_refused(self) -> None:
         half = Dim("half", min=2, max=32)
         with pytest.raises(PackageError, match=r"dimension 1 of args\[0\] is 2\*"):
@@ -176,7 +265,7 @@ class TestInputsAndResults:
             return x
 
         with pytest.raises(PackageError, match="Returns cannot be exported as one graph"):
-            lowered(Returns(function), hidden())
+            lowered(torch.compile(Returns(function)), hidden())
 
     @pytest.mark.parametrize(
         ("function", "message"),
@@ -241,6 +330,37 @@ def test_bad_arguments_are_refused(
     with pytest.raises(error, match=message):
         mxfp4_fx.export(model, args, tmp_path / given.pop("path"), **given)
     assert [file.name for file in tmp_path.iterdir()] == ["there.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("no space left"), r"model\.pt2 cannot be written: no space left"),
+        (InvalidCxxCompiler(), "AOTInductor needs a C\\+\\+ compiler"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::mxfp4_fx.errors.NoExpertsWarning")
+def test_a_file_that_cannot_be_made_leaves_nothing(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def package(program: Any, file: str, *_: Any) -> None:
+        Path(file).write_text("a part")
+        raise error
+
+    monkeypatch.setattr(torch_private_export, "package", package)
+    with pytest.raises(PackageError, match=message):
+        mxfp4_fx.export(nn.Linear(64, 8), (hidden(),), tmp_path / "model.pt2")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_model_that_is_spread_over_processes_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole = sharded(mlp())
+        with pytest.raises(PackageError, match=r"experts\.gate_up_proj is spread over processes"):
+            mxfp4_fx.export(whole, (hidden(),), tmp_path / "model.pt2")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_model_that_is_not_on_a_cpu_is_refused(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def losses(made: Any, steps: int = 3) -> torch.Tensor:
         exhaustive(
             {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "use_rslora": True}, 1
         ),
+        exhaustive({"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}, 1),
+        exhaustive({"target_parameters": EXPERTS, "modules_to_save": ["router"]}, 1),
     ],
 )
 def test_one_graph_trains_as_the_uncompiled_model_does(changes: Any, graphs: int) -> None:
@@ -79,6 +81,55 @@ def test_one_graph_trains_as_the_uncompiled_model_does(changes: Any, graphs: int
     assert_as_accurate(losses(compiled), losses(uncompiled), losses(exact(**changes)).double())
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def logits(made: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = made(tokens(), use_cache=False).logits
+    return found
+
+
+@pytest.mark.exhaustive
+def test_a_trained_adapter_is_saved_loaded_and_merged(tmp_path: Path) -> None:
+    changes = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    made = packed(**changes)
+    made.compile(backend="mxfp4", options=OPTIONS)
+    losses(made)
+    expected = logits(made)
+    made.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(pack(model(num_hidden_layers=1)), tmp_path)
+    loaded.compile(backend="mxfp4", options=OPTIONS)
+    assert torch.equal(logits(loaded), expected)
+    merged = made.merge_and_unload()
+    merged.compile(backend="mxfp4", options=OPTIONS)
+    # Attention has one matrix where it had a matrix and two factors: float32 rounds elsewhere.
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+@pytest.mark.exhaustive
+def test_adapters_are_switched_while_compiled() -> None:
+    """Of a whole model; each state is a graph, and coming back to it is none."""
+    changes = {"target_modules": ["q_proj", "v_proj"], "target_parameters": EXPERTS}
+    made, plain = packed(**changes), pack(model(num_hidden_layers=1))
+    made.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=8, **changes))
+    for name, parameter in made.named_parameters():
+        if "second" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    expected = {}
+    for name in ("default", "second"):
+        made.set_adapter(name)
+        expected[name] = logits(made)
+    made.compile(backend="mxfp4", options={**OPTIONS, "kernels": "reference"})
+    for _ in range(2):
+        for name, found in expected.items():
+            made.set_adapter(name)
+            torch.testing.assert_close(logits(made), found, rtol=1e-4, atol=1e-5)
+        with made.disable_adapter():
+            torch.testing.assert_close(logits(made), logits(plain), rtol=1e-4, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+    assert not torch.equal(*expected.values())
 
 
 def trained(trainer: Trainer, **how: Any) -> list[torch.Tensor]:
@@ -125,27 +176,40 @@ def test_trainer_with_checkpointing_resumes(bf16: bool, tmp_path: Path) -> None:
         assert_as_accurate(actual, reference, exactly)
 
 
+def as_a_whole(made: nn.Module) -> None:
+    made.compile(backend="mxfp4", options=OPTIONS)
+
+
+def by_layers(made: nn.Module) -> None:
+    mxfp4_fx.compile(made, options=OPTIONS)
+
+
 @pytest.mark.exhaustive
-def test_sft_trainer(tmp_path: Path) -> None:
-    """TRL's trainer on text."""
+@pytest.mark.filterwarnings("error::mxfp4_fx.errors.WholeModelWarning")
+@pytest.mark.parametrize(("compiled", "checkpointing"), [(as_a_whole, False), (by_layers, True)])
+def test_sft_trainer(compiled: Any, checkpointing: bool, tmp_path: Path) -> None:
+    """TRL's trainer on text, with its auxiliary loss; also with its own checkpointing."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     write_packed(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
     found = []
-    for compiled in (False, True):
+    for compile_it in (lambda _: None, compiled):
         base = mxfp4_fx.from_pretrained(tmp_path / "model", dtype=torch.float32)
         made = with_adapters(base, target_modules=["q_proj"], target_parameters=EXPERTS)
-        given = arguments(tmp_path / "out", gradient_checkpointing=False, max_steps=2, bf16=False)
+        given = arguments(tmp_path / "out", gradient_checkpointing=checkpointing, max_steps=2)
         trainer = trl.SFTTrainer(
             model=made,
-            args=trl.SFTConfig(**given, max_length=16),
+            args=trl.SFTConfig(**given, bf16=False, max_length=16),
             train_dataset=datasets.Dataset.from_dict({"text": ["a mixture of experts"] * 4}),
             processing_class=tokenizer,
         )
-        if compiled:
-            trainer.model.compile(backend="mxfp4", options=OPTIONS)
-        trained(trainer)
-        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        compile_it(trainer.model)
+        flag = {"skip_fwd_side_effects_in_bwd_under_checkpoint": checkpointing}
+        with torch._dynamo.config.patch(**flag):
+            trained(trainer)
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append([(entry["loss"], entry["aux_loss"]) for entry in log])
+    assert len(found[0]) == 2
     # The log rounds losses to four significant digits.
     assert found[1] == found[0]
 

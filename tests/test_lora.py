@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from models import Graphs, compile_with, hidden, mlp, model, pack, tokens
 from oracle import assert_as_accurate
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import OptionError
@@ -172,6 +174,163 @@ def pack_of(experts: PackedExperts) -> Any:
     return whole
 
 
+def two_adapters() -> Any:
+    """Packed experts with adapters "default" and "second", of which the first is active."""
+    packed = adapted(pack(mlp()))
+    packed.add_adapter("second", lora())
+    return filled(packed, seed=1)
+
+
+@torch.no_grad()
+def test_two_adapters_at_once_add_up() -> None:
+    packed, dense = two_adapters(), adapted(mlp(form="batched_mm"))
+    dense.add_adapter("second", lora())
+    filled(dense, seed=1)
+    both, exact = ["default", "second"], copy.deepcopy(dense).double()
+    for wrapped in (packed, dense, exact):
+        wrapped.base_model.set_adapter(both)
+    assert_as_accurate(packed(hidden())[0], dense(hidden())[0], exact(hidden().double())[0])
+    # One merge of two adapters rounds their sum.
+    wrapper = packed.base_model.model.experts
+    parts = [wrapper.low_rank(name) for name in both]
+    experts = experts_of(packed)
+    weight = dequantize(experts.down_proj_blocks, experts.down_proj_scales, torch.float32)
+    weight = weight + sum(b @ a * scaling for a, b, scaling in parts)
+    packed.merge_adapter()
+    assert torch.equal(experts.down_proj_blocks, quantize(weight, scale_rule="search")[0])
+    assert len(wrapper.roundings) == 1
+
+
+@torch.no_grad()
+def test_merges_one_after_the_other_are_undone_together() -> None:
+    packed, x = two_adapters(), hidden()
+    with packed.disable_adapter():
+        plain = packed(x)[0]
+    for name in ("default", "second"):
+        packed.merge_adapter([name])
+    wrapper = packed.base_model.model.experts
+    assert wrapper.merged_adapters == ["default", "second"]
+    assert len(wrapper.roundings) == 2
+    with packed.disable_adapter():  # which unmerges, as PEFT does for dense experts
+        assert torch.equal(packed(x)[0], plain)
+    assert (wrapper.merged_adapters, wrapper.roundings) == ([], [])
+    experts = experts_of(packed)
+    changed = torch.zeros_like(experts.down_proj_blocks)
+    experts.down_proj_blocks.data = changed
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        packed.unmerge_adapter()
+    assert experts.down_proj_blocks.data_ptr() == changed.data_ptr()
+
+
+@torch.no_grad()
+def test_an_adapter_that_adds_nothing_loses_nothing() -> None:
+    packed = peft.get_peft_model(pack(mlp()), lora())
+    packed.merge_adapter()
+    (_, of_weight, of_adapter), *_ = packed.base_model.model.experts.roundings
+    assert (of_weight, of_adapter) == (0, 0)
+
+
+@torch.no_grad()
+def test_a_broken_adapter_is_refused_where_it_is_asked_for() -> None:
+    packed = adapted(pack(mlp()))
+    before = experts_of(packed).gate_up_proj_blocks
+    factors(packed)["base_model.model.experts.lora_A.default.weight"][0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"experts\.down_proj is not finite"):
+        packed.merge_adapter(safe_merge=True)
+    assert experts_of(packed).gate_up_proj_blocks is before
+
+
+@torch.no_grad()
+def test_an_adapter_of_other_modules_leaves_experts_alone() -> None:
+    whole = model(num_hidden_layers=1)
+    packed = adapted(pack(whole), lora(target_parameters=[f"mlp.{name}" for name in WEIGHTS]))
+    other = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    packed.add_adapter("other", other)
+    packed.set_adapter("other")
+    blocks = experts_of(packed).down_proj_blocks
+    expected = packed(tokens()).logits
+    packed.merge_adapter()
+    assert experts_of(packed).down_proj_blocks is blocks
+    torch.testing.assert_close(packed(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+class TestOps:
+    OFFSETS = torch.tensor([0, 2, 2, 3], dtype=torch.int32)  # of 3 experts, and a row of none
+
+    @staticmethod
+    def whole(*shape: int) -> Tensor:
+        """Return whole numbers, whose sums of products are exact."""
+        return torch.randint(-3, 4, shape).float()
+
+    def test_a_row_of_no_expert_and_an_expert_without_rows(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where new memory holds NaN, too."""
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        x, weight = self.whole(4, 8), self.whole(3, 5, 8)
+        torch.use_deterministic_algorithms(True)
+        try:
+            y = torch.ops.mxfp4.grouped_linear(x, weight, self.OFFSETS)
+            outer = torch.ops.mxfp4.grouped_outer(y, x, self.OFFSETS)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert not y[3].any()
+        assert not outer[1].any()
+        assert torch.equal(y[:2], x[:2] @ weight[0].T)
+        assert torch.equal(outer[2], y[2:3].T @ x[2:3])
+
+    @pytest.mark.parametrize("at", [0, 1])
+    def test_a_gradient_of_one_operand(self, at: int) -> None:
+        operands = [self.whole(4, 8), self.whole(3, 5, 8)]
+        operands[at].requires_grad_()
+        y = torch.ops.mxfp4.grouped_linear(*operands, self.OFFSETS)
+        (gradient,) = torch.autograd.grad(y.sum(), operands[at])
+        x, weight = (operand.detach() for operand in operands)
+        if at == 0:
+            assert torch.equal(gradient[:3], weight.sum(1)[[0, 0, 2]])
+        else:
+            rows = torch.stack([x[:2].sum(0), x[:0].sum(0), x[2]])
+            assert torch.equal(gradient, rows[:, None].expand(3, 5, 8))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"x": torch.zeros(4, 7)},
+            {"x": torch.zeros(4, 8, dtype=torch.bfloat16)},
+            {"weight": torch.zeros(2, 5, 8)},
+            {"weight": torch.zeros(5, 8)},
+        ],
+    )
+    def test_operands_that_do_not_fit(self, changes: Any) -> None:
+        given = {"x": torch.zeros(4, 8), "weight": torch.zeros(3, 5, 8), **changes}
+        with pytest.raises(ValueError, match=r"x must be \[R, K\], weight \[E, N, K\]"):
+            torch.ops.mxfp4.grouped_linear(*given.values(), self.OFFSETS)
+
+    def test_all_parts_run_in_the_kernels_that_are_named(self) -> None:
+        packed = pack(mlp()).experts
+        given = [
+            getattr(packed, f"{name}_{part}")
+            for name in ("gate_up_proj", "down_proj")
+            for part in ("blocks", "bias")
+        ]
+        scales = packed.gate_up_proj_scales, packed.down_proj_scales
+        a, b = torch.zeros(6, 4, 64), torch.zeros(6, 192, 4)
+
+        def call(x: Tensor, factors: list[Tensor]) -> Tensor:
+            routes = torch.zeros(7, 2, dtype=torch.long), torch.ones(7, 2)
+            result: Tensor = torch.ops.mxfp4.moe.adapted(
+                x, *routes, *given, 96, 1.7, 7.0, *scales, factors, [1.0], [], [], kernels="pytorch"
+            )
+            return result
+
+        graph = make_fx(lambda x, a, b: call(x, [a, b]))(hidden()[0], a, b).graph
+        calls = [n for n in graph.nodes if re.search("matmul_ogs|routing", str(n.target))]
+        assert len(calls) == 3
+        assert all("pytorch" in (*n.args, *n.kwargs.values()) for n in calls)
+        with pytest.raises(ValueError, match="1 scalings need two factors each, and there are 1"):
+            call(hidden()[0], [a])
+
+
 @torch.no_grad()
 def test_merge_and_unload_leaves_packed_experts() -> None:
     whole = pack(mlp())
@@ -216,6 +375,10 @@ def test_an_adapter_stays_when_the_experts_become_dense() -> None:
     expected = packed(tokens()).logits
     mxfp4_fx.dequantize(packed)
     torch.testing.assert_close(packed(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+    packed.merge_adapter()
+    packed.unmerge_adapter()
+    merged = packed.merge_and_unload()
+    torch.testing.assert_close(merged(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -231,9 +394,10 @@ def test_other_targets_are_refused(changes: Any) -> None:
         adapted(pack(mlp()), lora(**changes))
 
 
-def test_shards_are_refused() -> None:
+@pytest.mark.parametrize("kind", ["shards", "cuts"])
+def test_shards_are_refused(kind: str) -> None:
     whole = pack(mlp())
-    whole.experts.shards["down_proj_bias"] = None  # type: ignore[assignment]
+    getattr(whole.experts, kind)["down_proj_bias"] = None
     with pytest.raises(OptionError, match="spread over processes take no adapters"):
         adapted(whole)
 

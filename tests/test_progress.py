@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write_packed
+from models import compile_with, hidden, mlp
 
 import mxfp4_fx
 
@@ -38,3 +39,11 @@ def test_dequantizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mxfp4_fx.from_pretrained(write_packed(tmp_path / "packed"))
     told = shown(monkeypatch, lambda: mxfp4_fx.dequantize(model))
     assert "dequantizing experts:   0%" in told
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_restoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = mlp()
+    compile_with(module, options={"free_weights": True})(hidden())
+    assert "restoring expert weights:   0%" in shown(monkeypatch, lambda: mxfp4_fx.restore(module))
+    assert shown(monkeypatch, lambda: mxfp4_fx.restore(module)) == "the end"  # nothing is freed

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 
 import mxfp4_fx
 from mxfp4_fx.cli import main
+from mxfp4_fx.huggingface import server
 
 PACKAGES = all(map(importlib.util.find_spec, ("fastapi", "uvicorn", "openai", "pydantic")))
 PROMPT, NEW = "hello world", 4
@@ -54,6 +56,49 @@ def test_packages_that_it_lacks(
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     assert main(["serve", str(tmp_path)]) == 1
     assert "pip install 'transformers[serving]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not PACKAGES, reason="needs transformers[serving]")
+def test_another_transformers(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without the server, and one whose server loads in another way."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers.cli.transformers", None)
+        assert main(["serve", str(tmp_path)]) == 1
+    assert "the server needs a transformers with `transformers serve`" in capsys.readouterr().err
+    monkeypatch.delattr("transformers.cli.serving.model_manager.ModelManager._load_model")
+    assert main(["serve", str(tmp_path)]) == 1
+    assert "in another way than ModelManager._load_model" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not PACKAGES, reason="needs transformers[serving]")
+@pytest.mark.parametrize(("asked", "revision"), [("org/name@v@1", "1"), ("a/b@main", "main")])
+def test_how_it_loads(asked: str, revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the server's own settings; afterwards transformers loads as before."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    before, found, whole = ModelManager._load_model, [], torch.nn.Dropout()
+    settings = SimpleNamespace(dtype="auto", device="cuda:1", attn_implementation="eager")
+
+    def from_pretrained(path: str, **given: Any) -> torch.nn.Module:
+        found.append((path, given))
+        return whole
+
+    def app(argv: list[str], **given: Any) -> None:
+        found.append((argv, given))
+        assert ModelManager._load_model(settings, asked) is whole
+        raise KeyboardInterrupt
+
+    prepared: list[bool] = []
+    monkeypatch.setattr(server, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("transformers.cli.transformers.app", app)
+    with pytest.raises(KeyboardInterrupt):
+        server.serve("path", ["--port", "1"], lambda made: prepared.append(made.training))
+    assert found[0] == (["serve", "path", "--port", "1"], {"standalone_mode": False})
+    given = {"revision": revision, "dtype": "auto", "device_map": "cuda:1"}
+    given["attn_implementation"] = "eager"
+    assert found[1:] == [(asked.rpartition("@")[0], given)]
+    assert prepared == [False]
+    assert ModelManager._load_model is before
 
 
 def test_only_it_takes_options_that_are_not_its_own(capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 from checkpoints import write_packed
 from models import Graphs, model, tokens
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, pipeline
 
 import mxfp4_fx
+from mxfp4_fx.errors import WholeModelWarning
+from mxfp4_fx.huggingface.decoder_layers import cache_name
 
 ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
 # A prompt and a decoding, each with one sequence, with the first larger number of them and with
@@ -52,6 +55,50 @@ def test_tokens_are_the_uncompiled_ones(way: Callable[[Any], Any]) -> None:
     graphs = Graphs()
     assert way(compiled(model(**ONE_LAYER), graphs)) == way(model(**ONE_LAYER))
     assert graphs.seen
+
+
+def batched(whole: Any) -> list[list[int]]:
+    """Tokens of continuous batching: new requests join those that are being decoded."""
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = whole.generate_batch(
+        inputs=[prompt.tolist() for prompt in PROMPTS],
+        generation_config=settings,
+        continuous_batching_config=ContinuousBatchingConfig(
+            block_size=32, num_blocks=8, max_batch_tokens=24
+        ),
+        progress_bar=False,
+    )
+    assert len(found) == len(PROMPTS)
+    return [found[name].generated_tokens for name in sorted(found, key=found_at)]
+
+
+def found_at(name: str) -> int:
+    return int(name.rpartition("_")[2])
+
+
+PROMPTS = [tokens(1, length)[0] % 100 + 1 for length in (5, 20, 3, 9)]
+
+
+@pytest.mark.filterwarnings("error::mxfp4_fx.errors.WholeModelWarning")
+@pytest.mark.parametrize("pieces", [True, False])
+def test_continuous_batching(pieces: bool) -> None:
+    """Before transformers 5.24, pieces cannot serve it, and the whole model is compiled."""
+    whole, graphs = model(**ONE_LAYER), Graphs()
+    falls_back = pieces and cache_name() != "cache"
+    if pieces:
+        compiled(whole, graphs)
+    else:
+        whole.compile(backend="mxfp4", options={"inner": graphs, "strict": True})
+    told = pytest.warns(WholeModelWarning, match=r"layers\.0 .*the cache of continuous batching")
+    with told if falls_back else contextlib.nullcontext():
+        got = batched(whole)
+    plain, made = model(**ONE_LAYER), len(graphs.seen)
+    alone = [generated(plain, prompt[None])[0][len(prompt) :] for prompt in PROMPTS]
+    assert got == batched(plain) == alone
+    assert made
+    assert batched(whole) == alone
+    if not falls_back:
+        assert len(graphs.seen) == made
 
 
 def test_a_pipeline_of_one_prompt_and_of_a_batch(tmp_path: Path) -> None:

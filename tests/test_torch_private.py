@@ -129,6 +129,13 @@ def test_a_schema_has_names_defaults_and_who_is_written() -> None:
     assert isinstance(torch.ops.aten.add_.Tensor, torch_private.OpOverload)
 
 
+def test_whether_a_profiler_runs() -> None:
+    assert not torch_private.is_profiling()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert torch_private.is_profiling()
+    assert not torch_private.is_profiling()
+
+
 def test_below_autograd_nothing_is_recorded() -> None:
     x = torch.ones(2, requires_grad=True)
     with torch_private.below_autograd():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import Graphs, model, pack, tokens
 from torch import Tensor, nn
+from transformers import CompileConfig
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import OptionError
@@ -100,6 +101,68 @@ def test_bad_sizes(sizes: dict[str, Any], message: str) -> None:
     whole.compile(backend="mxfp4")
     with pytest.raises(OptionError, match=message):
         mxfp4_fx.warmup(whole, **sizes)
+
+
+def generate_of(whole: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Record the arguments of a model's calls of ``generate``, which then does nothing."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(whole, "generate", lambda ids, **kw: calls.append({"ids": ids, **kw}))
+    return calls
+
+
+def test_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sizes first, and in a batch of prompts of several tokens a shorter one, too."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    whole = model(**ONE_LAYER, max_position_embeddings=32, rope_parameters=rope)
+    whole.compile(backend="mxfp4")
+    calls = generate_of(whole, monkeypatch)
+    mxfp4_fx.warmup(whole, lengths=[30, 1, 30], batch_sizes=[5, 1], new_tokens=2, use_cache=False)
+    shapes = [tuple(call["ids"].shape) for call in calls]
+    assert shapes == [(1, 1), (1, 30), (5, 1), (5, 30), (5, 30)]
+    padded = [(~call["attention_mask"].bool()).nonzero().tolist() for call in calls]
+    assert padded == [[], [], [], [], [[0, 0]]]
+    for call in calls:
+        assert call["attention_mask"].shape == call["ids"].shape
+        assert call["ids"].max() < whole.config.vocab_size
+        assert (call["max_new_tokens"], call["min_new_tokens"]) == (2, 2)
+        assert call["use_cache"] is False
+
+
+def test_settings_come_before_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = model(**ONE_LAYER)
+    whole.compile(backend="mxfp4")
+    calls = generate_of(whole, monkeypatch)
+    mxfp4_fx.warmup(whole, lengths=[2], min_new_tokens=1)
+    assert [(call["max_new_tokens"], call["min_new_tokens"]) for call in calls] == [(3, 1)]
+
+
+def layers_compiled(whole: Any) -> None:
+    for layer in whole.model.layers:
+        layer.compile(backend="mxfp4")
+
+
+def forward_compiled(whole: Any) -> None:
+    whole.forward = torch.compile(whole.forward, backend="mxfp4")
+
+
+def generation_config(whole: Any) -> None:
+    whole.generation_config.compile_config = CompileConfig()
+
+
+@pytest.mark.parametrize("how", [layers_compiled, forward_compiled, generation_config])
+def test_other_ways_to_compile_a_model(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = model(**ONE_LAYER)
+    how(whole)
+    calls = generate_of(whole, monkeypatch)
+    mxfp4_fx.warmup(whole, lengths=[2])
+    assert len(calls) == 1
+
+
+def test_a_model_that_generate_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, config = model(**ONE_LAYER), CompileConfig()
+    calls = generate_of(whole, monkeypatch)
+    mxfp4_fx.warmup(whole, lengths=[2], compile_config=config)
+    assert [call["compile_config"] for call in calls] == [config]
 
 
 def test_models_that_it_cannot_warm_up() -> None:

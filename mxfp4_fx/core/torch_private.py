@@ -80,6 +80,8 @@ with trusted():
         | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
         | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastXPU)
     )
+    # Whether a profiler records this thread's ops.
+    is_profiling = torch.autograd._profiler_enabled
     # An assertion that the device checks; the host does not wait for it.
     assert_async = torch._assert_async
 

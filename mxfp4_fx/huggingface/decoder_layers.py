@@ -239,6 +239,21 @@ def why_not(layer: Any, ours: int) -> str | None:
     return None
 
 
+def why_not_called(cache: str, kwargs: Mapping[str, Any]) -> str | None:
+    """Return why a call of a layer cannot be computed in pieces, or None.
+
+    Args:
+        cache: the name of the argument that is a layer's cache.
+        kwargs: the call's arguments; a paged cache, of continuous batching, is always ``cache``.
+    """
+    if cache != "cache" and kwargs.get("cache") is not None:
+        return (
+            "its attention updates the cache of continuous batching out of a compiler's sight; "
+            "transformers 5.24 updates it in the layer, which is then compiled in pieces"
+        )
+    return None
+
+
 def _before_the_update(layer: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that both pieces call."""
     yield "", layer

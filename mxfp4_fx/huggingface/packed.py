@@ -21,6 +21,7 @@ from mxfp4_fx.checkpoints.gpt_oss import PROJECTIONS
 from mxfp4_fx.core import compilation
 from mxfp4_fx.core.errors import SlowKernelsWarning
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK
+from mxfp4_fx.core.orders import GPT_OSS, Order
 from mxfp4_fx.huggingface.block_shards import BlockShard
 from mxfp4_fx.huggingface.shards import Shard
 from mxfp4_fx.ops import adapters as lora
@@ -55,8 +56,6 @@ class PackedExperts(nn.Module):
     The module may be called with inputs on another device. The inputs then travel to the
     parameters' device, and the result travels back.
     """
-
-    is_transposed = True  # as transformers says of the dense weights; PEFT's factors depend on it
 
     gate_up_proj_blocks: nn.Parameter
     gate_up_proj_scales: nn.Parameter
@@ -183,7 +182,7 @@ class PackedExperts(nn.Module):
                 gate_up,
                 down,
                 self.num_experts,
-                Activation("swiglu", self.alpha, self.limit),
+                Activation(self.activation, self.alpha, self.limit, self.up_offset),
             )
         out: Tensor = torch.ops.mxfp4.moe.adapted(
             hidden_states,
@@ -202,6 +201,8 @@ class PackedExperts(nn.Module):
             [one.scaling for one in gate_up],
             [factor for one in down for factor in (one.a, one.b)],
             [one.scaling for one in down],
+            activation=self.activation,
+            up_offset=self.up_offset,
         )
         return out
 
@@ -214,7 +215,20 @@ class PackedExperts(nn.Module):
     def _projection(self, name: str, n: int) -> Callable[..., Tensor]:
         blocks, scales = self.get_parameter(f"{name}_blocks"), self.get_parameter(f"{name}_scales")
         parts, by = _readable(blocks, scales)
-        return lora.projection(*parts, self.get_parameter(f"{name}_bias"), n, by)
+        bias: Tensor | None = getattr(self, f"{name}_bias")
+        return lora.projection(*parts, bias, n, by)
+
+    @property
+    def dense_order(self) -> Order:
+        """The order in which transformers has the dense weights."""
+        if not self.replaced:
+            return GPT_OSS
+        experts: Any = self.replaced[0]
+        return Order(experts.is_transposed, experts.is_concatenated)
+
+    @property
+    def is_transposed(self) -> bool:  # PEFT asks for it
+        return self.dense_order.is_transposed
 
     @property
     def is_of_gpt_oss(self) -> bool:

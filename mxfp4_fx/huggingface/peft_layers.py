@@ -16,7 +16,7 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -56,8 +56,7 @@ class ParamWrapper(DenseParamWrapper):
         roundings: what merging has lost since the last ``unmerge``, an entry for each ``merge``.
 
     Raises:
-        OptionError: it is to adapt something else than a projection, shards of experts, or experts
-            of another family.
+        OptionError: it is to adapt something else than a projection, or shards of experts.
     """
 
     def __init__(
@@ -74,11 +73,6 @@ class ParamWrapper(DenseParamWrapper):
             raise OptionError(
                 "packed experts that are spread over processes take no adapters: train them in one "
                 "process, or in processes that each hold all experts"
-            )
-        if not experts.is_of_gpt_oss:
-            raise OptionError(
-                "packed experts of other families than GPT-OSS take no adapters yet: train them on "
-                "the dense model, or leave experts out of target_parameters"
             )
         self.roundings: list[Rounding] = []
         self._unmerged: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -108,13 +102,16 @@ class ParamWrapper(DenseParamWrapper):
         return result
 
     def low_rank(self, adapter: str) -> LowRank:
-        """Return the factors of an adapter: ``a`` [E, r, K] and ``b`` [E, N, r], as views."""
+        """Return the factors of an adapter: ``a`` [E, r, K] and ``b`` [E, N, r]."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        home = self.get_base_layer().gate_up_proj_blocks.device
+        base = self.get_base_layer()
+        home = base.gate_up_proj_blocks.device
         if a.device != home:  # place_experts keeps the experts where they are, not their adapters
             a, b = a.to(home), b.to(home)
         experts = self.num_experts
         b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+        if self.parameter_name == "gate_up_proj" and base.dense_order.is_concatenated:
+            b = b.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         return LowRank(a.reshape(experts, -1, a.shape[-1]), b, self.scaling[adapter])
 
     @torch.no_grad()
@@ -201,12 +198,12 @@ def _hold(experts: PackedExperts, name: str, parts: tuple[nn.Parameter, nn.Param
 
 
 def _shown(experts: PackedExperts, name: str) -> Tensor:
-    """Return a weight [E, K, N] as transformers has it, in which all values share one number."""
-    h, i = experts.hidden_size, experts.intermediate_size
-    shape = (h, 2 * i) if name == "gate_up_proj" else (i, h)
-    bias: Tensor = experts.get_parameter(f"{name}_bias")
-    one = torch.zeros((), dtype=bias.dtype, device=bias.device)
-    return one.expand(experts.num_experts, *shape)
+    """Return a weight as transformers has it, [E, K, N] or [E, N, K]; its values share a number."""
+    n, k = experts.sizes()[PROJECTIONS.index(name)]
+    bias: Tensor | None = getattr(experts, f"{name}_bias")
+    dtype = cast(Any, experts.replaced[0]).down_proj.dtype if bias is None else bias.dtype
+    one = torch.zeros((), dtype=dtype, device=experts.down_proj_blocks.device)
+    return one.expand(experts.num_experts, *((k, n) if experts.is_transposed else (n, k)))
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     """
     unpack_experts(model, dtype)
     for module in model.modules():
-        quantizer = getattr(module, "hf_quantizer", None)
+        quantizer = vars(module).get("hf_quantizer")  # PEFT's wrappers show their model's as theirs
         if quantizer is not None:
             quantizer.remove_quantization_config(module)
     return model

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
-from mxfp4_fx.ops.operands import Activation
+from mxfp4_fx.ops.operands import UP_OFFSET, Activation
 from mxfp4_fx.ops.reference import activate, combine
 
 
@@ -168,6 +168,8 @@ def moe_adapted(
     gate_up_scalings: Sequence[float],
     down_factors: Sequence[Tensor],
     down_scalings: Sequence[float],
+    activation: str = "swiglu",
+    up_offset: float = UP_OFFSET,
     layout: str = CHECKPOINT_ORDER,
     kernels: str = "reference",
 ) -> Tensor:
@@ -179,6 +181,7 @@ def moe_adapted(
         intermediate: I, which padded blocks do not show.
         gate_up_factors, down_factors: ``a`` and ``b`` of each :class:`LowRank`, in turn.
         gate_up_scalings, down_scalings: its ``scaling``.
+        alpha, limit, activation, up_offset: see ``operands.Activation``; a gated one.
     """
     by = {"layout": layout, "kernels": kernels}
     first = projection(gate_up, gate_up_scales, gate_up_bias, 2 * intermediate, by)
@@ -192,7 +195,7 @@ def moe_adapted(
         _adapters(gate_up_factors, gate_up_scalings),
         _adapters(down_factors, down_scalings),
         gate_up.shape[0],
-        Activation("swiglu", alpha, limit),
+        Activation(activation, alpha, limit, up_offset),
         kernels,
     )
 

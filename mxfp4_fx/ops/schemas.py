@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.core import torch_private, torch_private_dynamo
+from mxfp4_fx.core import profiling, torch_private, torch_private_dynamo
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
 from mxfp4_fx.ops import adapters, autograd, backward, flops, operands, reference
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET, Activation, Rows, Weight
@@ -77,7 +77,8 @@ SCHEMAS = {
     "moe.adapted": f"(Tensor hidden, Tensor indices, Tensor weights, {_WEIGHTS}, int intermediate, "
     "float alpha, float limit, Tensor gate_up_scales, Tensor down_scales, "
     "Tensor[] gate_up_factors, float[] gate_up_scalings, Tensor[] down_factors, "
-    f"float[] down_scalings, str layout='{CHECKPOINT_ORDER}', str kernels='reference') -> Tensor",
+    f"float[] down_scalings, str activation='swiglu', float up_offset={UP_OFFSET}, "
+    f"str layout='{CHECKPOINT_ORDER}', str kernels='reference') -> Tensor",
     "grouped_linear": "(Tensor x, Tensor weight, Tensor expert_offsets) -> Tensor",
     "grouped_outer": "(Tensor grad, Tensor x, Tensor expert_offsets) -> Tensor",
     "expert_ids": "(Tensor indices, int num_experts, str below, str above) -> Tensor",
@@ -183,7 +184,13 @@ def operands_of(
 
 def _matmul_ogs(*flat: Any) -> Tensor:
     x, weight, rows, activation, kernels = operands_of(*flat)
-    y: Tensor = kernel(kernels, "matmul_ogs")(x, weight, rows, activation)
+    multiply = kernel(kernels, "matmul_ogs")
+    y: Tensor
+    if profiling.is_on():
+        with profiling.shown(weight.blocks):
+            y = multiply(x, weight, rows, activation)
+    else:
+        y = multiply(x, weight, rows, activation)
     return y
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from mxfp4_fx.core.errors import WeightError
 from mxfp4_fx.core.orders import GPT_OSS, Order
-from mxfp4_fx.ops.operands import ACTIVATIONS, UP_OFFSET
+from mxfp4_fx.ops.operands import ACTIVATIONS
 from mxfp4_fx.passes import patterns
 from mxfp4_fx.passes.expressions import Op
 from mxfp4_fx.passes.graph import fixed, known_tensor, op_name, read_call, tensor_of
@@ -25,8 +25,7 @@ _LEAVES = {"hidden": "hidden", "indices": "indices", "scores": "weights"}
 _LEAVES |= {name: name for name in ("gate_up", "gate_up_bias", "down", "down_bias")}
 _LEAVES |= {name: name for name in ("gate_up_scales", "down_scales")}
 # What `ADAPTED` has no arguments for.
-_FIXED: dict[str, Any] = {"first_expert": 0, "activation": "swiglu", "up_offset": UP_OFFSET}
-_FIXED |= GPT_OSS._asdict()
+_FIXED: dict[str, Any] = {"first_expert": 0, **GPT_OSS._asdict()}
 _CONSTANTS = {"alpha": ALPHA, "limit": LIMIT, "up_offset": patterns.UP_OFFSET}
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -132,6 +132,28 @@ class InputPlan:
                 self._look_out(args)
                 parts = self._look_up(args)  # swizzling may mark weights that share memory stale
         return [args[at] if part is None else parts[at][part] for at, part in self._inputs]
+
+    def names(
+        self, args: tuple[Any, ...], inputs: Sequence[Any], layers: Mapping[int, str]
+    ) -> dict[int, str]:
+        """Return the names of the lowered graph's weights, for profiles.
+
+        Args:
+            args: the captured graph's inputs.
+            inputs: the lowered graph's, which :meth:`inputs` has made of them.
+            layers: ``id`` of a captured weight -> its layer's name in the model.
+
+        Returns:
+            ``id`` of a weight's blocks -> the weight's name in the model.
+        """
+        found = {}
+        for value, (at, part) in zip(inputs, self._inputs, strict=True):
+            if part == 0:
+                binding = self.bindings[at]
+                weight, of, layer = binding.name.partition(" of ")
+                layer = layers.get(id(args[binding.slots[0]]), layer)
+                found[id(value)] = f"{weight}{of}{layer}"
+        return found
 
     @contextlib.contextmanager
     def swizzling_ahead(

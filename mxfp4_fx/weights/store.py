@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from tqdm import tqdm
 
 from mxfp4_fx.core import forks, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import DeviceFullError
@@ -38,6 +39,8 @@ from mxfp4_fx.weights.state import (
     owner_of,
 )
 from mxfp4_fx.weights.swizzle import nan_experts, swizzle_weight, unswizzle_weight
+
+_RESTORING = "mxfp4: restoring expert weights"
 
 
 class WeightStore:
@@ -250,21 +253,26 @@ class WeightStore:
         """
         with self._lock:
             waiting = [p for p in parameters if isinstance(p, freed.FreedParameter)]
-            restored = 0
-            while waiting:
-                entry = self._entries.holder(waiting[0])
-                together = [p for p in waiting if entry.holds(mark_of(p))]
-                for parameter, values in zip(together, self._values(together), strict=True):
-                    mark = mark_of(parameter)
-                    freed.restore(parameter, values)
-                    if not entry.encoding.of_parameters:
-                        mark_storage(parameter, mark)
-                    self._entries.note_freed(parameter, False)
-                    self._entries.renew(parameter)
-                    mark_of(parameter).keep = True
-                restored += len(together)
-                waiting = [p for p in waiting if freed.is_freed(p)]
+            restored, hidden = 0, None if waiting else True  # None shows the bar on a terminal
+            with tqdm(total=len(waiting), desc=_RESTORING, leave=False, disable=hidden) as bar:
+                while waiting:
+                    entry = self._entries.holder(waiting[0])
+                    together = [p for p in waiting if entry.holds(mark_of(p))]
+                    for parameter, values in zip(together, self._values(together), strict=True):
+                        self._restore(parameter, values, entry)
+                    restored += len(together)
+                    bar.update(len(together))
+                    waiting = [p for p in waiting if freed.is_freed(p)]
             return restored
+
+    def _restore(self, parameter: Tensor, values: Tensor, entry: Entry) -> None:
+        mark = mark_of(parameter)
+        freed.restore(parameter, values)
+        if not entry.encoding.of_parameters:
+            mark_storage(parameter, mark)
+        self._entries.note_freed(parameter, False)
+        self._entries.renew(parameter)
+        mark_of(parameter).keep = True
 
     def held(self, source: Source) -> tuple[Parts, str]:
         """Return the swizzled parts of a source with a freed tensor, and their layout."""
