@@ -113,6 +113,9 @@ CPU_PATHS: dict[str, CpuPath] = {
 LINEAR_BYTES = {torch.bfloat16: 128 << 10, torch.float16: 1 << 20, torch.float32: 16 << 20}
 LINEAR_BYTES_OF = {_AMD: {torch.float32: 2 << 20}}  # vendor -> where it is less
 
+# See `mxfp8_rows`.
+MXFP8_ROWS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16}
+
 # The environment variable that forces a path, for tests and benchmarks.
 CPU_PATH_VARIABLE = "MXFP4_FX_CPU"
 
@@ -148,6 +151,14 @@ def cpu_path() -> str:
 def linear_rows(dtype: torch.dtype) -> int:
     """Return up to how many rows of activations the native linear is faster than torch's."""
     return _linear_rows_on(cpu_path()).get(dtype, 0)
+
+
+def mxfp8_rows(dtype: torch.dtype) -> int:
+    """Return up to how many rows the native linear reads MXFP8 codes, and no values made of them.
+
+    Measured (``python -m benchmarks.linears``).
+    """
+    return MXFP8_ROWS[dtype]
 
 
 @functools.cache
