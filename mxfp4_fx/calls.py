@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from mxfp4_fx.core.errors import (
     RepeatedSwizzleWarning,
 )
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, WHY_SKIPPED, Skip
+from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, WHY_SKIPPED, Skip, bare
 from mxfp4_fx.core.torch_private_distributed import dtensors_in
 from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.experts import Model, is_part, look_at, modules_of, tensors_of
@@ -40,9 +40,11 @@ from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.inflated import note_of_inflated
 from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
-from mxfp4_fx.passes.report import Attention, GraphReport, Miss, Rewrite
-from mxfp4_fx.telling import is_told, note_told, tell, warn
+from mxfp4_fx.passes.report import Attention, GraphReport, Miss, QuantizedLinear, Rewrite
+from mxfp4_fx.telling import is_told, note_told, tell, tell_of_linears, warn
 from mxfp4_fx.weights.store import STORE
+
+_Item = TypeVar("_Item", Attention, QuantizedLinear, Miss)
 
 HOOK = -4  # our key among a module's hooks; torch's are not negative
 
@@ -208,9 +210,18 @@ class Call:
         return None
 
     def left_inputs(self, inputs: Sequence[Any]) -> dict[int, str | None]:
-        """Return index -> :meth:`left`, for each of a graph's inputs that is an expert weight."""
+        """Return index -> :meth:`left`, for each of a graph's inputs that is an expert weight.
+
+        If linears are quantized, it is so for their weights, too.
+        """
         owners = self._owners()
-        return {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
+        found = {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
+        if self.options.linears == "mxfp8" and self.options.skip:
+            skip, names = Skip(self.options.skip), self._names()
+            for at, value in enumerate(inputs):
+                if at not in found and (name := names.get(id(value))) is not None:
+                    found[at] = WHY_SKIPPED if skip.names(name) else None
+        return found
 
     @functools.cached_property
     def offloaded(self) -> dict[nn.Module, str]:
@@ -222,6 +233,21 @@ class Call:
     def is_lent(self, tensor: Tensor) -> bool:
         """Return whether a weight is one of :attr:`offloaded` experts."""
         return any(tensor is held for module in self.offloaded for held in tensors_of(module))
+
+    @functools.cached_property
+    def _readers(self) -> dict[int, list[nn.Module]]:
+        """The ids of all parameters of the models -> the modules that hold them."""
+        tops = [top for model in self.models if (top := model.top()) is not None]
+        found: dict[int, list[nn.Module]] = {}
+        for module in dict.fromkeys(module for top in tops for module in top.modules()):
+            for parameter in module.parameters(recurse=False):
+                found.setdefault(id(parameter), []).append(module)
+        return found
+
+    def is_shared(self, weight: Tensor) -> bool:
+        """Return whether not a linear alone is known to read a weight, as if it is tied."""
+        readers = self._readers.get(id(weight), [])
+        return len(readers) != 1 or isinstance(readers[0], nn.Embedding)
 
     def tell_of_offloaded(self) -> None:
         """Warn once of each of the :attr:`offloaded` experts, unless they are left as they are."""
@@ -297,6 +323,13 @@ class Call:
                 found.append((miss, list(modules or self._subjects())))
         tell(found, self.options)
 
+    def announce_linears(self, report: GraphReport, args: Sequence[Any]) -> None:
+        """Warn of the linears of a graph that stay exact, or raise with ``strict``."""
+        misses = [
+            miss for miss in self.renamed(report, args).linear_misses if not miss.skipped
+        ]
+        tell_of_linears(misses, self._subjects(), self.options)
+
     def renamed(self, report: GraphReport, args: Sequence[Any]) -> GraphReport:
         """Return the report with the names that these inputs' experts have in the model."""
         owners = self._owners()
@@ -312,21 +345,42 @@ class Call:
 
         rewrites: list[Rewrite] = [rename(rewrite) for rewrite in report.rewrites]
         misses: list[Miss] = [rename(miss) for miss in report.misses]
-        attention = self._attention(report, args)
-        return dataclasses.replace(report, rewrites=rewrites, misses=misses, attention=attention)
+        attention = self._by_parameter(report.attention, args)
+        mxfp8 = self._by_parameter(report.mxfp8, args)
+        linear_misses = self._by_parameter(report.linear_misses, args)
+        return dataclasses.replace(
+            report,
+            rewrites=rewrites,
+            misses=misses,
+            attention=attention,
+            mxfp8=mxfp8,
+            linear_misses=linear_misses,
+        )
 
-    def _attention(self, report: GraphReport, args: Sequence[Any]) -> list[Attention]:
-        """Return what became one op with the names that these inputs' modules have in the model."""
-        if not report.attention:
+    def _by_parameter(self, items: Sequence[_Item], args: Sequence[Any]) -> list[_Item]:
+        """Return items with the names of the modules that hold these inputs in the model."""
+        if not items:
             return []
+        names = self._names()
+
+        def rename(one: _Item) -> _Item:
+            name = next((names[id(args[at])] for at in one.inputs if id(args[at]) in names), "")
+            return dataclasses.replace(one, layer=name) if name else one
+
+        return [rename(one) for one in items]
+
+    def _names(self) -> dict[int, str]:
+        """Return the ids of all parameters of the models -> the names of their modules.
+
+        A tied weight has the name of the linear.
+        """
         tops = [top for model in self.models if (top := model.top()) is not None]
-        held = {id(p): name for top in tops for name, p in top.named_parameters()}
-
-        def rename(one: Attention) -> Attention:
-            name = next((held[id(args[at])] for at in one.inputs if id(args[at]) in held), "")
-            return dataclasses.replace(one, layer=name.rpartition(".")[0]) if name else one
-
-        return [rename(one) for one in report.attention]
+        found: dict[int, str] = {}
+        for name, module in ((n, m) for top in tops for n, m in top.named_modules()):
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in found or isinstance(module, nn.Linear):
+                    found[id(parameter)] = bare(name)
+        return found
 
     def _subjects(self) -> list[Any]:
         """Return what a warning is about: the modules in the call, or a function without any."""
