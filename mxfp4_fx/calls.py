@@ -325,9 +325,7 @@ class Call:
 
     def announce_linears(self, report: GraphReport, args: Sequence[Any]) -> None:
         """Warn of the linears of a graph that stay exact, or raise with ``strict``."""
-        misses = [
-            miss for miss in self.renamed(report, args).linear_misses if not miss.skipped
-        ]
+        misses = [miss for miss in self.renamed(report, args).linear_misses if not miss.skipped]
         tell_of_linears(misses, self._subjects(), self.options)
 
     def renamed(self, report: GraphReport, args: Sequence[Any]) -> GraphReport:

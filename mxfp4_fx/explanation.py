@@ -19,8 +19,8 @@ from mxfp4_fx.core import compilation, ranks, torch_private, torch_private_dynam
 from mxfp4_fx.core.console import size_in_words
 from mxfp4_fx.core.errors import Mxfp4Error
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.page import in_mxfp8
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET
+from mxfp4_fx.page import in_mxfp8
 from mxfp4_fx.passes.listing import GraphChange
 from mxfp4_fx.passes.report import Attention, Miss, QuantizedLinear, Rewrite
 from mxfp4_fx.weights.freed import is_freed

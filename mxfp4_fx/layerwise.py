@@ -104,7 +104,7 @@ def compile(
 
 
 def _mark_exact_linears(model: nn.Module, layers: list[_Layer], options: Options) -> None:
-    """Let layers whose linears ``options["skip"]`` names in another way have graphs of their own."""
+    """Let layers of which ``options["skip"]`` names other linears have graphs of their own."""
     skip = Skip(options.skip if options.linears == "mxfp8" else ())
     names = {module: bare(name) for name, module in model.named_modules()}
     for layer in layers:

@@ -113,9 +113,7 @@ def _linears_mxfp8(
 def _linears_mxfp8_backward(
     grads: Sequence[Tensor], codes: Sequence[Tensor], *others: Any, out_val: Any = None
 ) -> int:
-    return sum(
-        2 * grad.numel() * code.shape[2] for grad, code in zip(grads, codes, strict=True)
-    )
+    return sum(2 * grad.numel() * code.shape[2] for grad, code in zip(grads, codes, strict=True))
 
 
 def _attention_with_sinks(

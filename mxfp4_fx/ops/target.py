@@ -164,9 +164,9 @@ def mxfp8_kernels(chosen: Target, device: torch.device) -> str:
     if chosen.kernels in ("pytorch", "reference"):
         return "reference"
     raise KernelsUnavailableError(
-        f"options['linears'] = 'mxfp8' has no {chosen.kernels!r} kernels in this version (the model "
-        f"is on {device.type!r}): leave it out, so that linears stay exact; or kernels='reference' "
-        "runs anywhere, slowly"
+        f"options['linears'] = 'mxfp8' has no {chosen.kernels!r} kernels in this version (the "
+        f"model is on {device.type!r}): leave it out, so that linears stay exact; or "
+        "kernels='reference' runs anywhere, slowly"
     )
 
 

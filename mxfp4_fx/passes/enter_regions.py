@@ -75,9 +75,7 @@ def enter_regions(gm: fx.GraphModule, ctx: Context, run: Rewriter) -> None:
             ctx.report.misses += [_named(miss, site) for miss in inner.report.misses]
             ctx.report.linears += inner.report.linears
             ctx.report.mxfp8 += [_named(one, site) for one in inner.report.mxfp8]
-            ctx.report.linear_misses += [
-                _named(miss, site) for miss in inner.report.linear_misses
-            ]
+            ctx.report.linear_misses += [_named(miss, site) for miss in inner.report.linear_misses]
             ctx.report.attention += [_named(one, site) for one in inner.report.attention]
             ctx.report.attention_misses += [
                 _named(miss, site) for miss in inner.report.attention_misses

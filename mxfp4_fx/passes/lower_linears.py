@@ -107,8 +107,7 @@ def _is_for_op(linear: Linear) -> bool:
         return False
     if weight.stride(1) != 1 or any(one.stride() != (1,) for one in bias):
         return False
-    shape = (*x.shape[:-1], sizes[0])
-    if not same_shape(tuple(y.shape), shape) or not same_shape(y.stride(), contiguous_strides(shape)):
+    if not is_contiguous_of(y, (*x.shape[:-1], sizes[0])):
         return False
     rows = math.prod(x.shape[:-1])
     return not statically_known_true(rows > target.linear_rows(y.dtype))
@@ -124,9 +123,10 @@ def _is_plain(value: Tensor) -> bool:
     )
 
 
-def contiguous_strides(shape: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the strides of a contiguous tensor."""
-    return tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
+def is_contiguous_of(y: Tensor, shape: tuple[Any, ...]) -> bool:
+    """Return whether a tensor has a shape and is contiguous."""
+    strides = tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
+    return same_shape(tuple(y.shape), shape) and same_shape(y.stride(), strides)
 
 
 def groups_of(linears: list[Linear], memory: Memory) -> list[list[Linear]]:

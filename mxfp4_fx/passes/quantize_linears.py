@@ -24,8 +24,8 @@ from mxfp4_fx.passes import linear_verification
 from mxfp4_fx.passes.checks import is_parameter
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.effects import modes
-from mxfp4_fx.passes.graph import known_tensor, op_name, read_call, same_shape, tensor_of
-from mxfp4_fx.passes.lower_linears import Linear, contiguous_strides, groups_of, replace
+from mxfp4_fx.passes.graph import known_tensor, op_name, read_call, tensor_of
+from mxfp4_fx.passes.lower_linears import Linear, groups_of, is_contiguous_of, replace
 from mxfp4_fx.passes.lower_moe import erase_unread, swizzled_inputs
 from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
 from mxfp4_fx.passes.origin import module_name, owner_name, source_line
@@ -158,9 +158,7 @@ def _check(linear: Linear, memory: Memory, ctx: Context) -> None:
             "its weight requires a gradient, which MXFP8 has none of: run under torch.no_grad(), "
             "or freeze it with requires_grad_(False)"
         )
-    shape = (*x.shape[:-1], sizes[0])
-    strides = contiguous_strides(shape)
-    if not same_shape(tuple(y.shape), shape) or not same_shape(y.stride(), strides):
+    if not is_contiguous_of(y, (*x.shape[:-1], sizes[0])):
         raise _Stays("its result is not contiguous")
     if any(map(memory.reshaper, (linear.node, *linear.operands))):
         raise _Stays("an operand or its result is reshaped in place")
@@ -214,10 +212,10 @@ def _quantize(group: list[Linear], ctx: Context) -> None:
         return
     graph = call.graph
     for linear, result in zip(group, results, strict=True):
-        operands = (linear.x, linear.weight, linear.bias)
+        now = read_call(linear.node)
+        assert now is not None
+        operands = (now.args["input"], linear.weight, linear.bias)
         with graph.inserting_after(max(result, linear.node)):
             graph.call_function(
                 linear_verification.compare, (layer_of(linear), linear.node, result, *operands)
             )
-
-

@@ -220,7 +220,7 @@ class Linear(Encoding):
         shape = tuple(tensors[0].shape)
         if len(shape) != 2 or shape[1] % BLOCK:
             raise WeightError(
-                f"a linear's weight must be [N, K] with K a multiple of {BLOCK}; this one is {shape}"
+                f"a linear's weight must be [N, K], K a multiple of {BLOCK}; this one is {shape}"
             )
         return 1, *shape
 

@@ -37,8 +37,8 @@ def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Par
 
     Args:
         source: the tensors of the model.
-        layout: a key of ``layouts.STORED_LAYOUTS``. If the source has this layout already, the result is
-            its own memory and nothing is copied.
+        layout: a key of ``layouts.STORED_LAYOUTS``. If the source has this layout already, the
+            result is its own memory and nothing is copied.
         out: an earlier result, whose memory is used again if it fits. If autograd saved it for a
             backward, that backward then raises: the saved tensor counts as modified.
 

@@ -1,9 +1,9 @@
 // Linears whose weights are MXFP8 (core/mxfp8.py): few rows of activations times codes that are
 // decoded on the fly, and the conversions between values and codes.
 //
-// Codes are decoded in steps of one block or two, to vectors of float32 in an order of their own, in
-// which activations are arranged once a call. A decoded value is 2^-7 of the code's, so that it is
-// below 4, and a block's scale, which is applied to sums of a step, has the factor 2^7.
+// Codes are decoded in steps of one block or two, to vectors of float32 in an order of their own,
+// in which activations are arranged once a call. A decoded value is 2^-7 of the code's, so that it
+// is below 4, and a block's scale, which is applied to sums of a step, has the factor 2^7.
 #pragma once
 
 #include <algorithm>
@@ -53,16 +53,14 @@ class Decoder {
     for (int i = 0; i < 4; i++) tables_[i] = _mm512_load_si512(bytes[i / 2] + i % 2 * 64);
   }
 
-  static int place(int i) {
-    return VECTOR * (i % 16 / 8 * 2 + i % 2) + i / 16 * 4 + i % 8 / 2;
-  }
+  static int place(int i) { return VECTOR * (i % 16 / 8 * 2 + i % 2) + i / 16 * 4 + i % 8 / 2; }
 
   inline __attribute__((always_inline)) void values(const uint8_t* codes, Vector* out) const {
     const __m512i code = _mm512_loadu_si512(codes);
     const __m512i low = _mm512_permutex2var_epi8(tables_[0], code, tables_[1]);
-    const __m512i high = _mm512_ternarylogic_epi32(
-        _mm512_permutex2var_epi8(tables_[2], code, tables_[3]), code,
-        _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // a | (b & c)
+    const __m512i high =
+        _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(tables_[2], code, tables_[3]), code,
+                                  _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // a | (b & c)
     const __m512i words[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
     for (int i = 0; i < 2; i++) {
       const auto both = reinterpret_cast<VectorBits>(words[i]);
@@ -186,9 +184,11 @@ struct Weights {
   static constexpr int64_t AHEAD = 512;  // bytes
 
   template <int T>
-  static inline __attribute__((always_inline)) void multiply_step(
-      const Decoder& decoder, const uint8_t* codes, const uint8_t* scales, const float* x,
-      int64_t x_stride, Vector (&sums)[T]) {
+  static inline __attribute__((always_inline)) void multiply_step(const Decoder& decoder,
+                                                                  const uint8_t* codes,
+                                                                  const uint8_t* scales,
+                                                                  const float* x, int64_t x_stride,
+                                                                  Vector (&sums)[T]) {
     Vector values[Decoder::VECTORS];
     decoder.values(codes, values);
     const Vector scale = Decoder::scale(scales);
