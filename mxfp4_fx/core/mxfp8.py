@@ -33,7 +33,8 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
 
     A block's scale is the smallest power of two, at least 2^-127, under which no element exceeds
     448, so none saturates; ``formats.quantize`` says why not MX 6.3's, which is smaller. Elements
-    round to nearest, ties to even (MX 5.3.1), and zeros keep their sign.
+    round to nearest, ties to even (MX 5.3.1), and zeros keep their sign. What rounds to 2^128, from
+    248 * 2^120 on, is infinite when it is a value again.
 
     A block with a NaN or an infinity becomes NaN as a whole (scale 255, codes 0), so no result has
     a NaN code. A block of zeros has scale 127.
