@@ -23,7 +23,7 @@ def run(output: Path) -> dict[str, Any]:
     return json.loads(output.read_text("utf-8"))
 
 
-def test_both_ways_are_measured_by_rows(
+def test_all_ways_are_measured_by_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linears, "_ROTATING", 1 << 16)
@@ -33,7 +33,12 @@ def test_both_ways_are_measured_by_rows(
         *(("bfloat16", 1), ("bfloat16", 3)),
     ]
     assert results["faster_up_to"].keys() == {"float32", "bfloat16"}
-    assert "\nfloat32 64x96   1: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("\nfloat32 64x96   1: ") == 2  # exact weights, then MXFP8
+    for one in results["linears"]:  # a weight has 64 rows of 96 codes and 3 scales
+        seconds = one["milliseconds"]["mxfp8"]["median"] / 1e3
+        assert one["mxfp8"]["bytes_per_second"] * seconds == pytest.approx(64 * 99)
+        assert one["mxfp8"]["times_faster"]["median"] > 0
 
 
 def test_the_limit_is_that_of_the_slowest_shape() -> None:

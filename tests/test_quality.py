@@ -69,6 +69,18 @@ def test_differences_are_those_of_the_perplexities(results: dict[str, Any]) -> N
         assert (apart["standard_error"] > 0) == (of != to)
 
 
+def test_linears_in_mxfp8_are_judged(finished: tuple[str, dict[str, Any], Path]) -> None:
+    out, results, _ = finished
+    found = results["linears_in_mxfp8"]
+    perplexity = {(r["weights"], r["compiled"]): r["perplexity"] for r in results["models"]}
+    for to, of in (("to_bfloat16", ("bfloat16", False)), ("to_max", ("max", True))):
+        apart = found[to]["perplexity"] - (found["perplexity"] - perplexity[of])
+        assert abs(apart) < 2**-38
+        assert found[to]["standard_error"] > 0
+    assert f"{found['perplexity']:.4f}" in out
+    assert f"{found['to_max']['perplexity']:+.4f}" in out
+
+
 def test_compiled_logits_are_within_the_bound(results: dict[str, Any]) -> None:
     assert results["logits"].keys() == {"max", "search"}
     for row in results["logits"].values():

@@ -20,8 +20,8 @@ from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.ops import reference
 from mxfp4_fx.ops.cpu_library import DTYPES, check, library, pointer
 
-# Values of a weight that are decoded at a time, for many rows: 4 MiB in 16 bits.
-_SLAB_VALUES = 2 << 20
+# Values of a weight that are decoded at a time, for many rows: 16 MiB in 16 bits.
+_SLAB_VALUES = 8 << 20
 
 
 def linears(
