@@ -59,6 +59,22 @@ def test_figures_of_the_readme_are_those_of_a_run() -> None:
     assert (min(one["rows"] for one in found), max(one["rows"] for one in found)) == (1, 256)
 
 
+def test_figures_of_mxfp8_in_the_readme_are_those_of_a_run() -> None:
+    stored = ROOT / "benchmarks/results/linears-mxfp8-epyc-zen5-2-threads.json"
+    found = json.loads(stored.read_text("utf-8"))["linears"]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = readme[readme.index("| rows of bfloat16, times as fast |") :].splitlines()
+    rows = [int(cell) for cell in table[0].strip("| ").split("|")[1:]]
+    for line, shape in zip(table[2:4], ("1024x2880", "2880x4096"), strict=True):
+        ratios = {
+            one["rows"]: one["mxfp8"]["times_faster"]["median"]
+            for one in found
+            if (one["dtype"], one["shape"]) == ("bfloat16", shape)
+        }
+        cells = " | ".join(f"{ratios[row]:.1f}" for row in rows)
+        assert line == f"| [{shape.replace('x', ', ')}] | {cells} |"
+
+
 def test_a_wrong_result_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linears, "_ROTATING", 1 << 16)
     monkeypatch.setitem(linears.WAYS, "native", lambda x, w, b: [x @ w[0].T * 2])

@@ -83,6 +83,20 @@ class Decoder {
                         _mm512_permutex2var_epi64(words[0], second, words[1]));
   }
 
+  // Stores values in the order of the codes.
+  static void store(const Vector* values, float* out) {
+    const __m512i pairs = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 0, 0, 0, 0, 0, 0, 0, 0);
+    for (int lane = 0; lane < 4; lane++) {
+      const __m512i from = _mm512_add_epi32(pairs, _mm512_set1_epi32(4 * lane));
+      for (int half = 0; half < 2; half++) {
+        const __m512 eight =
+            _mm512_permutex2var_ps(reinterpret_cast<__m512>(values[2 * half]), from,
+                                   reinterpret_cast<__m512>(values[2 * half + 1]));
+        _mm256_storeu_ps(out + 16 * lane + 8 * half, _mm512_castps512_ps256(eight));
+      }
+    }
+  }
+
   static inline __attribute__((always_inline)) Vector scale(const uint8_t* scales) {
     const __m512 first = _mm512_set1_ps(SCALES[scales[0]]);
     return reinterpret_cast<Vector>(
@@ -123,6 +137,19 @@ class Decoder {
       const VectorBits words = reinterpret_cast<VectorBits>(values[2 * unit]) >> 16 |
                                (reinterpret_cast<VectorBits>(values[2 * unit + 1]) & 0xffff0000u);
       std::memcpy(static_cast<char*>(out) + unit * sizeof words, &words, sizeof words);
+    }
+  }
+
+  // Stores values in the order of the codes.
+  static void store(const Vector* values, float* out) {
+    for (int unit = 0; unit < STEP / UNIT; unit++) {
+      float even[VECTOR], odd[VECTOR];
+      store_vector(even, values[2 * unit]);
+      store_vector(odd, values[2 * unit + 1]);
+      for (int i = 0; i < VECTOR; i++) {
+        out[unit * UNIT + 2 * i] = even[i];
+        out[unit * UNIT + 2 * i + 1] = odd[i];
+      }
     }
   }
 
@@ -287,9 +314,9 @@ inline void dequantize_step(const Decoder& decoder, const uint8_t* codes, const 
   // With these scales every value is normal in bfloat16, or zero.
   if (dtype == MXFP4_BF16 && scales[0] >= 10 && scales[STEP / BLOCK - 1] >= 10)
     return Decoder::store_bf16(values, out);
-  float parts[STEP], in_order[STEP];
-  for (int v = 0; v < Decoder::VECTORS; v++) store_vector(parts + v * VECTOR, values[v]);
-  for (int i = 0; i < STEP; i++) in_order[i] = parts[Decoder::place(i)];
+  if (dtype == MXFP4_F32) return Decoder::store(values, static_cast<float*>(out));
+  float in_order[STEP];
+  Decoder::store(values, in_order);
   from_f32(in_order, dtype, STEP, out);
 }
 
