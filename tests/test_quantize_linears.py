@@ -191,8 +191,10 @@ def test_weights_that_want_gradients_stay() -> None:
     with torch.enable_grad():
         (miss,) = report_of(module, X).linear_misses
         assert "requires_grad_(False)" in miss.reason
-        module.bias.requires_grad_(False)
-        assert len(report_of(module, X).linear_misses) == 1
+        for part in (module.weight, module.bias):
+            module.requires_grad_(False)
+            part.requires_grad_()
+            assert len(report_of(module, X).linear_misses) == 1
         module.requires_grad_(False)
         assert len(report_of(module, X).mxfp8) == 1
 
