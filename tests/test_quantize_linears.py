@@ -5,6 +5,7 @@ Where weights are small integers, MXFP8 holds them, and results are equal, bit f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from mxfp4_fx.core.errors import (
 )
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.ops import cpu_mxfp8
+from mxfp4_fx.passes import linear_verification
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.report import GraphReport
 from mxfp4_fx.weights import swizzle
@@ -331,6 +333,33 @@ def test_verification_finds_wrong_codes(
     finally:
         monkeypatch.undo()
         swizzle._native.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bound_of_verification_holds(dtype: torch.dtype) -> None:
+    """Of weights of all sizes in a block, so that some round to codes' subnormals."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = 2.0 ** torch.randint(-14, 3, (50, 96), generator=generator)
+    weight = (torch.randn(50, 96, generator=generator) * sizes).to(dtype)
+    x = torch.randn(20, 96, generator=generator).to(dtype)
+    bias = torch.randn(50, generator=generator).to(dtype)
+    codes, scales = mxfp8.quantize(weight)
+    (y,) = torch.ops.mxfp4.linears_mxfp8(x, [codes[None]], [scales[None]], [bias], "cpu")
+    linear_verification.compare("it", F.linear(x, weight, bias), y, x, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("value", "right", "wrong"),
+    [(1.0, 0.06, 0.07), (0.001, 0.0015, 0.003)],  # half a unit of 2^-3; of 2^-9 times the scale, 2
+)
+def test_the_bound_of_verification_is_tight(value: float, right: float, wrong: float) -> None:
+    weight, x = torch.zeros(1, 32), torch.zeros(1, 32)
+    weight[0, :2], x[0, 1] = torch.tensor([448.0, value]), 1
+    y = F.linear(x, weight)
+    for off, is_right in ((right, True), (wrong, False)):
+        for sign in (1, -1):
+            with contextlib.nullcontext() if is_right else pytest.raises(VerificationError):
+                linear_verification.compare("it", y, y + sign * off, x, weight, None)
 
 
 def test_changed_weights_are_noticed() -> None:
