@@ -31,10 +31,18 @@ from mxfp4_fx.core.errors import (
     RepeatedSwizzleWarning,
 )
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, WHY_SKIPPED, Skip, bare
+from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, WHY_SKIPPED, Skip
 from mxfp4_fx.core.torch_private_distributed import dtensors_in
 from mxfp4_fx.core.version import why_other_experts
-from mxfp4_fx.experts import Model, is_part, look_at, modules_of, tensors_of
+from mxfp4_fx.experts import (
+    Model,
+    holders_of,
+    is_part,
+    look_at,
+    modules_of,
+    names_of_holders,
+    tensors_of,
+)
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.inflated import note_of_inflated
@@ -217,7 +225,7 @@ class Call:
         owners = self._owners()
         found = {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
         if self.options.linears == "mxfp8" and self.options.skip:
-            skip, names = Skip(self.options.skip), self._names()
+            skip, names = Skip(self.options.skip), names_of_holders(self._tops())
             for at, value in enumerate(inputs):
                 if at not in found and (name := names.get(id(value))) is not None:
                     found[at] = WHY_SKIPPED if skip.names(name) else None
@@ -226,28 +234,30 @@ class Call:
     @functools.cached_property
     def offloaded(self) -> dict[nn.Module, str]:
         """The experts whose weights are loaded for a call alone -> their names."""
-        tops = [top for model in self.models if (top := model.top()) is not None]
-        found = {module for top in tops for module in offloaded(top)}
-        return {module: self.name_of(module) for module in self.experts if module in found}
+        return {module: self.name_of(module) for module in self.experts if module in self._lent}
+
+    @functools.cached_property
+    def _lent(self) -> set[nn.Module]:
+        return {module for top in self._tops() for module in offloaded(top)}
 
     def is_lent(self, tensor: Tensor) -> bool:
         """Return whether a weight is one of :attr:`offloaded` experts."""
         return any(tensor is held for module in self.offloaded for held in tensors_of(module))
 
-    @functools.cached_property
-    def _readers(self) -> dict[int, list[nn.Module]]:
-        """The ids of all parameters of the models -> the modules that hold them."""
-        tops = [top for model in self.models if (top := model.top()) is not None]
-        found: dict[int, list[nn.Module]] = {}
-        for module in dict.fromkeys(module for top in tops for module in top.modules()):
-            for parameter in module.parameters(recurse=False):
-                found.setdefault(id(parameter), []).append(module)
-        return found
-
     def is_shared(self, weight: Tensor) -> bool:
-        """Return whether not a linear alone is known to read a weight, as if it is tied."""
-        readers = self._readers.get(id(weight), [])
-        return len(readers) != 1 or isinstance(readers[0], nn.Embedding)
+        """Return whether a weight may be read by more than a linear, or is there for a call alone.
+
+        It is so unless one module is known to hold it, which is no embedding.
+        """
+        readers = self._holders.get(id(weight), [])
+        return len(readers) != 1 or isinstance(readers[0], nn.Embedding) or readers[0] in self._lent
+
+    @functools.cached_property
+    def _holders(self) -> dict[int, list[nn.Module]]:
+        return holders_of(self._tops())
+
+    def _tops(self) -> list[nn.Module]:
+        return [top for model in self.models if (top := model.top()) is not None]
 
     def tell_of_offloaded(self) -> None:
         """Warn once of each of the :attr:`offloaded` experts, unless they are left as they are."""
@@ -359,7 +369,7 @@ class Call:
         """Return items with the names of the modules that hold these inputs in the model."""
         if not items:
             return []
-        names = self._names()
+        names = names_of_holders(self._tops())
 
         def rename(one: _Item) -> _Item:
             name = next((names[id(args[at])] for at in one.inputs if id(args[at]) in names), "")
@@ -367,24 +377,10 @@ class Call:
 
         return [rename(one) for one in items]
 
-    def _names(self) -> dict[int, str]:
-        """Return the ids of all parameters of the models -> the names of their modules.
-
-        A tied weight has the name of the linear.
-        """
-        tops = [top for model in self.models if (top := model.top()) is not None]
-        found: dict[int, str] = {}
-        for name, module in ((n, m) for top in tops for n, m in top.named_modules()):
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) not in found or isinstance(module, nn.Linear):
-                    found[id(parameter)] = bare(name)
-        return found
-
     def _subjects(self) -> list[Any]:
         """Return what a warning is about: the modules in the call, or a function without any."""
-        tops = [top for model in self.models if (top := model.top()) is not None]
         function = getattr(self._function, "__func__", self._function)
-        return tops or [function or self]
+        return self._tops() or [function or self]
 
     def _owners(self) -> dict[int, nn.Module]:
         return {id(tensor): module for module in self.experts for tensor in tensors_of(module)}

@@ -43,6 +43,8 @@ class CpuPath:
             EPYC (Zen 3), the others on a Xeon with AMX, with oneDNN, MKL and torch limited to the
             same instructions. Other dtypes, and paths that were not measured, are left to torch.
         linear_rows_of: a vendor -> what differs on its CPUs.
+        mxfp8_rows: dtype -> see :func:`mxfp8_rows`. Measured on an EPYC (Zen 5), ``avx2`` with
+            torch limited to it; ``amx`` and ``portable`` are guesses.
     """
 
     features: Mapping[str, str]
@@ -52,6 +54,9 @@ class CpuPath:
     linear_rows: Mapping[torch.dtype, int] = dataclasses.field(default_factory=dict)
     linear_rows_of: Mapping[str, Mapping[torch.dtype, int]] = dataclasses.field(
         default_factory=dict
+    )
+    mxfp8_rows: Mapping[torch.dtype, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(DTYPES, 8)
     )
 
     @property
@@ -88,6 +93,7 @@ CPU_PATHS: dict[str, CpuPath] = {
         pays_on=_AMD,
         # With 64 rows torch needs three times as long in float16, 1.1 to 1.9 times in float32.
         linear_rows={torch.bfloat16: 10, torch.float16: 96, torch.float32: 64},
+        mxfp8_rows=dict.fromkeys(DTYPES, 16),
     ),
     "avx512": CpuPath(
         _AVX512,
@@ -101,6 +107,11 @@ CPU_PATHS: dict[str, CpuPath] = {
         # times as long.
         linear_rows={torch.bfloat16: _ANY_NUMBER, torch.float16: _ANY_NUMBER, torch.float32: 8},
         linear_rows_of={_AMD: {torch.float32: 48}},
+        mxfp8_rows={
+            torch.bfloat16: _ANY_NUMBER,
+            torch.float16: _ANY_NUMBER,
+            torch.float32: 16,
+        },
     ),
     "portable": CpuPath({}, f"no vector instructions of this CPU ({platform.machine()}) are known"),
     "amx_emulated": CpuPath(
@@ -112,9 +123,6 @@ CPU_PATHS: dict[str, CpuPath] = {
 # takes longer than torch's, whose linears of small float32 matrices are fast.
 LINEAR_BYTES = {torch.bfloat16: 128 << 10, torch.float16: 1 << 20, torch.float32: 16 << 20}
 LINEAR_BYTES_OF = {_AMD: {torch.float32: 2 << 20}}  # vendor -> where it is less
-
-# See `mxfp8_rows`.
-MXFP8_ROWS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16}
 
 # The environment variable that forces a path, for tests and benchmarks.
 CPU_PATH_VARIABLE = "MXFP4_FX_CPU"
@@ -154,11 +162,8 @@ def linear_rows(dtype: torch.dtype) -> int:
 
 
 def mxfp8_rows(dtype: torch.dtype) -> int:
-    """Return up to how many rows the native linear reads MXFP8 codes, and no values made of them.
-
-    Measured (``python -m benchmarks.linears``).
-    """
-    return MXFP8_ROWS[dtype]
+    """Return up to how many rows linears read MXFP8 codes natively, not values made of them."""
+    return CPU_PATHS[cpu_path()].mxfp8_rows[dtype]
 
 
 @functools.cache
