@@ -1,11 +1,12 @@
-"""Linears of few rows on a CPU: the native kernel beside torch's, by rows, dtype and size.
+"""Linears on a CPU: the native kernel of few rows beside torch's, and weights in MXFP8.
 
     python -m benchmarks.linears --output build/linears.json
     python -m benchmarks.linears --rows 1,4 --shapes 64x64 --rounds 2    # in seconds
 
 The result says up to how many rows the native kernel is faster: what ``CpuPath.linear_rows`` in
 ``core/hardware.py`` should have for the instruction-set path of this machine. Weights rotate, so
-that they come from memory, as those of a model's layers do.
+that they come from memory, as those of a model's layers do. Weights in MXFP8 are measured as they
+are served, with few and with many rows, beside the faster of the two ways with exact weights.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from benchmarks.contenders import WrongResult
 from benchmarks.machine import machine
 from benchmarks.moe import relative_error
 from benchmarks.timing import Clock, seconds, summary
-from mxfp4_fx.core import hardware
+from mxfp4_fx.core import hardware, mxfp8
 from mxfp4_fx.core.hardware import DTYPES
-from mxfp4_fx.ops import cpu_linear, reference
+from mxfp4_fx.ops import cpu_linear, cpu_mxfp8, reference
 
 # gpt-oss-20b's k and v together, and its o.
 SHAPES = ("1024x2880", "2880x4096")
@@ -37,8 +38,19 @@ _ROTATING = 256 << 20  # bytes of weights, more than any cache holds
 _SAMPLE_SECONDS = 0.03
 _MOST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
-Linear = Callable[[Tensor, list[Tensor], list[None]], list[Tensor]]
-WAYS: dict[str, Linear] = {"native": cpu_linear.linears, "torch": reference.linears}
+Linear = Callable[[Tensor, list[Any], list[None]], list[Tensor]]
+
+
+def in_mxfp8(x: Tensor, weights: list[tuple[Tensor, Tensor]], biases: list[None]) -> list[Tensor]:
+    codes, scales = zip(*weights, strict=True)
+    return cpu_mxfp8.linears(x, codes, scales, biases)
+
+
+WAYS: dict[str, Linear] = {
+    "native": cpu_linear.linears,
+    "torch": reference.linears,
+    "mxfp8": in_mxfp8,
+}
 
 
 def main(argv: list[str] | None = None, clock: Clock = time.perf_counter) -> int:
@@ -75,7 +87,7 @@ def main(argv: list[str] | None = None, clock: Clock = time.perf_counter) -> int
 def measure(
     dtype: torch.dtype, shape: str, args: argparse.Namespace, clock: Clock
 ) -> list[dict[str, Any]]:
-    """Time both ways with one weight's shape, for each number of rows.
+    """Time all ways with one weight's shape, for each number of rows.
 
     Raises:
         WrongResult: rounding does not explain how far a result is from float64's.
@@ -83,20 +95,27 @@ def measure(
     n, k = map(int, shape.split("x"))
     generator = torch.Generator().manual_seed(0)
     first = (torch.randn((n, k), generator=generator) * k**-0.5).to(dtype)
-    weights = [first, *(first.clone() for _ in range(_ROTATING // first.nbytes))]
+    codes, scales = (part[None] for part in mxfp8.quantize(first))
+    values = mxfp8.dequantize(codes[0], scales[0], torch.float32)
+    count = _ROTATING // first.nbytes
+    exact = [first, *(first.clone() for _ in range(count))]
+    of_8_bits = [(codes, scales), *((codes.clone(), scales.clone()) for _ in range(2 * count))]
+    weights: dict[str, list[Any]] = {"native": exact, "torch": exact, "mxfp8": of_8_bits}
     samples: dict[tuple[int, str], list[float]] = {(r, way): [] for r in args.rows for way in WAYS}
     inputs = {r: torch.randn((r, k), generator=generator).to(dtype) for r in args.rows}
     with native_for_all_rows():
         for way, run in WAYS.items():
             for x in inputs.values():
-                error = relative_error(run(x, [first], [None])[0], x.double() @ first.double().T)
+                held = values if way == "mxfp8" else first
+                found = run(x, weights[way][:1], [None])[0]
+                error = relative_error(found, x.double() @ held.double().T)
                 if not error <= _MOST_ERROR[dtype]:
                     raise WrongResult(f"{way}: off by {error:.3g}, {x.shape[0]} rows of {shape}")
-        turns = _forever(weights)
+        turns = {way: _forever(held) for way, held in weights.items()}
         for turn in range(args.rounds):
             mixed = random.Random(turn)
             for r, way in mixed.sample(list(samples), len(samples)):
-                call = _call(WAYS[way], inputs[r], turns)
+                call = _call(WAYS[way], inputs[r], turns[way])
                 samples[r, way].append(statistics.median(seconds(call, _SAMPLE_SECONDS, clock)))
     return [
         {
@@ -108,6 +127,16 @@ def measure(
                 [t / n for t, n in zip(samples[r, "torch"], samples[r, "native"], strict=True)]
             ),
             "bytes_per_second": first.nbytes / statistics.median(samples[r, "native"]),
+            "mxfp8": {
+                "times_faster": summary(
+                    [
+                        min(exact) / m
+                        for *exact, m in zip(*(samples[r, way] for way in WAYS), strict=True)
+                    ]
+                ),
+                "bytes_per_second": (codes.nbytes + scales.nbytes)
+                / statistics.median(samples[r, "mxfp8"]),
+            },
         }
         for r in args.rows
     ]
@@ -142,15 +171,26 @@ def text(results: dict[str, Any]) -> str:
                 if (result["dtype"], result["shape"]) == (dtype, shape)
             )
             lines.append(f"{dtype} {shape}   {each}")
+    lines.append("weights in MXFP8: times faster than the faster of both; GB/s of the native ones")
+    for dtype in dict.fromkeys(result["dtype"] for result in results["linears"]):
+        for shape in dict.fromkeys(result["shape"] for result in results["linears"]):
+            each = "  ".join(
+                f"{result['rows']}: {result['mxfp8']['times_faster']['median']:.2f} "
+                f"({result['mxfp8']['bytes_per_second'] / 1e9:.1f}; "
+                f"{result['bytes_per_second'] / 1e9:.1f})"
+                for result in results["linears"]
+                if (result["dtype"], result["shape"]) == (dtype, shape)
+            )
+            lines.append(f"{dtype} {shape}   {each}")
     known = ", ".join(f"{dtype} {rows}" for dtype, rows in results["faster_up_to"].items())
     return "\n".join([*lines, f"faster up to: {known}"])
 
 
-def _call(run: Linear, x: Tensor, weights: Iterator[Tensor]) -> Callable[[], object]:
+def _call(run: Linear, x: Tensor, weights: Iterator[Any]) -> Callable[[], object]:
     return lambda: run(x, [next(weights)], [None])
 
 
-def _forever(weights: list[Tensor]) -> Iterator[Tensor]:
+def _forever(weights: list[Any]) -> Iterator[Any]:
     while True:
         yield from weights
 

@@ -1,4 +1,4 @@
-"""How far the scale rules of ``formats.quantize`` move weights of known distributions.
+"""How far MXFP4, under each scale rule, and MXFP8 move weights of known distributions.
 
 python -m benchmarks.weight_error
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import table
+from mxfp4_fx.core import mxfp8
 from mxfp4_fx.core.formats import SCALE_RULES, dequantize, quantize
 
 Errors = dict[str, dict[str, dict[str, float]]]  # distribution -> rule -> measure
@@ -41,10 +42,21 @@ def errors(weights: Mapping[str, Tensor]) -> Errors:
     }
 
 
+def in_mxfp8(weights: Mapping[str, Tensor]) -> Errors:
+    """Return the same for MXFP8, which has one rule."""
+    return {
+        name: {"MXFP8": _apart(mxfp8.dequantize(*mxfp8.quantize(values), torch.float32), values)}
+        for name, values in weights.items()
+    }
+
+
 def _error(weights: Tensor, rule: str) -> dict[str, float]:
-    rounded = dequantize(*quantize(weights, scale_rule=rule), torch.float32).double()
+    return _apart(dequantize(*quantize(weights, scale_rule=rule), torch.float32), weights)
+
+
+def _apart(rounded: Tensor, weights: Tensor) -> dict[str, float]:
     exact = weights.double()
-    error = ((rounded - exact).square().sum() / exact.square().sum()).item()
+    error = ((rounded.double() - exact).square().sum() / exact.square().sum()).item()
     return {"relative_squared_error": error, "snr_db": -10 * math.log10(error)}
 
 
@@ -62,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=1 << 22, help="of each (%(default)s)")
     args = parser.parse_args(argv)
-    print(text(errors(distributions(args.samples))))
+    samples = distributions(args.samples)
+    of_8_bits = in_mxfp8(samples)
+    print(text({name: found | of_8_bits[name] for name, found in errors(samples).items()}))
     return 0
 
 

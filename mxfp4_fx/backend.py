@@ -61,7 +61,7 @@ def mxfp4(
     announce(ctx)
     is_verified = parsed.verify and ctx.report.attention
     has_shards = rewritten is not gm and ctx.shards
-    if not (ctx.report.rewrites or is_verified or has_shards):  # with the captured graph's inputs
+    if not (ctx.bindings or is_verified or has_shards):  # with the captured graph's inputs
         compiled = compile_inner(rewritten, example_inputs, parsed)
     else:
         compiled = bind(gm, rewritten, ctx, parsed)
@@ -158,7 +158,8 @@ def bind(
     verifying_plan = plan_inputs(captured, verifying, verifying_ctx)
     # One graph may serve many layers: each is compared in its own first call.
     verified = WeakTensorKeyDictionary()
-    counts = len(ctx.report.rewrites), len(ctx.report.attention)
+    report = ctx.report
+    counts = len(report.rewrites), len(report.attention), len(report.mxfp8)
     weights = [binding.slots[0] for binding in plan.bindings]
     weights += [at for attention in ctx.report.attention for at in attention.inputs]
     any_layer = torch.empty(0)
@@ -171,7 +172,7 @@ def bind(
             return run(*args)
         result = verifying.forward(*verifying_plan.inputs(args))
         verified[weight] = True
-        log.info("verified %d rewritten layers and %d attentions", *counts)
+        log.info("verified %d rewritten layers, %d attentions and %d linears", *counts)
         return result
 
     return verify_first
@@ -190,13 +191,19 @@ def _run(compiled: CompiledGraph, plan: InputPlan, args: tuple[Any, ...]) -> Any
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:
     """Return the map from the captured graph's inputs to the lowered graph's."""
     names = _input_names(captured), _input_names(lowered)
-    return InputPlan(*names, ctx.bindings, ctx.shards, _is_lent, _tell_of_lent)
+    return InputPlan(*names, ctx.bindings, ctx.shards, _is_lent, _tell_of_lent, _is_shared)
 
 
 def _is_lent(tensor: Tensor) -> bool:
     """Return whether a weight is loaded for the current call alone."""
     call = calls.current()
     return call is not None and call.is_lent(tensor)
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Return whether a linear's weight has readers besides it, as far as is known."""
+    call = calls.current()
+    return call is None or call.is_shared(tensor)
 
 
 def _tell_of_lent() -> None:
@@ -269,12 +276,18 @@ def announce(ctx: Context) -> None:
         log.info("attention with sinks stays as it is: %s", miss)
     if ctx.report.linears:
         log.info("%d linears -> native kernels for few rows", ctx.report.linears)
+    for linear in ctx.report.mxfp8:
+        log.info("%s: linear -> MXFP8, %s kernels", linear.layer, linear.kernels)
+    for miss in ctx.report.linear_misses:
+        log.info("not in MXFP8: %s", miss)
     for note in ctx.report.notes:
         log.info("%s", note)
     for miss in ctx.report.misses:
         log.info("not rewritten: %s", miss)
     # A backend that is called directly has no call; the report then covers this graph alone.
-    (calls.current() or calls.Call(ctx.options)).announce(ctx.report, ctx.inputs)
+    call = calls.current() or calls.Call(ctx.options)
+    call.announce(ctx.report, ctx.inputs)
+    call.announce_linears(ctx.report, ctx.inputs)
 
 
 # For set_stance(force_backend="mxfp4"), which compiles without a Call. Before each frame, the

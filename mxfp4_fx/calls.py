@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +34,25 @@ from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, WHY_SKIPPED, Skip
 from mxfp4_fx.core.torch_private_distributed import dtensors_in
 from mxfp4_fx.core.version import why_other_experts
-from mxfp4_fx.experts import Model, is_part, look_at, modules_of, tensors_of
+from mxfp4_fx.experts import (
+    Model,
+    holders_of,
+    is_part,
+    look_at,
+    modules_of,
+    names_of_holders,
+    tensors_of,
+)
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.inflated import note_of_inflated
 from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
-from mxfp4_fx.passes.report import Attention, GraphReport, Miss, Rewrite
-from mxfp4_fx.telling import is_told, note_told, tell, warn
+from mxfp4_fx.passes.report import Attention, GraphReport, Miss, QuantizedLinear, Rewrite
+from mxfp4_fx.telling import is_told, note_told, tell, tell_of_linears, warn
 from mxfp4_fx.weights.store import STORE
+
+_Item = TypeVar("_Item", Attention, QuantizedLinear, Miss)
 
 HOOK = -4  # our key among a module's hooks; torch's are not negative
 
@@ -208,20 +218,46 @@ class Call:
         return None
 
     def left_inputs(self, inputs: Sequence[Any]) -> dict[int, str | None]:
-        """Return index -> :meth:`left`, for each of a graph's inputs that is an expert weight."""
+        """Return index -> :meth:`left`, for each of a graph's inputs that is an expert weight.
+
+        If linears are quantized, it is so for their weights, too.
+        """
         owners = self._owners()
-        return {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
+        found = {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
+        if self.options.linears == "mxfp8" and self.options.skip:
+            skip, names = Skip(self.options.skip), names_of_holders(self._tops())
+            for at, value in enumerate(inputs):
+                if at not in found and (name := names.get(id(value))) is not None:
+                    found[at] = WHY_SKIPPED if skip.names(name) else None
+        return found
 
     @functools.cached_property
     def offloaded(self) -> dict[nn.Module, str]:
         """The experts whose weights are loaded for a call alone -> their names."""
-        tops = [top for model in self.models if (top := model.top()) is not None]
-        found = {module for top in tops for module in offloaded(top)}
-        return {module: self.name_of(module) for module in self.experts if module in found}
+        return {module: self.name_of(module) for module in self.experts if module in self._lent}
+
+    @functools.cached_property
+    def _lent(self) -> set[nn.Module]:
+        return {module for top in self._tops() for module in offloaded(top)}
 
     def is_lent(self, tensor: Tensor) -> bool:
         """Return whether a weight is one of :attr:`offloaded` experts."""
         return any(tensor is held for module in self.offloaded for held in tensors_of(module))
+
+    def is_shared(self, weight: Tensor) -> bool:
+        """Return whether a weight may be read by more than a linear, or is there for a call alone.
+
+        It is so unless one module is known to hold it, which is no embedding.
+        """
+        readers = self._holders.get(id(weight), [])
+        return len(readers) != 1 or isinstance(readers[0], nn.Embedding) or readers[0] in self._lent
+
+    @functools.cached_property
+    def _holders(self) -> dict[int, list[nn.Module]]:
+        return holders_of(self._tops())
+
+    def _tops(self) -> list[nn.Module]:
+        return [top for model in self.models if (top := model.top()) is not None]
 
     def tell_of_offloaded(self) -> None:
         """Warn once of each of the :attr:`offloaded` experts, unless they are left as they are."""
@@ -297,6 +333,11 @@ class Call:
                 found.append((miss, list(modules or self._subjects())))
         tell(found, self.options)
 
+    def announce_linears(self, report: GraphReport, args: Sequence[Any]) -> None:
+        """Warn of the linears of a graph that stay exact, or raise with ``strict``."""
+        misses = [miss for miss in self.renamed(report, args).linear_misses if not miss.skipped]
+        tell_of_linears(misses, self._subjects(), self.options)
+
     def renamed(self, report: GraphReport, args: Sequence[Any]) -> GraphReport:
         """Return the report with the names that these inputs' experts have in the model."""
         owners = self._owners()
@@ -312,31 +353,38 @@ class Call:
 
         rewrites: list[Rewrite] = [rename(rewrite) for rewrite in report.rewrites]
         misses: list[Miss] = [rename(miss) for miss in report.misses]
-        attention = self._attention(report, args)
-        return dataclasses.replace(report, rewrites=rewrites, misses=misses, attention=attention)
+        attention = self._by_parameter(report.attention, args)
+        mxfp8 = self._by_parameter(report.mxfp8, args)
+        linear_misses = self._by_parameter(report.linear_misses, args)
+        return dataclasses.replace(
+            report,
+            rewrites=rewrites,
+            misses=misses,
+            attention=attention,
+            mxfp8=mxfp8,
+            linear_misses=linear_misses,
+        )
 
     def layers(self) -> dict[int, str]:
         """Return ``id`` of each tensor of experts -> the experts' name in the model."""
         return {key: self.name_of(module) for key, module in self._owners().items()}
 
-    def _attention(self, report: GraphReport, args: Sequence[Any]) -> list[Attention]:
-        """Return what became one op with the names that these inputs' modules have in the model."""
-        if not report.attention:
+    def _by_parameter(self, items: Sequence[_Item], args: Sequence[Any]) -> list[_Item]:
+        """Return items with the names of the modules that hold these inputs in the model."""
+        if not items:
             return []
-        tops = [top for model in self.models if (top := model.top()) is not None]
-        held = {id(p): name for top in tops for name, p in top.named_parameters()}
+        names = names_of_holders(self._tops())
 
-        def rename(one: Attention) -> Attention:
-            name = next((held[id(args[at])] for at in one.inputs if id(args[at]) in held), "")
-            return dataclasses.replace(one, layer=name.rpartition(".")[0]) if name else one
+        def rename(one: _Item) -> _Item:
+            name = next((names[id(args[at])] for at in one.inputs if id(args[at]) in names), "")
+            return dataclasses.replace(one, layer=name) if name else one
 
-        return [rename(one) for one in report.attention]
+        return [rename(one) for one in items]
 
     def _subjects(self) -> list[Any]:
         """Return what a warning is about: the modules in the call, or a function without any."""
-        tops = [top for model in self.models if (top := model.top()) is not None]
         function = getattr(self._function, "__func__", self._function)
-        return tops or [function or self]
+        return self._tops() or [function or self]
 
     def _owners(self) -> dict[int, nn.Module]:
         return {id(tensor): module for module in self.experts for tensor in tensors_of(module)}

@@ -142,6 +142,28 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return found + ([] if inner is None else list(inner.parameters()))
 
 
+def holders_of(tops: Sequence[nn.Module]) -> dict[int, list[nn.Module]]:
+    """Return the ids of all parameters of modules -> the modules inside that hold them."""
+    found: dict[int, list[nn.Module]] = {}
+    for module in dict.fromkeys(module for top in tops for module in top.modules()):
+        for parameter in module.parameters(recurse=False):
+            found.setdefault(id(parameter), []).append(module)
+    return found
+
+
+def names_of_holders(tops: Sequence[nn.Module]) -> dict[int, str]:
+    """Return the ids of all parameters of modules -> the name of the module that holds each.
+
+    Of several that hold one, a linear is taken, or else the first.
+    """
+    found: dict[int, str] = {}
+    for name, module in ((name, module) for top in tops for name, module in top.named_modules()):
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in found or isinstance(module, nn.Linear):
+                found[id(parameter)] = bare(name)
+    return found
+
+
 def modules_of(function: Callable[..., Any], args: Sequence[Any]) -> list[nn.Module]:
     """Return the modules that a call of ``function`` uses, as far as Python objects show it.
 

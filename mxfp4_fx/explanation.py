@@ -20,8 +20,9 @@ from mxfp4_fx.core.console import size_in_words
 from mxfp4_fx.core.errors import Mxfp4Error
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET
+from mxfp4_fx.page import in_mxfp8
 from mxfp4_fx.passes.listing import GraphChange
-from mxfp4_fx.passes.report import Attention, Miss, Rewrite
+from mxfp4_fx.passes.report import Attention, Miss, QuantizedLinear, Rewrite
 from mxfp4_fx.weights.freed import is_freed
 
 PATIENCE = 60.0  # seconds; ranks that run a program together come to a call within some
@@ -42,6 +43,8 @@ class Explanation:
         misses: the layers that look like experts and stay as they are.
         notes: what else the user should know.
         linears: how many linears native kernels compute if they have few rows.
+        mxfp8: the linears that read their weights in MXFP8, with ``options["linears"] = "mxfp8"``.
+        linear_misses: the linears that should and stay exact, without the routers'.
         attention: the attentions with sinks that become one op, of memory linear in the tokens.
         attention_misses: what looks like attention with sinks on a CPU and stays as it is.
         changes: each captured graph as text, before and after the passes; only HTML shows it.
@@ -57,6 +60,8 @@ class Explanation:
     attention: tuple[Attention, ...] = ()
     attention_misses: tuple[Miss, ...] = ()
     changes: tuple[GraphChange, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    mxfp8: tuple[QuantizedLinear, ...] = ()
+    linear_misses: tuple[Miss, ...] = ()
     rounding_errors: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
@@ -77,6 +82,8 @@ class Explanation:
             "misses": [_data(miss) for miss in self.misses],
             "notes": [*self.notes],
             "linears": self.linears,
+            "mxfp8": [_data(linear) for linear in self.mxfp8],
+            "linear_misses": [_data(miss) for miss in self.linear_misses],
             "attention": [_data(attention) for attention in self.attention],
             "attention_misses": [_data(miss) for miss in self.attention_misses],
             "rounding_errors": dict(self.rounding_errors),
@@ -125,6 +132,11 @@ class Explanation:
             lines.append(f"{count} attentions with sinks: memory linear in the prompt's length")
         for miss in self.attention_misses:
             lines += [f"attention with sinks as it was: {miss.layer}", f"  {miss.reason}"]
+            lines += [f"  at {miss.where}"] if miss.where else []
+        if self.mxfp8:
+            lines.append(in_mxfp8(self.to_dict()["mxfp8"]))
+        for miss in self.linear_misses:
+            lines += [f"not in MXFP8: {miss.layer}", f"  {miss.reason}"]
             lines += [f"  at {miss.where}"] if miss.where else []
         if self.linears:
             lines.append(f"{self.linears} linears: native while they have few rows")
@@ -190,6 +202,8 @@ def explain(
         attention,
         tuple(others),
         tuple(changes),
+        tuple(dict.fromkeys(one for report in found.graphs for one in report.mxfp8)),
+        tuple(dict.fromkeys(miss for report in found.graphs for miss in report.linear_misses)),
     )
 
 
@@ -236,7 +250,7 @@ def _collect(
     return run
 
 
-def _data(item: Rewrite | Miss | Attention) -> dict[str, Any]:
+def _data(item: Rewrite | Miss | Attention | QuantizedLinear) -> dict[str, Any]:
     """Return an item as data; JSON has no infinity, so None stands for no limit."""
     data = {name: value for name, value in dataclasses.asdict(item).items() if name != "inputs"}
     return {name: None if value == math.inf else value for name, value in data.items()}

@@ -300,4 +300,6 @@ def _explanation(report: GraphReport, change: GraphChange) -> Explanation:
         tuple(report.attention),
         tuple(report.attention_misses),
         (change,),
+        tuple(report.mxfp8),
+        tuple(report.linear_misses),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,12 +22,23 @@ from mxfp4_fx import calls, limits
 from mxfp4_fx.backend import CompiledGraph, mxfp4
 from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import OptionError, WholeModelWarning
+from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.core.hardware import DTYPES
+from mxfp4_fx.core.layouts import MXFP8_ROWS
 from mxfp4_fx.core.options import Options
+from mxfp4_fx.core.skip import EXACT_LINEARS, Skip, bare
 from mxfp4_fx.experts import look_at
 from mxfp4_fx.huggingface import decoder_layers
 from mxfp4_fx.ops import target
-from mxfp4_fx.telling import warn
+from mxfp4_fx.passes import linear_verification
+from mxfp4_fx.passes.report import Miss
+from mxfp4_fx.telling import tell_of_linears, warn
 from mxfp4_fx.weights import mapped
+from mxfp4_fx.weights.freed import FreedParameter
+from mxfp4_fx.weights.source import LINEAR, Source
+from mxfp4_fx.weights.store import STORE
+
+log = logging.getLogger("mxfp4_fx.layerwise")
 
 _numbers = itertools.count()
 
@@ -78,15 +90,30 @@ def compile(
     if not layers or not all(layer.check() for layer in layers):
         torch_private.call_through(model, shared.compiled_whole(model))
         return model
+    _mark_exact_linears(model, layers, parsed)
     shared.compile_pieces()
     for layer in layers:
         torch_private.call_through(layer.layer, layer)
     if model not in found:
         head = decoder_layers.head_of(model) if parsed.linears else None
         if head is not None:
-            torch_private.call_through(head, _Head(head, parsed.kernels))
+            name = next(name for name, module in model.named_modules() if module is head)
+            torch_private.call_through(head, _Head(head, bare(name), parsed))
         torch_private.call_through(model, _Top(shared, model, layers, head))
     return model
+
+
+def _mark_exact_linears(model: nn.Module, layers: list[_Layer], options: Options) -> None:
+    """Let layers of which ``options["skip"]`` names other linears have graphs of their own."""
+    skip = Skip(options.skip if options.linears == "mxfp8" else ())
+    names = {module: bare(name) for name, module in model.named_modules()}
+    for layer in layers:
+        exact = [
+            name
+            for name, module in layer.layer.named_modules()
+            if isinstance(module, nn.Linear) and skip.names(names[module])
+        ]
+        vars(layer.layer)[EXACT_LINEARS] = ",".join(exact)
 
 
 @compilation.ours_for_parts
@@ -254,28 +281,37 @@ def _plain(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 class _Head:
-    """Calls the model's last linear as ``mxfp4::linears``, which reads the weight once.
+    """Calls the model's last linear as an op that reads the weight once, or reads it in MXFP8.
 
     Compiled, it would be a graph for prompts, one for decoding and one for further prompts.
     """
 
-    def __init__(self, head: nn.Linear, kernels: str) -> None:
-        self._head, self._kernels = head, kernels
+    def __init__(self, head: nn.Linear, name: str, options: Options) -> None:
+        self._head, self._name, self._options = head, name, options
         self._hooks = torch_private.hooks([head])
+        self._is_verified = not options.verify
+        self._is_skipped = Skip(options.skip).names(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and self._is_for_op(args[0]):
-            head = self._head
-            return torch.ops.mxfp4.linears(args[0], [head.weight], [head.bias], "cpu")[0]
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+            head, x = self._head, args[0]
+            if self._options.linears == "mxfp8" and not self._is_skipped:
+                why = self._why_exact(x)
+                if why is None:
+                    return self._in_mxfp8(x)
+                miss = Miss(self._name, why)
+                log.info("not in MXFP8: %s", miss)
+                tell_of_linears([miss], [head], self._options)
+            if self._is_for_op(x):
+                return torch.ops.mxfp4.linears(x, [head.weight], [head.bias], "cpu")[0]
         return torch_private.uncompiled(self._head)(*args, **kwargs)
 
-    def _is_for_op(self, x: Any) -> bool:
+    def _is_for_op(self, x: Tensor) -> bool:
         """Return whether the op computes what the linear does now, as ``lower_linears`` has it."""
         head = self._head
         held = [head.weight, *([] if head.bias is None else [head.bias])]
         return (
-            type(x) is Tensor
-            and all(type(tensor) is nn.Parameter for tensor in held)
+            all(type(tensor) is nn.Parameter for tensor in held)
             and all(tensor.is_cpu and tensor.dtype == x.dtype for tensor in (x, *held))
             and target.linears_pay(held[:1])
             and not any(self._hooks)
@@ -287,9 +323,55 @@ class _Head:
             and self._has_kernels
         )
 
+    def _why_exact(self, x: Tensor) -> str | None:
+        """Return why the op does not compute what the linear does now, or None if it does."""
+        head = self._head
+        held = [head.weight, *([] if head.bias is None else [head.bias])]
+        if not all(type(tensor) in (nn.Parameter, FreedParameter) for tensor in held):
+            return "an operand is of a subclass of Tensor"
+        if any(tensor.dtype != x.dtype for tensor in held) or x.dtype not in DTYPES:
+            return "its operands must have one dtype of float32, bfloat16 and float16"
+        if any(tensor.device != x.device for tensor in held):
+            return "its operands are on several devices"
+        if x.shape[-1:] != (head.in_features,) or head.in_features % BLOCK:
+            return f"MXFP8 needs a multiple of {BLOCK} input features"
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
+            return "its weight requires a gradient: run under torch.no_grad()"
+        if any(self._hooks) or "forward" in vars(head):
+            return "it has hooks or a forward of its own"
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast is on"
+        if torch_private.are_transforms_active() or torch_private_dynamo.is_traced():
+            return "it is inside a function transform or another compilation"
+        return None
+
+    def _in_mxfp8(self, x: Tensor) -> Tensor:
+        head, options = self._head, self._options
+        chosen = target.choose(x.device, options.kernels)
+        kernels = target.mxfp8_kernels(chosen, x.device)
+        source, name = Source((head.weight,), LINEAR), f"weight of {self._name}"
+        call = calls.current()
+        with torch_private.as_plain_tensors():
+            if (
+                options.free_weights
+                and call is not None
+                and STORE.can_free(source, MXFP8_ROWS)
+                and not call.is_shared(head.weight)
+            ):
+                STORE.free(source, MXFP8_ROWS, name)
+            codes, scales = STORE.get(source, MXFP8_ROWS, name)
+            # The op reads no freed memory.
+            result = torch.ops.mxfp4.linears_mxfp8(x, [codes], [scales], [head.bias], kernels)[0]
+            if not self._is_verified:
+                original = nn.functional.linear(x, head.weight, head.bias)
+                operands = (x, head.weight, head.bias)
+                linear_verification.compare(self._name, original, result, *operands)
+                self._is_verified = True
+        return result
+
     @functools.cached_property
     def _has_kernels(self) -> bool:
-        return target.has_native_linears(self._kernels)
+        return target.has_native_linears(self._options.kernels)
 
 
 class _Top:

@@ -141,7 +141,8 @@ def _body(found: Mapping[str, Any], changes: Sequence[GraphChange]) -> Iterator[
     if rewrites:
         yield "<h2>Layers in MXFP4</h2>"
         yield from _layers(found)
-    if found["attention"] or found["attention_misses"] or found["linears"]:
+    around = "attention", "attention_misses", "linears", "mxfp8", "linear_misses"
+    if any(found[name] for name in around):
         yield "<h2>Around the experts</h2>"
     if found["attention"]:
         yield (
@@ -150,6 +151,10 @@ def _body(found: Mapping[str, Any], changes: Sequence[GraphChange]) -> Iterator[
         )
     if found["linears"]:
         yield f"<p>{found['linears']} linears: native while they have few rows</p>"
+    if found["mxfp8"]:
+        yield f"<p>{escape(in_mxfp8(found['mxfp8']))}</p>"
+    for miss in found["linear_misses"]:
+        yield _miss(miss, "not in MXFP8: ")
     for miss in found["attention_misses"]:
         yield _miss(miss, "attention with sinks as it was: ")
     if found["rounding_errors"]:
@@ -163,6 +168,16 @@ def _body(found: Mapping[str, Any], changes: Sequence[GraphChange]) -> Iterator[
         number = f" {at + 1} of {len(changes)}" if len(changes) > 1 else ""
         yield f"<h2>Graph{number}, before and after the passes</h2>"
         yield from _change(change)
+
+
+def in_mxfp8(linears: Sequence[Mapping[str, Any]]) -> str:
+    """Return in words what linears that read MXFP8 save; each is a ``QuantizedLinear`` as data."""
+    before, after = (
+        size_in_words(sum(linear[f"bytes_{end}"] for linear in linears))
+        for end in ("before", "after")
+    )
+    kernels = ", ".join(sorted({linear["kernels"] for linear in linears}))
+    return f"{len(linears)} linears in MXFP8 ({kernels} kernels): {before} -> {after}"
 
 
 def _miss(miss: Mapping[str, Any], what: str = "") -> str:

@@ -52,6 +52,28 @@ def tell(misses: Sequence[tuple[Miss, list[Any]]], options: Options) -> None:
         note_told(modules, str(miss))
 
 
+def tell_of_linears(misses: Sequence[Miss], subjects: list[Any], options: Options) -> None:
+    """Warn of linears that stay exact though MXFP8 was asked for, or raise with ``strict``.
+
+    Raises:
+        MissedRewriteError: there are misses, and ``options.strict`` is set.
+    """
+    what = "linear(s) stay exact under options={'linears': 'mxfp8'}"
+    if misses and options.strict:
+        lines = "\n".join(f"  {miss}" for miss in misses)
+        raise MissedRewriteError(
+            f"strict=True, and {len(misses)} {what}; options['skip'] can name them:\n{lines}"
+        )
+    fresh = [m for m in misses if not all(is_told(one, str(m)) for one in subjects)]
+    if not fresh:
+        return
+    more = f"\n  and {len(fresh) - 3} more; mxfp4_fx.explain lists all" if fresh[3:] else ""
+    shown = "".join(f"\n  {miss}" for miss in fresh[:3])
+    warn(f"{len(fresh)} {what}:{shown}{more}", MissedRewriteWarning)
+    for miss in fresh:
+        note_told(subjects, str(miss))
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn, whatever was warned of before."""
     # With a shared registry, Python would show a message once, though it is about several models.

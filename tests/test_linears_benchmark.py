@@ -23,7 +23,7 @@ def run(output: Path) -> dict[str, Any]:
     return json.loads(output.read_text("utf-8"))
 
 
-def test_both_ways_are_measured_by_rows(
+def test_all_ways_are_measured_by_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linears, "_ROTATING", 1 << 16)
@@ -33,7 +33,12 @@ def test_both_ways_are_measured_by_rows(
         *(("bfloat16", 1), ("bfloat16", 3)),
     ]
     assert results["faster_up_to"].keys() == {"float32", "bfloat16"}
-    assert "\nfloat32 64x96   1: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("\nfloat32 64x96   1: ") == 2  # exact weights, then MXFP8
+    for one in results["linears"]:  # a weight has 64 rows of 96 codes and 3 scales
+        seconds = one["milliseconds"]["mxfp8"]["median"] / 1e3
+        assert one["mxfp8"]["bytes_per_second"] * seconds == pytest.approx(64 * 99)
+        assert one["mxfp8"]["times_faster"]["median"] > 0
 
 
 def test_the_limit_is_that_of_the_slowest_shape() -> None:
@@ -52,6 +57,22 @@ def test_figures_of_the_readme_are_those_of_a_run() -> None:
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     assert f"{min(ratios):.1f} to {max(ratios):.1f} times as fast on two threads of an" in readme
     assert (min(one["rows"] for one in found), max(one["rows"] for one in found)) == (1, 256)
+
+
+def test_figures_of_mxfp8_in_the_readme_are_those_of_a_run() -> None:
+    stored = ROOT / "benchmarks/results/linears-mxfp8-epyc-zen5-2-threads.json"
+    found = json.loads(stored.read_text("utf-8"))["linears"]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = readme[readme.index("| rows of bfloat16, times as fast |") :].splitlines()
+    rows = [int(cell) for cell in table[0].strip("| ").split("|")[1:]]
+    for line, shape in zip(table[2:4], ("1024x2880", "2880x4096"), strict=True):
+        ratios = {
+            one["rows"]: one["mxfp8"]["times_faster"]["median"]
+            for one in found
+            if (one["dtype"], one["shape"]) == ("bfloat16", shape)
+        }
+        cells = " | ".join(f"{ratios[row]:.1f}" for row in rows)
+        assert line == f"| [{shape.replace('x', ', ')}] | {cells} |"
 
 
 def test_a_wrong_result_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

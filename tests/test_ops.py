@@ -24,6 +24,7 @@ from implementations import (
 )
 from models import DTYPES
 from oracle import Bounded, Matrices, assert_within, random_logits, random_routes
+from test_linears_mxfp8 import random_weight
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -522,6 +523,12 @@ def examples(t: int, kernels: Kernels, grad: bool) -> dict[str, tuple[Any, tuple
         cases["matmul_ogs_backward"] = (ops.matmul_ogs_backward.default, back, {})
         linears = (randn(t, 32), [randn(6, 32), randn(2, 32)], [randn(6), None], "reference")
         cases["linears"] = (ops.linears.default, linears, {})
+        codes, scales = zip(*(random_weight(n, 32, seed=n) for n in (6, 2)), strict=True)
+        of_8_bits = (randn(t, 32), [*codes], [*scales], [randn(6), None], "reference")
+        cases["linears_mxfp8"] = (ops.linears_mxfp8.default, of_8_bits, {})
+        grads = [randn(t, 6), randn(t, 2)]
+        backward = ops.linears_mxfp8_backward.default
+        cases["linears_mxfp8_backward"] = (backward, (grads, [*codes], [*scales]), {})
         attention = (randn(1, 4, t, 8), *randn(2, 1, 2, t, 8), randn(4), randn(t, t), 0.5)
         cases["attention_with_sinks"] = (ops.attention_with_sinks.default, attention, {})
     return {

@@ -69,6 +69,18 @@ def test_differences_are_those_of_the_perplexities(results: dict[str, Any]) -> N
         assert (apart["standard_error"] > 0) == (of != to)
 
 
+def test_linears_in_mxfp8_are_judged(finished: tuple[str, dict[str, Any], Path]) -> None:
+    out, results, _ = finished
+    found = results["linears_in_mxfp8"]
+    perplexity = {(r["weights"], r["compiled"]): r["perplexity"] for r in results["models"]}
+    for to, of in (("to_bfloat16", ("bfloat16", False)), ("to_max", ("max", True))):
+        apart = found[to]["perplexity"] - (found["perplexity"] - perplexity[of])
+        assert abs(apart) < 2**-38
+        assert found[to]["standard_error"] > 0
+    assert f"{found['perplexity']:.4f}" in out
+    assert f"{found['to_max']['perplexity']:+.4f}" in out
+
+
 def test_compiled_logits_are_within_the_bound(results: dict[str, Any]) -> None:
     assert results["logits"].keys() == {"max", "search"}
     for row in results["logits"].values():
@@ -290,3 +302,32 @@ def test_figures_of_the_documentation_are_those_of_a_run() -> None:
     for name, rules in results["weights"].items():
         decibels = " | ".join(f"{rules[rule]['snr_db']:.2f} dB" for rule in ("max", "search"))
         assert f"| {name} | {decibels} |" in documentation
+
+
+def test_figures_of_linears_in_mxfp8_are_those_of_a_run() -> None:
+    stored = ROOT / "benchmarks/results/quality-mxfp8.json"
+    results = json.loads(stored.read_text("utf-8"))
+    assert results["settings"] == asdict(quality.Settings(steps=600))
+    documentation = (ROOT / "docs/quality.md").read_text("utf-8")
+    base = results["models"][0]["perplexity"]
+    (plain,) = (r for r in results["models"] if (r["weights"], r["compiled"]) == ("max", True))
+    assert f"| bfloat16 | exact | {base:.4f} | | |" in documentation
+    for linears, row in (("exact", plain), ("MXFP8", results["linears_in_mxfp8"])):
+        apart = row["to_bfloat16"]
+        figures = f"{apart['perplexity']:+.4f} ± {apart['standard_error']:.4f}"
+        percent = f"{100 * apart['perplexity'] / base:+.2f} %"
+        line = f"| max, compiled | {linears} | {row['perplexity']:.4f} | {figures} | {percent} |"
+        assert line in documentation
+    added = results["linears_in_mxfp8"]["to_max"]
+    figures = f"{added['perplexity']:+.4f} ± {added['standard_error']:.4f}"
+    assert f"exact linears: {figures}" in documentation
+    assert figures in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_error_of_mxfp8_in_the_documentation_is_that_of_samples() -> None:
+    found = weight_error.in_mxfp8(weight_error.distributions(1 << 18))
+    documentation = (ROOT / "docs/quality.md").read_text("utf-8")
+    for rules in found.values():
+        error = rules["MXFP8"]
+        assert f"{error['snr_db']:.1f} dB of all three" in documentation
+        assert f"(error {error['relative_squared_error']:.4f})" in documentation

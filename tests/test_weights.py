@@ -20,14 +20,15 @@ from processes import LAST_RESORT
 from torch import Tensor, nn
 
 import mxfp4_fx
+from mxfp4_fx.core import mxfp8
 from mxfp4_fx.core.errors import WeightError
 from mxfp4_fx.core.formats import dequantize, quantize
-from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.layouts import LAYOUTS, MXFP8_ROWS
 from mxfp4_fx.core.orders import Order
 from mxfp4_fx.weights import source as source_module
 from mxfp4_fx.weights import store as store_module
 from mxfp4_fx.weights import swizzle
-from mxfp4_fx.weights.source import FLOATS, MXFP4, Source, encoding_of
+from mxfp4_fx.weights.source import FLOATS, LINEAR, MXFP4, Source, encoding_of
 from mxfp4_fx.weights.store import STORE, WeightStore
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
@@ -330,10 +331,28 @@ def test_weights_in_every_order_are_swizzled_to_the_same_parts(layout: str, n: i
 
 
 def test_every_encoding_is_filled_natively() -> None:
+    assert swizzle.is_native(LINEAR, MXFP8_ROWS, "cpu")
     for (layout, device), tasks in swizzle.NATIVE.items():
+        if layout == MXFP8_ROWS:  # of linears, whose layout is the only order
+            continue
         for source in sources(torch.zeros(1, 2, 32)):
             assert swizzle.is_native(source.encoding, layout, device)
         assert {"unswizzle", "empty"} < tasks.keys()
+
+
+def test_a_linear_is_filled_natively_as_it_is_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a transposed weight, and back into its strides."""
+    for weight in (torch.randn(5, 96), torch.randn(96, 5).T):
+        source = Source((weight,), LINEAR)
+        native = swizzle_weight(source, MXFP8_ROWS)
+        monkeypatch.setattr(swizzle, "_native", lambda *_: None)
+        in_torch = swizzle_weight(source, MXFP8_ROWS)
+        monkeypatch.undo()
+        assert [part.shape for part in native] == [(1, 5, 96), (1, 5, 3)]
+        assert all(map(torch.equal, native, in_torch))
+        (back,) = LINEAR.from_mxfp4(native, weight)
+        assert back.stride() == weight.stride()
+        assert torch.equal(back, mxfp8.dequantize(native[0][0], native[1][0], torch.float32))
 
 
 def test_pairs_that_are_not_one_block_of_memory() -> None:

@@ -44,6 +44,8 @@ class CpuPath:
             EPYC (Zen 3), the others on a Xeon with AMX, with oneDNN, MKL and torch limited to the
             same instructions. Other dtypes, and paths that were not measured, are left to torch.
         linear_rows_of: a vendor -> what differs on its CPUs.
+        mxfp8_rows: dtype -> see :func:`mxfp8_rows`. Measured on an EPYC (Zen 5), ``avx2`` with
+            torch limited to it; ``amx`` and ``portable`` are guesses.
     """
 
     features: Mapping[str, str]
@@ -53,6 +55,9 @@ class CpuPath:
     linear_rows: Mapping[torch.dtype, int] = dataclasses.field(default_factory=dict)
     linear_rows_of: Mapping[str, Mapping[torch.dtype, int]] = dataclasses.field(
         default_factory=dict
+    )
+    mxfp8_rows: Mapping[torch.dtype, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(DTYPES, 8)
     )
 
     @property
@@ -97,6 +102,7 @@ CPU_PATHS: dict[str, CpuPath] = {
         pays_on=_AMD,
         # With 64 rows torch needs three times as long in float16, 1.1 to 1.9 times in float32.
         linear_rows={torch.bfloat16: 10, torch.float16: 96, torch.float32: 64},
+        mxfp8_rows=dict.fromkeys(DTYPES, 16),
     ),
     "avx512": CpuPath(
         _AVX512,
@@ -110,6 +116,11 @@ CPU_PATHS: dict[str, CpuPath] = {
         # times as long.
         linear_rows={torch.bfloat16: _ANY_NUMBER, torch.float16: _ANY_NUMBER, torch.float32: 8},
         linear_rows_of={_AMD: {torch.float32: 48}},
+        mxfp8_rows={
+            torch.bfloat16: _ANY_NUMBER,
+            torch.float16: _ANY_NUMBER,
+            torch.float32: 16,
+        },
     ),
     "neon_bf16": CpuPath(
         {**_DOTPROD, "bf16": "+bf16"}, "the CPU is an ARM with matrix products of bfloat16"
@@ -163,6 +174,11 @@ def cpu_path() -> str:
 def linear_rows(dtype: torch.dtype) -> int:
     """Return up to how many rows of activations the native linear is faster than torch's."""
     return _linear_rows_on(cpu_path()).get(dtype, 0)
+
+
+def mxfp8_rows(dtype: torch.dtype) -> int:
+    """Return up to how many rows linears read MXFP8 codes natively, not values made of them."""
+    return CPU_PATHS[cpu_path()].mxfp8_rows[dtype]
 
 
 @functools.cache

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS, pack, unpack
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_BIAS, E8M0_NAN, pack, unpack
 
 CHECKPOINT_ORDER = "row_major"
+MXFP8_ROWS = "mxfp8_rows"
 
 
 class Layout(ABC):
@@ -307,6 +308,28 @@ def _reorder_nibbles(dwords: Tensor) -> Tensor:
     return dwords ^ differences ^ differences << 12
 
 
+class Mxfp8Rows(Layout):
+    """Rows of MXFP8 (``core/mxfp8.py``), in which its kernels read a weight as it is quantized.
+
+    Codes are [N, K] and scales [N, K/32]. This is no order of MXFP4's bytes: here both arguments of
+    ``swizzle`` have these shapes.
+    """
+
+    name = MXFP8_ROWS
+
+    def shapes(self, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (n, k), (n, k // BLOCK)
+
+    def swizzle(self, blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        return blocks, scales
+
+    def unswizzle(self, blocks: Tensor, scales: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+        return blocks, scales
+
+    def extremes(self, scales: Tensor) -> Tensor:
+        return scales == E8M0_NAN
+
+
 # How modules of transformers hold their weights for the kernels of the hub.
 HUB_LAYOUTS: dict[str, Layout] = {
     layout.name: layout for layout in (HubStrided(), HubHopper(), HubBlackwell())
@@ -318,3 +341,5 @@ LAYOUTS: dict[str, Layout] = {
     },
     **HUB_LAYOUTS,
 }
+# All that the store makes: of experts, and of other weights.
+STORED_LAYOUTS: dict[str, Layout] = {**LAYOUTS, MXFP8_ROWS: Mxfp8Rows()}

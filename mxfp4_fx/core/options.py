@@ -32,7 +32,8 @@ class Options:
         skip: patterns of the names of modules to leave alone; see ``skip.py``.
         regions: capture the repeated layer as a nested compile region, whose graph is compiled once
             for all layers that are alike.
-        linears: compute linears of few rows on a CPU natively.
+        linears: compute linears of few rows on a CPU natively; or ``"mxfp8"``: quantize all linears
+            but the router's to MXFP8, on a CPU.
         attention: compute attention with sinks on a CPU in memory linear in the number of tokens.
         mode: the ``mode=`` of ``torch.compile``; reaches Inductor.
     """
@@ -45,7 +46,7 @@ class Options:
     free_weights: bool = False
     skip: tuple[str, ...] = ()
     regions: bool = True
-    linears: bool = True
+    linears: bool | str = True
     attention: bool = True
     mode: str | None = None
 
@@ -73,9 +74,13 @@ class Options:
                 f"options['kernels'] is {self.kernels!r}; it must be one of "
                 f"{', '.join(KERNELS)}.{_nearest(self.kernels, KERNELS)}"
             )
-        for name in ("strict", "verify", "free_weights", "regions", "linears", "attention"):
+        for name in ("strict", "verify", "free_weights", "regions", "attention"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"options[{name!r}] must be True or False.")
+        if not isinstance(self.linears, bool) and self.linears != "mxfp8":
+            raise OptionError(
+                f"options['linears'] must be True, False or 'mxfp8'; it is {self.linears!r}."
+            )
         if not (isinstance(self.inner, str) or callable(self.inner)):
             raise OptionError(
                 "options['inner'] must be the name of a Dynamo backend, such as 'inductor' or "

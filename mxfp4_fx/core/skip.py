@@ -30,6 +30,9 @@ KEEP_DENSE = "_mxfp4_fx_keep_dense"
 # The same on experts during a call whose options["skip"] names them. Dynamo guards both marks,
 # because what it traces reads them.
 SKIPPED = "_mxfp4_fx_skipped"
+# An attribute of a layer that `mxfp4_fx.compile` computes in pieces: the names of its linears that
+# options["skip"] names. Dynamo guards it, because layers share what is compiled.
+EXACT_LINEARS = "_mxfp4_fx_exact_linears"
 WHY_SKIPPED = "skipped by options['skip']"
 _REGEX = set("\\()|^$+{}")
 # A match must end at a dot, after a dot or at the end of the name.

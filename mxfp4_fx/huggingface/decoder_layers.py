@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mxfp4_fx.core import torch_private, torch_private_dynamo
+from mxfp4_fx.core.skip import EXACT_LINEARS
 
 _MODELING = "transformers.models.gpt_oss.modeling_gpt_oss"
 _CAPTURING = "transformers.utils.output_capturing"
@@ -113,6 +114,7 @@ def pieces() -> Pieces:
     collector = _collector()
 
     def head(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
+        len(getattr(layer, EXACT_LINEARS, ""))  # Dynamo guards what it reads
         taking = Taking()
         try:  # noqa: SIM105 - Dynamo traces this better
             layer.forward(hidden, **kwargs, **{cache: taking})
@@ -123,6 +125,7 @@ def pieces() -> Pieces:
         return *taking.taken, taking.more, taking.named
 
     def recorded(layer: Any, hidden: Tensor, kwargs: dict[str, Any], keys: Any) -> Any:
+        len(getattr(layer, EXACT_LINEARS, ""))
         if keys is None:  # nothing in the layer has a hook that records
             return layer.forward(hidden, **kwargs), None
         # While Dynamo traces, the collector is a global variable, which is reset here too.

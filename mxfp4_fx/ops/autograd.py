@@ -33,11 +33,13 @@ def register(
     """
     schema = torch_private.schema_of(op)
     name = schema.name.rpartition("::")[2]
+    is_list = isinstance(schema.returns[0].type, torch.ListType)
     defaults = tuple(argument.default_value for argument in schema.arguments)
 
     def forward(*args: Any) -> Any:
         with torch_private.below_autograd():
-            return op(*args)
+            results = op(*args)
+        return tuple(results) if is_list else results  # a list is no result for autograd
 
     members = {
         "forward": staticmethod(forward),
@@ -58,8 +60,10 @@ def register(
             inputs = (*args, *defaults[len(args) :])
             if torch_private.are_transforms_active():
                 with torch_private.as_python_calls():
-                    return gradients.apply(*inputs)
-            return gradients.apply(*inputs)
+                    results = gradients.apply(*inputs)
+            else:
+                results = gradients.apply(*inputs)
+            return list(results) if is_list else results
         with torch_private.below_autograd():
             return op(*args)
 

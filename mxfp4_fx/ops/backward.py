@@ -7,12 +7,14 @@ gradient, and an expert bias that requires one raises an error. Shape letters as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mxfp4_fx.core import mxfp8
 from mxfp4_fx.ops.operands import Activation, Rows, Weight
 from mxfp4_fx.ops.reference import activate, matrix
 
@@ -106,6 +108,45 @@ def matmul_ogs_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if flat[_GAMMAS] is not None:
         gradients[_GAMMAS] = grad_gammas
     return tuple(gradients)
+
+
+def linears_mxfp8_backward(
+    grads: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]
+) -> Tensor:
+    """Return the gradient of ``linears_mxfp8`` with respect to x, [..., K].
+
+    Args:
+        grads: the gradients [..., N] of its results, at least one.
+        codes, scales: the op's operands.
+    """
+    total = None
+    for grad, code, scale in zip(grads, codes, scales, strict=True):
+        part = grad.float() @ mxfp8.dequantize(code[0], scale[0], torch.float32)
+        total = part if total is None else total + part
+    assert total is not None
+    return total.to(grads[0].dtype)
+
+
+def save_linears_mxfp8(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    """Save the weights: ``setup_context`` of linears_mxfp8.
+
+    Raises:
+        RuntimeError: a bias requires a gradient.
+    """
+    _, codes, scales, biases, _ = inputs
+    if any(bias is not None and bias.requires_grad for bias in biases):
+        raise RuntimeError(
+            "mxfp4::linears_mxfp8 has no gradient for a bias; call bias.requires_grad_(False)"
+        )
+    ctx.save_for_backward(*codes, *scales)
+
+
+def linears_mxfp8_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Return one gradient or None for each argument: ``backward`` of linears_mxfp8."""
+    saved = ctx.saved_tensors
+    codes, scales = saved[: len(grads)], saved[len(grads) :]
+    of_x = torch.ops.mxfp4.linears_mxfp8_backward(grads, codes, scales)
+    return of_x, None, None, None, None
 
 
 def save_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -41,6 +41,8 @@ def register(operands_of: Callable[..., Any]) -> None:
         torch.ops.mxfp4.grouped_linear: _grouped_linear,
         torch.ops.mxfp4.grouped_outer: _grouped_outer,
         torch.ops.mxfp4.linears: _linears,
+        torch.ops.mxfp4.linears_mxfp8: _linears_mxfp8,
+        torch.ops.mxfp4.linears_mxfp8_backward: _linears_mxfp8_backward,
         torch.ops.mxfp4.attention_with_sinks: _attention_with_sinks,
     }
     for op, formula in formulas.items():
@@ -100,6 +102,18 @@ def _linears(
     x: Tensor, weights: Sequence[Tensor], *others: Any, out_val: Any = None, **named: Any
 ) -> int:
     return sum(2 * x.numel() * weight.shape[0] for weight in weights)
+
+
+def _linears_mxfp8(
+    x: Tensor, codes: Sequence[Tensor], *others: Any, out_val: Any = None, **named: Any
+) -> int:
+    return sum(2 * x.numel() * code.shape[1] for code in codes)
+
+
+def _linears_mxfp8_backward(
+    grads: Sequence[Tensor], codes: Sequence[Tensor], *others: Any, out_val: Any = None
+) -> int:
+    return sum(2 * grad.numel() * code.shape[2] for grad, code in zip(grads, codes, strict=True))
 
 
 def _attention_with_sinks(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mxfp4_fx.core.formats import BLOCK
@@ -226,6 +227,41 @@ def check_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor 
             raise ValueError(
                 f"mxfp4::linears: the bias of a weight {tuple(weight.shape)} must be "
                 f"[{weight.shape[0]}]; one is {tuple(bias.shape)}"
+            )
+
+
+def check_linears_mxfp8(
+    x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> None:
+    """Check the operands of ``linears_mxfp8``; see ``reference.linears_mxfp8``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    if x.ndim == 0 or not len(codes) == len(scales) == len(biases):
+        raise ValueError(
+            f"mxfp4::linears_mxfp8: x must be [..., K], with scales and a bias or None for each "
+            f"codes; x is {tuple(x.shape)}, with {len(codes)} codes, {len(scales)} scales and "
+            f"{len(biases)} biases"
+        )
+    k = x.shape[-1]
+    for code, scale, bias in zip(codes, scales, biases, strict=True):
+        shape = tuple(code.shape)
+        fits = len(shape) == 3 and shape[0] == 1 and shape[2] == k and k % BLOCK == 0
+        if not fits or scale.shape != (1, shape[1], k // BLOCK):
+            raise ValueError(
+                f"mxfp4::linears_mxfp8: codes must be [1, N, {k}], as x is {tuple(x.shape)}, and "
+                f"scales [1, N, {k} / {BLOCK}]; some are {shape} and {tuple(scale.shape)}"
+            )
+        if code.dtype != torch.uint8 or scale.dtype != torch.uint8:
+            raise ValueError(
+                f"mxfp4::linears_mxfp8: codes and scales must be uint8; some are {code.dtype} and "
+                f"{scale.dtype}"
+            )
+        if bias is not None and bias.shape != (shape[1],):
+            raise ValueError(
+                f"mxfp4::linears_mxfp8: the bias of codes {shape} must be [{shape[1]}]; one is "
+                f"{tuple(bias.shape)}"
             )
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mxfp4_fx.core import mxfp8
 from mxfp4_fx.core.formats import BLOCK, dequantize
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 from mxfp4_fx.core.orders import Order, alternate
@@ -28,6 +29,7 @@ from mxfp4_fx.ops.operands import (
     Rows,
     Weight,
     check_linears,
+    check_linears_mxfp8,
     columns,
     make_weight,
 )
@@ -299,6 +301,28 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     check_linears(x, weights, biases)
     given = zip(weights, biases, strict=True)
     return [torch.nn.functional.linear(x, w, b).contiguous() for w, b in given]
+
+
+def linears_mxfp8(
+    x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Compute :func:`linears` with weights in MXFP8, whose values are made in x's dtype.
+
+    Args:
+        x: [..., K]; float32, bfloat16 or float16.
+        codes, scales: uint8 [1, N, K] and [1, N, K/32] each (``core/mxfp8.py``), where N may
+            differ.
+        biases: [N] each, or None for no bias.
+
+    Returns:
+        [..., N] of x's dtype for each weight, contiguous.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    check_linears_mxfp8(x, codes, scales, biases)
+    given = zip(codes, scales, strict=True)
+    return linears(x, [mxfp8.dequantize(c[0], s[0], x.dtype) for c, s in given], biases)
 
 
 def attention_with_sinks(operands: Attention) -> Tensor:

@@ -31,6 +31,7 @@ _REFERENCE = {
     "routing": "mxfp4_fx.ops.reference:routing",
     "routing.routes": "mxfp4_fx.ops.reference:routing_from_routes",
     "linears": "mxfp4_fx.ops.reference:linears",
+    "linears_mxfp8": "mxfp4_fx.ops.reference:linears_mxfp8",
     "attention_with_sinks": "mxfp4_fx.ops.reference:attention_with_sinks",
 }
 # kernels -> op -> "module:function".
@@ -40,6 +41,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "cpu": {
         "attention_with_sinks": "mxfp4_fx.ops.cpu_attention:attention_with_sinks",
         "linears": "mxfp4_fx.ops.cpu_linear:linears",
+        "linears_mxfp8": "mxfp4_fx.ops.cpu_mxfp8:linears",
         "matmul_ogs": "mxfp4_fx.ops.cpu:matmul_ogs",
         "routing": "mxfp4_fx.ops.cpu:routing",
         "routing.routes": "mxfp4_fx.ops.cpu:routing_from_routes",
@@ -90,6 +92,9 @@ SCHEMAS = {
     "matmul_ogs_backward": f"(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor)",
     "linears": "(Tensor x, Tensor[] weights, Tensor?[] biases, str kernels='reference') -> "
     "Tensor[]",
+    "linears_mxfp8": "(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] biases, "
+    "str kernels='reference') -> Tensor[]",
+    "linears_mxfp8_backward": "(Tensor[] grads, Tensor[] codes, Tensor[] scales) -> Tensor",
     "attention_with_sinks": "(Tensor query, Tensor key, Tensor value, Tensor sinks, Tensor? mask, "
     "float scale, str kernels='reference') -> Tensor",
 }
@@ -209,6 +214,17 @@ def _linears(
     return results
 
 
+def _linears_mxfp8(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    kernels: str = "reference",
+) -> list[Tensor]:
+    results: list[Tensor] = kernel(kernels, "linears_mxfp8")(x, codes, scales, biases)
+    return results
+
+
 def _attention_with_sinks(
     query: Tensor,
     key: Tensor,
@@ -273,6 +289,23 @@ def _fake_linears(
 ) -> list[Tensor]:
     operands.check_linears(x, weights, biases)
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+
+
+def _fake_linears_mxfp8(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    kernels: str = "reference",
+) -> list[Tensor]:
+    operands.check_linears_mxfp8(x, codes, scales, biases)
+    return [x.new_empty((*x.shape[:-1], code.shape[1])) for code in codes]
+
+
+def _fake_linears_mxfp8_backward(
+    grads: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]
+) -> Tensor:
+    return grads[0].new_empty((*grads[0].shape[:-1], codes[0].shape[2]))
 
 
 def _fake_attention_with_sinks(
@@ -342,6 +375,8 @@ _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "matmul_ogs": (_matmul_ogs, _fake_matmul_ogs),
     "matmul_ogs_backward": (_matmul_ogs_backward, _fake_matmul_ogs_backward),
     "linears": (_linears, _fake_linears),
+    "linears_mxfp8": (_linears_mxfp8, _fake_linears_mxfp8),
+    "linears_mxfp8_backward": (backward.linears_mxfp8_backward, _fake_linears_mxfp8_backward),
     "attention_with_sinks": (_attention_with_sinks, _fake_attention_with_sinks),
 }
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -352,6 +387,7 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "matmul_ogs": (backward.matmul_ogs_gradients, backward.save_matmul_ogs),
     "grouped_linear": (adapters.grouped_linear_gradients, adapters.save_grouped_linear),
+    "linears_mxfp8": (backward.linears_mxfp8_gradients, backward.save_linears_mxfp8),
 }
 
 

@@ -149,6 +149,27 @@ def has_native_linears(requested: str) -> bool:
     return True
 
 
+def mxfp8_kernels(chosen: Target, device: torch.device) -> str:
+    """Return the kernels that compute linears with MXFP8 weights on a device.
+
+    Args:
+        chosen: the device's target.
+        device: where the weights are.
+
+    Raises:
+        KernelsUnavailableError: there are none beside the chosen ones.
+    """
+    if chosen.kernels == "cpu":
+        return "cpu"
+    if chosen.kernels in ("pytorch", "reference"):
+        return "reference"
+    raise KernelsUnavailableError(
+        f"options['linears'] = 'mxfp8' has no {chosen.kernels!r} kernels in this version (the "
+        f"model is on {device.type!r}): leave it out, so that linears stay exact; or "
+        "kernels='reference' runs anywhere, slowly"
+    )
+
+
 def has_attention(requested: str) -> bool:
     """Return whether ``Options.kernels`` lets the CPU's kernels compute attention."""
     return requested in ("auto", ATTENTION)

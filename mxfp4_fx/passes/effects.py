@@ -41,6 +41,9 @@ def effect(node: fx.Node) -> Effect:
         return _of_overloads(overloads(node.target))
     if node.target in _OPERATORS:
         return _OPERATORS[node.target]
+    if node.target is torch.nn.functional.embedding:  # with a largest norm it rescales its rows
+        largest = [*node.args[3:4], node.kwargs.get("max_norm")]
+        return Effect.WRITES if any(norm is not None for norm in largest) else Effect.READS
     if meant := _aten(node):
         return _of_overloads(meant)
     call = read_call(node)

@@ -1,4 +1,4 @@
-"""Seventh pass: rewrite the bodies of regions, and bind the weights that each call gives them.
+"""Eighth pass: rewrite the bodies of regions, and bind the weights that each call gives them.
 
 A body is rewritten once for all calls that are alike: the user left the same of their weights,
 the same of their operands are parameters, torch's modes and what else the outer graph does to the
@@ -24,13 +24,15 @@ from mxfp4_fx.passes.graph import Number, equal, known_tensor, same_shape, tenso
 from mxfp4_fx.passes.lower_moe import erase_unread, swizzled_inputs
 from mxfp4_fx.passes.memory import ANY, Around, Memory, may_share
 from mxfp4_fx.passes.origin import owner_name
+from mxfp4_fx.passes.quantize_linears import layer_of, linears_of_parameters
 from mxfp4_fx.passes.regions import Region, region_of
-from mxfp4_fx.passes.report import Attention, Miss, Rewrite
+from mxfp4_fx.passes.report import Attention, Miss, QuantizedLinear, Rewrite
 from mxfp4_fx.passes.suspects import find_suspects
 
 # Runs the pipeline on a copy of a body and returns the copy.
 Rewriter = Callable[[fx.GraphModule, Context], fx.GraphModule]
-_Item = TypeVar("_Item", Rewrite, Miss, Attention)
+_UNLIKE = "its region is called with other types or sizes than it was captured with"
+_Item = TypeVar("_Item", Rewrite, Miss, Attention, QuantizedLinear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +69,13 @@ def enter_regions(gm: fx.GraphModule, ctx: Context, run: Rewriter) -> None:
                 _install(gm, rewritten, sites, inner, ctx)
         else:
             inner.report.misses += _unlike_captured(body, inner)
+            inner.report.linear_misses += _linears_unlike_captured(body, inner)
         for site in sites:
             ctx.report.rewrites += [_named(rewrite, site) for rewrite in inner.report.rewrites]
             ctx.report.misses += [_named(miss, site) for miss in inner.report.misses]
             ctx.report.linears += inner.report.linears
+            ctx.report.mxfp8 += [_named(one, site) for one in inner.report.mxfp8]
+            ctx.report.linear_misses += [_named(miss, site) for miss in inner.report.linear_misses]
             ctx.report.attention += [_named(one, site) for one in inner.report.attention]
             ctx.report.attention_misses += [
                 _named(miss, site) for miss in inner.report.attention_misses
@@ -148,10 +153,19 @@ def _is_like(operand: Any, captured: fx.Node) -> bool:
 
 
 def _unlike_captured(body: fx.GraphModule, inner: Context) -> list[Miss]:
-    reason = "its region is called with other types or sizes than it was captured with"
     suspects, weights, _ = find_suspects(body, inner)
     layers = dict.fromkeys(suspects.values())
-    return [Miss(layer, reason, inputs=weights.get(layer, ())) for layer in layers]
+    return [Miss(layer, _UNLIKE, inputs=weights.get(layer, ())) for layer in layers]
+
+
+def _linears_unlike_captured(body: fx.GraphModule, inner: Context) -> list[Miss]:
+    if inner.options.linears != "mxfp8":
+        return []
+    slots = inner.slots(body.graph)
+    return [
+        Miss(layer_of(linear), _UNLIKE, inputs=(slots[linear.weight],))
+        for linear in linears_of_parameters(body.graph, inner)
+    ]
 
 
 def _inside(site: _Site, ctx: Context) -> Context:
@@ -166,8 +180,9 @@ def _inside(site: _Site, ctx: Context) -> Context:
 def _left(site: _Site, ctx: Context) -> dict[int, str | None]:
     """Return :attr:`Context.left` for the body: also for weights whose module is not known."""
     found: dict[int, str | None] = {}
+    least = 2 if ctx.options.linears == "mxfp8" else 3  # axes of a weight that can be left
     for at, (slot, operand) in enumerate(zip(site.slots, site.region.operands, strict=True)):
-        if slot is None or not site.weights[at] or known_tensor(operand).ndim < 3:
+        if slot is None or not site.weights[at] or known_tensor(operand).ndim < least:
             continue
         if slot in ctx.left:
             found[at] = ctx.left[slot]

@@ -1,4 +1,4 @@
-"""Sixth pass: lower linears on a CPU to ``mxfp4::linears``, which is fast for few rows.
+"""Seventh pass: lower linears on a CPU to ``mxfp4::linears``, which is fast for few rows.
 
 A linear of few rows takes the time in which its weight is read, and the native kernel reads faster
 than torch's. The op looks at the number of rows when it runs, and calls torch's linear for many.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from mxfp4_fx.passes.memory import Memory, is_transformed, may_share, needed
 
 
 @dataclasses.dataclass(frozen=True)
-class _Linear:
+class Linear:
     """A linear in the graph: its node, input, weight and bias, and torch's modes there."""
 
     node: fx.Node
@@ -64,16 +64,17 @@ def lower_linears(gm: fx.GraphModule, ctx: Context) -> None:
     found = [one for one in found if not any(map(memory.reshaper, (one.node, *one.operands)))]
     groups = [
         group
-        for group in _groups(found, memory)
+        for group in groups_of(found, memory)
         if target.linears_pay([known_tensor(linear.weight) for linear in group])
     ]
     if groups and target.has_native_linears(options.kernels):
         for group in groups:
-            _lower(group)
+            weights, biases = [one.weight for one in group], [one.bias for one in group]
+            replace(group, torch.ops.mxfp4.linears.default, (weights, biases, "cpu"))
             ctx.report.linears += len(group)
 
 
-def _linears(graph: fx.Graph, ctx: Context) -> list[_Linear]:
+def _linears(graph: fx.Graph, ctx: Context) -> list[Linear]:
     """Return the linears of a graph that the op can compute."""
     modes_at, inputs, read = modes(graph, ctx.begin), ctx.values(graph), needed(graph)
     found = []
@@ -82,7 +83,7 @@ def _linears(graph: fx.Graph, ctx: Context) -> list[_Linear]:
         if call is None or call.op != "linear":
             continue
         operands = call.args["input"], call.args["weight"], call.args["bias"]
-        linear = _Linear(node, *operands, modes_at[node])
+        linear = Linear(node, *operands, modes_at[node])
         weights = linear.operands[1:]
         are_held = all(held in inputs and is_parameter(held, inputs[held]) for held in weights)
         if are_held and _is_for_op(linear):
@@ -90,7 +91,7 @@ def _linears(graph: fx.Graph, ctx: Context) -> list[_Linear]:
     return found
 
 
-def _is_for_op(linear: _Linear) -> bool:
+def _is_for_op(linear: Linear) -> bool:
     """Return whether the op computes what a linear computes, in every run of the graph."""
     tensors = [tensor_of(node) for node in (linear.node, *linear.operands)]
     known = [tensor for tensor in tensors if tensor is not None and _is_plain(tensor)]
@@ -106,8 +107,7 @@ def _is_for_op(linear: _Linear) -> bool:
         return False
     if weight.stride(1) != 1 or any(one.stride() != (1,) for one in bias):
         return False
-    shape = (*x.shape[:-1], sizes[0])
-    if not same_shape(tuple(y.shape), shape) or not same_shape(y.stride(), _strides(shape)):
+    if not is_contiguous_of(y, (*x.shape[:-1], sizes[0])):
         return False
     rows = math.prod(x.shape[:-1])
     return not statically_known_true(rows > target.linear_rows(y.dtype))
@@ -123,18 +123,19 @@ def _is_plain(value: Tensor) -> bool:
     )
 
 
-def _strides(shape: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the strides of a contiguous tensor."""
-    return tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
+def is_contiguous_of(y: Tensor, shape: tuple[Any, ...]) -> bool:
+    """Return whether a tensor has a shape and is contiguous."""
+    strides = tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))
+    return same_shape(tuple(y.shape), shape) and same_shape(y.stride(), strides)
 
 
-def _groups(linears: list[_Linear], memory: Memory) -> list[list[_Linear]]:
+def groups_of(linears: list[Linear], memory: Memory) -> list[list[Linear]]:
     """Return linears that can be one call at the place of the first of them.
 
     They share input and modes, and between the first and any other nothing may write to what that
     one reads.
     """
-    open_: dict[Hashable, list[_Linear]] = {}
+    open_: dict[Hashable, list[Linear]] = {}
     found = []
     for linear in linears:
         key = linear.x, linear.modes
@@ -146,7 +147,7 @@ def _groups(linears: list[_Linear], memory: Memory) -> list[list[_Linear]]:
     return found
 
 
-def _is_written(linear: _Linear, since: fx.Node, memory: Memory) -> bool:
+def _is_written(linear: Linear, since: fx.Node, memory: Memory) -> bool:
     mine = [memory.of(operand) for operand in linear.operands]
     return any(
         since < writer < linear.node and any(may_share(keys, written) for keys in mine)
@@ -154,19 +155,37 @@ def _is_written(linear: _Linear, since: fx.Node, memory: Memory) -> bool:
     )
 
 
-def _lower(group: list[_Linear]) -> None:
+def replace(
+    group: list[Linear],
+    op: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    is_kept: bool = False,
+) -> tuple[fx.Node, list[fx.Node]]:
+    """Put one call in the place of linears of one input, where the first of them is.
+
+    Args:
+        group: the linears.
+        op: returns the result of each.
+        arguments: its arguments behind the input.
+        is_kept: the linears stay in the graph, without users.
+
+    Returns:
+        The call, and the nodes of its results.
+    """
     first = group[0].node
     graph = first.graph
     call_now = read_call(first)
     assert call_now is not None
     x = call_now.args["input"]  # another group may have replaced the one that was found
-    weights, biases = [one.weight for one in group], [one.bias for one in group]
     with graph.inserting_before(first):
-        call = graph.call_function(torch.ops.mxfp4.linears.default, (x, weights, biases, "cpu"))
+        call = graph.call_function(op, (x, *arguments))
         results = [graph.call_function(operator.getitem, (call, at)) for at in range(len(group))]
     call.meta = dict(first.meta)
     call.meta["example_value"] = [known_tensor(linear.node) for linear in group]
     for linear, result in zip(group, results, strict=True):
         result.meta = dict(linear.node.meta)
         linear.node.replace_all_uses_with(result)
-        graph.erase_node(linear.node)
+        if not is_kept:
+            graph.erase_node(linear.node)
+    return call, results

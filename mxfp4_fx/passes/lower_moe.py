@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from mxfp4_fx.core import torch_private
-from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.layouts import STORED_LAYOUTS
 from mxfp4_fx.core.orders import GPT_OSS, Order
 from mxfp4_fx.ops.target import Target
 from mxfp4_fx.passes.context import REWRITE, Context
@@ -127,7 +127,7 @@ def _new_inputs(
     first = held[0]
     fakes = tuple(map(known_tensor, held))
     with fakes[0].fake_mode:  # type: ignore[attr-defined]
-        parts = LAYOUTS[layout].empty(*encoding.sizes(fakes), fakes[0].device)
+        parts = STORED_LAYOUTS[layout].empty(*encoding.sizes(fakes), fakes[0].device)
     nodes = []
     after = first
     for end, value in zip(("blocks", "scales"), parts, strict=True):

@@ -21,6 +21,7 @@ from mxfp4_fx.passes.fuse_moe import fuse_moe
 from mxfp4_fx.passes.localize import localize
 from mxfp4_fx.passes.lower_linears import lower_linears
 from mxfp4_fx.passes.lower_moe import lower_moe
+from mxfp4_fx.passes.quantize_linears import quantize_linears
 
 log = logging.getLogger("mxfp4_fx.passes")
 
@@ -41,7 +42,7 @@ def check(gm: fx.GraphModule, ctx: Context) -> None:
 
 
 def rewrite_regions(gm: fx.GraphModule, ctx: Context) -> None:
-    """Seventh pass: the whole pipeline for the bodies of regions; see ``enter_regions.py``."""
+    """Eighth pass: the whole pipeline for the bodies of regions; see ``enter_regions.py``."""
     enter_regions(gm, ctx, _rewrite_body)
 
 
@@ -50,8 +51,9 @@ PIPELINE: tuple[Pass, ...] = (
     canonicalize,  # equal computations look alike ...
     fuse_moe,  # ... so that one pattern finds them; proves and replaces, knows no device
     lower_moe,  # knows the device, proves nothing
-    fuse_attention,  # before lower_linears, which may change nothing that it matches
-    lower_linears,  # after fuse_moe, whose forms have linears
+    fuse_attention,  # before the linears change, which may change nothing that it matches
+    quantize_linears,  # after lower_moe, whose ops show which linears are routers
+    lower_linears,  # the linears that are left; after fuse_moe, whose forms have linears
     rewrite_regions,  # after lower_moe, so that both bind a weight that both read once
     check,  # relies on no other pass
 )

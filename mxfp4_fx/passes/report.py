@@ -84,6 +84,27 @@ class Attention:
     inputs: tuple[int, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear that reads its weight in MXFP8.
+
+    Attributes:
+        layer: the module's name, such as ``model.layers.0.self_attn.q_proj``.
+        n, k: the weight's N and K.
+        kernels: who computes it.
+        bytes_before, bytes_after: bytes of the weight as the model holds it, and in MXFP8.
+        inputs: the captured graph's input that is its weight, as an index.
+    """
+
+    layer: str
+    n: int
+    k: int
+    kernels: str
+    bytes_before: int
+    bytes_after: int
+    inputs: tuple[int, ...] = ()
+
+
 @dataclasses.dataclass
 class GraphReport:
     """All rewrites and misses of one graph, in the order of the graph.
@@ -91,6 +112,8 @@ class GraphReport:
     Attributes:
         rewrites, misses: the layers that are, or look like, experts.
         linears: how many linears are computed by this package's op.
+        mxfp8, linear_misses: the linears that read their weights in MXFP8, and those that should
+            and stay as they are, under ``options["linears"] = "mxfp8"``.
         attention, attention_misses: what is, or looks like, attention with sinks.
         notes: what else the user should know.
     """
@@ -98,10 +121,12 @@ class GraphReport:
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     misses: list[Miss] = dataclasses.field(default_factory=list)
     linears: int = 0
+    mxfp8: list[QuantizedLinear] = dataclasses.field(default_factory=list)
+    linear_misses: list[Miss] = dataclasses.field(default_factory=list)
     attention: list[Attention] = dataclasses.field(default_factory=list)
     attention_misses: list[Miss] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def changes_graph(self) -> bool:
-        return bool(self.rewrites or self.linears or self.attention)
+        return bool(self.rewrites or self.linears or self.mxfp8 or self.attention)

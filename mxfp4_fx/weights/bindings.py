@@ -24,7 +24,7 @@ from mxfp4_fx.weights.state import Mark, mark_of
 from mxfp4_fx.weights.store import STORE
 from mxfp4_fx.weights.swizzle import is_native
 
-_TITLE = "mxfp4: swizzling expert weights"
+_TITLE = "mxfp4: swizzling weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ class InputPlan:
         wholes: Iterable[int],
         is_lent: Callable[[Tensor], bool],
         tell_of_lent: Callable[[], None],
+        is_shared: Callable[[Tensor], bool],
     ) -> None:
         """
         Args:
@@ -86,9 +87,10 @@ class InputPlan:
             wholes: the positions of DTensors in whose place the lowered graph reads their shards.
             is_lent: whether an input is there for the present call alone, as the user wants it.
             tell_of_lent: warns, at most once, of what lent inputs cost.
+            is_shared: whether a linear's weight may be read by something else, as tied ones are.
         """
         self.bindings = tuple(bindings)
-        self._is_lent, self._tell_of_lent = is_lent, tell_of_lent
+        self._is_lent, self._tell_of_lent, self._is_shared = is_lent, tell_of_lent, is_shared
         self._wholes = tuple(wholes)
         bound_slots = {at for binding in bindings for at in binding.slots}
         self._bound_wholes = tuple(bound_slots.intersection(self._wholes))
@@ -213,7 +215,8 @@ class InputPlan:
     def free(self, args: tuple[Any, ...]) -> None:
         """Swizzle each weight and free its source's memory before the next one is swizzled.
 
-        Lent weights are left out: they are gone after the call.
+        Lent weights are left out: they are gone after the call. So are linears' weights that
+        something else reads, as an embedding does if they are tied.
         """
         args = self._with_shards(args)
         self._tell_of_kept(args)
@@ -224,6 +227,7 @@ class InputPlan:
             if not all(map(is_freed, binding.take(args)))
             and STORE.can_free(binding.source(args), binding.layout)
             and not any(map(self._is_lent, binding.take(args)))
+            and not self._is_kept(binding, args)
         ]
         if found:
             for binding in tqdm(found, _TITLE, leave=False, disable=None):
@@ -247,6 +251,14 @@ class InputPlan:
                 mark.kept = True
                 warn_of_kept_shard(binding.name)
 
+    def _is_kept(self, binding: Binding, args: tuple[Any, ...]) -> bool:
+        """Return whether a linear's weight stays because something else may read it."""
+        weights = binding.take(args) if binding.encoding.of_linears else ()
+        kept = [weight for weight in weights if self._is_shared(weight)]
+        for weight in kept:
+            mark_of(weight).kept = True  # the next call need not look again
+        return bool(kept)
+
     def _is_needed(self, binding: Binding, inputs: tuple[Any, ...]) -> bool:
         """Return whether a real weight is to be swizzled for the first call."""
         tensors = binding.take(inputs)
@@ -266,6 +278,7 @@ class InputPlan:
             and all(mapped.is_mapped(tensor, files) for tensor in source.tensors)
             and STORE.can_free(source, binding.layout)
             and not any(map(self._is_lent, source.tensors))
+            and not self._is_kept(binding, inputs)
         )
 
     def _look_up(self, args: tuple[Any, ...]) -> list[Parts]:

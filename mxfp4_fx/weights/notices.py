@@ -47,8 +47,15 @@ def of_full_device(source: Source, name: str) -> str:
     )
 
 
-def warn_of_nan(experts: list[int], name: str) -> None:
-    if experts:
+def warn_of_nan(source: Source, experts: list[int], name: str) -> None:
+    if experts and source.encoding.of_linears:
+        background.warn(
+            f"{name or 'a weight'} has infinite or NaN elements: MXFP8 makes NaN of each block of "
+            "32 that holds one",
+            NanWeightsWarning,
+            stacklevel=3,
+        )
+    elif experts:
         shown = ", ".join(map(str, experts[:8])) + (", ..." if experts[8:] else "")
         background.warn(
             f"{name or 'an expert weight'} has infinite or NaN elements (experts {shown}): MXFP4 "

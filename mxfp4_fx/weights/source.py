@@ -1,4 +1,6 @@
-"""The source of one expert weight: the model's tensors that hold it, and their encoding.
+"""The source of one weight: the model's tensors that hold it, and their encoding.
+
+It is a weight of experts, which is kept in MXFP4, or of a linear, which is kept in MXFP8.
 
 Shape letters: E experts, N output rows, K contraction.
 """
@@ -12,9 +14,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from mxfp4_fx.core import mxfp8
 from mxfp4_fx.core.errors import WeightError
 from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, dequantize, quantize
-from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, HUB_LAYOUTS, LAYOUTS
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, HUB_LAYOUTS, LAYOUTS, MXFP8_ROWS
 from mxfp4_fx.core.orders import GPT_OSS, Order
 
 # A weight in MXFP4: blocks and scales, of all experts or of one.
@@ -31,11 +34,14 @@ class Encoding(ABC):
         name: the encoding's key in ``swizzle.NATIVE``.
         layouts: the layouts that the tensors have already, or that are views of them.
         of_parameters: whether the tensors are parameters of the model; plain tensors if not.
+        of_linears: whether the weight is a linear's: one "expert", kept in MXFP8. Its blocks in
+            checkpoint order are then codes [N, K].
     """
 
     name: str
     layouts: tuple[str, ...] = ()
     of_parameters: bool = True
+    of_linears: bool = False
 
     @abstractmethod
     def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
@@ -204,6 +210,56 @@ class Swizzled(Encoding):
         return blocks.mT.unflatten(2, (-1, BYTES_PER_BLOCK)), scales.mT
 
 
+class Linear(Encoding):
+    """One tensor [N, K] of float32, bfloat16 or float16: the weight of a linear."""
+
+    name = "linear"
+    of_linears = True
+
+    def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
+        shape = tuple(tensors[0].shape)
+        if len(shape) != 2 or shape[1] % BLOCK:
+            raise WeightError(
+                f"a linear's weight must be [N, K], K a multiple of {BLOCK}; this one is {shape}"
+            )
+        return 1, *shape
+
+    def arranged(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (tensors[0][None],)
+
+    def to_mxfp4(self, tensors: tuple[Tensor, ...], expert: int) -> Parts:
+        return mxfp8.quantize(tensors[0])
+
+    def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
+        codes, scales = parts
+        weight = torch.empty_strided(
+            like.shape, like.stride(), dtype=like.dtype, device=codes.device
+        )
+        return (mxfp8.dequantize(codes[0], scales[0], like.dtype, out=weight),)
+
+    def not_finite(self, tensors: tuple[Tensor, ...]) -> list[int]:
+        is_finite = all(part.isfinite().all() for part in tensors[0].detach().split(1 << 10))
+        return [] if is_finite else [0]
+
+
+class Mxfp8(Encoding):
+    """A linear's codes [1, N, K] and scales [1, N, K/32], both uint8, as the store keeps them."""
+
+    name = "mxfp8"
+    layouts = (MXFP8_ROWS,)
+    of_linears = True
+
+    def sizes(self, tensors: tuple[Tensor, ...]) -> tuple[int, int, int]:
+        e, n, k = tensors[0].shape
+        return e, n, k
+
+    def to_mxfp4(self, tensors: tuple[Tensor, ...], expert: int) -> Parts:
+        return tensors[0][expert], tensors[1][expert]
+
+    def from_mxfp4(self, parts: Parts, like: Tensor) -> tuple[Tensor, ...]:
+        return parts
+
+
 def _check_height(n: int, order: Order) -> None:
     if order.is_concatenated and n % 2:
         raise WeightError(f"a weight of gate and up must have an even number of rows; N is {n}")
@@ -231,6 +287,7 @@ def _like_rows(parts: Parts, order: Order) -> Parts:
 _ORDERS = tuple(Order(*order) for order in itertools.product((True, False), repeat=2))
 _FLOATS = {order: Floats(order) for order in _ORDERS}
 FLOATS, MXFP4 = _FLOATS[GPT_OSS], Mxfp4(GPT_OSS)
+LINEAR, MXFP8 = Linear(), Mxfp8()
 _CONCATENATED = Mxfp4(Order(is_concatenated=True))
 _SWIZZLED = {layout: Swizzled(layout) for layout in HUB_LAYOUTS}
 
@@ -251,7 +308,7 @@ def encoding_of(order: Order, layout: str | None = None) -> Encoding:
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Source:
-    """The tensors of a model that hold one expert weight.
+    """The tensors of a model that hold one weight.
 
     Attributes:
         tensors: in the order of the encoding.

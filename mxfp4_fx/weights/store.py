@@ -26,7 +26,7 @@ from mxfp4_fx.core.torch_private_distributed import gathered_from, is_filled_by_
 from mxfp4_fx.weights import freed
 from mxfp4_fx.weights.entries import Entries, Entry, Key
 from mxfp4_fx.weights.notices import of_full_device, warn_of_kept, warn_of_nan, warn_of_repeats
-from mxfp4_fx.weights.source import MXFP4, Encoding, Parts, Source
+from mxfp4_fx.weights.source import MXFP4, MXFP8, Encoding, Parts, Source
 from mxfp4_fx.weights.state import (
     MARK,
     Mark,
@@ -326,7 +326,7 @@ class WeightStore:
                 self._entries.note_freed(tensor, False)
         if old is not None:
             self._entries.let_go(old)
-        warn_of_nan(nan_experts(readable, new.parts, layout), name)
+        warn_of_nan(source, nan_experts(readable, new.parts, layout), name)
         if new.stale and not marks[0].told:
             marks[0].told = True
             warn_of_repeats(name, "its memory is filled anew for each call, as FSDP does")
@@ -351,7 +351,7 @@ class WeightStore:
             if is_same and all(entry.holds(mark_of(tensor)) for tensor in source.tensors):
                 with torch.inference_mode(False):  # the store may keep these parts
                     parts = unswizzle_weight(entry.parts, entry.layout, *entry.sizes)
-                return Source(parts, MXFP4)
+                return Source(parts, MXFP8 if entry.encoding.of_linears else MXFP4)
         return Source(self._values(source.tensors), source.encoding)
 
     def _values(

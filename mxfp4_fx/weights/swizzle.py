@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, MXFP8_ROWS, STORED_LAYOUTS
 from mxfp4_fx.weights.source import Encoding, Parts, Source
 
 # (layout, device type) -> task -> "module:function", imported on first use. The tasks:
@@ -26,6 +26,7 @@ NATIVE: dict[tuple[str, str], dict[str, str]] = {
         "unswizzle": "mxfp4_fx.ops.cpu_panels:unswizzle",
         "empty": "mxfp4_fx.ops.cpu_panels:empty",
     },
+    (MXFP8_ROWS, "cpu"): {"linear": "mxfp4_fx.ops.cpu_mxfp8:quantize"},
 }
 
 
@@ -36,13 +37,13 @@ def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Par
 
     Args:
         source: the tensors of the model.
-        layout: a key of ``layouts.LAYOUTS``. If the source has this layout already, the result is
-            its own memory and nothing is copied.
+        layout: a key of ``layouts.STORED_LAYOUTS``. If the source has this layout already, the
+            result is its own memory and nothing is copied.
         out: an earlier result, whose memory is used again if it fits. If autograd saved it for a
             backward, that backward then raises: the saved tensor counts as modified.
 
     Returns:
-        Blocks and scales of ``LAYOUTS[layout].shapes`` behind an axis of E.
+        Blocks and scales of ``STORED_LAYOUTS[layout].shapes`` behind an axis of E.
 
     Raises:
         TypeError: the floats are not float32, bfloat16 or float16.
@@ -64,7 +65,7 @@ def swizzle_weight(source: Source, layout: str, out: Parts | None = None) -> Par
             torch.autograd.graph.increment_version(out)  # torch does not notice a native write
             return out
         for expert in range(e):
-            parts = LAYOUTS[layout].swizzle(*encoding.to_mxfp4(tensors, expert))
+            parts = STORED_LAYOUTS[layout].swizzle(*encoding.to_mxfp4(tensors, expert))
             for room, part in zip(out, parts, strict=True):
                 room[expert].copy_(part)
     return out
@@ -78,8 +79,10 @@ def is_native(encoding: Encoding, layout: str, device: str) -> bool:
 def unswizzle_weight(parts: Parts, layout: str, e: int, n: int, k: int) -> Parts:
     """Unswizzle parts into new blocks [E, N, K/32, 16] and scales [E, N, K/32].
 
-    The result is in checkpoint order.
+    The result is in checkpoint order. MXFP8 has one order, so it is returned as it is.
     """
+    if layout == MXFP8_ROWS:
+        return parts
     device = parts[0].device
     out = _empty(CHECKPOINT_ORDER, e, n, k, device)
     back = _native(layout, device.type, "unswizzle")
@@ -87,7 +90,7 @@ def unswizzle_weight(parts: Parts, layout: str, e: int, n: int, k: int) -> Parts
         back(*parts, *out)
         return out
     for expert in range(e):
-        order = LAYOUTS[layout].unswizzle(parts[0][expert], parts[1][expert], n, k)
+        order = STORED_LAYOUTS[layout].unswizzle(parts[0][expert], parts[1][expert], n, k)
         for room, part in zip(out, order, strict=True):
             room[expert].copy_(part)
     return out
@@ -99,9 +102,9 @@ def nan_experts(source: Source, parts: Parts, layout: str) -> list[int]:
     Args:
         source: the weight.
         parts: the weight swizzled to ``layout``.
-        layout: a key of ``layouts.LAYOUTS``.
+        layout: a key of ``layouts.STORED_LAYOUTS``.
     """
-    extremes = LAYOUTS[layout].extremes(parts[1])
+    extremes = STORED_LAYOUTS[layout].extremes(parts[1])
     if extremes is not None and not extremes.any():
         return []
     with torch.inference_mode(False), torch.no_grad():
@@ -111,7 +114,7 @@ def nan_experts(source: Source, parts: Parts, layout: str) -> list[int]:
 def _empty(layout: str, e: int, n: int, k: int, device: torch.device) -> Parts:
     room = _native(layout, device.type, "empty")
     if room is None:
-        return LAYOUTS[layout].empty(e, n, k, device)
+        return STORED_LAYOUTS[layout].empty(e, n, k, device)
     parts: Parts = room(e, n, k)
     return parts
 
@@ -127,5 +130,5 @@ def _native(layout: str, device: str, what: str) -> Callable[..., Any] | None:
 
 
 def _fits(parts: Parts, device: torch.device, layout: str, e: int, n: int, k: int) -> bool:
-    shapes = tuple((e, *shape) for shape in LAYOUTS[layout].shapes(n, k))
+    shapes = tuple((e, *shape) for shape in STORED_LAYOUTS[layout].shapes(n, k))
     return parts[0].device == device and tuple(part.shape for part in parts) == shapes

@@ -273,6 +273,46 @@ void check_linears() {
   }
 }
 
+void check_mxfp8() {
+  const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
+  const int64_t rows = random_int(1, 9), n = random_int(1, 60), k = 32 * random_int(1, 5);
+  const int64_t x_stride = k + random_int(0, 3), stride = k + random_int(0, 3);
+  const Values x(dtype, (rows - 1) * x_stride + k, 1.), weight(dtype, (n - 1) * stride + k, 1.);
+  std::vector<uint8_t> codes(static_cast<size_t>(n * k)), scales(codes.size() / 32);
+  mxfp8_quantize(weight.bytes.data(), dtype, n, k, stride, codes.data(), scales.data(), 1);
+  std::vector<float> values(codes.size());
+  mxfp8_dequantize(codes.data(), scales.data(), n, k, MXFP4_F32, values.data(), 1);
+  for (int64_t i = 0; i < n * k; i++) {
+    const double exact = weight.numbers[i / k * stride + i % k];
+    const double step = std::ldexp(1., scales[i / 32] - 127 - 10);
+    require(std::fabs(values[i] - exact) <= std::max(std::fabs(exact) / 16, step),
+            "an MXFP8 value");
+  }
+  std::vector<char> in_dtype(codes.size() * static_cast<size_t>(mxfp4::dtype_bytes(dtype)));
+  mxfp8_dequantize(codes.data(), scales.data(), n, k, dtype, in_dtype.data(), 1);
+  std::vector<char> y(static_cast<size_t>(rows * n * mxfp4::dtype_bytes(dtype)));
+  struct {
+    mxfp4_linear_group group;
+    mxfp8_linear linear;
+  } const a{{x.bytes.data(), rows, x_stride, k, 1, dtype, 1},
+            {codes.data(), scales.data(), nullptr, y.data(), n}};
+  require(mxfp8_linears(&a.group) == 0, "a linear in MXFP8 returns 0");
+  const double u = dtype == MXFP4_BF16 ? 0x1p-8 : dtype == MXFP4_F16 ? 0x1p-11 : 0x1p-24;
+  for (int64_t i = 0; i < rows * n; i++) {
+    double sum = 0, size = 0;
+    for (int64_t j = 0; j < k; j++) {
+      const double term = x.numbers[i / n * x_stride + j] * values[i % n * k + j];
+      sum += term;
+      size += std::fabs(term);
+    }
+    float value;
+    mxfp4::to_f32(mxfp4::element(y.data(), dtype, i), dtype, 1, &value);
+    const double bound = static_cast<double>(k + 1) * 0x1p-23 * size;
+    const double rounding = std::max(u * (std::fabs(sum) + bound), 0x1p-25);  // of subnormals
+    require(std::fabs(value - sum) <= bound + rounding, "a linear in MXFP8");
+  }
+}
+
 void check_attention() {
   const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
   mxfp4_attention a{};
@@ -382,6 +422,7 @@ int main(int argc, char** argv) {
     check_quantize();
   }
   for (int round = 0; round < rounds; round++) check_linears();
+  for (int round = 0; round < rounds; round++) check_mxfp8();
   for (int round = 0; round < rounds; round++) check_attention();
   std::printf("%d rounds\n", rounds);
 }

@@ -48,7 +48,17 @@ struct mxfp4_linear {
   int64_t n, stride;
 };
 
-// Arguments of mxfp4_linears, which `count` times mxfp4_linear follows. All tensors have one dtype.
+// One linear of mxfp8_linears: its weight in MXFP8 (core/mxfp8.py), and where its result goes.
+struct mxfp8_linear {
+  const uint8_t* codes;   // [N, K], contiguous
+  const uint8_t* scales;  // [N, K / 32], contiguous
+  const void* bias;       // [N], contiguous, or null
+  void* y;                // [rows, N], contiguous; all of it is written
+  int64_t n;
+};
+
+// Arguments of mxfp4_linears, which `count` times mxfp4_linear follows, and of mxfp8_linears, which
+// `count` times mxfp8_linear follows. All tensors of values have one dtype.
 struct mxfp4_linear_group {
   const void* x;  // [rows, K], rows `x_stride` elements apart
   int64_t rows, x_stride, k, count;
@@ -97,6 +107,16 @@ int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);
 
 // Linears of one input.
 void mxfp4_linears(const mxfp4_linear_group* arguments);
+
+// The same with weights in MXFP8. K is a multiple of 32.
+int mxfp8_linears(const mxfp4_linear_group* arguments);
+
+// Values [N, K], rows `stride` elements apart -> MXFP8, rounded as mxfp8.quantize does; and back to
+// contiguous values, rounded to nearest. K is a multiple of 32.
+void mxfp8_quantize(const void* source, int32_t dtype, int64_t n, int64_t k, int64_t stride,
+                    uint8_t* codes, uint8_t* scales, int32_t threads);
+void mxfp8_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t n, int64_t k,
+                      int32_t dtype, void* values, int32_t threads);
 
 // Attention with sinks of one query a head. Returns ENOTSUP, and computes nothing, for heads that
 // are not whole vectors or are larger than 256.

@@ -7,6 +7,7 @@
 #include "f32_tile.h"
 #include "linear.h"
 #include "matmul.h"
+#include "mxfp8.h"
 #include "neon_bf16_tile.h"
 #include "quantize.h"
 #include "routing.h"
@@ -71,12 +72,31 @@ extern "C" int mxfp4_matmul_ogs(const mxfp4_matmul* arguments) {
 extern "C" void mxfp4_linears(const mxfp4_linear_group* arguments) {
   switch (arguments->dtype) {
     case MXFP4_BF16:
-      return mxfp4::Linears<mxfp4::Bf16Values>(*arguments).run();
+      return mxfp4::Linears<mxfp4::Held<mxfp4::Bf16Values>>(*arguments, arguments + 1).run();
     case MXFP4_F16:
-      return mxfp4::Linears<mxfp4::F16Values>(*arguments).run();
+      return mxfp4::Linears<mxfp4::Held<mxfp4::F16Values>>(*arguments, arguments + 1).run();
     default:
-      return mxfp4::Linears<mxfp4::F32Values>(*arguments).run();
+      return mxfp4::Linears<mxfp4::Held<mxfp4::F32Values>>(*arguments, arguments + 1).run();
   }
+}
+
+extern "C" int mxfp8_linears(const mxfp4_linear_group* arguments) {
+  try {
+    mxfp4::mxfp8::multiply(*arguments);
+  } catch (const std::bad_alloc&) {
+    return ENOMEM;
+  }
+  return 0;
+}
+
+extern "C" void mxfp8_quantize(const void* source, int32_t dtype, int64_t n, int64_t k,
+                               int64_t stride, uint8_t* codes, uint8_t* scales, int32_t threads) {
+  mxfp4::mxfp8::quantize(source, dtype, n, k, stride, codes, scales, threads);
+}
+
+extern "C" void mxfp8_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t n, int64_t k,
+                                 int32_t dtype, void* values, int32_t threads) {
+  mxfp4::mxfp8::dequantize(codes, scales, n, k, dtype, values, threads);
 }
 
 extern "C" int mxfp4_init(int32_t forked) {

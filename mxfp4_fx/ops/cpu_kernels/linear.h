@@ -68,17 +68,82 @@ inline float sum_of(Vector sums) {
   return lanes[0];
 }
 
+// Weights as the model holds them, in the dtype of x. `Linears` has the meaning of the members.
 template <class Values>
+struct Held {
+  using Linear = mxfp4_linear;
+  static constexpr int64_t BYTES = Values::BYTES;
+#if defined(__AVX512F__)
+  static constexpr int MOST = 4, STREAMS = 4;
+#else
+  static constexpr int MOST = 2, STREAMS = 4;
+#endif
+
+  template <int S, int T>
+  static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
+                       int64_t row, Vector (&sums)[S][T]) {
+    const int64_t stride = weight.stride * Values::BYTES, w_stride = stride * apart;
+    const int64_t x_stride = a.x_stride * Values::BYTES;
+    const char* w = static_cast<const char*>(weight.weight) + stride * n;
+    const char* x = static_cast<const char*>(a.x) + x_stride * row;
+    const int64_t bytes = a.k * Values::BYTES, whole = bytes / LINE * LINE;
+    for (int64_t at = 0; at < whole; at += LINE) {
+#pragma GCC unroll 8
+      for (int s = 0; s < S; s++) __builtin_prefetch(w + s * w_stride + at + AHEAD);
+      multiply_line(w + at, w_stride, x + at, x_stride, sums);
+    }
+    if (whole < bytes) {  // a line that zeros complete
+      char end[S + T][LINE] = {};
+      const auto size = static_cast<size_t>(bytes - whole);
+      for (int s = 0; s < S; s++) std::memcpy(end[s], w + s * w_stride + whole, size);
+      for (int t = 0; t < T; t++) std::memcpy(end[S + t], x + t * x_stride + whole, size);
+      multiply_line(end[0], LINE, end[S], LINE, sums);
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE = 64;  // bytes of a row that are multiplied at a time
+  static constexpr int UNIT = Values::VECTORS * VECTOR * Values::BYTES;  // bytes
+  static constexpr int64_t AHEAD = 512;  // bytes; with 256 to 1024 the speed is the same
+
+  template <int S, int T>
+  static inline __attribute__((always_inline)) void multiply_line(const char* w, int64_t w_stride,
+                                                                  const char* x, int64_t x_stride,
+                                                                  Vector (&sums)[S][T]) {
+#pragma GCC unroll 4
+    for (int at = 0; at < LINE; at += UNIT) {
+      Vector rows[T][Values::VECTORS];
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) Values::load(x + t * x_stride + at, rows[t]);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; s++) {
+        Vector values[Values::VECTORS];
+        Values::load(w + s * w_stride + at, values);
+#pragma GCC unroll 2
+        for (int v = 0; v < Values::VECTORS; v++)
+#pragma GCC unroll 4
+          for (int t = 0; t < T; t++) sums[s][t] = sums[s][t] + values[v] * rows[t][v];
+      }
+    }
+  }
+};
+
+// `Weights` has a type `Linear` of one weight, the BYTES of an element, the most rows of x whose
+// sums fit the registers beside STREAMS rows of a weight, MOST, and `multiply`, which adds
+// to sums[s][t] the products of row n + s * apart of a weight and row `row` + t of x.
+template <class Weights>
 class Linears {
  public:
-  explicit Linears(const mxfp4_linear_group& arguments)
-      : a_(arguments), weights_(reinterpret_cast<const mxfp4_linear*>(&arguments + 1)) {}
+  using Linear = typename Weights::Linear;
+
+  Linears(const mxfp4_linear_group& arguments, const void* weights)
+      : a_(arguments), weights_(static_cast<const Linear*>(weights)) {}
 
   void run() const {
     int64_t total = 0, bytes = 0;
     for (int64_t i = 0; i < a_.count; i++) {
       total += groups(weights_[i]);
-      bytes += weights_[i].n * a_.k * Values::BYTES;
+      bytes += weights_[i].n * a_.k * Weights::BYTES;
     }
     const int threads = static_cast<int>(std::clamp<int64_t>(bytes / ENOUGH, 1, a_.threads));
     Cursor cursor(total, threads);
@@ -101,23 +166,15 @@ class Linears {
   static constexpr int GROUP = 8;  // rows of a weight that a thread takes at a time
   // Bytes of weights for which another thread pays: calling it takes as long as reading them.
   static constexpr int64_t ENOUGH = 256 << 10;
-  // The most rows of x whose sums fit the registers, beside the values of at least four rows of a
-  // weight. More are multiplied in turn, by weights that the cache still has.
-#if defined(__AVX512F__)
-  static constexpr int MOST = 4;
-#else
-  static constexpr int MOST = 2;
-#endif
+  // More rows of x than fit the registers are multiplied in turn, by weights that the cache has.
+  static constexpr int MOST = Weights::MOST;
   // Rows of a weight beside T rows of x.
-  static constexpr int streams(int t) { return t == MOST ? GROUP / 2 : GROUP; }
-  static constexpr int64_t LINE = 64;  // bytes of a row that are multiplied at a time
-  static constexpr int UNIT = Values::VECTORS * VECTOR * Values::BYTES;  // bytes
-  static constexpr int64_t AHEAD = 512;  // bytes; with 256 to 1024 the speed is the same
+  static constexpr int streams(int t) { return t == MOST ? Weights::STREAMS : GROUP; }
 
-  static int64_t groups(const mxfp4_linear& weight) { return (weight.n + GROUP - 1) / GROUP; }
+  static int64_t groups(const Linear& weight) { return (weight.n + GROUP - 1) / GROUP; }
 
   // Rows [begin, end) of a weight, times all of x.
-  void multiply(const mxfp4_linear& weight, int64_t begin, int64_t end) const {
+  void multiply(const Linear& weight, int64_t begin, int64_t end) const {
     const int64_t count = (end - begin) / GROUP;
     for (int64_t i = 0; i < count; i++) multiply_group(weight, begin + i, count);
     for (int64_t n = begin + GROUP * count; n < end; n++)
@@ -125,7 +182,7 @@ class Linears {
   }
 
   // A group of rows that are `apart` rows apart, the first of which is row n, times all of x.
-  void multiply_group(const mxfp4_linear& weight, int64_t n, int64_t apart) const {
+  void multiply_group(const Linear& weight, int64_t n, int64_t apart) const {
     const int64_t passes = (a_.rows + MOST - 1) / MOST;
     for (int64_t pass = 0; pass < passes; pass++) {  // of equally many rows of x, where possible
       const int64_t row = a_.rows * pass / passes, next = a_.rows * (pass + 1) / passes;
@@ -134,7 +191,7 @@ class Linears {
   }
 
   template <int T = MOST>
-  void multiply_rows(const mxfp4_linear& weight, int64_t n, int64_t apart, int64_t row,
+  void multiply_rows(const Linear& weight, int64_t n, int64_t apart, int64_t row,
                      int64_t rows) const {
     if constexpr (T > 0) {
       if (rows != T) return multiply_rows<T - 1>(weight, n, apart, row, rows);
@@ -145,51 +202,14 @@ class Linears {
 
   // S rows of a weight times T rows of x.
   template <int S, int T>
-  void multiply_tile(const mxfp4_linear& weight, int64_t n, int64_t apart, int64_t row) const {
-    const int64_t stride = weight.stride * Values::BYTES, w_stride = stride * apart;
-    const int64_t x_stride = a_.x_stride * Values::BYTES;
-    const char* w = static_cast<const char*>(weight.weight) + stride * n;
-    const char* x = static_cast<const char*>(a_.x) + x_stride * row;
-    const int64_t bytes = a_.k * Values::BYTES, whole = bytes / LINE * LINE;
+  void multiply_tile(const Linear& weight, int64_t n, int64_t apart, int64_t row) const {
     Vector sums[S][T] = {};
-    for (int64_t at = 0; at < whole; at += LINE) {
-#pragma GCC unroll 8
-      for (int s = 0; s < S; s++) __builtin_prefetch(w + s * w_stride + at + AHEAD);
-      multiply_line(w + at, w_stride, x + at, x_stride, sums);
-    }
-    if (whole < bytes) {  // a line that zeros complete
-      char end[S + T][LINE] = {};
-      const auto size = static_cast<size_t>(bytes - whole);
-      for (int s = 0; s < S; s++) std::memcpy(end[s], w + s * w_stride + whole, size);
-      for (int t = 0; t < T; t++) std::memcpy(end[S + t], x + t * x_stride + whole, size);
-      multiply_line(end[0], LINE, end[S], LINE, sums);
-    }
+    Weights::multiply(a_, weight, n, apart, row, sums);
     for (int t = 0; t < T; t++)
       for (int s = 0; s < S; s++) store(weight, n + s * apart, row + t, sum_of(sums[s][t]));
   }
 
-  template <int S, int T>
-  static inline __attribute__((always_inline)) void multiply_line(const char* w, int64_t w_stride,
-                                                                  const char* x, int64_t x_stride,
-                                                                  Vector (&sums)[S][T]) {
-#pragma GCC unroll 4
-    for (int at = 0; at < LINE; at += UNIT) {
-      Vector rows[T][Values::VECTORS];
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++) Values::load(x + t * x_stride + at, rows[t]);
-#pragma GCC unroll 8
-      for (int s = 0; s < S; s++) {
-        Vector values[Values::VECTORS];
-        Values::load(w + s * w_stride + at, values);
-#pragma GCC unroll 2
-        for (int v = 0; v < Values::VECTORS; v++)
-#pragma GCC unroll 4
-          for (int t = 0; t < T; t++) sums[s][t] = sums[s][t] + values[v] * rows[t][v];
-      }
-    }
-  }
-
-  void store(const mxfp4_linear& weight, int64_t n, int64_t row, float sum) const {
+  void store(const Linear& weight, int64_t n, int64_t row, float sum) const {
     if (weight.bias != nullptr) {
       float bias;
       to_f32(element(weight.bias, a_.dtype, n), a_.dtype, 1, &bias);
@@ -199,7 +219,7 @@ class Linears {
   }
 
   const mxfp4_linear_group& a_;
-  const mxfp4_linear* const weights_;
+  const Linear* const weights_;
 };
 
 }  // namespace mxfp4

@@ -22,7 +22,7 @@ class SelfTest {
     for (const int32_t dtype : {MXFP4_F32, MXFP4_BF16, MXFP4_F16}) {
       for (const int64_t rows : {1, 5, 40})
         if (!passes(dtype, rows)) return false;
-      if (!linears_pass(dtype)) return false;
+      if (!linears_pass(dtype) || !mxfp8_passes(dtype)) return false;
     }
     return true;
   }
@@ -125,6 +125,41 @@ class SelfTest {
       if (y != expected) return false;
     }
     return true;
+  }
+
+  // The same with weights in MXFP8, two blocks of them, which are multiples of 1/8 up to 7/8.
+  bool mxfp8_passes(int32_t dtype) {
+    constexpr int64_t rows_of_weight = 11, columns = 64, rows = 5;
+    std::vector<float> values(rows * columns), weights(rows_of_weight * columns);
+    for (float& value : values) value = activation(dtype);
+    for (float& weight : weights) weight = static_cast<float>(random() % 15) / 8 - .875f;
+    std::vector<uint8_t> codes(weights.size()), scales(weights.size() / 32);
+    mxfp8_quantize(weights.data(), MXFP4_F32, rows_of_weight, columns, columns, codes.data(),
+                   scales.data(), 1);
+    std::vector<float> again(weights.size()), sums;
+    mxfp8_dequantize(codes.data(), scales.data(), rows_of_weight, columns, MXFP4_F32, again.data(),
+                     1);
+    if (again != weights) return false;
+    for (int64_t row = 0; row < rows; row++) {
+      for (int64_t n = 0; n < rows_of_weight; n++) {
+        float sum = 0;
+        for (int64_t k = 0; k < columns; k++)
+          sum += values[static_cast<size_t>(row * columns + k)] *
+                 weights[static_cast<size_t>(n * columns + k)];
+        sums.push_back(sum);
+      }
+    }
+    std::vector<char> x(values.size() * static_cast<size_t>(dtype_bytes(dtype)));
+    std::vector<char> expected(sums.size() * static_cast<size_t>(dtype_bytes(dtype)));
+    from_f32(values.data(), dtype, rows * columns, x.data());
+    from_f32(sums.data(), dtype, rows * rows_of_weight, expected.data());
+    std::vector<char> y(expected.size());
+    struct {
+      mxfp4_linear_group group;
+      mxfp8_linear linear;
+    } const arguments{{x.data(), rows, columns, columns, 1, dtype, 1},
+                      {codes.data(), scales.data(), nullptr, y.data(), rows_of_weight}};
+    return mxfp8_linears(&arguments.group) == 0 && y == expected;
   }
 };
 

@@ -1,0 +1,346 @@
+// Linears whose weights are MXFP8 (core/mxfp8.py): few rows of activations times codes that are
+// decoded on the fly, and the conversions between values and codes.
+//
+// Codes are decoded in steps of one block or two, to vectors of float32 in an order of their own,
+// in which activations are arranged once a call. A decoded value is 2^-7 of the code's, so that it
+// is below 4, and a block's scale, which is applied to sums of a step, has the factor 2^7.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "api.h"
+#include "linear.h"
+#include "numbers.h"
+#include "parallel.h"
+#include "vectors.h"
+
+namespace mxfp4::mxfp8 {
+
+constexpr int64_t BLOCK = 32;
+
+// The values of the scale bytes times 2^7: 2^(byte - 120); 255 is NaN. Bytes from 248 on, which no
+// values of float32 need, would be infinite.
+inline const std::array<float, 256> SCALES = [] {
+  std::array<float, 256> values{};
+  for (uint32_t byte = 0; byte < 248; byte++) values[byte] = float_of((byte + 7) << 23);
+  for (uint32_t byte = 248; byte < 255; byte++) values[byte] = float_of(0x7f800000);
+  values[255] = float_of(0x7fc00000);
+  return values;
+}();
+
+#if defined(__AVX512VBMI__)
+
+// Two blocks. The bytes of a bfloat16 are looked up in two tables of 128 bytes; a permutation
+// ignores the sign's bit of its index.
+class Decoder {
+ public:
+  static constexpr int STEP = 64, VECTORS = 4;
+
+  Decoder() {
+    alignas(64) uint8_t bytes[2][128];
+    for (uint32_t code = 0; code < 128; code++) {
+      const uint32_t exponent = code >> 3, fraction = code & 7;
+      const float size = exponent ? float_of((exponent + 120) << 23 | fraction << 20)
+                                  : static_cast<float>(fraction) * 0x1p-9f;
+      const uint32_t bits = code == 127 ? 0x7fc00000 : bits_of(size * 0x1p-7f);
+      bytes[0][code] = static_cast<uint8_t>(bits >> 16);
+      bytes[1][code] = static_cast<uint8_t>(bits >> 24);
+    }
+    for (int i = 0; i < 4; i++) tables_[i] = _mm512_load_si512(bytes[i / 2] + i % 2 * 64);
+  }
+
+  static int place(int i) { return VECTOR * (i % 16 / 8 * 2 + i % 2) + i / 16 * 4 + i % 8 / 2; }
+
+  inline __attribute__((always_inline)) void values(const uint8_t* codes, Vector* out) const {
+    const __m512i code = _mm512_loadu_si512(codes);
+    const __m512i low = _mm512_permutex2var_epi8(tables_[0], code, tables_[1]);
+    const __m512i high =
+        _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(tables_[2], code, tables_[3]), code,
+                                  _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // a | (b & c)
+    const __m512i words[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+    for (int i = 0; i < 2; i++) {
+      const auto both = reinterpret_cast<VectorBits>(words[i]);
+      out[2 * i] = reinterpret_cast<Vector>(both << 16);
+      out[2 * i + 1] = reinterpret_cast<Vector>(both & 0xffff0000u);
+    }
+  }
+
+  // Stores what bfloat16 holds exactly, in the order of the codes.
+  static void store_bf16(const Vector* values, void* out) {
+    __m512i words[2];
+    for (int i = 0; i < 2; i++)
+      words[i] = reinterpret_cast<__m512i>(
+          reinterpret_cast<VectorBits>(values[2 * i]) >> 16 |
+          (reinterpret_cast<VectorBits>(values[2 * i + 1]) & 0xffff0000u));
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(words[0], first, words[1]));
+    _mm512_storeu_si512(static_cast<char*>(out) + 64,
+                        _mm512_permutex2var_epi64(words[0], second, words[1]));
+  }
+
+  // Stores values in the order of the codes.
+  static void store(const Vector* values, float* out) {
+    const __m512i pairs = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 0, 0, 0, 0, 0, 0, 0, 0);
+    for (int lane = 0; lane < 4; lane++) {
+      const __m512i from = _mm512_add_epi32(pairs, _mm512_set1_epi32(4 * lane));
+      for (int half = 0; half < 2; half++) {
+        const __m512 eight =
+            _mm512_permutex2var_ps(reinterpret_cast<__m512>(values[2 * half]), from,
+                                   reinterpret_cast<__m512>(values[2 * half + 1]));
+        _mm256_storeu_ps(out + 16 * lane + 8 * half, _mm512_castps512_ps256(eight));
+      }
+    }
+  }
+
+  static inline __attribute__((always_inline)) Vector scale(const uint8_t* scales) {
+    const __m512 first = _mm512_set1_ps(SCALES[scales[0]]);
+    return reinterpret_cast<Vector>(
+        _mm512_mask_broadcastss_ps(first, 0xff00, _mm_set_ss(SCALES[scales[1]])));
+  }
+
+ private:
+  __m512i tables_[4];
+};
+
+#else
+
+// One block. Moving a code's bits makes a bfloat16 of 2^-120 times its value, also of a subnormal.
+class Decoder {
+ public:
+  static constexpr int STEP = 32, VECTORS = STEP / VECTOR;
+
+  static int place(int i) { return i / UNIT * UNIT + VECTOR * (i % 2) + i % UNIT / 2; }
+
+  inline __attribute__((always_inline)) void values(const uint8_t* codes, Vector* out) const {
+#pragma GCC unroll 4
+    for (int unit = 0; unit < STEP / UNIT; unit++) {
+      Codes bytes;
+      std::memcpy(&bytes, codes + unit * UNIT, sizeof bytes);
+      // The sign comes to bit 15, the other bits to 10:4.
+      Halves halves =
+          reinterpret_cast<Halves>(__builtin_convertvector(bytes, Signed)) << 4 & 0x87f0;
+      halves |= reinterpret_cast<Halves>((halves & 0x7f0) == 0x7f0);  // 0x7f and 0xff are NaN
+      const auto both = reinterpret_cast<VectorBits>(halves);
+      out[2 * unit] = reinterpret_cast<Vector>(both << 16) * 0x1p113f;
+      out[2 * unit + 1] = reinterpret_cast<Vector>(both & 0xffff0000u) * 0x1p113f;
+    }
+  }
+
+  // Stores what bfloat16 holds exactly, in the order of the codes.
+  static void store_bf16(const Vector* values, void* out) {
+    for (int unit = 0; unit < STEP / UNIT; unit++) {
+      const VectorBits words = reinterpret_cast<VectorBits>(values[2 * unit]) >> 16 |
+                               (reinterpret_cast<VectorBits>(values[2 * unit + 1]) & 0xffff0000u);
+      std::memcpy(static_cast<char*>(out) + unit * sizeof words, &words, sizeof words);
+    }
+  }
+
+  // Stores values in the order of the codes.
+  static void store(const Vector* values, float* out) {
+    for (int unit = 0; unit < STEP / UNIT; unit++) {
+      float even[VECTOR], odd[VECTOR];
+      store_vector(even, values[2 * unit]);
+      store_vector(odd, values[2 * unit + 1]);
+      for (int i = 0; i < VECTOR; i++) {
+        out[unit * UNIT + 2 * i] = even[i];
+        out[unit * UNIT + 2 * i + 1] = odd[i];
+      }
+    }
+  }
+
+  static Vector scale(const uint8_t* scales) { return vector_of(SCALES[scales[0]]); }
+
+ private:
+  static constexpr int UNIT = 2 * VECTOR;
+
+  typedef int8_t Codes __attribute__((vector_size(UNIT)));
+  typedef int16_t Signed __attribute__((vector_size(UNIT * sizeof(int16_t))));
+  typedef uint16_t Halves __attribute__((vector_size(UNIT * sizeof(uint16_t))));
+};
+
+#endif
+
+constexpr int STEP = Decoder::STEP;
+
+inline int64_t whole_steps(int64_t k) { return (k + STEP - 1) / STEP * STEP; }
+
+// Weights of `Linears` (linear.h); x is float32 in the order of `arrange`.
+struct Weights {
+  using Linear = mxfp8_linear;
+  static constexpr int64_t BYTES = 1;
+#if defined(__AVX512F__)
+  static constexpr int MOST = 3, STREAMS = 8;
+#else
+  static constexpr int MOST = 2, STREAMS = 4;
+#endif
+
+  template <int S, int T>
+  static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
+                       int64_t row, Vector (&sums)[S][T]) {
+    const int64_t blocks = a.k / BLOCK, w_stride = apart * a.k, s_stride = apart * blocks;
+    const uint8_t* codes = weight.codes + n * a.k;
+    const uint8_t* scales = weight.scales + n * blocks;
+    const float* x = static_cast<const float*>(a.x) + row * a.x_stride;
+    const Decoder decoder;
+    const int64_t whole = a.k / STEP * STEP;
+    for (int64_t at = 0; at < whole; at += STEP) {
+#pragma GCC unroll 8
+      for (int s = 0; s < S; s++) {
+        __builtin_prefetch(codes + s * w_stride + at + AHEAD);
+        multiply_step(decoder, codes + s * w_stride + at, scales + s * s_stride + at / BLOCK,
+                      x + at, a.x_stride, sums[s]);
+      }
+    }
+    if (whole < a.k) {  // a step that zeros complete
+      for (int s = 0; s < S; s++) {
+        uint8_t rest[STEP] = {}, scale[STEP / BLOCK] = {};
+        std::memcpy(rest, codes + s * w_stride + whole, static_cast<size_t>(a.k - whole));
+        std::memcpy(scale, scales + s * s_stride + whole / BLOCK,
+                    static_cast<size_t>((a.k - whole) / BLOCK));
+        multiply_step(decoder, rest, scale, x + whole, a.x_stride, sums[s]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t AHEAD = 512;  // bytes
+
+  template <int T>
+  static inline __attribute__((always_inline)) void multiply_step(const Decoder& decoder,
+                                                                  const uint8_t* codes,
+                                                                  const uint8_t* scales,
+                                                                  const float* x, int64_t x_stride,
+                                                                  Vector (&sums)[T]) {
+    Vector values[Decoder::VECTORS];
+    decoder.values(codes, values);
+    const Vector scale = Decoder::scale(scales);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      Vector sum = values[0] * load_vector(x + t * x_stride);
+#pragma GCC unroll 8
+      for (int v = 1; v < Decoder::VECTORS; v++)
+        sum = sum + values[v] * load_vector(x + t * x_stride + v * VECTOR);
+      sums[t] = sums[t] + sum * scale;
+    }
+  }
+};
+
+// Rows of x as float32 in the order of a decoder, completed by zeros to whole steps.
+inline std::vector<float> arrange(const mxfp4_linear_group& a) {
+  const int64_t padded = whole_steps(a.k);
+  std::vector<float> all(static_cast<size_t>(a.rows * padded));
+  for (int64_t row = 0; row < a.rows; row++) {
+    for (int64_t block = 0; block < a.k; block += BLOCK) {
+      float values[BLOCK];
+      to_f32(element(a.x, a.dtype, row * a.x_stride + block), a.dtype, BLOCK, values);
+      float* out = all.data() + row * padded + block / STEP * STEP;
+      const int first = static_cast<int>(block % STEP);
+      for (int i = 0; i < BLOCK; i++) out[Decoder::place(first + i)] = values[i];
+    }
+  }
+  return all;
+}
+
+inline void multiply(const mxfp4_linear_group& arguments) {
+  const std::vector<float> x = [&] {
+    const DefaultArithmetic arithmetic;
+    return arrange(arguments);
+  }();
+  mxfp4_linear_group group = arguments;
+  group.x = x.data();
+  group.x_stride = whole_steps(group.k);
+  Linears<Weights>(group, &arguments + 1).run();
+}
+
+// Rounds a float32 of at most 448 to an E4M3 code: to nearest, ties to even.
+inline uint8_t code_of(float value) {
+  const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;
+  const uint32_t normal = ((magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20) - (120 << 3);
+  // Adding 2^14 rounds at 2^-9, its ulp.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0x1p14f) - bits_of(0x1p14f);
+  return static_cast<uint8_t>((bits >> 24 & 0x80) | (magnitude < 0x3c800000 ? subnormal : normal));
+}
+
+inline void quantize_block(const float* values, uint8_t* codes, uint8_t* scale) {
+  uint32_t largest = 0;
+  for (int i = 0; i < BLOCK; i++) largest = std::max(largest, bits_of(values[i]) & 0x7fffffff);
+  if (largest >= 0x7f800000) {  // a NaN or an infinity
+    std::memset(codes, 0, BLOCK);
+    *scale = 255;
+    return;
+  }
+  // The smallest exponent with largest <= 1.75 * 2^(exponent + 8).
+  const uint32_t exponent = (largest + 0x1fffff) >> 23, biased = exponent > 8 ? exponent - 8 : 0;
+  const float inverse = float_of((254 - biased) << 23);
+  for (int i = 0; i < BLOCK; i++) codes[i] = code_of(values[i] * inverse);
+  *scale = largest == 0 ? 127 : static_cast<uint8_t>(biased);
+}
+
+constexpr int64_t ENOUGH = 64 << 10;  // values for which another thread pays
+
+inline int threads_for(int64_t values, int32_t threads) {
+  return static_cast<int>(std::clamp<int64_t>(values / ENOUGH, 1, threads));
+}
+
+inline void quantize(const void* source, int32_t dtype, int64_t n, int64_t k, int64_t stride,
+                     uint8_t* codes, uint8_t* scales, int32_t threads) {
+  Cursor cursor(n, threads);
+  parallel(threads_for(n * k, threads), [&](int, int) {
+    int64_t begin, end;
+    while (cursor.next(begin, end)) {
+      for (int64_t row = begin; row < end; row++) {
+        for (int64_t at = 0; at < k; at += BLOCK) {
+          float values[BLOCK];
+          to_f32(element(source, dtype, row * stride + at), dtype, BLOCK, values);
+          quantize_block(values, codes + row * k + at, scales + (row * k + at) / BLOCK);
+        }
+      }
+    }
+  });
+}
+
+// The values of whole steps of codes that lie one behind the other, in order.
+inline void dequantize_step(const Decoder& decoder, const uint8_t* codes, const uint8_t* scales,
+                            int32_t dtype, void* out) {
+  Vector values[Decoder::VECTORS];
+  decoder.values(codes, values);
+  const Vector scale = Decoder::scale(scales);
+  for (Vector& value : values) value = value * scale;
+  // With these scales every value is normal in bfloat16, or zero.
+  if (dtype == MXFP4_BF16 && scales[0] >= 10 && scales[STEP / BLOCK - 1] >= 10)
+    return Decoder::store_bf16(values, out);
+  if (dtype == MXFP4_F32) return Decoder::store(values, static_cast<float*>(out));
+  float in_order[STEP];
+  Decoder::store(values, in_order);
+  from_f32(in_order, dtype, STEP, out);
+}
+
+inline void dequantize(const uint8_t* codes, const uint8_t* scales, int64_t n, int64_t k,
+                       int32_t dtype, void* values, int32_t threads) {
+  const int64_t total = n * k, steps = total / STEP;
+  Cursor cursor(steps, threads);
+  parallel(threads_for(total, threads), [&](int, int) {
+    const Decoder decoder;
+    int64_t begin, end;
+    while (cursor.next(begin, end))
+      for (int64_t at = begin * STEP; at < end * STEP; at += STEP)
+        dequantize_step(decoder, codes + at, scales + at / BLOCK, dtype,
+                        element(values, dtype, at));
+  });
+  if (const int64_t at = steps * STEP; at < total) {  // one more block
+    const DefaultArithmetic arithmetic;
+    uint8_t rest[STEP] = {}, scale[STEP / BLOCK] = {};
+    std::memcpy(rest, codes + at, BLOCK);
+    scale[0] = scales[at / BLOCK];
+    float numbers[STEP];
+    dequantize_step(Decoder(), rest, scale, MXFP4_F32, numbers);
+    from_f32(numbers, dtype, BLOCK, element(values, dtype, at));
+  }
+}
+
+}  // namespace mxfp4::mxfp8
