@@ -12,6 +12,7 @@
 
 #include "api.h"
 #include "numbers.h"
+#include "panels.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -79,6 +80,8 @@ struct Held {
   static constexpr int MOST = 2, STREAMS = 4;
 #endif
 
+  static bool reads_far_ahead() { return has_room_ahead(); }
+
   template <int S, int T>
   static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
                        int64_t row, Vector (&sums)[S][T]) {
@@ -89,7 +92,7 @@ struct Held {
     const int64_t bytes = a.k * Values::BYTES, whole = bytes / LINE * LINE;
     for (int64_t at = 0; at < whole; at += LINE) {
 #pragma GCC unroll 8
-      for (int s = 0; s < S; s++) __builtin_prefetch(w + s * w_stride + at + AHEAD);
+      for (int s = 0; s < S; s++) __builtin_prefetch(w + s * w_stride + at + (S > 2 ? NEAR : FAR));
       multiply_line(w + at, w_stride, x + at, x_stride, sums);
     }
     if (whole < bytes) {  // a line that zeros complete
@@ -104,7 +107,9 @@ struct Held {
  private:
   static constexpr int64_t LINE = 64;  // bytes of a row that are multiplied at a time
   static constexpr int UNIT = Values::VECTORS * VECTOR * Values::BYTES;  // bytes
-  static constexpr int64_t AHEAD = 512;  // bytes; with 256 to 1024 the speed is the same
+  // How far ahead each row is prefetched, in bytes. With 256 to 1024 for many rows the speed is the
+  // same.
+  static constexpr int64_t NEAR = 512, FAR = 4096;
 
   template <int S, int T>
   static inline __attribute__((always_inline)) void multiply_line(const char* w, int64_t w_stride,
@@ -129,8 +134,9 @@ struct Held {
 };
 
 // `Weights` has a type `Linear` of one weight, the BYTES of an element, the most rows of x whose
-// sums fit the registers beside STREAMS rows of a weight, MOST, and `multiply`, which adds
-// to sums[s][t] the products of row n + s * apart of a weight and row `row` + t of x.
+// sums fit the registers beside STREAMS rows of a weight, MOST, whether two rows that are read far
+// ahead are the fastest for one row of x, and `multiply`, which adds to sums[s][t] the products of
+// row n + s * apart of a weight and row `row` + t of x.
 template <class Weights>
 class Linears {
  public:
@@ -175,6 +181,12 @@ class Linears {
 
   // Rows [begin, end) of a weight, times all of x.
   void multiply(const Linear& weight, int64_t begin, int64_t end) const {
+    if (a_.rows == 1 && Weights::reads_far_ahead()) {
+      const int64_t count = (end - begin) / 2;
+      for (int64_t i = 0; i < count; i++) multiply_tile<2, 1>(weight, begin + i, count, 0);
+      if (begin + 2 * count < end) multiply_tile<1, 1>(weight, end - 1, 0, 0);
+      return;
+    }
     const int64_t count = (end - begin) / GROUP;
     for (int64_t i = 0; i < count; i++) multiply_group(weight, begin + i, count);
     for (int64_t n = begin + GROUP * count; n < end; n++)

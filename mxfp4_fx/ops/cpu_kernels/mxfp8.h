@@ -15,6 +15,7 @@
 #include "api.h"
 #include "linear.h"
 #include "numbers.h"
+#include "panels.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -34,14 +35,11 @@ inline const std::array<float, 256> SCALES = [] {
 
 #if defined(__AVX512VBMI__)
 
-// Two blocks. The bytes of a bfloat16 are looked up in two tables of 128 bytes; a permutation
-// ignores the sign's bit of its index.
-class Decoder {
- public:
-  static constexpr int STEP = 64, VECTORS = 4;
+// The lower and the upper byte of the bfloat16 of each code without its sign.
+struct CodeBytes {
+  alignas(64) uint8_t bytes[2][128];
 
-  Decoder() {
-    alignas(64) uint8_t bytes[2][128];
+  CodeBytes() {
     for (uint32_t code = 0; code < 128; code++) {
       const uint32_t exponent = code >> 3, fraction = code & 7;
       const float size = exponent ? float_of((exponent + 120) << 23 | fraction << 20)
@@ -50,7 +48,18 @@ class Decoder {
       bytes[0][code] = static_cast<uint8_t>(bits >> 16);
       bytes[1][code] = static_cast<uint8_t>(bits >> 24);
     }
-    for (int i = 0; i < 4; i++) tables_[i] = _mm512_load_si512(bytes[i / 2] + i % 2 * 64);
+  }
+};
+static const CodeBytes BYTES_OF_CODES;
+
+// Two blocks. A permutation ignores the sign's bit of its index.
+class Decoder {
+ public:
+  static constexpr int STEP = 64, VECTORS = 4;
+
+  inline __attribute__((always_inline)) Decoder() {
+    for (int i = 0; i < 4; i++)
+      tables_[i] = _mm512_load_si512(BYTES_OF_CODES.bytes[i / 2] + i % 2 * 64);
   }
 
   static int place(int i) { return VECTOR * (i % 16 / 8 * 2 + i % 2) + i / 16 * 4 + i % 8 / 2; }
@@ -179,6 +188,8 @@ struct Weights {
   static constexpr int MOST = 2, STREAMS = 4;
 #endif
 
+  static constexpr bool reads_far_ahead() { return false; }
+
   template <int S, int T>
   static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
                        int64_t row, Vector (&sums)[S][T]) {
@@ -187,11 +198,12 @@ struct Weights {
     const uint8_t* scales = weight.scales + n * blocks;
     const float* x = static_cast<const float*>(a.x) + row * a.x_stride;
     const Decoder decoder;
+    const int64_t ahead = has_room_ahead() ? 2048 : 512;  // bytes
     const int64_t whole = a.k / STEP * STEP;
     for (int64_t at = 0; at < whole; at += STEP) {
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
-        __builtin_prefetch(codes + s * w_stride + at + AHEAD);
+        __builtin_prefetch(codes + s * w_stride + at + ahead);
         multiply_step(decoder, codes + s * w_stride + at, scales + s * s_stride + at / BLOCK,
                       x + at, a.x_stride, sums[s]);
       }
@@ -208,8 +220,6 @@ struct Weights {
   }
 
  private:
-  static constexpr int64_t AHEAD = 512;  // bytes
-
   template <int T>
   static inline __attribute__((always_inline)) void multiply_step(const Decoder& decoder,
                                                                   const uint8_t* codes,
