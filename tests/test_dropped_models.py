@@ -51,12 +51,21 @@ def guards() -> int:
     return sum(one.root is not None for one in found)
 
 
+def finalizers() -> int:
+    """How many finalizers of what Dynamo guards are registered."""
+    found = [one.peek() for one in list(weakref.finalize._registry)]  # type: ignore[attr-defined]
+    functions = [one[1] for one in found if one is not None]
+    return sum(getattr(one, "func", one).__qualname__.endswith("invalidate") for one in functions)
+
+
 def test_what_dynamo_compiled_goes_with_a_model() -> None:
     before, sizes, guarded = {*limits._shared}, symbolic_sizes(), guards()
+    finalized = finalizers()
     whole = mxfp4_fx.compile(model(num_hidden_layers=1), options={"inner": "eager"})
     whole(tokens(1), use_cache=False)
     assert symbolic_sizes() > sizes
     assert guards() > guarded
+    assert finalizers() > finalized
     codes = [code for code in limits._shared if code not in before]
     held = weakref.ref(whole)
     assert any(map(torch_private_dynamo.is_compiled, codes))
@@ -66,6 +75,7 @@ def test_what_dynamo_compiled_goes_with_a_model() -> None:
     assert not any(map(torch_private_dynamo.is_compiled, codes))
     assert symbolic_sizes() == sizes
     assert guards() == guarded
+    assert finalizers() == finalized
 
 
 def test_the_sizes_of_a_model_that_lives_are_guarded() -> None:

@@ -217,7 +217,8 @@ def _forget(code: types.CodeType, sizes: list[Any]) -> None:
     entries = look_up("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
     guards = [entry.guard_manager for entry in entries]
     _reset_code(code)
-    for guard in guards:  # finalizers of whatever was guarded hold them, classes and modules too
+    _detach_finalizers(guards)
+    for guard in guards:
         vars(guard).update(dict.fromkeys(vars(guard)))
     for env in sizes:
         for held in (env.tracked_fakes, env.fake_tensor_cache):
@@ -230,6 +231,19 @@ def _forget(code: types.CodeType, sizes: list[Any]) -> None:
     for cache in (*caches, look_up(*instructions)):
         if hasattr(cache, "cache_clear"):  # who compiles meanwhile computes it again
             cache.cache_clear()
+
+
+def _detach_finalizers(guards: list[Any]) -> None:
+    """Detach the finalizers of whatever was guarded, classes and modules too: they hold the guards.
+
+    Python has no public list of finalizers. Where it has none at all, they stay.
+    """
+    known = {id(guard) for guard in guards}
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        found = finalizer.peek()
+        owner = getattr(getattr(found and found[1], "func", None), "__self__", None)
+        if id(getattr(owner, "guard_manager", None)) in known:
+            finalizer.detach()
 
 
 def keep_apart(frame: types.FrameType) -> None:
