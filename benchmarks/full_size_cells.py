@@ -113,7 +113,8 @@ def main(settings: dict[str, Any]) -> None:
     ids = torch.from_numpy(np.fromfile(settings["ids"], np.int32)).long()
     if settings["compile"]:
         torch._dynamo.config.recompile_limit = 64  # prompts, tokens, batches, windows
-        options = {"free_weights": True, "strict": True, "inner": settings["inner"]}
+        names = ("inner", "linears")
+        options = {"free_weights": True, "strict": True} | {name: settings[name] for name in names}
         mxfp4_fx.compile(model, options=options)
     cells = Cells(model, ids)
     with torch.no_grad():

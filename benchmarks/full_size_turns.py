@@ -25,7 +25,7 @@ from benchmarks.measured_process import ProcessFailed, Program, choose_cores, ru
 from benchmarks.probes import Probes
 
 WAYS = tuple(LABELS)
-OURS, UNCOMPILED, LLAMA, LLAMA_Q8, VLLM = WAYS
+OURS, OURS_MXFP8, UNCOMPILED, LLAMA, LLAMA_Q8, VLLM = WAYS
 READS = 5  # of the read rate, before each process
 CELLS = "benchmarks.full_size_cells"
 SETTINGS = ("prefill", "contexts", "batches", "decode_tokens", "most_each_round", "turns")
@@ -138,10 +138,11 @@ def prepare(name: str, args: argparse.Namespace, ids: Path, scratch: Path, log: 
     cores = choose_cores(args.threads)
     settings = {"threads": args.threads, "cores": cores, "sample_seconds": 0.05}
     cells = cells_of(name, args, first=True), cells_of(name, args, first=False)
-    if name in (OURS, UNCOMPILED):
+    if name in (OURS, OURS_MXFP8, UNCOMPILED):
         settings |= {
             "checkpoint": str(args.checkpoint),
-            "compile": name == OURS,
+            "compile": name != UNCOMPILED,
+            "linears": "mxfp8" if name == OURS_MXFP8 else True,
             "inner": args.inner,
             "ids": str(ids),
             # What the first round compiles serves all rounds.

@@ -11,6 +11,7 @@ from benchmarks.token_parts import PARTS, REST
 
 LABELS = {
     "ours": "mxfp4_fx.compile",
+    "ours-mxfp8": "mxfp4_fx.compile, linears in MXFP8",
     "uncompiled": "packed, uncompiled",
     "llama-bf16": "llama.cpp, bf16",
     "llama-q8_0": "llama.cpp, Q8_0",

@@ -27,7 +27,7 @@ from benchmarks import (
     plot,
 )
 from benchmarks.contenders import Unavailable
-from benchmarks.full_size_turns import OURS, UNCOMPILED, WAYS, cells_of
+from benchmarks.full_size_turns import OURS, OURS_MXFP8, UNCOMPILED, WAYS, cells_of
 from benchmarks.moe import relative_error
 from benchmarks.token_parts import ATTENTION, EXPERTS, HEAD, LINEARS, PARTS, REST, TOKEN, parts_of
 from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
@@ -303,6 +303,18 @@ def test_llama_cpp_computes_the_same_model(checkpoint: Path, tmp_path: Path) -> 
         logits = torch.from_numpy(np.fromfile(path, np.float32)).double()
         roundings = 2 * (2 if kind == "bf16" else 4)  # layers; attention and experts of each
         assert relative_error(logits, expected) < roundings * 32**0.5 / 254
+
+
+@pytest.mark.parametrize(
+    ("name", "compile", "linears"),
+    [(OURS, True, True), (OURS_MXFP8, True, "mxfp8"), (UNCOMPILED, False, True)],
+)
+def test_the_options_of_our_own_ways(
+    tmp_path: Path, name: str, compile: bool, linears: bool | str
+) -> None:
+    args = arguments()
+    way = full_size_turns.prepare(name, args, tmp_path, tmp_path, lambda _: None)
+    assert (way.settings["compile"], way.settings["linears"]) == (compile, linears)
 
 
 # ---- a run
