@@ -40,12 +40,11 @@ from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.inflated import note_of_inflated
 from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
-from mxfp4_fx.passes.report import Attention, GraphReport, Miss, Rewrite
+from mxfp4_fx.passes.report import Attention, GraphReport, Miss
 from mxfp4_fx.telling import is_told, note_told, tell, warn
 from mxfp4_fx.weights.store import STORE
 
 HOOK = -4  # our key among a module's hooks; torch's are not negative
-
 
 # Modules and functions that have called experts, or are parts of models that have them.
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -310,8 +309,7 @@ class Call:
             is_told = not name or f".{item.layer}".endswith(f".{name}")
             return item if is_told else dataclasses.replace(item, layer=name)
 
-        rewrites: list[Rewrite] = [rename(rewrite) for rewrite in report.rewrites]
-        misses: list[Miss] = [rename(miss) for miss in report.misses]
+        rewrites, misses = ([rename(one) for one in of] for of in (report.rewrites, report.misses))
         attention = self._attention(report, args)
         return dataclasses.replace(report, rewrites=rewrites, misses=misses, attention=attention)
 
