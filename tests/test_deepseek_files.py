@@ -149,6 +149,16 @@ def grid_step(scales: Tensor, rectangle: tuple[int, int]) -> Tensor:
     return scales.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1) * 2**-10
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_fp8_has_no_infinities(value: float) -> None:
+    matrix = torch.ones(32, 64)
+    matrix[3, 5] = value
+    encoding = Fp8((32, 32))
+    dense = encoding.to_dense(*encoding.from_dense(matrix), FLOAT)
+    assert dense[3, 5].isnan()
+    assert (dense[:, 32:] == 1).all()
+
+
 def test_fp8_with_smaller_rectangles_at_the_edges() -> None:
     encoding = Fp8((32, 32))
     matrix = torch.randn(40, 72)
