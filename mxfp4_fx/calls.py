@@ -48,14 +48,13 @@ from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.inflated import note_of_inflated
 from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
-from mxfp4_fx.passes.report import Attention, GraphReport, Miss, QuantizedLinear, Rewrite
+from mxfp4_fx.passes.report import Attention, GraphReport, Miss, QuantizedLinear
 from mxfp4_fx.telling import is_told, note_told, tell, tell_of_linears, warn
 from mxfp4_fx.weights.store import STORE
 
 _Item = TypeVar("_Item", Attention, QuantizedLinear, Miss)
 
 HOOK = -4  # our key among a module's hooks; torch's are not negative
-
 
 # Modules and functions that have called experts, or are parts of models that have them.
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -351,18 +350,14 @@ class Call:
             is_told = not name or f".{item.layer}".endswith(f".{name}")
             return item if is_told else dataclasses.replace(item, layer=name)
 
-        rewrites: list[Rewrite] = [rename(rewrite) for rewrite in report.rewrites]
-        misses: list[Miss] = [rename(miss) for miss in report.misses]
-        attention = self._by_parameter(report.attention, args)
-        mxfp8 = self._by_parameter(report.mxfp8, args)
-        linear_misses = self._by_parameter(report.linear_misses, args)
+        by_parameter = functools.partial(self._by_parameter, args=args)
         return dataclasses.replace(
             report,
-            rewrites=rewrites,
-            misses=misses,
-            attention=attention,
-            mxfp8=mxfp8,
-            linear_misses=linear_misses,
+            rewrites=[rename(one) for one in report.rewrites],
+            misses=[rename(one) for one in report.misses],
+            attention=by_parameter(report.attention),
+            mxfp8=by_parameter(report.mxfp8),
+            linear_misses=by_parameter(report.linear_misses),
         )
 
     def layers(self) -> dict[int, str]:

@@ -149,6 +149,18 @@ def grid_step(scales: Tensor, rectangle: tuple[int, int]) -> Tensor:
     return scales.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1) * 2**-10
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_fp8_has_no_infinities(value: float) -> None:
+    """The values beside one keep theirs."""
+    matrix = torch.full((32, 64), 1000.0)
+    matrix[3, 5] = value
+    encoding = Fp8((32, 32))
+    dense = encoding.to_dense(*encoding.from_dense(matrix), FLOAT)
+    matrix[3, 5], rounded = torch.nan, torch.full_like(matrix, 1024.0)
+    assert torch.equal(dense.isnan(), matrix.isnan())
+    assert torch.equal(dense.nan_to_num(1024), rounded)
+
+
 def test_fp8_with_smaller_rectangles_at_the_edges() -> None:
     encoding = Fp8((32, 32))
     matrix = torch.randn(40, 72)

@@ -142,3 +142,27 @@ def test_faults_of_the_files_are_found(half: Path, dense: Path, tmp_path: Path, 
     edit_tensors(path, lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=words), empty_model(str(path), torch.bfloat16):
         pass
+
+
+@pytest.fixture(scope="module")
+def unpackable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dense files in which nothing is named as experts are that can be quantized."""
+    config = transformers.GraniteMoeConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=512, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("unpackable")
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def test_files_without_experts_that_could_be_packed_are_named(unpackable: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json hold no experts .*--experts"):
+        explained(unpackable)
+
+
+def test_files_that_stay_dense_may_hold_experts_in_any_way(
+    unpackable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", str(unpackable), "--experts", "grouped_mm"]) == 0
+    assert "1 of 1 MoE layers rewritten" in capsys.readouterr().out

@@ -164,6 +164,22 @@ def test_names_go_through_key_mapping(qwen: Path, tmp_path: Path) -> None:
     assert same(model.state_dict(), load("qwen3_moe", qwen).state_dict())
 
 
+@pytest.mark.parametrize("stray", ["mtp.layers.0", "model.layers.2"])
+def test_layers_that_the_model_has_not_are_left_out(qwen: Path, tmp_path: Path, stray: str) -> None:
+    """Published files have more of them, which predict further tokens."""
+    path = copied(qwen, tmp_path / "more")
+    first = "model.layers.0."
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        of_first = [name for name in tensors if name.startswith(first)]
+        for name in of_first:
+            tensors[name.replace(first, f"{stray}.")] = torch.ones_like(tensors[name])
+
+    edit_tensors(path, add)
+    model = load("qwen3_moe", path)
+    assert same(model.state_dict(), load("qwen3_moe", qwen).state_dict())
+
+
 def test_blocks_that_are_nan_are_told(qwen: Path, tmp_path: Path) -> None:
     path = copied(qwen, tmp_path / "nan")
     name = NAME.format(1, 3, "up_proj")

@@ -172,6 +172,10 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         setting(transform_config={"config_groups": {"u": {}}}),
         r"has a transform_config, which changes what the weights mean",
     ),
+    "sparsity": (
+        setting(sparsity_config={"format": "sparse-24-bitmask"}),
+        r"has a sparsity_config, which changes what the weights mean",
+    ),
     "sizes": (
         lambda config: config.update(moe_intermediate_size=64),
         r"proj\.weight_packed in .* holds a matrix \[.*96.*\], and .* needs \[.*64.*\]",

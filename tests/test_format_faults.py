@@ -15,6 +15,8 @@ from packed_layouts import DEEPSEEK, QUARK, Layout
 from torch import Tensor
 
 import mxfp4_fx
+from mxfp4_fx.checkpoints.packed_formats import DEEPSEEK as DEEPSEEK_FORMAT
+from mxfp4_fx.checkpoints.packed_formats import format_of
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.huggingface.family_conversions import StackExperts
 
@@ -76,6 +78,10 @@ TENSORS: dict[str, tuple[Edit, str]] = {
     "shape": (
         put(blocks=lambda blocks: blocks[:, :16], scales=lambda scales: scales[:, :1]),
         r"BLOCKS in .* holds a matrix \[64, 32\], and .* needs \[64, 96\]",
+    ),
+    "half a block": (
+        put(blocks=lambda blocks: blocks[:, :24], scales=lambda scales: scales[:, :1]),
+        r"SCALES in .* is \[64, 1\], which is a scale for 48 values; .* for 32 values",
     ),
     "dimensions": (
         put(blocks=lambda blocks: blocks[None]),
@@ -176,6 +182,23 @@ CONFIGS: dict[str, tuple[Layout, Callable[[dict[str, Any]], object], str]] = {
         ),
         r"has the algorithm rotation in algo_config, which changes what the weights mean",
     ),
+    "one algorithm": (
+        QUARK,
+        lambda settings: settings.update(algo_config={"name": "gptq", "online_rotation": True}),
+        r"has the algorithm gptq in algo_config",
+    ),
+    "a matrix beside": (
+        QUARK,
+        lambda settings: settings.update(algo_config=[{"name": "awq"}, {"name": "svdquant"}]),
+        r"has the algorithm svdquant in algo_config",
+    ),
+    "a type of layers": (
+        QUARK,
+        lambda settings: settings.update(
+            layer_type_quant_config={"Linear": {"weight": {"dtype": "int8"}}}
+        ),
+        r"a mix of formats: layer_type_quant_config Linear \(int8\) instead of fp4",
+    ),
     "no rectangles": (
         DEEPSEEK,
         lambda settings: settings.update(weight_block_size=[128]),
@@ -198,3 +221,12 @@ def test_configs(tmp_path: Path, fault: str) -> None:
     edit_config(tmp_path, lambda config: edit(config["quantization_config"]))
     with pytest.raises(CheckpointError, match=words):
         mxfp4_fx.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["quantization_config", "config", "text_config"])
+def test_where_deepseek_says_that_experts_are_packed(place: str) -> None:
+    settings: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config: dict[str, Any] = {"quantization_config": settings, "text_config": {}}
+    assert format_of(config, "config.json") is None
+    {"config": config, **config}[place]["expert_dtype"] = "fp4"
+    assert format_of(config, "config.json") is DEEPSEEK_FORMAT

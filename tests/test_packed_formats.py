@@ -19,6 +19,8 @@ from packed_layouts import DEEPSEEK, QUARK, VLLM, Layout
 from torch import Tensor
 
 import mxfp4_fx
+from mxfp4_fx.core.errors import NanWeightsWarning
+from mxfp4_fx.core.formats import E8M0_NAN
 from mxfp4_fx.huggingface.packed import PackedExperts
 from mxfp4_fx.huggingface.packed_names import _patterns
 
@@ -62,6 +64,16 @@ def test_the_model_is_that_of_compressed_tensors(
     expected = mxfp4_fx.from_pretrained(same, dtype=dtype)
     assert any(isinstance(module, PackedExperts) for module in model.modules())
     assert_same_tensors(model.state_dict(), expected.state_dict())
+
+
+def test_blocks_that_are_nan_are_told(written: Path, layout: Layout, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        name = next(n for n in tensors if ".experts." in n and n.endswith(layout.scales))
+        tensors[name].view(torch.uint8)[..., 0, 0] = E8M0_NAN
+
+    path = edit_tensors(copied(written, tmp_path / "nan"), spoil)
+    with pytest.warns(NanWeightsWarning, match=r"MXFP4 blocks .*experts\.\w+_proj_scales"):
+        mxfp4_fx.from_pretrained(path)
 
 
 def test_saving_writes_what_was_loaded(written: Path, tmp_path: Path) -> None:

@@ -76,17 +76,18 @@ class Fp8:
         return (blocks.float() * self._spread(scales.float(), blocks.shape)).to(dtype)
 
     def from_dense(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize [N, K] with the least scales by which nothing saturates."""
+        """Quantize [N, K] with the least scales that hold all values; infinities become NaN."""
         (n, k), (rows, columns) = matrix.shape, self.rectangle
         counts = self.scales_shape(n, k)
-        largest = matrix.new_zeros([counts[0] * rows, counts[1] * columns], dtype=torch.float32)
-        largest[:n, :k] = matrix.float().abs()
+        values = matrix.float()
+        values = values.where(values.isfinite(), torch.nan)
+        largest = values.new_zeros([counts[0] * rows, counts[1] * columns])
+        largest[:n, :k] = values.abs().nan_to_num(0)
         largest = largest.view(counts[0], rows, counts[1], columns).amax((1, 3))
         mantissa, exponent = torch.frexp(largest / E4M3_MAX)  # mantissa in [0.5, 1), or 0
-        exponent = (exponent - (mantissa == 0.5).int()).where(largest > 0, 0).clamp(-127, 127)
+        exponent = (exponent - (mantissa == 0.5).int()).clamp(-127, 127)
         scales = torch.ldexp(torch.ones_like(largest), exponent).to(self.dtypes[1])
-        values = matrix.float() / self._spread(scales.float(), matrix.shape)
-        return values.clamp(-E4M3_MAX, E4M3_MAX).to(self.dtypes[0]), scales
+        return (values / self._spread(scales.float(), matrix.shape)).to(self.dtypes[0]), scales
 
     def _spread(self, scales: Tensor, shape: torch.Size) -> Tensor:
         for dim, size in enumerate(self.rectangle):

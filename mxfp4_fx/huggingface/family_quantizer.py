@@ -33,10 +33,9 @@ from mxfp4_fx.checkpoints.packed_formats import (
     quantization_config,
 )
 from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NoExpertsWarning, OptionError
-from mxfp4_fx.core.version import OLDEST_FOR_FAMILIES, too_old_for_families
 from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.activations import activation_of
-from mxfp4_fx.huggingface.arguments import refuse
+from mxfp4_fx.huggingface.arguments import refuse, require_transformers_for_families
 from mxfp4_fx.huggingface.family_conversions import (
     DequantizeWeights,
     InterleaveExperts,
@@ -52,12 +51,7 @@ OUR_METHOD = "mxfp4_fx_families"
 
 def require_transformers() -> None:
     """Raise CheckpointError if transformers is too old to merge packed experts."""
-    version = too_old_for_families()
-    if version is not None:
-        raise CheckpointError(
-            f"packed experts of other families than GPT-OSS need transformers {OLDEST_FOR_FAMILIES}"
-            f" or newer (pip install --upgrade transformers): {version} is installed"
-        )
+    require_transformers_for_families("packed experts")
 
 
 @register_quantization_config(OUR_METHOD)

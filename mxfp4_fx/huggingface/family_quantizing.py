@@ -241,6 +241,8 @@ def dense_plan_of(
         for expert in range(tensor.shape[0] if whole else 1):
             for spec in whole.specs(expert) if whole else [tensor.spec]:
                 target, pattern = place(spec.name)
+                if target not in held:  # of a layer that the model has not, for further tokens
+                    continue
                 number = _EXPERT.match(spec.name.removesuffix(".weight"))
                 if target.rpartition(".")[0] not in modules or pattern is None or number is None:
                     raise CheckpointError(

@@ -21,7 +21,7 @@ from mxfp4_fx.checkpoints.packed_formats import (
     packed_weights,
     quantization_config,
 )
-from mxfp4_fx.checkpoints.single_experts import to_quantize
+from mxfp4_fx.checkpoints.single_experts import is_of_another_family, to_quantize
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.skip import Skip, not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
@@ -252,7 +252,8 @@ def empty_model(path: str, dtype: torch.dtype, experts: str | None = None) -> It
         and experts is None
         and not any(not_converted(entry, name) for entry in kept)
     }
-    if checkpoint is not None and not is_gpt_oss:
+    # Dense files that nobody wants packed may hold experts in any way.
+    if checkpoint is not None and not is_gpt_oss and (form is not None or experts is None):
         packed_names = _packed_in(model, checkpoint, form)
         stacked = {name: module for name, module in stacked.items() if name in packed_names}
     # Found by computing it, with numbers that are not fake.
@@ -274,13 +275,18 @@ def _packed_in(model: Any, checkpoint: Checkpoint, form: Format | None) -> set[s
     """Return the experts of another family that its files hold packed, or whose loader packs them.
 
     Raises:
-        CheckpointError: the files are not the model's.
+        CheckpointError: the files are not the model's, or have no experts that could be packed.
     """
     from mxfp4_fx.huggingface.family_plan import plan_of
     from mxfp4_fx.huggingface.family_quantizing import dense_plan_of
 
     if form is not None:
         return {*plan_of(model, checkpoint, packed_weights(checkpoint, form)).experts}
+    if not is_of_another_family(checkpoint):
+        raise CheckpointError(
+            f"the files beside {checkpoint.config_name} hold no experts that could be quantized: "
+            "name transformers' own experts (--experts grouped_mm) to explain the dense model"
+        )
     return {*dense_plan_of(model, checkpoint, to_quantize(checkpoint, Skip.of(())), {})}
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from tqdm import tqdm
+
 from mxfp4_fx.core import background
 from mxfp4_fx.core.errors import KeptWeightsWarning, NanWeightsWarning, RepeatedSwizzleWarning
 from mxfp4_fx.weights.source import Source
@@ -63,3 +67,9 @@ def warn_of_nan(source: Source, experts: list[int], name: str) -> None:
             NanWeightsWarning,
             stacklevel=3,
         )
+
+
+def restoring(count: int) -> tqdm[Any]:
+    """Return the bar of so many parameters that are restored, which a terminal shows."""
+    text = "mxfp4: restoring expert weights"
+    return tqdm(total=count, desc=text, leave=False, disable=None if count else True)

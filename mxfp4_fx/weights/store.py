@@ -18,14 +18,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from tqdm import tqdm
 
 from mxfp4_fx.core import forks, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import DeviceFullError
 from mxfp4_fx.core.torch_private_distributed import gathered_from, is_filled_by_fsdp, shard_of
-from mxfp4_fx.weights import freed
+from mxfp4_fx.weights import freed, notices
 from mxfp4_fx.weights.entries import Entries, Entry, Key
-from mxfp4_fx.weights.notices import of_full_device, warn_of_kept, warn_of_nan, warn_of_repeats
 from mxfp4_fx.weights.source import MXFP4, MXFP8, Encoding, Parts, Source
 from mxfp4_fx.weights.state import (
     MARK,
@@ -39,8 +37,6 @@ from mxfp4_fx.weights.state import (
     owner_of,
 )
 from mxfp4_fx.weights.swizzle import nan_experts, swizzle_weight, unswizzle_weight
-
-_RESTORING = "mxfp4: restoring expert weights"
 
 
 class WeightStore:
@@ -221,7 +217,7 @@ class WeightStore:
                 self._entries.renew(tensor)
             if not is_done and not marks[0].kept:
                 marks[0].kept = True
-                warn_of_kept(name)
+                notices.warn_of_kept(name)
             return is_done
 
     def values(self, source: Source, device: torch.device | None = None) -> tuple[Tensor, ...]:
@@ -253,8 +249,8 @@ class WeightStore:
         """
         with self._lock:
             waiting = [p for p in parameters if isinstance(p, freed.FreedParameter)]
-            restored, hidden = 0, None if waiting else True  # None shows the bar on a terminal
-            with tqdm(total=len(waiting), desc=_RESTORING, leave=False, disable=hidden) as bar:
+            restored = 0
+            with notices.restoring(len(waiting)) as bar:
                 while waiting:
                     entry = self._entries.holder(waiting[0])
                     together = [p for p in waiting if entry.holds(mark_of(p))]
@@ -319,17 +315,17 @@ class WeightStore:
         try:
             new.parts = swizzle_weight(readable, layout, room)
         except torch.OutOfMemoryError as error:
-            raise DeviceFullError(of_full_device(source, name)) from error
+            raise DeviceFullError(notices.of_full_device(source, name)) from error
         self._by_key[key] = new
         for tensor, state in zip(tensors, new.states, strict=True):
             if not state.is_freed:  # a freed tensor may have got values in another way
                 self._entries.note_freed(tensor, False)
         if old is not None:
             self._entries.let_go(old)
-        warn_of_nan(source, nan_experts(readable, new.parts, layout), name)
+        notices.warn_of_nan(source, nan_experts(readable, new.parts, layout), name)
         if new.stale and not marks[0].told:
             marks[0].told = True
-            warn_of_repeats(name, "its memory is filled anew for each call, as FSDP does")
+            notices.warn_of_repeats(name, "its memory is filled anew for each call, as FSDP does")
         return new.parts
 
     def _shard_of_copy(self, tensor: Tensor) -> Tensor:
