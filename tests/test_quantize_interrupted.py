@@ -145,6 +145,7 @@ def test_a_run_whose_disk_failed_goes_on(interrupted: tuple[Path, Path], tmp_pat
         ({"max_shard_bytes": 2}, "max_shard_bytes"),
         ({**CUT, "skip": ["model.layers.0"]}, "modules_to_not_convert"),
         ({**CUT, "scale_rule": "search"}, "scale_rule"),
+        ({**CUT, "report": print}, "report"),
     ],
 )
 def test_other_options_do_not_go_on(

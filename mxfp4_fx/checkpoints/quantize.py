@@ -109,7 +109,8 @@ def quantize_checkpoint(
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
             require_new(out)  # another run may have finished before we got the lock
-            journal = Journal(partial, plan.identity)
+            # Errors that only a part of the run measured would be those of a part of the weights.
+            journal = Journal(partial, {**plan.identity, "report": report is not None})
             require_room(out, plan.nbytes - journal.nbytes)
             _write(plan, journal, progress, report is not None)
             _verify(plan, journal, progress)
