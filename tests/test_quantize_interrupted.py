@@ -145,7 +145,6 @@ def test_a_run_whose_disk_failed_goes_on(interrupted: tuple[Path, Path], tmp_pat
         ({"max_shard_bytes": 2}, "max_shard_bytes"),
         ({**CUT, "skip": ["model.layers.0"]}, "modules_to_not_convert"),
         ({**CUT, "scale_rule": "search"}, "scale_rule"),
-        ({**CUT, "report": print}, "report"),
     ],
 )
 def test_other_options_do_not_go_on(
@@ -156,6 +155,17 @@ def test_other_options_do_not_go_on(
     with pytest.raises(CheckpointError, match=rf"partial is left .* another {name}: remove it"):
         convert(source, out, **options)
     assert files(partial(out)) == before
+
+
+def test_shards_that_nobody_measured_are_measured(
+    interrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, out = interrupted
+    errors: list[dict[str, float]] = []
+    convert(source, out, **CUT, report=errors.append)
+    convert(source, tmp_path / "whole", **CUT, report=errors.append)
+    assert errors[0] == errors[1]
+    assert files(out) == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

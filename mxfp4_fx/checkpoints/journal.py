@@ -49,12 +49,16 @@ Squares = dict[str, tuple[float, float]]
 class Journal:
     """The complete shards of a run, in a file that is replaced as a whole."""
 
-    def __init__(self, partial: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, partial: Path, identity: Mapping[str, Any], *, measures: bool = False
+    ) -> None:
         """Begin a run in `partial`, or resume the run that was interrupted there.
 
         Args:
             partial: the run's directory.
             identity: the run's input and options, as JSON values.
+            measures: whether the run measures what rounding changes. Shards of a run that did not
+                are then written again: the errors would be those of a part of the weights.
 
         Raises:
             CheckpointError: the interrupted run had another `identity`, or its journal is missing
@@ -65,13 +69,13 @@ class Journal:
         self._file = partial / "journal.json"
         self._content: dict[str, Any] = {**identity, "shards": {}}
         if self._file.exists():
-            self._go_on(identity)
+            self._go_on(identity, measures)
         elif self.checkpoint.exists():
             raise CheckpointError(f"{partial} has no journal of its shards: remove it")
         self._save()
         self.checkpoint.mkdir(exist_ok=True)
 
-    def _go_on(self, identity: Mapping[str, Any]) -> None:
+    def _go_on(self, identity: Mapping[str, Any], measures: bool) -> None:
         try:
             content = json.loads(self._file.read_text(encoding="utf-8"))
             other = [key for key in identity if content[key] != identity[key]]
@@ -86,6 +90,8 @@ class Journal:
             )
         # Sizes are enough here: the run reads every byte again at its end.
         for name, shard in shards:
+            if measures and shard.get("squares") is None:
+                continue
             file = self.checkpoint / name
             if file.is_file() and file.stat().st_size == sizes[name]:
                 self._content["shards"][name] = shard
@@ -99,9 +105,9 @@ class Journal:
         size: int,
         digests: dict[str, str],
         nan: dict[str, int],
-        squares: Squares,
+        squares: Squares | None,
     ) -> None:
-        """Enter a complete shard; `squares` is empty, or of its experts that were quantized."""
+        """Enter a complete shard; `squares` are of its experts, or None if nobody measured."""
         self._content["shards"][shard] = {
             "size": size,
             "sha256": digests,
@@ -128,7 +134,7 @@ class Journal:
         """Experts -> the norm of what rounding changed, relative to the norm of the weights."""
         sums: Squares = {}
         for shard in self._content["shards"].values():
-            for name, (error, value) in shard.get("squares", {}).items():
+            for name, (error, value) in (shard.get("squares") or {}).items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = before[0] + error, before[1] + value
         return {

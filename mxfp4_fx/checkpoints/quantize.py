@@ -109,8 +109,7 @@ def quantize_checkpoint(
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
             require_new(out)  # another run may have finished before we got the lock
-            # Errors that only a part of the run measured would be those of a part of the weights.
-            journal = Journal(partial, {**plan.identity, "report": report is not None})
+            journal = Journal(partial, plan.identity, measures=report is not None)
             require_room(out, plan.nbytes - journal.nbytes)
             _write(plan, journal, progress, report is not None)
             _verify(plan, journal, progress)
@@ -270,10 +269,9 @@ def _write(plan: _Plan, journal: Journal, progress: bool, measured: bool) -> Non
             specs = [spec for item in items for spec in item.specs]
             digests = {spec.name: hashlib.sha256() for spec in specs}
             nan: dict[str, int] = {}
-            squares: Squares = {}
+            squares: Squares | None = {} if measured else None
             written = journal.checkpoint / f"{name}.writing"
-            given = squares if measured else None
-            parts = _watched(items, plan.scale_rule, digests, nan, given)
+            parts = _watched(items, plan.scale_rule, digests, nan, squares)
             write_safetensors(written, specs, parts, bar.update)
             sync(written)
             written.replace(journal.checkpoint / name)
