@@ -341,7 +341,7 @@ def _check_dense(model: Any, held: Mapping[str, Any], plan: Plan) -> None:
         matrices.check(model, shapes)
         if matrices.converter is None and held[name].ndim == 2:
             (weight,) = matrices.sources.values()
-            _require_size(weight, *held[name].shape, name)
+            _require_size(weight, held[name].shape[0], held[name].shape[1], name)
 
 
 def _require_size(weight: PackedWeight, n: int, k: int, name: str) -> None:
