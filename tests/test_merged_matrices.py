@@ -115,6 +115,28 @@ def test_split(written: dict[str, Path], tmp_path: Path) -> None:
         assert_loaded_and_saved(written["HRM"], "HRM", tmp_path / "again")
 
 
+def without_prefix(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+@pytest.mark.filterwarnings("ignore::mxfp4_fx.errors.NoExpertsWarning")
+@pytest.mark.parametrize("is_base", [False, True])
+def test_the_prefix_of_the_base_model(
+    written: dict[str, Path], tmp_path: Path, is_base: bool
+) -> None:
+    """Files may lack it, and a base model has none; saving writes the model's names."""
+    path, whole = copied(written["HRM"], tmp_path / "packed"), read_tensors(written["HRM"])
+    if is_base:
+        without_prefix(whole)
+        del whole["lm_head.weight"]
+    else:
+        edit_tensors(path, without_prefix)
+    kind = transformers.AutoModel if is_base else transformers.AutoModelForCausalLM
+    mxfp4_fx.from_pretrained(path, auto_class=kind).save_pretrained(tmp_path / "again")
+    assert_same_tensors(read_tensors(tmp_path / "again"), whole)
+
+
 CHANGES: dict[str, tuple[str, Any, str]] = {
     "MiniMax-M3": (  # a row of up: the gate of the files is written again
         "model.language_model.layers.1.mlp.shared_experts.gate_up_proj.weight",
