@@ -22,7 +22,7 @@ from transformers import CompressedTensorsConfig as CompressedTensorsOfTransform
 import mxfp4_fx
 from mxfp4_fx.cli import main
 from mxfp4_fx.core import version
-from mxfp4_fx.core.errors import CheckpointError, OptionError
+from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import dequantize, quantize
 from mxfp4_fx.huggingface.family_quantizer import CompressedTensorsConfig
 from mxfp4_fx.huggingface.packed import PackedExperts
@@ -60,19 +60,6 @@ def test_a_layer_on_disk(
     model = mxfp4_fx.from_pretrained(path, device_map=places, offload_folder=tmp_path)
     assert model.model.layers[0].mlp.experts.down_proj_blocks.is_meta
     assert torch.equal(model(IDS).logits, mxfp4_fx.from_pretrained(path)(IDS).logits)
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "skip": ({"skip": "layers.0"}, r"skip=.* stay packed: quantize the dense original with skip="),
-    "ignore_mismatched_sizes": ({"ignore_mismatched_sizes": True}, r"config\.json: leave it out"),
-}
-
-
-@pytest.mark.parametrize("option", REFUSED)
-def test_arguments_that_packed_files_cannot_have(written: dict[str, Path], option: str) -> None:
-    given, words = REFUSED[option]
-    with pytest.raises(OptionError, match=words):
-        mxfp4_fx.from_pretrained(written["Mixtral"], **given)
 
 
 # Two families with other names and other routers run what a third one shows.
