@@ -118,6 +118,20 @@ def test_tensors(
         mxfp4_fx.from_pretrained(path)
 
 
+def test_scales_with_the_name_of_quarks_older_exports(tmp_path: Path) -> None:
+    path = packed_families.write(tmp_path, "Qwen3-MoE", torch.bfloat16, layout=QUARK)
+
+    def rename(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            stem = name.removesuffix("weight_scale")
+            tensors[f"{stem}weight_quantizer.scale"] = tensors.pop(name)
+
+    edit_tensors(path, rename)
+    words = r"\.weight_quantizer\.scale in .* are scales .*\.weight_scale: export the original"
+    with pytest.raises(CheckpointError, match=words):
+        mxfp4_fx.from_pretrained(path)
+
+
 def test_a_file_is_cut_short(sound: Path, tmp_path: Path) -> None:
     file = copied(sound, tmp_path / "faulty") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -49,6 +49,19 @@ def dense_model(path: Path) -> Any:
     return dense
 
 
+@pytest.mark.parametrize("folder", ["", "dense"])
+def test_a_layer_on_disk(
+    written: dict[str, Path], tmp_path: Path, no_gradients: None, folder: str
+) -> None:
+    """Packed experts, and dense ones that are quantized while loading, may be offloaded."""
+    path = written["Mixtral"] / folder
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places = {**dict.fromkeys(parts, "cpu"), "model.layers.0": "disk"}
+    model = mxfp4_fx.from_pretrained(path, device_map=places, offload_folder=tmp_path)
+    assert model.model.layers[0].mlp.experts.down_proj_blocks.is_meta
+    assert torch.equal(model(IDS).logits, mxfp4_fx.from_pretrained(path)(IDS).logits)
+
+
 # Two families with other names and other routers run what a third one shows.
 MORE = pytest.mark.exhaustive
 ONE_AND_MORE = [FAMILIES[0], *(pytest.param(name, marks=MORE) for name in FAMILIES[1:])]

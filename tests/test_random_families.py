@@ -120,11 +120,17 @@ IMPOSSIBLE: dict[str, tuple[str, dict[str, int], str]] = {
     "vocab": ("qwen3_moe", {"vocab": 4}, r"vocab is 4: it must be 265 or more"),
     "experts": ("mixtral", {"experts": 1}, r"experts_per_token is 2: it must be 1 or less"),
     "heads": ("mixtral", {"heads": 0}, r"heads is 0: it must be 1 or more"),
+    "width": ("qwen2_moe", {"hidden": 32, "heads": 32}, r"heads is 32: qwen2_moe divides hidden"),
     "window": ("mixtral", {"sliding_window": 8}, r"mixtral has no sliding_window of its own"),
     "kv_heads": ("deepseek_v3", {"kv_heads": 8}, r"deepseek_v3 has no kv_heads of its own"),
     "groups": ("deepseek_v3", {"experts": 12}, r"experts is 12: deepseek_v3 has 8 groups"),
     "few": ("deepseek_v3", {"experts": 8}, r"experts is 8: deepseek_v3 has 8 groups"),
 }
+
+
+def test_deepseeks_heads_have_a_width_of_their_own() -> None:
+    config = family_config("deepseek_v3", {"hidden": 64}, {})
+    assert (config.hidden_size, config.num_attention_heads) == (64, 128)
 
 
 @pytest.mark.parametrize("fault", IMPOSSIBLE)

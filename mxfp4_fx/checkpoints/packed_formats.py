@@ -25,6 +25,7 @@ from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK
 
 _DENSE = "weight"  # the last part of a dense matrix's name
+_OLD_SCALES = "weight_quantizer.scale"
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,12 @@ def _placed(checkpoint: Checkpoint, name: str) -> str:
 
 def _weight(checkpoint: Checkpoint, form: Format, stem: str) -> PackedWeight:
     names = form.joined(stem, form.blocks), form.joined(stem, form.scales)
+    old = f"{stem}.{_OLD_SCALES}"
+    if form is QUARK and old in checkpoint.tensors:
+        raise CheckpointError(
+            f"{_placed(checkpoint, old)} are scales with a name of Quark's older exports "
+            f"instead of {names[1]}: export the original again with a current Quark"
+        )
     for name, other in (names, names[::-1]):
         if name not in checkpoint.tensors:
             raise CheckpointError(

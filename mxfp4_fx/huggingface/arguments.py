@@ -55,10 +55,18 @@ def require_transformers_for_families(what: str) -> None:
         )
 
 
+_NOT_FOR_FAMILIES = {  # what cannot be had, why, and the remedy
+    "skip": "packed checkpoints of other families than GPT-OSS, whose experts stay packed: "
+    "quantize the dense original with skip=, or make all experts dense with "
+    "mxfp4_fx.dequantize(model)",
+    "ignore_mismatched_sizes": "checkpoints of other families than GPT-OSS, whose sizes must be "
+    "those of config.json: leave it out",
+}
+
+
 def refuse_for_families(**given: Any) -> None:
     """Raise the OptionError for an argument that only GPT-OSS checkpoints take."""
     if named := next((name for name, value in given.items() if value), None):
         raise OptionError(
-            f"from_pretrained(..., {named}=...) is for GPT-OSS checkpoints: in those of other "
-            "families, all experts that are MXFP4 stay packed, and all sizes are the config's"
+            f"from_pretrained(..., {named}=...) is not for {_NOT_FOR_FAMILIES[named]}"
         )

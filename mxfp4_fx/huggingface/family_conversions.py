@@ -5,12 +5,13 @@ Shape letters: E experts, I intermediate, N output rows, K contraction.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from mxfp4_fx.checkpoints.encodings import Encoding
 from mxfp4_fx.core.formats import BYTES_PER_BLOCK, E8M0_NAN
@@ -130,8 +131,7 @@ class SeparateHalves(SplitExperts):
 class DequantizeWeights(ConversionOps):
     """The conversion of packed matrices that are no experts' to the parameters' dtype.
 
-    The loader has cast bytes and scales to it, which holds them exactly. It may stand before a
-    family's own operations, which then get dense matrices.
+    The loader has cast bytes and scales to it, which holds them exactly.
     """
 
     def __init__(
@@ -146,14 +146,56 @@ class DequantizeWeights(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any
+        self,
+        input_dict: dict[str, Any],
+        *,
+        source_patterns: list[str],
+        full_layer_name: str,
+        model: Any,
+        **_: Any,
     ) -> dict[str, Any]:
-        parameter = model.get_parameter(full_layer_name)
-        dtype = self.dtypes.get(full_layer_name, parameter.dtype)
-        found: dict[str, Any] = {}
-        for pattern in [p for p in input_dict if p.endswith(self.blocks)]:
-            stem = pattern.removesuffix(self.blocks)
-            pairs = zip(input_dict[pattern], input_dict[f"{stem}{self.scales}"], strict=True)
-            found[f"{stem}weight"] = [self.encoding.to_dense(*pair, dtype) for pair in pairs]
-        rest = {p: t for p, t in input_dict.items() if not p.endswith((self.blocks, self.scales))}
-        return found | rest
+        return {"weight": self._dense(input_dict, self.blocks, self.scales, full_layer_name, model)}
+
+    def _dense(
+        self, found: dict[str, Any], blocks: str, scales: str, name: str, model: Any
+    ) -> Tensor:
+        """Return the one matrix whose parts have two patterns, in the dtype of a parameter."""
+        dtype = self.dtypes.get(name, model.get_parameter(name).dtype)
+        return self.encoding.to_dense(_only(found.pop(blocks)), _only(found.pop(scales)), dtype)
+
+
+class ConvertDequantized(DequantizeWeights):
+    """The same, and then a family's own conversion of the dense matrices.
+
+    Of each source of that conversion there are two, blocks and scales, one behind the other.
+    """
+
+    supports_many_to_many = True
+
+    def __init__(
+        self,
+        encoding: Encoding,
+        names: tuple[str, str],
+        dtypes: Mapping[str, torch.dtype],
+        conversion: WeightConverter,
+    ) -> None:
+        super().__init__(encoding, names, dtypes)
+        self.conversion = conversion
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        source_patterns: list[str],
+        full_layer_name: str,
+        model: Any,
+        **_: Any,
+    ) -> dict[str, Any]:
+        conversion = copy.deepcopy(self.conversion)
+        pairs = zip(source_patterns[::2], source_patterns[1::2], strict=True)
+        for pattern, (blocks, scales) in zip(conversion.source_patterns, pairs, strict=True):
+            matrix = self._dense(input_dict, blocks, scales, full_layer_name, model)
+            conversion.add_tensor(full_layer_name, pattern, pattern, matrix)
+        made: dict[str, Any] = conversion.convert(full_layer_name, model=model, config=model.config)
+        return made

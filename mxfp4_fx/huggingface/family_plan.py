@@ -32,6 +32,7 @@ from mxfp4_fx.checkpoints.files import AGAIN, few
 from mxfp4_fx.checkpoints.packed_formats import PackedWeight
 from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import BLOCK
+from mxfp4_fx.huggingface.dense_matrices import DenseMatrices, parameters_of
 from mxfp4_fx.huggingface.packed import PackedExperts
 from mxfp4_fx.ops.operands import Activation
 
@@ -47,14 +48,15 @@ class Plan:
     Attributes:
         experts: name of a module of experts -> parameter -> pattern of its sources -> the matrices
             of experts 0 to E - 1, or the one tensor that has all of them.
-        dense: name of a parameter that is no expert's -> the matrix that it is made of.
+        dense: name of a parameter that is no expert's, or of the first of several that are made
+            together -> the matrices that it is made of.
         strays: names of packed matrices that the model does not have.
         patterns: patterns of sources of `experts`.
         dense_patterns: patterns of those of `dense` that a conversion takes -> their encodings.
     """
 
     experts: dict[str, dict[str, dict[str, list[PackedWeight]]]] = field(default_factory=dict)
-    dense: dict[str, PackedWeight] = field(default_factory=dict)
+    dense: dict[str, DenseMatrices] = field(default_factory=dict)
     strays: list[str] = field(default_factory=list)
     patterns: set[str] = field(default_factory=set)
     dense_patterns: dict[str, set[Encoding]] = field(default_factory=lambda: defaultdict(set))
@@ -90,14 +92,18 @@ def plan_of(
     def place(name: str) -> tuple[str, str | None]:
         return rename_source_key(name, renamings, converters, model.base_model_prefix, held)
 
+    def place_plainly(name: str) -> str:
+        return rename_source_key(name, renamings, converters)[0]
+
     for stem, weight in packed.items():
         name, pattern = place(weight.dense_name)
         path, _, parameter = name.rpartition(".")
         if name not in held:
             plan.strays.append(stem)
             continue
-        found.add(name)
+        converter = next((c for c in converters if pattern in c.source_patterns), None)
         if path in modules:
+            found.add(name)
             if weight.experts is not None:
                 stacked[name] = weight
                 continue
@@ -114,7 +120,11 @@ def plan_of(
             parts[name][pattern][int(expert[1])] = weight
             plan.patterns.add(pattern)
         else:
-            plan.dense[name] = weight
+            made = parameters_of(name, converter)
+            found |= {*made}
+            before = rename_source_key(weight.dense_name, renamings, [])[0]
+            source = _like(before, place_plainly(weight.dense_name), name)
+            plan.dense.setdefault(name, DenseMatrices(made, converter)).add(source, pattern, weight)
             if pattern is not None:
                 plan.dense_patterns[pattern].add(weight.encoding)
     parts_of_packed = {
@@ -132,7 +142,7 @@ def plan_of(
                 f"{target} are packed: {AGAIN}, or quantize all experts of a layer"
             )
         converter = next((c for c in converters if pattern in c.source_patterns), None)
-        found |= _targets(target, converter)
+        found |= {*parameters_of(target, converter)}
     _require_all(model, held, found, checkpoint)
     for name in parts:
         path, _, parameter = name.rpartition(".")
@@ -150,7 +160,7 @@ def plan_of(
                 f"{path}.{min(missing)} is not packed in the files, and the layer's other weight "
                 f"is: {AGAIN}, or quantize all experts of a layer"
             )
-    _check_dense(held, plan)
+    _check_dense(model, held, plan)
     return plan
 
 
@@ -211,12 +221,17 @@ def packed_like(experts: Any, name: str, found: Activation) -> PackedExperts:
     return packed
 
 
-def _targets(target: str, converter: Any) -> set[str]:
-    """Return the names in the model of what a tensor becomes: a conversion may split it."""
-    if converter is None:
-        return {target}
-    first = converter.target_patterns[0]
-    return {target, *(target.replace(first, other) for other in converter.target_patterns[1:])}
+def _like(before: str, converted: str, name: str) -> str:
+    """Return a name with the prefix of the base model if `name` has it, and without it otherwise.
+
+    Args:
+        before: a name, without the conversion that made `converted` of it.
+        converted: the name of a parameter, as the loader's patterns make it.
+        name: the same as the model has it.
+    """
+    if converted.endswith(name):
+        return before.removeprefix(converted.removesuffix(name))
+    return name.removesuffix(converted) + before
 
 
 def _require_all(
@@ -320,9 +335,12 @@ def _merge(converter: Any) -> list[str]:
     return names
 
 
-def _check_dense(held: Mapping[str, Any], plan: Plan) -> None:
-    for name, weight in plan.dense.items():
-        if held[name].ndim == 2 and not plan.dense_patterns:
+def _check_dense(model: Any, held: Mapping[str, Any], plan: Plan) -> None:
+    shapes = {name: value.shape for name, value in held.items()}
+    for name, matrices in plan.dense.items():
+        matrices.check(model, shapes)
+        if matrices.converter is None and held[name].ndim == 2:
+            (weight,) = matrices.sources.values()
             _require_size(weight, held[name].shape[0], held[name].shape[1], name)
 
 

@@ -36,7 +36,9 @@ from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NoExpertsWa
 from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.activations import activation_of
 from mxfp4_fx.huggingface.arguments import refuse, require_transformers_for_families
+from mxfp4_fx.huggingface.dense_matrices import fresh, parts_of
 from mxfp4_fx.huggingface.family_conversions import (
+    ConvertDequantized,
     DequantizeWeights,
     InterleaveExperts,
     StackExperts,
@@ -150,11 +152,15 @@ class FamilyQuantizer(PackedQuantizer):
                 scales = experts.get_parameter(f"{projection}_scales")
                 scales.data = scales.data.to(self._format.scales_dtype)
         self._dtypes: dict[str, torch.dtype] = {}
-        for name, weight in self._plan.dense.items():
-            parameter = model.get_parameter(name)
-            if parameter.dtype is torch.float16 and weight.scales.dtype.is_floating_point:
-                self._dtypes[name] = parameter.dtype  # which does not hold all scales
-                parameter.data = parameter.data.float()
+        for matrices in self._plan.dense.values():
+            weights = matrices.sources.values()
+            if not any(weight.scales.dtype.is_floating_point for weight in weights):
+                continue
+            for name in matrices.parameters:
+                parameter = model.get_parameter(name)
+                if parameter.dtype is torch.float16:
+                    self._dtypes[name] = parameter.dtype  # which does not hold all scales
+                    parameter.data = parameter.data.float()
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Return the model's conversions, with those of packed weights before the ones they are of.
@@ -175,11 +181,11 @@ class FamilyQuantizer(PackedQuantizer):
             elif patterns & plan.dense_patterns.keys():
                 encodings = {e for p in patterns for e in plan.dense_patterns.get(p, ())}
                 for encoding in sorted(encodings, key=names_of):
-                    parts = names_of(encoding)
-                    names = [_with(source, part) for source in sources for part in parts]
-                    steps = [self._dequantizing(encoding), *conversion.operations]
-                    targets = list(conversion._original_target_patterns)
-                    updated.append(conversion.copy(names, targets, operations=steps))
+                    names, targets = parts_of(conversion, encoding)
+                    made = ConvertDequantized(
+                        encoding, names_of(encoding), self._dtypes, fresh(conversion)
+                    )
+                    updated.append(conversion.copy(names, targets, operations=[made]))
             updated.append(conversion)
         own = [*self._renamings, *self._of_stacked()]
         return [*own, *updated, *self.get_weight_conversions()]
@@ -201,7 +207,11 @@ class FamilyQuantizer(PackedQuantizer):
 
     def get_weight_conversions(self) -> list[Any]:
         """Return the conversions of packed matrices that no other conversion takes."""
-        encodings = {weight.encoding for weight in self._plan.dense.values()}
+        encodings = {
+            weight.encoding
+            for matrices in self._plan.dense.values()
+            for weight in matrices.sources.values()
+        }
         return [
             WeightConverter(list(names_of(one)), "weight", [self._dequantizing(one)])
             for one in sorted(encodings, key=names_of)
@@ -235,12 +245,16 @@ class FamilyQuantizer(PackedQuantizer):
             CheckpointError: such a matrix has changed since it was loaded.
         """
         state: dict[str, Any] = model.state_dict()
-        for name, weight in self._plan.dense.items():
-            if name in state:
-                parts = self._packed_again(name, state.pop(name).detach(), weight)
+        for matrices in self._plan.dense.values():
+            if not state.keys() >= {*matrices.parameters}:
+                continue
+            values = {name: state.pop(name).detach() for name in matrices.parameters}
+            for name, value in matrices.to_matrices(model, values).items():
+                weight = matrices.sources[name]
+                parts = self._packed_again(few([*matrices.parameters]), value, weight)
                 stem = name.removesuffix("weight")
-                for part, value in zip(names_of(weight.encoding), parts, strict=True):
-                    state[stem + part] = value
+                for part, packed in zip(names_of(weight.encoding), parts, strict=True):
+                    state[stem + part] = packed
         return state, {}
 
     def _packed_again(self, name: str, value: Tensor, weight: PackedWeight) -> tuple[Tensor, ...]:

@@ -42,10 +42,10 @@ from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.activations import activation_of
 from mxfp4_fx.huggingface.arguments import check_scale_rule, refuse
 from mxfp4_fx.huggingface.conversions import PROJECTIONS, _only, exactly, set_loading_dtype
+from mxfp4_fx.huggingface.dense_matrices import parameters_of
 from mxfp4_fx.huggingface.family_plan import (
     _experts,
     _require_all,
-    _targets,
     is_family,
     packed_like,
     with_single_experts,
@@ -235,7 +235,7 @@ def dense_plan_of(
         if name not in names:
             target, pattern = place(name)
             converter = next((c for c in converters if pattern in c.source_patterns), None)
-            found |= _targets(target, converter)
+            found |= {*parameters_of(target, converter)}
             continue
         whole = fused(checkpoint, name) if experts_of(name) else None
         for expert in range(tensor.shape[0] if whole else 1):

@@ -171,7 +171,15 @@ def family_config(family: str, sizes: Mapping[str, int], others: Mapping[str, An
     config = CONFIG_MAPPING[family](**values, **{k: TOKEN_IDS[t] for k, t in tokens.items()})
     taken = {s: getattr(config, keys[0]) for s in _KEYS if (keys := known.keys_of(s))}
     heads = taken["heads"]
-    require_sizes({"kv_heads": heads, "head_dim": taken["hidden"] // max(heads, 1), **taken})
+    width = getattr(config, "head_dim", None)
+    if width is None:
+        width, rest = divmod(taken["hidden"], max(heads, 1))
+        if rest or width % 2 or not width:
+            raise CheckpointError(
+                f"heads is {heads}: {family} divides hidden ({taken['hidden']}) by it, which must "
+                "give an even number: pass other heads"
+            )
+    require_sizes({"kv_heads": heads, "head_dim": width, **taken})
     groups, chosen = getattr(config, "n_group", 1), getattr(config, "topk_group", 1)
     in_group, rest = divmod(taken["experts"], groups)
     # A group is rated by its best two experts, and experts are chosen in some of the groups.
