@@ -394,3 +394,15 @@ def test_figures_of_the_readme_are_those_of_a_run() -> None:
     parts = {part: each["median"] for part, each in found["parts"]["128"].items()}
     weights = sum(parts[part] for part in (EXPERTS, LINEARS, HEAD))
     assert f"of a token's {1e3 * parts['token']:.0f} ms, {1e3 * weights:.0f} read" in readme
+
+
+@pytest.mark.parametrize(("title", "machine"), [("AVX2", "zen3"), ("Zen 5", "zen5")])
+def test_the_readme_has_the_ratios_of_six_layers(title: str, machine: str) -> None:
+    file = f"benchmarks/results/full-size-turns-6-layers-epyc-{machine}-2-threads.json"
+    ratios = json.loads((ROOT / file).read_text("utf-8"))["turns"]["summary"]["ours_over"]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    _, _, *rows = readme[readme.index(f"| times as fast, {title} |") :].splitlines()[:4]
+    cells = [*(f"prefill {length}" for length in (32, 128, 512)), "decode 128 x 1", "decode 128 x 8"]
+    for row, way in zip(rows, ("llama-bf16", "llama-q8_0"), strict=True):
+        shown = [float(cell) for cell in row.strip(" |").split("|")[1:]]
+        assert shown == [round(ratios[way][cell]["median"], 2) for cell in cells]
