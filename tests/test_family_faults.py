@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -14,11 +15,14 @@ import torch
 from checkpoints import copied, edit_config, edit_tensors
 from compressed_tensors.compressors import NVFP4PackedCompressor
 from torch import Tensor
+from transformers.distributed import DistributedConfig
 
 import mxfp4_fx
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.huggingface.activations import activation_of
 from mxfp4_fx.huggingface.family_conversions import StackExperts
+from mxfp4_fx.huggingface.family_quantizer import CompressedTensorsConfig, FamilyQuantizer
+from mxfp4_fx.huggingface.family_quantizing import DenseFamilyQuantizer, QuantizeFamilyConfig
 from mxfp4_fx.ops.operands import Activation
 
 LAYER = "model.layers.0.mlp.experts"
@@ -239,3 +243,22 @@ def test_an_activation_that_kernels_do_not_compute() -> None:
     experts.act_fn = torch.nn.GELU()  # exact, where kernels have the tanh form
     with pytest.raises(CheckpointError, match=re.escape("layers.0 is MixtralExperts, whose acti")):
         activation_of(experts, "layers.0")
+
+
+@pytest.mark.parametrize(
+    ("made", "config"),
+    [
+        (FamilyQuantizer, CompressedTensorsConfig),
+        (DenseFamilyQuantizer, QuantizeFamilyConfig),
+    ],
+)
+def test_what_only_gpt_oss_has(made: Callable[[Any], Any], config: Callable[[], Any]) -> None:
+    quantizer = made(config())
+
+    class Spread(torch.nn.Module):
+        config = SimpleNamespace(distributed_config=DistributedConfig(tp_size=2))
+
+    with pytest.raises(OptionError, match="cannot spread experts of other families"):
+        quantizer._process_model_before_weight_loading(Spread())
+    with pytest.raises(OptionError, match="use_kernels"):
+        quantizer._process_model_before_weight_loading(Spread(), use_kernels=True)

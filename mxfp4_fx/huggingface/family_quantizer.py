@@ -33,9 +33,8 @@ from mxfp4_fx.checkpoints.packed_formats import (
     quantization_config,
 )
 from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NoExpertsWarning, OptionError
-from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.activations import activation_of
-from mxfp4_fx.huggingface.arguments import refuse, require_transformers_for_families
+from mxfp4_fx.huggingface.arguments import require_transformers_for_families
 from mxfp4_fx.huggingface.dense_matrices import fresh, parts_of
 from mxfp4_fx.huggingface.family_conversions import (
     ConvertDequantized,
@@ -126,13 +125,7 @@ class FamilyQuantizer(PackedQuantizer):
         **_: Any,
     ) -> None:
         require_transformers()
-        if use_kernels:
-            refuse("use_kernels")
-        if parallel.is_spread(parallel.config_of(model)):
-            raise OptionError(
-                "from_pretrained(..., distributed_config=...) cannot spread packed experts of "
-                "other families than GPT-OSS: load the checkpoint in one process"
-            )
+        self._require_one_process(model, use_kernels)
         # If this is false, the loader reads one tensor after the other, which bounds the memory.
         self.pre_quantized = False
         checkpoint, self._format = _opened(checkpoint_files or ())

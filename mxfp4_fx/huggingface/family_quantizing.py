@@ -38,9 +38,8 @@ from mxfp4_fx.checkpoints.safetensors_file import StoredTensor
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.formats import E8M0_NAN, quantize
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
-from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.activations import activation_of
-from mxfp4_fx.huggingface.arguments import check_scale_rule, refuse
+from mxfp4_fx.huggingface.arguments import check_scale_rule
 from mxfp4_fx.huggingface.conversions import PROJECTIONS, _only, exactly, set_loading_dtype
 from mxfp4_fx.huggingface.dense_matrices import parameters_of
 from mxfp4_fx.huggingface.family_plan import (
@@ -117,13 +116,7 @@ class DenseFamilyQuantizer(PackedQuantizer):
         **_: Any,
     ) -> None:
         require_transformers()
-        if use_kernels:
-            refuse("use_kernels")
-        if parallel.is_spread(parallel.config_of(model)):
-            raise OptionError(
-                "from_pretrained(..., distributed_config=...) cannot spread experts of other "
-                "families than GPT-OSS: load the checkpoint in one process"
-            )
+        self._require_one_process(model, use_kernels)
         self.pre_quantized = False  # so the loader reads one tensor after the other
         settings, checkpoint = self.quantization_config, _opened(checkpoint_files or ())
         names = single_experts.to_quantize(checkpoint, settings.skip)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
+from mxfp4_fx.core.errors import OptionError
+from mxfp4_fx.huggingface import parallel
+from mxfp4_fx.huggingface.arguments import refuse
 from mxfp4_fx.huggingface.conversions import BYTES
 from mxfp4_fx.huggingface.unpacking import unpack_experts
 
@@ -18,6 +21,20 @@ class PackedQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Return the bytes of a loaded element, from which transformers plans a device map."""
         return 1 if param_name.endswith(BYTES) else param.element_size()
+
+    def _require_one_process(self, model: Any, use_kernels: bool) -> None:
+        """Refuse arguments of ``from_pretrained`` that are for GPT-OSS alone.
+
+        Raises:
+            OptionError: there are such arguments.
+        """
+        if use_kernels:
+            refuse("use_kernels")
+        if parallel.is_spread(parallel.config_of(model)):
+            raise OptionError(
+                "from_pretrained(..., distributed_config=...) cannot spread experts of other "
+                "families than GPT-OSS: load the checkpoint in one process"
+            )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         unpack_experts(model, dtype)
