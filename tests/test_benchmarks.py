@@ -510,6 +510,18 @@ def test_figures_of_amx_are_those_of_a_run() -> None:
         assert row_of_readme(title) == [round(r[of]["amx"], digits) for r in rows]
 
 
+def test_figures_of_zen_5_are_those_of_a_run() -> None:
+    file = "benchmarks/results/epyc-zen5-2-threads.json"
+    assert f"`{file}`" in (ROOT / "README.md").read_text("utf-8")
+    result = json.loads((ROOT / file).read_text("utf-8"))
+    best, rows = result["path"]["contender"], result["layer"]
+    assert row_of_readme("tokens, on Zen 5") == [r["tokens"] for r in rows]
+    faster = [round(r["speedup_over_best_bf16"][best], 1) for r in rows]
+    assert row_of_readme("times faster than the best of bfloat16, on Zen 5") == faster
+    part = [round(r["fraction_of_floor"][best], 2) for r in rows]
+    assert row_of_readme("part of what the machine can do at best, on Zen 5") == part
+
+
 def test_figures_of_another_family_are_those_of_a_run() -> None:
     file = "benchmarks/results/qwen3-moe-epyc-zen3-2-threads.json"
     assert f"]({file})" in (ROOT / "README.md").read_text("utf-8")
