@@ -12,7 +12,7 @@ from torch.compiler import config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mxfp4_fx import calls
-from mxfp4_fx.core import compilation, profiling, ranks, torch_private_dynamo
+from mxfp4_fx.core import compilation, profiling, ranks, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.torch_private_distributed import is_dtensor, shard_of
@@ -268,26 +268,35 @@ def _is_of_a_file(error: BaseException | None) -> bool:
 
 def announce(ctx: Context) -> None:
     """Log rewrites and misses; warn once of each miss, or raise with ``strict``."""
-    for rewrite in ctx.report.rewrites:
-        log.info("%s: %s -> MXFP4, %s kernels", rewrite.layer, rewrite.form, rewrite.kernels)
-    for attention in ctx.report.attention:
-        log.info("%s: attention with sinks -> memory linear in its length", attention.layer)
-    for miss in ctx.report.attention_misses:
-        log.info("attention with sinks stays as it is: %s", miss)
-    if ctx.report.linears:
-        log.info("%d linears -> native kernels for few rows", ctx.report.linears)
-    for linear in ctx.report.mxfp8:
-        log.info("%s: linear -> MXFP8, %s kernels", linear.layer, linear.kernels)
-    for miss in ctx.report.linear_misses:
-        log.info("not in MXFP8: %s", miss)
-    for note in ctx.report.notes:
-        log.info("%s", note)
-    for miss in ctx.report.misses:
-        log.info("not rewritten: %s", miss)
+    lines = _lines(ctx.report)
+    for line in lines:
+        log.info("%s", line)
+    torch_private.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "mxfp4_fx_layers", "encoding": "string"},
+        payload_fn=lambda: "\n".join(lines),
+    )
     # A backend that is called directly has no call; the report then covers this graph alone.
     call = calls.current() or calls.Call(ctx.options)
     call.announce(ctx.report, ctx.inputs)
     call.announce_linears(ctx.report, ctx.inputs)
+
+
+def _lines(report: GraphReport) -> list[str]:
+    """Return what became of each layer of a graph, for the log and for ``TORCH_TRACE``."""
+    return [
+        *(f"{one.layer}: {one.form} -> MXFP4, {one.kernels} kernels" for one in report.rewrites),
+        *(
+            f"{one.layer}: attention with sinks -> memory linear in its length"
+            for one in report.attention
+        ),
+        *(f"attention with sinks stays as it is: {miss}" for miss in report.attention_misses),
+        *([f"{report.linears} linears -> native kernels for few rows"] if report.linears else []),
+        *(f"{one.layer}: linear -> MXFP8, {one.kernels} kernels" for one in report.mxfp8),
+        *(f"not in MXFP8: {miss}" for miss in report.linear_misses),
+        *report.notes,
+        *(f"not rewritten: {miss}" for miss in report.misses),
+    ]
 
 
 # For set_stance(force_backend="mxfp4"), which compiles without a Call. Before each frame, the

@@ -288,6 +288,13 @@ class TestFreshProcess:
             assert f"mxfp4_fx_before_{name}" in written
             assert f"mxfp4_fx_after_{name}" in written
 
+    def test_layers_are_an_artifact_too(
+        self, done: subprocess.CompletedProcess[str], trace: Path
+    ) -> None:
+        written = "".join(path.read_text() for path in trace.iterdir())
+        _, _, layers = written.partition('"mxfp4_fx_layers"')
+        assert "model.layers.1.mlp.experts: grouped_mm -> MXFP4, pytorch kernels" in layers
+
     def test_without_a_compiler_the_experts_run_in_pytorch_and_say_so_once(
         self, done: subprocess.CompletedProcess[str]
     ) -> None:
