@@ -510,24 +510,26 @@ def test_figures_of_amx_are_those_of_a_run() -> None:
         assert row_of_readme(title) == [round(r[of]["amx"], digits) for r in rows]
 
 
-def test_figures_of_zen_5_are_those_of_a_run() -> None:
-    file = "benchmarks/results/epyc-zen5-2-threads.json"
-    assert f"`{file}`" in (ROOT / "README.md").read_text("utf-8")
-    result = json.loads((ROOT / file).read_text("utf-8"))
+def rows_of_readme(file: str, tokens: str, faster: str) -> dict[str, Any]:
+    """Hold two rows against the stored run that README names, and return the run."""
+    assert file in (ROOT / "README.md").read_text("utf-8")
+    result: dict[str, Any] = json.loads((ROOT / file).read_text("utf-8"))
     best, rows = result["path"]["contender"], result["layer"]
-    assert row_of_readme("tokens, on Zen 5") == [r["tokens"] for r in rows]
-    faster = [round(r["speedup_over_best_bf16"][best], 1) for r in rows]
-    assert row_of_readme("times faster than the best of bfloat16, on Zen 5") == faster
-    part = [round(r["fraction_of_floor"][best], 2) for r in rows]
+    assert row_of_readme(tokens) == [r["tokens"] for r in rows]
+    ratios = [round(r["speedup_over_best_bf16"][best], 1) for r in rows]
+    assert row_of_readme(faster) == ratios
+    return result
+
+
+def test_figures_of_zen_5_are_those_of_a_run() -> None:
+    titles = "tokens, on Zen 5", "times faster than the best of bfloat16, on Zen 5"
+    result = rows_of_readme("benchmarks/results/epyc-zen5-2-threads.json", *titles)
+    best = result["path"]["contender"]
+    part = [round(r["fraction_of_floor"][best], 2) for r in result["layer"]]
     assert row_of_readme("part of what the machine can do at best, on Zen 5") == part
 
 
 def test_figures_of_another_family_are_those_of_a_run() -> None:
-    file = "benchmarks/results/qwen3-moe-epyc-zen3-2-threads.json"
-    assert f"]({file})" in (ROOT / "README.md").read_text("utf-8")
-    result = json.loads((ROOT / file).read_text("utf-8"))
-    best, rows = result["path"]["contender"], result["layer"]
-    assert row_of_readme("tokens, Qwen3's sizes") == [r["tokens"] for r in rows]
-    faster = [round(r["speedup_over_best_bf16"][best], 1) for r in rows]
-    assert row_of_readme("times faster, Qwen3's sizes") == faster
+    titles = "tokens, Qwen3's sizes", "times faster, Qwen3's sizes"
+    result = rows_of_readme("benchmarks/results/qwen3-moe-epyc-zen3-2-threads.json", *titles)
     assert (result["settings"]["family"], result["settings"]["experts"]) == ("qwen3_moe", 32)
