@@ -22,7 +22,7 @@ import torch
 from benchmarks import command
 from benchmarks.report import table
 from mxfp4_fx.core.hardware import CPU_PATHS
-from mxfp4_fx.ops.cpu_library import DTYPES
+from mxfp4_fx.ops.cpu_structs import DTYPES
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 KERNELS = Path(__file__).parent.parent / "mxfp4_fx" / "ops" / "cpu_kernels"

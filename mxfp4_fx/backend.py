@@ -19,7 +19,10 @@ from mxfp4_fx.core.torch_private_distributed import is_dtensor, shard_of
 from mxfp4_fx.huggingface import region_choice
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.ops.fingerprint import fingerprint
+from mxfp4_fx.ops.program import Program
 from mxfp4_fx.passes.context import Context
+from mxfp4_fx.passes.native_program import program_of
+from mxfp4_fx.passes.native_values import NoProgram
 from mxfp4_fx.passes.pipeline import run_pipeline
 from mxfp4_fx.passes.region_sizes import settle_sizes
 from mxfp4_fx.passes.report import GraphReport
@@ -226,11 +229,12 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
         return compiled
 
     def by_inductor() -> CompiledGraph:
-        # Torch's caches outlive this version of the package.
-        tag = f"{config.cache_key_tag}{fingerprint()}"
+        # Torch's caches outlive this version of the package, and hold no programs.
+        tag = f"{config.cache_key_tag}{fingerprint()}{options.programs}"
+        instead = _program_of if options.programs else None
         with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             compiled: CompiledGraph = torch_private_dynamo.compile_with_inductor(
-                gm, inputs, options.mode, options.inductor
+                gm, inputs, options.mode, options.inductor, instead
             )
         return compiled
 
@@ -252,6 +256,17 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
             error,
         )
         return compiled
+
+
+def _program_of(graph: fx.GraphModule) -> Program | None:
+    """Return a native program that computes a graph of ATen's ops, if one can."""
+    try:
+        program = program_of(graph)
+    except NoProgram as why:
+        log.debug("Inductor compiles the graph: it becomes no native program, because %s", why)
+        return None
+    log.info("the graph becomes a native program of %d instructions", len(program))
+    return program
 
 
 def _is_of_a_file(error: BaseException | None) -> bool:

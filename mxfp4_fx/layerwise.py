@@ -27,6 +27,7 @@ from mxfp4_fx.core.hardware import DTYPES
 from mxfp4_fx.core.layouts import MXFP8_ROWS
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.skip import EXACT_LINEARS, Skip, bare
+from mxfp4_fx.core.torch_private_direct import Direct
 from mxfp4_fx.experts import look_at
 from mxfp4_fx.huggingface import decoder_layers
 from mxfp4_fx.ops import target
@@ -169,7 +170,10 @@ class _Shared:
         limits.share(code, self._count)
         own = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
         torch_private_dynamo.forget_with(own)
-        return torch.compile(own, backend=_mxfp4_of_parts, fullgraph=fullgraph, **self._arguments)
+        compiled = torch.compile(
+            own, backend=_mxfp4_of_parts, fullgraph=fullgraph, **self._arguments
+        )
+        return Direct(own, compiled) if fullgraph else compiled
 
     def is_first(self, kind: tuple[Any, ...]) -> bool:
         """Return whether a call is the first of a kind, for which lengths should be symbolic."""

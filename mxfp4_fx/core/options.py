@@ -35,6 +35,8 @@ class Options:
         linears: compute linears of few rows on a CPU natively; or ``"mxfp8"``: quantize all linears
             but the router's to MXFP8, on a CPU.
         attention: compute attention with sinks on a CPU in memory linear in the number of tokens.
+        programs: run a graph of few tokens on a CPU as one native call, where all of its ops are
+            native, and leave Inductor the others.
         mode: the ``mode=`` of ``torch.compile``; reaches Inductor.
     """
 
@@ -48,6 +50,7 @@ class Options:
     regions: bool = True
     linears: bool | str = True
     attention: bool = True
+    programs: bool = True
     mode: str | None = None
 
     @classmethod
@@ -74,7 +77,7 @@ class Options:
                 f"options['kernels'] is {self.kernels!r}; it must be one of "
                 f"{', '.join(KERNELS)}.{_nearest(self.kernels, KERNELS)}"
             )
-        for name in ("strict", "verify", "free_weights", "regions", "attention"):
+        for name in ("strict", "verify", "free_weights", "regions", "attention", "programs"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"options[{name!r}] must be True or False.")
         if not isinstance(self.linears, bool) and self.linears != "mxfp8":

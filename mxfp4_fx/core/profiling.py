@@ -34,3 +34,14 @@ def shown(weight: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context whose time a profile has under a weight's name, if it has one."""
     name = getattr(_named, "names", {}).get(id(weight))
     return contextlib.nullcontext() if name is None else torch.profiler.record_function(name)
+
+
+@contextlib.contextmanager
+def of_op(op: str | None, weight: Tensor | None) -> Iterator[None]:
+    """Show the block's time as an op's, and under a weight's name, if they are given."""
+    with contextlib.ExitStack() as contexts:
+        if op is not None:
+            contexts.enter_context(torch.profiler.record_function(op))
+        if weight is not None:
+            contexts.enter_context(shown(weight))
+        yield

@@ -34,11 +34,30 @@ def backend_named(name: str) -> Backend:
 
 
 def compile_with_inductor(
-    gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: Mapping[str, Any]
+    gm: fx.GraphModule,
+    inputs: list[Any],
+    mode: str | None,
+    options: Mapping[str, Any],
+    instead: Callable[[fx.GraphModule], Any] | None = None,
 ) -> Any:
-    """Compile a graph with Inductor. ``options`` override those of ``torch.compile``'s ``mode``."""
+    """Compile a graph with Inductor.
+
+    Args:
+        gm: the graph, of torch's calls.
+        inputs: example inputs.
+        mode, options: those of ``torch.compile``; options override the mode's.
+        instead: takes the graph of ATen's ops that Inductor would compile for inference. It returns
+            a function from a list of inputs to a list of outputs, or None to let Inductor compile.
+    """
     compile_fx = look_up("torch._inductor.compile_fx", "compile_fx")
-    return compile_fx(gm, inputs, config_patches={**_of_mode(mode), **options} or None)
+    inner = look_up("torch._inductor.compile_fx", "compile_fx_inner")
+
+    def compile_inner(graph: fx.GraphModule, examples: Any, **how: Any) -> Any:
+        made = instead(graph) if instead is not None and how.get("is_inference") else None
+        return inner(graph, examples, **how) if made is None else made
+
+    patches = {**_of_mode(mode), **options} or None
+    return compile_fx(gm, inputs, inner_compile=compile_inner, config_patches=patches)
 
 
 def prepare_inductor() -> threading.Thread:

@@ -7,25 +7,21 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 import sys
 
 import torch
 from torch import Tensor
 
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops.cpu_library import DTYPES as _DTYPES
 from mxfp4_fx.ops.cpu_library import check as _check
 from mxfp4_fx.ops.cpu_library import library as _library
 from mxfp4_fx.ops.cpu_library import pointer as _pointer
+from mxfp4_fx.ops.cpu_structs import ACTIVATIONS as _ACTIVATIONS
+from mxfp4_fx.ops.cpu_structs import DTYPES as _DTYPES
+from mxfp4_fx.ops.cpu_structs import INDEX_DTYPES as _INDEX_DTYPES
+from mxfp4_fx.ops.cpu_structs import MATMUL, ROUTER
 from mxfp4_fx.ops.operands import Activation, Rows, Weight, result_shape
 from mxfp4_fx.ops.reference import Routes
-
-_INDEX_DTYPES = {torch.int32: 0, torch.int64: 1}  # api.h: mxfp4_index_dtype
-# api.h: struct mxfp4_matmul. Packing bytes costs a tenth of filling a ctypes.Structure.
-_MATMUL = struct.Struct("9P7q4i3f")
-_ACTIVATIONS = {"swiglu": 1, "geglu_tanh": 2, "relu2": 3}  # api.h: mxfp4_activation
-_ROUTER = struct.Struct("5P6q2i")  # api.h: struct mxfp4_router
 
 
 def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | None) -> Tensor:
@@ -57,7 +53,7 @@ def matmul_ogs(x: Tensor, weight: Weight, rows: Rows, activation: Activation | N
     if gammas is not None:
         gammas = (gammas if gammas.dtype == torch.float32 else gammas.float()).contiguous()
     x_rows = x.shape[0]
-    arguments = _MATMUL.pack(
+    arguments = MATMUL.pack(
         x.data_ptr(), blocks.data_ptr(), scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         offsets.data_ptr(),
@@ -91,7 +87,7 @@ def routing(
     held = experts if num_experts is None else num_experts
     routes = _empty_routes(tokens * top_k, held)
     gammas, gather, scatter, offsets = routes
-    arguments = _ROUTER.pack(
+    arguments = ROUTER.pack(
         logits.data_ptr(), gammas.data_ptr(), gather.data_ptr(), scatter.data_ptr(),
         offsets.data_ptr(), tokens, logits.stride(0), experts, top_k, held, first_expert,
         _DTYPES[logits.dtype], torch.get_num_threads(),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import math
-import struct
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from torch import Tensor
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError
 from mxfp4_fx.ops import reference
-from mxfp4_fx.ops.cpu_library import DTYPES, check, library
+from mxfp4_fx.ops.cpu_library import check, library
+from mxfp4_fx.ops.cpu_structs import ATTENTION, DTYPES
 from mxfp4_fx.ops.operands import Attention
 
 # Queries that are computed at a time. Each block reads the keys that its part of the mask lets it
@@ -81,7 +81,7 @@ def _natively(operands: Attention, result: Tensor) -> bool:
         mask = _with_dense_rows(mask)
     batch, heads, _, size = query.shape
     mask_strides = (0, 0) if mask is None else _strides(mask)[:2]
-    arguments = _ARGUMENTS(
+    arguments = ATTENTION.pack(
         *(tensor.data_ptr() for tensor in (query, key, value, sinks)),
         0 if mask is None else mask.data_ptr(),
         result.data_ptr(),
@@ -99,10 +99,6 @@ def _natively(operands: Attention, result: Tensor) -> bool:
         return False
     check(status, "attention_with_sinks")
     return True
-
-
-# From numbers to api.h's mxfp4_attention.
-_ARGUMENTS = struct.Struct("6P16q2if").pack
 
 
 def _strides(x: Tensor) -> list[int]:

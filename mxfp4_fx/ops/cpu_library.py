@@ -10,13 +10,10 @@ import ctypes
 import errno
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mxfp4_fx.core import hardware
 from mxfp4_fx.ops import native
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # api.h: mxfp4_dtype
 
 
 def library() -> ctypes.CDLL:

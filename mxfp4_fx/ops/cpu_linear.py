@@ -5,17 +5,15 @@ The other linears are left to torch.
 
 from __future__ import annotations
 
-import functools
-import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxfp4_fx.core import hardware
 from mxfp4_fx.ops import reference
-from mxfp4_fx.ops.cpu_library import DTYPES, library
+from mxfp4_fx.ops.cpu_library import library
+from mxfp4_fx.ops.cpu_structs import DTYPES, linear_group
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -68,14 +66,8 @@ def _natively(
         results.append(y)
         parts += weight.data_ptr(), at, y.data_ptr(), n, stride
     count = len(weights)
-    arguments = _arguments(count)(
+    arguments = linear_group(count).pack(
         x.data_ptr(), rows, x_stride, k, count, DTYPES[dtype], torch.get_num_threads(), *parts
     )
     library().mxfp4_linears(arguments)
     return results
-
-
-@functools.cache
-def _arguments(count: int) -> Any:
-    """Return a function from numbers to api.h's ``mxfp4_linear_group`` and its ``mxfp4_linear``."""
-    return struct.Struct("P4q2i" + "3P2q" * count).pack

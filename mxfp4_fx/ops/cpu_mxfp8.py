@@ -7,10 +7,7 @@ rows a slab of a weight is made values of x's dtype, which torch multiplies.
 from __future__ import annotations
 
 import ctypes
-import functools
-import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +15,8 @@ from torch import Tensor
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.ops import reference
-from mxfp4_fx.ops.cpu_library import DTYPES, check, library, pointer
+from mxfp4_fx.ops.cpu_library import check, library, pointer
+from mxfp4_fx.ops.cpu_structs import DTYPES, mxfp8_group
 
 # Values of a weight that are decoded at a time, for many rows: 16 MiB in 16 bits.
 _SLAB_VALUES = 8 << 20
@@ -51,7 +49,9 @@ def linears(
         at = 0 if bias is None else bias.data_ptr()
         parts += code.data_ptr(), scale.data_ptr(), at, y.data_ptr(), code.shape[1]
     group = rows.data_ptr(), rows.shape[0], rows.stride(0), k, len(codes)
-    arguments = _arguments(len(codes))(*group, DTYPES[x.dtype], torch.get_num_threads(), *parts)
+    arguments = mxfp8_group(len(codes)).pack(
+        *group, DTYPES[x.dtype], torch.get_num_threads(), *parts
+    )
     check(library().mxfp8_linears(arguments), "linears_mxfp8")
     return results
 
@@ -125,9 +125,3 @@ def _is_plain(
         ):
             return False
     return True
-
-
-@functools.cache
-def _arguments(count: int) -> Any:
-    """Return a function from numbers to api.h's ``mxfp4_linear_group`` and its ``mxfp8_linear``."""
-    return struct.Struct("P4q2i" + "4Pq" * count).pack

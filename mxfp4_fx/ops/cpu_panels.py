@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops.cpu_library import DTYPES, check, library, pointer
+from mxfp4_fx.ops.cpu_library import check, library, pointer
+from mxfp4_fx.ops.cpu_structs import DTYPES
 
 
 def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:

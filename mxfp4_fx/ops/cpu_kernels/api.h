@@ -1,5 +1,4 @@
-// The entry points that Python calls through ctypes (ops/cpu.py, ops/cpu_attention.py,
-// ops/cpu_linear.py, ops/cpu_panels.py). One library is built for each instruction-set path. All
+// The entry points that Python calls through ctypes (ops/cpu*.py, ops/program.py). One library is built for each instruction-set path. All
 // libraries have these entry points and read the same layout of MXFP4 weights, `cpu_panels`
 // (panels.h).
 //
@@ -93,6 +92,57 @@ struct mxfp4_router {
   int32_t dtype, threads;
 };
 
+// Arguments of an elementwise instruction: out = operation(a, b), with at most four dimensions. A
+// dimension along which an operand has one element has stride 0. Strides are in elements.
+enum mxfp4_operation : int32_t {
+  MXFP4_COPY = 0,
+  MXFP4_ADD = 1,
+  MXFP4_SUB = 2,
+  MXFP4_MUL = 3,
+  MXFP4_RSQRT = 4,
+  MXFP4_MEAN = 5  // over the last dimension
+};
+struct mxfp4_elementwise {
+  const void* a;
+  const void* b;  // or null: `scalar` in its place
+  void* out;
+  int64_t sizes[4], a_strides[4], b_strides[4], out_strides[4];
+  int32_t operation, a_dtype, b_dtype, out_dtype;
+  float scalar;
+};
+
+// An instruction of a program: this, and the arguments of its kernel.
+enum mxfp4_kind : int32_t {
+  MXFP4_ELEMENTWISE = 0,
+  MXFP4_MATMUL_OGS = 1,
+  MXFP4_ROUTING = 2,
+  MXFP4_ATTENTION = 3,
+  MXFP4_LINEARS = 4,
+  MXFP8_LINEARS = 5
+};
+struct mxfp4_instruction {
+  int32_t kind, bytes;  // a multiple of 8, with this header
+};
+
+// Eight bytes of a program's code that each call sets to slots[slot] + offset: pointers, sizes.
+struct mxfp4_link {
+  int64_t position, slot, offset;
+};
+
+// A program. The first slots are of every program: memory of `code_bytes` for the call's copy of the
+// code, the number of threads, and which bytes of the code are run.
+enum mxfp4_slot : int64_t {
+  MXFP4_CODE_SLOT = 0,
+  MXFP4_THREADS_SLOT = 1,
+  MXFP4_FIRST_SLOT = 2,
+  MXFP4_END_SLOT = 3
+};
+struct mxfp4_program {
+  const void* code;
+  const mxfp4_link* link;
+  int64_t code_bytes, links;
+};
+
 // Only these names are exported. Libraries of several paths may be loaded side by side, and the
 // loader must not resolve a name of one library to the same name in another.
 #pragma GCC visibility push(default)
@@ -130,6 +180,9 @@ int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const void* weigh
                          int64_t tokens, int64_t per_token, int64_t experts, int64_t first,
                          float* gammas, int32_t* gather, int32_t* scatter, int32_t* offsets,
                          int32_t threads);
+
+// Runs a program's instructions in order, until one fails.
+int mxfp4_run(const mxfp4_program* program, const int64_t* slots);
 
 // Contiguous blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order -> cpu_panels, and
 // back. An expert's row 2 p + h is its row `pair` p + `odd` h in memory: 2 and 1 if rows are in

@@ -9,6 +9,7 @@
 #include "matmul.h"
 #include "mxfp8.h"
 #include "neon_bf16_tile.h"
+#include "program.h"
 #include "quantize.h"
 #include "routing.h"
 #include "self_test.h"
@@ -78,6 +79,10 @@ extern "C" void mxfp4_linears(const mxfp4_linear_group* arguments) {
     default:
       return mxfp4::Linears<mxfp4::Held<mxfp4::F32Values>>(*arguments, arguments + 1).run();
   }
+}
+
+extern "C" int mxfp4_run(const mxfp4_program* program, const int64_t* slots) {
+  return mxfp4::Program(*program, slots).run();
 }
 
 extern "C" int mxfp8_linears(const mxfp4_linear_group* arguments) {
