@@ -39,12 +39,14 @@ class Direct:
         self._function, self._compiled = function, compiled
         code = function.__code__
         self._names = code.co_varnames[: code.co_argcount]
-        self._stance = look_up("torch._dynamo.eval_frame", "_stance")
+        self._dynamo = look_up("torch._dynamo", "eval_frame")
         # The guards of each compilation, and its code; the one that served last comes first.
         self._entries: list[tuple[Any, types.CodeType]] = []
 
     def __call__(self, *args: Any) -> Any:
-        if not self._entries or self._stance_is_set() or _is_traced_by_jit():
+        if torch.compiler.is_dynamo_compiling():
+            return self._compiled(*args)
+        if not self._entries or self._dynamo._stance.stance != "default" or _is_traced_by_jit():
             return self._call_compiled(args)
         local = dict(zip(self._names, args, strict=True))
         closure = self._function.__closure__ or ()
@@ -60,9 +62,6 @@ class Direct:
         finally:
             _set_eval_frame(before)
         return self._call_compiled(args)
-
-    def _stance_is_set(self) -> bool:
-        return bool(self._stance.stance != "default")
 
     def _code_for(self, local: dict[str, Any]) -> types.CodeType | None:
         """Return code whose guards hold for the function's local variables, or None."""

@@ -79,7 +79,9 @@ def _binary(values: Values, node: fx.Node) -> None:
         raise NoProgram("a number is the first of two operands, or a factor")
     right = values.of(b) if isinstance(b, fx.Node) else b
     if right is b and values.of(a).dtype != torch.float32:
-        raise NoProgram("PyTorch rounds a number beside 16 bits for some operations, not for others")
+        raise NoProgram(
+            "PyTorch rounds a number beside 16 bits for some operations, not for others"
+        )
     _add_elementwise(values, operation, values.of(a), right, values.make(node))
 
 

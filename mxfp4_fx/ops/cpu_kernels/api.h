@@ -1,6 +1,6 @@
-// The entry points that Python calls through ctypes (ops/cpu*.py, ops/program.py). One library is built for each instruction-set path. All
-// libraries have these entry points and read the same layout of MXFP4 weights, `cpu_panels`
-// (panels.h).
+// The entry points that Python calls through ctypes (ops/cpu*.py, ops/program.py). One library is
+// built for each instruction-set path. All libraries have these entry points and read the same
+// layout of MXFP4 weights, `cpu_panels` (panels.h).
 //
 // Shape letters as in ops/reference.py: T tokens, E experts, A experts per token, R = T * A routed
 // rows, K contraction, N output. Functions that can fail return 0 or an errno: EINVAL if an index
@@ -129,8 +129,8 @@ struct mxfp4_link {
   int64_t position, slot, offset;
 };
 
-// A program. The first slots are of every program: memory of `code_bytes` for the call's copy of the
-// code, the number of threads, and which bytes of the code are run.
+// A program. The first slots are of every program: memory of `code_bytes` for the call's copy of
+// the code, the number of threads, and which bytes of the code are run.
 enum mxfp4_slot : int64_t {
   MXFP4_CODE_SLOT = 0,
   MXFP4_THREADS_SLOT = 1,

@@ -44,7 +44,8 @@ class Elementwise {
     float left[CHUNK], right[CHUNK];
     for (int64_t at = 0; at < size; at += CHUNK) {
       const int64_t count = std::min(CHUNK, size - at);
-      load(given_.a, given_.a_dtype, a + at * given_.a_strides[3], given_.a_strides[3], count, left);
+      load(given_.a, given_.a_dtype, a + at * given_.a_strides[3], given_.a_strides[3], count,
+           left);
       if (given_.b != nullptr)
         load(given_.b, given_.b_dtype, b + at * given_.b_strides[3], given_.b_strides[3], count,
              right);
@@ -65,7 +66,8 @@ class Elementwise {
       double sums[8] = {};
       int64_t i = 0;
       for (; i + 8 <= count; i += 8)
-        for (int64_t lane = 0; lane < 8; lane++) sums[lane] += static_cast<double>(values[i + lane]);
+        for (int64_t lane = 0; lane < 8; lane++)
+          sums[lane] += static_cast<double>(values[i + lane]);
       for (; i < count; i++) sum += static_cast<double>(values[i]);
       for (const double part : sums) sum += part;
     }
