@@ -38,7 +38,7 @@ def few_rows(path: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hardware, "mxfp8_rows", lambda dtype: ROWS)
     monkeypatch.setattr(cpu_mxfp8, "_many", others)
-    monkeypatch.setattr(cpu_mxfp8.reference, "linears_mxfp8", others)
+    monkeypatch.setattr(cpu_mxfp8.reference_around, "linears_mxfp8", others)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def many_rows(path: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hardware, "mxfp8_rows", lambda dtype: 0)
     monkeypatch.setattr(cpu_mxfp8, "_SLAB_VALUES", 1000)
-    monkeypatch.setattr(cpu_mxfp8.reference, "linears_mxfp8", reference)
+    monkeypatch.setattr(cpu_mxfp8.reference_around, "linears_mxfp8", reference)
 
 
 def random_weight(n: int, k: int, seed: int = 0) -> Weight:
