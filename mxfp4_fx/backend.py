@@ -191,7 +191,7 @@ def _run(compiled: CompiledGraph, plan: InputPlan, args: tuple[Any, ...]) -> Any
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:
     """Return the map from the captured graph's inputs to the lowered graph's."""
     names = _input_names(captured), _input_names(lowered)
-    return InputPlan(*names, ctx.bindings, ctx.shards, _is_lent, _tell_of_lent, _is_shared)
+    return InputPlan(*names, ctx.bindings, ctx.shards, _is_lent, _tell_of_lent, _is_shared, _caller)
 
 
 def _is_lent(tensor: Tensor) -> bool:
@@ -211,6 +211,12 @@ def _tell_of_lent() -> None:
     call = calls.current()
     if call is not None:
         call.tell_of_offloaded()
+
+
+def _caller() -> Any:
+    """Return the model or the function that is called now, or None."""
+    call = calls.current()
+    return None if call is None else call.caller()
 
 
 def _input_names(gm: fx.GraphModule) -> list[str]:

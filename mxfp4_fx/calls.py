@@ -376,6 +376,11 @@ class Call:
 
         return [rename(one) for one in items]
 
+    def caller(self) -> Any:
+        """Return the first module in the call, a function without any, or None."""
+        (first, *_) = self._subjects()
+        return None if first is self else first
+
     def _subjects(self) -> list[Any]:
         """Return what a warning is about: the modules in the call, or a function without any."""
         function = getattr(self._function, "__func__", self._function)
