@@ -80,9 +80,11 @@ def analyze(
         OptionError: ``options["skip"]`` names experts that the model does not have.
     """
     call = calls.current()
+    left = None
     if call is not None:
-        call.check_skip()
-    found = run_pipeline(gm, inputs, options, left=call.left_inputs(inputs) if call else None)
+        call.called.check_skip()
+        left = call.called.left_inputs(inputs)
+    found = run_pipeline(gm, inputs, options, left=left)
     found[1].report.notes += region_choice.notes(gm)
     return found
 
@@ -187,26 +189,26 @@ def _run(compiled: CompiledGraph, plan: InputPlan, args: tuple[Any, ...]) -> Any
     if not profiling.is_on():
         return compiled(*inputs)
     call = calls.current()
-    with profiling.naming(plan.names(args, inputs, call.layers() if call else {})):
+    with profiling.naming(plan.names(args, inputs, call.called.layers() if call else {})):
         return compiled(*inputs)
 
 
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:
     """Return the map from the captured graph's inputs to the lowered graph's."""
     names = _input_names(captured), _input_names(lowered)
-    return InputPlan(*names, ctx.bindings, ctx.shards, _is_lent, _tell_of_lent, _is_shared)
+    return InputPlan(*names, ctx.bindings, ctx.shards, _is_lent, _tell_of_lent, _is_shared, _caller)
 
 
 def _is_lent(tensor: Tensor) -> bool:
     """Return whether a weight is loaded for the current call alone."""
     call = calls.current()
-    return call is not None and call.is_lent(tensor)
+    return call is not None and call.called.is_lent(tensor)
 
 
 def _is_shared(tensor: Tensor) -> bool:
     """Return whether a linear's weight has readers besides it, as far as is known."""
     call = calls.current()
-    return call is None or call.is_shared(tensor)
+    return call is None or call.called.is_shared(tensor)
 
 
 def _tell_of_lent() -> None:
@@ -214,6 +216,12 @@ def _tell_of_lent() -> None:
     call = calls.current()
     if call is not None:
         call.tell_of_offloaded()
+
+
+def _caller() -> Any:
+    """Return the model or the function that is called now, or None."""
+    call = calls.current()
+    return None if call is None else call.caller()
 
 
 def _input_names(gm: fx.GraphModule) -> list[str]:

@@ -17,11 +17,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mxfp4_fx.called import Called
 from mxfp4_fx.core import compilation, forks, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import (
     InflatedExpertsWarning,
@@ -31,28 +32,21 @@ from mxfp4_fx.core.errors import (
     RepeatedSwizzleWarning,
 )
 from mxfp4_fx.core.options import Options
-from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED, WHY_SKIPPED, Skip
+from mxfp4_fx.core.skip import KEEP_DENSE, SKIPPED
 from mxfp4_fx.core.torch_private_distributed import dtensors_in
 from mxfp4_fx.core.version import why_other_experts
 from mxfp4_fx.experts import (
-    Model,
-    holders_of,
     is_part,
     look_at,
     modules_of,
-    names_of_holders,
-    tensors_of,
 )
 from mxfp4_fx.huggingface import hub_modules
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.huggingface.inflated import note_of_inflated
-from mxfp4_fx.huggingface.offloading import offloaded
 from mxfp4_fx.limits import sharers
-from mxfp4_fx.passes.report import Attention, GraphReport, Miss, QuantizedLinear
+from mxfp4_fx.passes.report import GraphReport, Miss
 from mxfp4_fx.telling import is_told, note_told, tell, tell_of_linears, warn
 from mxfp4_fx.weights.store import STORE
-
-_Item = TypeVar("_Item", Attention, QuantizedLinear, Miss)
 
 HOOK = -4  # our key among a module's hooks; torch's are not negative
 
@@ -86,8 +80,7 @@ class Call:
 
     Attributes:
         options: the options of ``torch.compile``.
-        models: the modules that are called or used, as far as :func:`modules_of` finds them.
-        experts: the experts in these modules -> their names.
+        called: the models that are called, their experts, and the names of both.
         graphs: how many graphs with experts have run.
         found: whether experts were seen, in a graph or outside.
         observer: collects the findings for ``explain``; with it, nothing is warned of or raised.
@@ -98,8 +91,7 @@ class Call:
         self.observer = _observer.get()
         self.graphs = 0
         self.found = False
-        self.models: list[Model] = []
-        self.experts: dict[nn.Module, str] = {}
+        self.called = Called(options)
         self._function = function
         self._entered: dict[nn.Module, int] = {}  # experts -> graphs when they were called
         self._outer: Call | None = None
@@ -114,16 +106,16 @@ class Call:
             self._function = called[0]
             for top in modules_of(*called):
                 model, experts = look_at(top)
-                self.models.append(model)
-                self.experts.update((module, name) for name, module in experts)
+                self.called.models.append(model)
+                self.called.experts.update((module, name) for name, module in experts)
                 if self.options.skip:
                     names = model.skipped(self.options.skip)
                     skipped += [(module, name in names) for name, module in experts]
-        STORE.look_at(dtensors_in(self.experts))  # a graph may be given their shards alone
+        STORE.look_at(dtensors_in(self.called.experts))  # a graph may be given their shards alone
         self._outer, self._raised = current(), sys.exc_info()[1]
         _calls.current = self
         with _lock:
-            for module in self.experts:
+            for module in self.called.experts:
                 _watched[module] = _watched.get(module, 0) + 1
                 module._forward_pre_hooks[HOOK] = _before_experts
                 module._forward_hooks[HOOK] = _after_experts
@@ -136,7 +128,7 @@ class Call:
             self._outer.graphs += self.graphs
             self._outer.found = self._outer.found or self.found
         with _lock:
-            for module in self.experts:
+            for module in self.called.experts:
                 count = _watched.pop(module)
                 if count > 1:
                     _watched[module] = count - 1
@@ -150,13 +142,14 @@ class Call:
         if error is self._raised:
             self._judge()
         elif isinstance(error, Exception):
-            models = [f"a call of {model.kind}" for model in self.models]
-            ranks.note(error, "in " + ["a call", *models, *map(self.name_of, self._entered)][-1])
+            models = [f"a call of {model.kind}" for model in self.called.models]
+            entered = map(self.called.name_of, self._entered)
+            ranks.note(error, "in " + ["a call", *models, *entered][-1])
 
     def _judge(self) -> None:
         """Warn, or raise with ``strict``, if the call has met no experts at all."""
         called = getattr(self._function, "__self__", None)
-        if isinstance(called, nn.Module) and called in self.experts:
+        if isinstance(called, nn.Module) and called in self.called.experts:
             self.leave(called)  # its forward may have been called without its hooks
         subjects = self._subjects()
         if self.found:
@@ -165,7 +158,8 @@ class Call:
         if self.observer is not None or all(subject in _seen for subject in subjects):
             return
         # Who has experts and ran none of them may still have called them in an unknown way.
-        if not self.experts and all(isinstance(s, nn.Module) and is_part(s) for s in subjects):
+        are_parts = all(isinstance(s, nn.Module) and is_part(s) for s in subjects)
+        if not self.called.experts and are_parts:
             _seen.update(subjects)
             return
         message = "nothing in what it called looks like a mixture of experts"
@@ -191,8 +185,8 @@ class Call:
         if self._entered.pop(module, 0) != self.graphs:
             return
         self.found = True
-        name = self.name_of(module)
-        why = self.left(module)
+        name = self.called.name_of(module)
+        why = self.called.left(module)
         if why is not None:
             miss = Miss(name, why, skipped=True)
         else:
@@ -205,66 +199,13 @@ class Call:
             strict = self.options.strict and not compilation.is_eager_by_stance()
             tell([(miss, [module])], dataclasses.replace(self.options, strict=strict))
 
-    def name_of(self, module: nn.Module) -> str:
-        return self.experts.get(module, type(module).__name__) or "(top level)"
-
-    def left(self, module: nn.Module) -> str | None:
-        """Return why the user wants these experts left as they are; None if the user does not."""
-        if getattr(module, KEEP_DENSE, False):
-            return "kept dense: skip= or modules_to_not_convert named it when it was loaded"
-        if vars(module).get(SKIPPED, False):
-            return WHY_SKIPPED
-        return None
-
-    def left_inputs(self, inputs: Sequence[Any]) -> dict[int, str | None]:
-        """Return index -> :meth:`left`, for each of a graph's inputs that is an expert weight.
-
-        If linears are quantized, it is so for their weights, too.
-        """
-        owners = self._owners()
-        found = {at: self.left(owners[id(v)]) for at, v in enumerate(inputs) if id(v) in owners}
-        if self.options.linears == "mxfp8" and self.options.skip:
-            skip, names = Skip(self.options.skip), names_of_holders(self._tops())
-            for at, value in enumerate(inputs):
-                if at not in found and (name := names.get(id(value))) is not None:
-                    found[at] = WHY_SKIPPED if skip.names(name) else None
-        return found
-
-    @functools.cached_property
-    def offloaded(self) -> dict[nn.Module, str]:
-        """The experts whose weights are loaded for a call alone -> their names."""
-        return {module: self.name_of(module) for module in self.experts if module in self._lent}
-
-    @functools.cached_property
-    def _lent(self) -> set[nn.Module]:
-        return {module for top in self._tops() for module in offloaded(top)}
-
-    def is_lent(self, tensor: Tensor) -> bool:
-        """Return whether a weight is one of :attr:`offloaded` experts."""
-        return any(tensor is held for module in self.offloaded for held in tensors_of(module))
-
-    def is_shared(self, weight: Tensor) -> bool:
-        """Return whether a weight may be read by more than a linear, or is there for a call alone.
-
-        It is so unless one module is known to hold it, which is no embedding.
-        """
-        readers = self._holders.get(id(weight), [])
-        return len(readers) != 1 or isinstance(readers[0], nn.Embedding) or readers[0] in self._lent
-
-    @functools.cached_property
-    def _holders(self) -> dict[int, list[nn.Module]]:
-        return holders_of(self._tops())
-
-    def _tops(self) -> list[nn.Module]:
-        return [top for model in self.models if (top := model.top()) is not None]
-
     def tell_of_offloaded(self) -> None:
-        """Warn once of each of the :attr:`offloaded` experts, unless they are left as they are."""
+        """Warn once of each of the offloaded experts, unless they are left as they are."""
         told = "offloaded"
         fresh = {
             module: name
-            for module, name in self.offloaded.items()
-            if not is_told(module, told) and self.left(module) is None
+            for module, name in self.called.offloaded.items()
+            if not is_told(module, told) and self.called.left(module) is None
         }
         if self.observer is not None or not fresh:
             return
@@ -276,24 +217,6 @@ class Call:
             RepeatedSwizzleWarning,
         )
         note_told(fresh, told)
-
-    def check_skip(self) -> None:
-        """Check ``options["skip"]``.
-
-        Raises:
-            OptionError: a pattern names no module of what is called.
-        """
-        names = [name for model in self.models for name in model.names]
-        if not self.options.skip or not names:
-            return
-        for pattern in Skip(self.options.skip).unused(names):
-            experts = [*map(self.name_of, self.experts)]
-            known = ", ".join(experts[:3]) + (", ..." if experts[3:] else "")
-            raise OptionError(
-                f"options['skip']: {pattern!r} names no module of {self.models[0].kind}. Names are "
-                f"those that named_modules() of what is compiled has; its experts are "
-                f"{known or 'none'}"
-            )
 
     def ran(self, report: GraphReport, args: Sequence[Any]) -> None:
         """Record that a graph with this report will run on these inputs; announce its misses."""
@@ -309,11 +232,11 @@ class Call:
 
     def _note_inflated(self) -> None:
         """Warn, once a model, that transformers made its experts dense while it loaded them."""
-        for model in self.models:
+        for model in self.called.models:
             top = model.top()
             if top is None or (self.observer is None and top in _told_of_size):
                 continue
-            experts = [module for _, module in model.experts() or () if self.left(module) is None]
+            experts = [one for _, one in model.experts() or () if self.called.left(one) is None]
             note = note_of_inflated(top, experts)
             if self.observer is not None:
                 self.observer.notes += [note] if note else []
@@ -322,9 +245,13 @@ class Call:
                 warn(note, InflatedExpertsWarning)
             _told_of_size.add(top)
 
+    def renamed(self, report: GraphReport, args: Sequence[Any]) -> GraphReport:
+        """Return the report with the names that these inputs' experts have in the model."""
+        return self.called.renamed(report, args, [*self._entered])
+
     def announce(self, report: GraphReport, args: Sequence[Any]) -> None:
         """Warn of the misses of a graph that runs on these inputs, or raise with ``strict``."""
-        owners = self._owners()
+        owners = self.called.owners()
         found = []
         for miss in self.renamed(report, args).misses:
             modules = {owners[id(args[at])] for at in miss.inputs if id(args[at]) in owners}
@@ -337,52 +264,15 @@ class Call:
         misses = [miss for miss in self.renamed(report, args).linear_misses if not miss.skipped]
         tell_of_linears(misses, self._subjects(), self.options)
 
-    def renamed(self, report: GraphReport, args: Sequence[Any]) -> GraphReport:
-        """Return the report with the names that these inputs' experts have in the model."""
-        owners = self._owners()
-
-        def rename(item: Any) -> Any:
-            found = {owners[id(args[at])] for at in item.inputs if id(args[at]) in owners}
-            if not item.inputs:  # no weight is an input: these are the experts called last
-                found |= {*list(self._entered)[-1:]}
-            name = ", ".join(sorted(self.name_of(module) for module in found))
-            # A longer name in the graph stays: it begins with the variable that holds the module.
-            is_told = not name or f".{item.layer}".endswith(f".{name}")
-            return item if is_told else dataclasses.replace(item, layer=name)
-
-        by_parameter = functools.partial(self._by_parameter, args=args)
-        return dataclasses.replace(
-            report,
-            rewrites=[rename(one) for one in report.rewrites],
-            misses=[rename(one) for one in report.misses],
-            attention=by_parameter(report.attention),
-            mxfp8=by_parameter(report.mxfp8),
-            linear_misses=by_parameter(report.linear_misses),
-        )
-
-    def layers(self) -> dict[int, str]:
-        """Return ``id`` of each tensor of experts -> the experts' name in the model."""
-        return {key: self.name_of(module) for key, module in self._owners().items()}
-
-    def _by_parameter(self, items: Sequence[_Item], args: Sequence[Any]) -> list[_Item]:
-        """Return items with the names of the modules that hold these inputs in the model."""
-        if not items:
-            return []
-        names = names_of_holders(self._tops())
-
-        def rename(one: _Item) -> _Item:
-            name = next((names[id(args[at])] for at in one.inputs if id(args[at]) in names), "")
-            return dataclasses.replace(one, layer=name) if name else one
-
-        return [rename(one) for one in items]
+    def caller(self) -> Any:
+        """Return the first module in the call, a function without any, or None."""
+        (first, *_) = self._subjects()
+        return None if first is self else first
 
     def _subjects(self) -> list[Any]:
         """Return what a warning is about: the modules in the call, or a function without any."""
         function = getattr(self._function, "__func__", self._function)
-        return self._tops() or [function or self]
-
-    def _owners(self) -> dict[int, nn.Module]:
-        return {id(tensor): module for module in self.experts for tensor in tensors_of(module)}
+        return self.called.tops() or [function or self]
 
 
 def current() -> Call | None:

@@ -210,7 +210,7 @@ class _Layer:
         if torch_private_dynamo.is_traced():
             return torch_private.uncompiled(self.layer)(*args, **kwargs)
         call = calls.current()
-        if call is not None and self.experts in call.experts:
+        if call is not None and self.experts in call.called.experts:
             return self._run(args, kwargs)
         with calls.Call(self.shared.options, torch_private.uncompiled(self.layer)):
             return self._run(args, kwargs)
@@ -360,7 +360,7 @@ class _Head:
                 options.free_weights
                 and call is not None
                 and STORE.can_free(source, MXFP8_ROWS)
-                and not call.is_shared(head.weight)
+                and not call.called.is_shared(head.weight)
             ):
                 STORE.free(source, MXFP8_ROWS, name)
             codes, scales = STORE.get(source, MXFP8_ROWS, name)

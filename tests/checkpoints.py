@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from mxfp4_fx import quantize_checkpoint
 from mxfp4_fx.checkpoints import gpt_oss
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
+from mxfp4_fx.core.errors import CheckpointError
 from mxfp4_fx.core.formats import dequantize
 
 TINY = CheckpointShape(
@@ -28,6 +30,7 @@ TINY = CheckpointShape(
 )
 EXPERTS = "model.layers.{}.mlp.experts"
 PROJECTIONS = ("gate_up_proj", "down_proj")
+Edit = Callable[[dict[str, Any]], object]  # changes tensors, or a config, in place
 
 
 def write_packed(path: Path, shape: CheckpointShape = TINY) -> Path:
@@ -130,6 +133,21 @@ def randomize(tensors: dict[str, Tensor]) -> None:
 
 def convert(source: Path, out: Path, **options: Any) -> Path:
     return quantize_checkpoint(source, out, progress=False, **options)
+
+
+def assert_refused(
+    source: Path, folder: Path, tensors: Edit | None, config: Edit | None, words: str
+) -> None:
+    """Assert that a copy with these edits is not quantized, and nothing is written."""
+    path = copied(source, folder / "faulty")
+    if tensors:
+        edit_tensors(path, tensors)
+    if config:
+        edit_config(path, config)
+    with pytest.raises(CheckpointError, match=words):
+        convert(path, folder / "out")
+    assert not (folder / "out").exists()
+    shutil.rmtree(path)
 
 
 def files(path: Path) -> dict[str, bytes]:

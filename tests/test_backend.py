@@ -99,7 +99,7 @@ class TestMisses:
         module(x)[0].sum().backward()
         for name, parameter in module.named_parameters():
             assert got[name] is not None, name
-            torch.testing.assert_close(got[name], parameter.grad)
+            assert torch.equal(got[name], parameter.grad), name
 
     def test_nothing_rewritten_leaves_the_captured_graph(self) -> None:
         graphs = Graphs()
@@ -114,7 +114,7 @@ class TestInner:
         module, x = mlp(), hidden()
         with torch.no_grad():
             out = compile_with(module, "aot_eager")(x)[0]
-            torch.testing.assert_close(out, module(x)[0])
+            assert_as_accurate(out, module(x)[0], mlp(form="eager").double()(x.double())[0])
 
     def test_a_callable_sees_the_rewritten_graph(self) -> None:
         graphs = Graphs()
@@ -193,7 +193,9 @@ class TestDynamo:
         for thread in threads:
             thread.join()
         for at, module in enumerate(modules):
-            torch.testing.assert_close(results[at], module(x)[0])
+            expected = module(x)[0]
+            exact = mlp(form="eager", seed=at + 1).double()(x.double())[0]
+            assert_as_accurate(results[at], expected, exact)
 
     def test_the_captured_graph_stays_as_it_is(self) -> None:
         """Dynamo keeps the graph it hands out; a backend may not change it under its hands."""

@@ -264,6 +264,14 @@ def test_gradients_of_numbers_that_are_large_or_none(kind: str) -> None:
         assert torch.equal(odd(actual), odd(expected)), odd
 
 
+@pytest.mark.parametrize("grad", [torch.inf, -torch.inf, torch.nan])
+def test_a_unit_of_relu2_that_is_off_stops_any_gradient(grad: float) -> None:
+    y = torch.tensor([-8.0, -0.0, 0.0, -torch.inf, 0.5, torch.nan])
+    actual = activate_backward(torch.full_like(y, grad), y, Activation("relu2"))
+    assert torch.equal(actual[:4], torch.zeros(4))
+    assert not actual[4:].isfinite().any()
+
+
 def test_routes_of_others_have_no_gradient() -> None:
     mlp = clamped_mlp(torch.float32)
     indices, weights = random_routes(T, E, A)

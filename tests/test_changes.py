@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -315,6 +316,66 @@ def test_weights_that_are_new_at_each_call_are_told_once() -> None:
             told.append(str(warning))
     assert len(told) == 1
     assert "_proj of experts is swizzled" in told[0]
+
+
+def repeats(run: Callable[[], Any]) -> list[str]:
+    """What is told of weights that are swizzled at each call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in caught if issubclass(w.category, RepeatedSwizzleWarning)]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_models_that_share_a_graph_one_after_the_other_are_not_told(calls: int) -> None:
+    def run() -> None:
+        for seed in range(5):
+            module, x = mlp(seed=seed), hidden()
+            compiled = compile_with(module)
+            for _ in range(calls):
+                compiled(x)
+            del module, compiled
+            gc.collect()
+
+    assert not repeats(run)
+
+
+def test_a_model_that_gets_other_weights_before_some_calls_is_not_told() -> None:
+    """As a server does that loads new weights, then reads a prompt and writes an answer."""
+    module, prompt = mlp().requires_grad_(False), hidden()
+    token = prompt[:, :1].contiguous()
+    graphs = Graphs()  # two: that for prompts never finds a weight that is swizzled
+    compiled = compile_with(module, graphs, dynamic=False)
+
+    def run() -> None:
+        for seed in range(5):
+            module.load_state_dict(mlp(seed=seed).state_dict(), assign=True)
+            for x in (prompt, token, token):
+                compiled(x)
+
+    assert not repeats(run)
+    assert len(graphs.seen) == 2
+
+
+def test_a_storage_that_moves_once_is_not_told() -> None:
+    module, x = mlp().requires_grad_(False), hidden()
+    compiled = compile_with(module)
+    compiled(x)
+    module.share_memory()
+    assert not repeats(lambda: [compiled(x) for _ in range(3)])
+
+
+def test_a_storage_that_moves_before_each_call_is_told_once() -> None:
+    module, x = mlp().requires_grad_(False), hidden()
+    compiled = compile_with(module)
+
+    def run() -> None:
+        for _ in range(5):
+            compiled(x)
+            storage = module.experts.down_proj.untyped_storage()
+            storage.resize_(2 * storage.nbytes())
+
+    assert ["down_proj" in told for told in repeats(run)] == [True]
 
 
 def test_swapping_tensors_after_compiling() -> None:

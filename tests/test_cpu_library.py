@@ -375,7 +375,10 @@ def test_experts_elsewhere_are_chosen_and_belong_to_nobody(
     gammas, *indices = library.routing(logits, 3, 2, first, held)
     assert_same_bits(tuple(indices), expected[1:])
     assert torch.equal(gammas == 0, expected[0] == 0)
-    torch.testing.assert_close(gammas, expected[0])
+    order, slots = oracle.route(logits, 3), expected[2].long()
+    of_routes = order[1].view(-1)[slots]
+    is_here = expected[0] > 0
+    assert_within(gammas[is_here], of_routes[is_here])
 
 
 def test_routing_refuses_what_has_no_result(library: Library) -> None:

@@ -22,6 +22,7 @@ from mxfp4_fx.core.formats import (
     E2M1_VALUES,
     E8M0_BIAS,
     E8M0_NAN,
+    SCALE_RULES,
     dequantize,
     pack,
     quantize,
@@ -267,24 +268,27 @@ def test_no_element_is_further_off_than_half_a_step() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", [0, 17, 31])
+@pytest.mark.parametrize(("scale_rule", "where"), [("max", 0), ("max", 31), ("search", 17)])
 def test_a_block_with_a_nan_or_an_infinity_is_nan(
-    bad: float, where: int, dtype: torch.dtype
+    bad: float, scale_rule: str, where: int, dtype: torch.dtype
 ) -> None:
     values = random_values(3, 96, dtype=dtype)
-    blocks_before, scales_before = quantize(values)
+    blocks_before, scales_before = quantize(values, scale_rule=scale_rule)
     values[1, 32 + where] = bad
-    blocks, scales = quantize(values)
+    blocks, scales = quantize(values, scale_rule=scale_rule)
     scales_before[1, 1] = E8M0_NAN
     blocks_before[1, 1] = 0
     assert torch.equal(scales, scales_before)
     assert torch.equal(blocks, blocks_before)
 
 
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_block_of_zeros_has_scale_one_and_keeps_its_signs(dtype: torch.dtype) -> None:
+def test_a_block_of_zeros_has_scale_one_and_keeps_its_signs(
+    dtype: torch.dtype, scale_rule: str
+) -> None:
     values = torch.tensor([0.0, -0.0], dtype=dtype).repeat(32).view(2, 32)
-    blocks, scales = quantize(values)
+    blocks, scales = quantize(values, scale_rule=scale_rule)
     assert scales.tolist() == [[E8M0_BIAS], [E8M0_BIAS]]
     assert (blocks == 0x80).all()
 

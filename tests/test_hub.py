@@ -38,7 +38,7 @@ from mxfp4_fx.core import hardware
 from mxfp4_fx.core.errors import KernelsUnavailableError
 from mxfp4_fx.ops import hub as hub_ops
 from mxfp4_fx.ops import hub_loader, target
-from mxfp4_fx.ops.schemas import operands_of
+from mxfp4_fx.ops.operands import operands_of
 from mxfp4_fx.weights.source import FLOATS, Source
 from mxfp4_fx.weights.store import STORE
 

@@ -28,7 +28,7 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         raise AssertionError("torch's linear was called")
 
     monkeypatch.setattr(hardware, "linear_rows", lambda dtype: ROWS)
-    monkeypatch.setattr(cpu_linear.reference, "linears", torch_linears)
+    monkeypatch.setattr(cpu_linear.reference_around, "linears", torch_linears)
     with chosen(f"cpu:{request.param}"):
         yield
 

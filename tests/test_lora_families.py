@@ -98,6 +98,16 @@ def test_results_and_gradients(
         assert_as_accurate(actual, reference, truth)
 
 
+def test_adapters_have_the_dtype_that_the_model_was_converted_to() -> None:
+    """Packed experts without biases have no float that would be converted along."""
+    name, made = "Qwen3MoeExperts", []
+    for layer in (dense(name, torch.float32), packed(name, torch.float32)):
+        converted = layer.to(torch.bfloat16)
+        wrapped = peft.get_peft_model(converted, lora(), autocast_adapter_dtype=False)
+        made.append({factor.dtype for factor in factors(wrapped).values()})
+    assert made == [{torch.bfloat16}] * 2
+
+
 @torch.no_grad()
 def test_merging_rounds_each_expert_once() -> None:
     ours, given = adapted(packed("Qwen3MoeExperts", torch.float32)), inputs(torch.float32)

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map_only
 from mxfp4_fx.core.layouts import LAYOUTS
 from mxfp4_fx.core.orders import Order
 from mxfp4_fx.ops import schemas
+from mxfp4_fx.ops.operands import operands_of
 
 CPU = torch.device("cpu")
 REFERENCE = Kernels("reference")
@@ -122,7 +123,7 @@ def test_a_default_device_of_the_user_changes_nothing(kernels: Kernels) -> None:
     for default in ("cpu", "meta"):
         with torch.device(default):
             _, gather, _, offsets = routing(logits.to(kernels.device), 2)
-            flat = schemas.operands_of(x, *operands, offsets, gather, layout=kernels.layout)
+            flat = operands_of(x, *operands, offsets, gather, layout=kernels.layout)
             results.append(matmul(*flat[:4]))
     assert torch.equal(*results)
 

@@ -27,14 +27,17 @@ from checkpoints import (
     write_sparse,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from mxfp4_fx.checkpoints import consistency
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint
-from mxfp4_fx.checkpoints.safetensors_file import read_header
+from mxfp4_fx.checkpoints.quantized_item import Item
+from mxfp4_fx.checkpoints.safetensors_file import TensorSpec, read_header, write_safetensors
+from mxfp4_fx.checkpoints.single_experts import packed_specs
 from mxfp4_fx.cli import main
 from mxfp4_fx.core.errors import CheckpointError, NanWeightsWarning, OptionError
-from mxfp4_fx.core.formats import dequantize, quantize
+from mxfp4_fx.core.formats import SLAB_VALUES, dequantize, quantize
 
 GATE_UP = f"{EXPERTS.format(0)}.gate_up_proj"
 OPENAI = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
@@ -322,6 +325,29 @@ def test_too_little_disk_for_other_files(tmp_path: Path) -> None:
 
 
 # ---- memory and the command line ----------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of bytes of the largest result of an op."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.nbytes = max(self.nbytes, result.untyped_storage().nbytes())
+        return result
+
+
+def test_no_step_of_an_expert_takes_more_memory_than_a_slab_in_float64(tmp_path: Path) -> None:
+    file, n, k = tmp_path / "file.safetensors", 3072, 1024
+    assert n * k > 2 * SLAB_VALUES
+    weight = TensorSpec("layer.experts.0.gate_proj.weight", torch.bfloat16, (n, k))
+    write_safetensors(file, [weight], [(weight.name, memoryview(bytes(weight.nbytes)))])
+    item = Item(read_header(file)[weight.name], tuple(packed_specs(weight)))
+    with Largest() as largest:
+        assert sum(part.nbytes for _, part in item.parts("search", {})) == item.nbytes
+    assert largest.nbytes == 8 * SLAB_VALUES
 
 
 @pytest.mark.exhaustive

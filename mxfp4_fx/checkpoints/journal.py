@@ -151,7 +151,7 @@ class Journal:
 
 def sync(file: Path) -> None:
     """Flush a file to the disk, and drop it from the page cache, so that reads come from disk."""
-    with file.open("rb") as stream:
+    with file.open("r+b") as stream:  # Windows flushes only what is open for writing
         os.fsync(stream.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -40,6 +40,7 @@ from mxfp4_fx.checkpoints.safetensors_file import (
     index_of,
     require_new,
     require_room,
+    take_place,
     write_safetensors,
 )
 from mxfp4_fx.checkpoints.single_experts import packed_specs
@@ -117,8 +118,9 @@ def quantize_checkpoint(
             if report is not None:
                 errors = journal.rounding_errors
                 sync(write_rounding(journal.checkpoint, errors, scale_rule))
-            journal.checkpoint.replace(out)
-            shutil.rmtree(partial, ignore_errors=True)
+            take_place(journal.checkpoint, out)
+        # Now, because Windows does not remove a file that is open, such as the lock.
+        shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
             f"{error}: repair that, and the same command goes on from {partial}"

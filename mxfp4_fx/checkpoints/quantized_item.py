@@ -64,9 +64,13 @@ class Item(NamedTuple):
     ) -> None:
         if squares is None:
             return
-        wide = values.float()
-        change = formats.dequantize(blocks, scales, torch.float32).sub_(wide)
-        sums = [x.flatten().double().square().sum().item() for x in (change, wide)]
         experts = self.source.name.partition(".experts.")[0] + ".experts"
-        before = squares.get(experts, (0.0, 0.0))
-        squares[experts] = before[0] + sums[0], before[1] + sums[1]
+        error, value = squares.get(experts, (0.0, 0.0))
+        rows = max(1, formats.SLAB_VALUES // values.shape[1])  # the whole in float64 is large
+        slabs = zip(values.split(rows), blocks.split(rows), scales.split(rows), strict=True)
+        for slab, slab_blocks, slab_scales in slabs:
+            wide = slab.double()
+            value += float(wide.square().sum())
+            back = formats.dequantize(slab_blocks, slab_scales, torch.float32)
+            error += float(wide.sub_(back).square_().sum())
+        squares[experts] = error, value

@@ -39,6 +39,7 @@ from mxfp4_fx.checkpoints.safetensors_file import (
     index_of,
     require_new,
     require_room,
+    take_place,
     write_safetensors,
 )
 from mxfp4_fx.core.errors import CheckpointError
@@ -113,7 +114,7 @@ def write_tensors(
                 write_safetensors(partial / name, specs, parts, bar.update)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        partial.replace(path)
+        take_place(partial, path)
     except BaseException as error:  # after an interrupt, too, nothing is left
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):

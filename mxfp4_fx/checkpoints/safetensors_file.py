@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -224,6 +225,13 @@ def require_new(path: Path) -> None:
         ) from error
     if is_taken:
         raise CheckpointError(f"{path} exists already: remove it, or name another directory")
+
+
+def take_place(complete: Path, path: Path) -> None:
+    """Give a complete directory the name of a new one, in one step; see :func:`require_new`."""
+    with contextlib.suppress(FileNotFoundError):
+        path.rmdir()  # Windows puts a directory in the place of none
+    complete.replace(path)
 
 
 def require_room(path: Path, nbytes: int) -> None:

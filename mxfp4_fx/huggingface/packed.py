@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -295,6 +295,10 @@ class PackedExperts(nn.Module):
         With ``stays_on``, a change of the device is left out. An empty tensor shows what ``fn``
         does, so that no weight is moved for it.
         """
+        for experts in self.replaced:  # on meta; their dtype is that of adapters
+            shown = fn(torch.empty(0, dtype=cast(Any, experts).down_proj.dtype))
+            if shown.is_floating_point():
+                experts.to(shown.dtype)
         home = self.stays_on
         if home is None:
             return super()._apply(fn, recurse)

@@ -25,7 +25,7 @@ def activate_backward(grad: Tensor, y: Tensor, activation: Activation | None) ->
         return grad
     kind, alpha, limit, up_offset = activation
     if kind == "relu2":
-        return grad * 2 * torch.relu(y)
+        return (grad * 2 * y).masked_fill(y <= 0, 0)
     gate, up = y[..., 0::2], y[..., 1::2]
     g, u = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     if kind == "geglu_tanh":

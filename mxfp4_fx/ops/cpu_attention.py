@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError
-from mxfp4_fx.ops import reference
+from mxfp4_fx.ops import reference_around
 from mxfp4_fx.ops.cpu_library import check, library
 from mxfp4_fx.ops.cpu_structs import ATTENTION, DTYPES
 from mxfp4_fx.ops.operands import Attention
@@ -30,7 +30,7 @@ _NO_WEIGHT = 200.0
 
 
 def attention_with_sinks(operands: Attention) -> Tensor:
-    """Compute ``ops.reference.attention_with_sinks``.
+    """Compute ``ops.reference_around.attention_with_sinks``.
 
     Logits and sums are float32. What a key's mask leaves without weight is not computed.
 
@@ -52,7 +52,7 @@ def attention_with_sinks(operands: Attention) -> Tensor:
         return result
     if not sinks.isfinite().all():
         # The product with sigmoid(lse - sink) would hide that softmax makes NaN of such a row.
-        return reference.attention_with_sinks(whole)
+        return reference_around.attention_with_sinks(whole)
     floor = None if mask is None or queries == 1 else _floor(whole)
     for start in range(0, queries, _BLOCK):
         rows = slice(start, min(start + _BLOCK, queries))

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core import hardware
-from mxfp4_fx.ops import reference
+from mxfp4_fx.ops import reference_around
 from mxfp4_fx.ops.cpu_library import library
 from mxfp4_fx.ops.cpu_structs import DTYPES, linear_group
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """Compute ``ops.reference.linears``: natively up to ``hardware.linear_rows`` rows of x.
+    """Compute ``ops.reference_around.linears``: natively up to ``hardware.linear_rows`` rows of x.
 
     Natively, sums are float32, and a row's results have the same bits beside any other rows and for
     any number of threads.
@@ -26,7 +26,7 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
         ValueError: shapes do not fit.
     """
     results = _natively(x, weights, biases)
-    return reference.linears(x, weights, biases) if results is None else results
+    return reference_around.linears(x, weights, biases) if results is None else results
 
 
 def _natively(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.formats import BLOCK
-from mxfp4_fx.ops import reference
+from mxfp4_fx.ops import reference_around
 from mxfp4_fx.ops.cpu_library import check, library, pointer
 from mxfp4_fx.ops.cpu_structs import DTYPES, mxfp8_group
 
@@ -25,7 +25,7 @@ _SLAB_VALUES = 8 << 20
 def linears(
     x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Compute ``ops.reference.linears_mxfp8``.
+    """Compute ``ops.reference_around.linears_mxfp8``.
 
     Up to ``hardware.mxfp8_rows`` rows sums are float32, and a row's results have the same bits
     beside any other rows and for any number of threads.
@@ -34,7 +34,7 @@ def linears(
         ValueError: shapes do not fit.
     """
     if not _is_plain(x, codes, scales, biases):
-        return reference.linears_mxfp8(x, codes, scales, biases)
+        return reference_around.linears_mxfp8(x, codes, scales, biases)
     k = x.shape[-1]
     rows = x.reshape(-1, k)
     if rows.stride(1) != 1:

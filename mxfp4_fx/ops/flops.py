@@ -8,7 +8,7 @@ activations, routing and sums count nothing. Shape letters as in ``reference.py`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mxfp4_fx.ops import reference
-from mxfp4_fx.ops.operands import Rows
+from mxfp4_fx.ops.operands import Rows, operands_of
 
 
-def register(operands_of: Callable[..., Any]) -> None:
-    """Tell torch the formulas of the ops, which must be defined.
-
-    Args:
-        operands_of: makes the operands of ``matmul_ogs`` from its flat arguments.
-    """
+def register() -> None:
+    """Tell torch the formulas of the ops, which must be defined."""
 
     def matmul_ogs(*flat: Any, out_val: Any = None, **named: Any) -> int:
         _, weight, rows, _, _ = operands_of(*flat, **named)

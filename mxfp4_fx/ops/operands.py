@@ -1,6 +1,6 @@
-"""The operands of ``matmul_ogs``, made from a call's flat arguments and checked.
+"""The operands of ``matmul_ogs``, made from a call's flat arguments, and the checks of all ops'.
 
-Torch needs flat schemas. ``schemas.py`` makes operands from the flat arguments once a call, for
+Torch needs flat schemas. ``operands_of`` makes operands from the flat arguments once a call, for
 every implementation, the backward and the fake impl. They are tuples, because no other immutable
 class is as cheap to build. Shape letters as in ``reference.py``; N' is N, or N/2 with a
 gated activation.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.hardware import DTYPES
-from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core.layouts import CHECKPOINT_ORDER, LAYOUTS
 
 # The constants of GPT-OSS's SwiGLU.
 ALPHA, LIMIT, UP_OFFSET = 1.702, 7.0, 1.0
@@ -205,8 +205,91 @@ def _check_length(name: str, rows: Tensor, total: int) -> None:
         )
 
 
+def operands_of(
+    x: Tensor,
+    blocks: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    n: int,
+    expert_offsets: Tensor,
+    gather_index: Tensor | None = None,
+    scatter_index: Tensor | None = None,
+    gammas: Tensor | None = None,
+    experts_per_token: int = 1,
+    activation: str = "none",
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
+    up_offset: float = UP_OFFSET,
+    layout: str = CHECKPOINT_ORDER,
+    kernels: str = "reference",
+) -> tuple[Tensor, Weight, Rows, Activation | None, str]:
+    """Make the operands of ``matmul_ogs`` from the op's arguments, and check them.
+
+    Args:
+        x: [T, K] with ``gather_index``, else [R, K]; float32, bfloat16 or float16.
+        blocks, scales, bias, n, layout: see :class:`Weight`. ``n`` is the weight's N, before
+            a gated activation halves it. It is an argument because layouts may pad N and a bias may
+            be absent.
+        expert_offsets, gather_index, scatter_index, gammas, experts_per_token: see
+            :class:`Rows`.
+        activation, alpha, limit, up_offset: see :class:`Activation`; ``"none"`` for none.
+        kernels: a key of ``schemas.KERNELS``.
+
+    Returns:
+        The arguments of an implementation of ``matmul_ogs``, and ``kernels``.
+
+    Raises:
+        TypeError, ValueError: an operand has a wrong dtype, shape or value; the message names it.
+    """
+    x_rows, k = rows_and_k(x)
+    weight = make_weight(blocks, scales, bias, n, k, layout)
+    rows = make_rows(
+        expert_offsets,
+        gather_index,
+        scatter_index,
+        gammas,
+        experts_per_token,
+        x_rows,
+        weight.experts,
+    )
+    act = make_activation(activation, alpha, limit, up_offset, n)
+    return x, weight, rows, act, kernels
+
+
+def check_routing(logits: Tensor, top_k: int, num_experts: int | None) -> int:
+    """Check the operands of ``routing``; return how many experts are held here.
+
+    Raises:
+        ValueError: shapes or numbers do not fit.
+    """
+    if logits.ndim != 2 or not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(
+            f"mxfp4::routing: logits must be [T, E] with 1 <= top_k <= E; "
+            f"they are {tuple(logits.shape)} with top_k={top_k}"
+        )
+    held = logits.shape[1] if num_experts is None else num_experts
+    if held < 0:
+        raise ValueError(f"mxfp4::routing: num_experts is negative: {held}")
+    return held
+
+
+def check_routes(indices: Tensor, weights: Tensor, num_experts: int) -> None:
+    """Check the operands of ``routing.routes``; see ``reference.routing_from_routes``.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if num_experts < 0:
+        raise ValueError(f"mxfp4::routing.routes: num_experts is negative: {num_experts}")
+    if indices.ndim != 2 or indices.shape != weights.shape:
+        raise ValueError(
+            "mxfp4::routing.routes: indices and weights must both be [T, A]; "
+            f"they are {tuple(indices.shape)} and {tuple(weights.shape)}"
+        )
+
+
 def check_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-    """Check the operands of ``linears``; see ``reference.linears``.
+    """Check the operands of ``linears``; see ``reference_around.linears``.
 
     Raises:
         ValueError: shapes do not fit.
@@ -233,7 +316,7 @@ def check_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor 
 def check_linears_mxfp8(
     x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> None:
-    """Check the operands of ``linears_mxfp8``; see ``reference.linears_mxfp8``.
+    """Check the operands of ``linears_mxfp8``; see ``reference_around.linears_mxfp8``.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -266,7 +349,7 @@ def check_linears_mxfp8(
 
 
 class Attention(NamedTuple):
-    """The operands of ``attention_with_sinks``; see ``reference.attention_with_sinks``."""
+    """The operands of ``attention_with_sinks``; see ``reference_around.attention_with_sinks``."""
 
     query: Tensor
     key: Tensor

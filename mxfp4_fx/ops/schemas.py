@@ -1,11 +1,11 @@
-"""The ops' definitions for torch: schema, fake impl, dispatch, autograd.
+"""The ops' definitions for torch: schema, dispatch, autograd; ``fakes.py`` has the fake impls.
 
 Schemas are strings (``define`` and ``impl``), because a call of such an op costs a quarter of a
 ``custom_op``'s. All ops are functional. Kernels are imported on first use. Shape letters as in
 ``reference.py``.
 
-``matmul_ogs`` has a flat schema. :func:`operands_of` makes its operands (``operands.py``) from the
-flat arguments and checks them, once a call.
+``matmul_ogs`` has a flat schema. ``operands.operands_of`` makes its operands from the flat
+arguments and checks them, once a call.
 
 To add kernels: write ``matmul_ogs`` (and ``routing``) with the reference's signature in a module of
 their own, enter them in :data:`KERNELS`, and let ``target.choose`` return their name.
@@ -23,16 +23,16 @@ from torch import Tensor
 
 from mxfp4_fx.core import profiling, torch_private, torch_private_dynamo
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
-from mxfp4_fx.ops import adapters, autograd, backward, flops, operands, reference
-from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET, Activation, Rows, Weight
+from mxfp4_fx.ops import adapters, autograd, backward, fakes, flops, operands, reference
+from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET, operands_of
 
 _REFERENCE = {
     "matmul_ogs": "mxfp4_fx.ops.reference:matmul_ogs",
     "routing": "mxfp4_fx.ops.reference:routing",
     "routing.routes": "mxfp4_fx.ops.reference:routing_from_routes",
-    "linears": "mxfp4_fx.ops.reference:linears",
-    "linears_mxfp8": "mxfp4_fx.ops.reference:linears_mxfp8",
-    "attention_with_sinks": "mxfp4_fx.ops.reference:attention_with_sinks",
+    "linears": "mxfp4_fx.ops.reference_around:linears",
+    "linears_mxfp8": "mxfp4_fx.ops.reference_around:linears_mxfp8",
+    "attention_with_sinks": "mxfp4_fx.ops.reference_around:attention_with_sinks",
 }
 # kernels -> op -> "module:function".
 KERNELS: dict[str, dict[str, str]] = {
@@ -121,7 +121,7 @@ def _routing(
     num_experts: int | None = None,
     kernels: str = "reference",
 ) -> Any:
-    held = _check_routing(logits, top_k, num_experts)
+    held = operands.check_routing(logits, top_k, num_experts)
     return kernel(kernels, "routing")(logits, top_k, first_expert, held)
 
 
@@ -132,59 +132,8 @@ def _routing_routes(
     first_expert: int = 0,
     kernels: str = "reference",
 ) -> Any:
-    _check_routes(indices, weights, num_experts)
+    operands.check_routes(indices, weights, num_experts)
     return kernel(kernels, "routing.routes")(indices, weights, num_experts, first_expert)
-
-
-def operands_of(
-    x: Tensor,
-    blocks: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    n: int,
-    expert_offsets: Tensor,
-    gather_index: Tensor | None = None,
-    scatter_index: Tensor | None = None,
-    gammas: Tensor | None = None,
-    experts_per_token: int = 1,
-    activation: str = "none",
-    alpha: float = ALPHA,
-    limit: float = LIMIT,
-    up_offset: float = UP_OFFSET,
-    layout: str = CHECKPOINT_ORDER,
-    kernels: str = "reference",
-) -> tuple[Tensor, Weight, Rows, Activation | None, str]:
-    """Make the operands of ``matmul_ogs`` from the op's arguments, and check them.
-
-    Args:
-        x: [T, K] with ``gather_index``, else [R, K]; float32, bfloat16 or float16.
-        blocks, scales, bias, n, layout: see ``operands.Weight``. ``n`` is the weight's N, before
-            a gated activation halves it. It is an argument because layouts may pad N and a bias may
-            be absent.
-        expert_offsets, gather_index, scatter_index, gammas, experts_per_token: see
-            ``operands.Rows``.
-        activation, alpha, limit, up_offset: see ``operands.Activation``; ``"none"`` for none.
-        kernels: a key of :data:`KERNELS`.
-
-    Returns:
-        The arguments of an implementation of ``matmul_ogs``, and ``kernels``.
-
-    Raises:
-        TypeError, ValueError: an operand has a wrong dtype, shape or value; the message names it.
-    """
-    x_rows, k = operands.rows_and_k(x)
-    weight = operands.make_weight(blocks, scales, bias, n, k, layout)
-    rows = operands.make_rows(
-        expert_offsets,
-        gather_index,
-        scatter_index,
-        gammas,
-        experts_per_token,
-        x_rows,
-        weight.experts,
-    )
-    act = operands.make_activation(activation, alpha, limit, up_offset, n)
-    return x, weight, rows, act, kernels
 
 
 def _matmul_ogs(*flat: Any) -> Tensor:
@@ -239,145 +188,22 @@ def _attention_with_sinks(
     return result
 
 
-def _fake_routes(like: Tensor, rows: Any, num_experts: int) -> tuple[Tensor, ...]:
-    return (
-        like.new_empty((rows,), dtype=torch.float32),
-        like.new_empty((rows,), dtype=torch.int32),
-        like.new_empty((rows,), dtype=torch.int32),
-        like.new_empty((num_experts + 1,), dtype=torch.int32),
-    )
-
-
-def _fake_routing(
-    logits: Tensor,
-    top_k: int,
-    first_expert: int = 0,
-    num_experts: int | None = None,
-    kernels: str = "reference",
-) -> tuple[Tensor, ...]:
-    held = _check_routing(logits, top_k, num_experts)
-    return _fake_routes(logits, logits.shape[0] * top_k, held)
-
-
-def _fake_routing_routes(
-    indices: Tensor,
-    weights: Tensor,
-    num_experts: int,
-    first_expert: int = 0,
-    kernels: str = "reference",
-) -> tuple[Tensor, ...]:
-    _check_routes(indices, weights, num_experts)
-    return _fake_routes(weights, indices.shape[0] * indices.shape[1], num_experts)
-
-
-def _fake_matmul_ogs(*flat: Any) -> Tensor:
-    x, weight, rows, activation, _ = operands_of(*flat)
-    return x.new_empty(operands.result_shape(weight, rows, activation))
-
-
-def _fake_matmul_ogs_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    x, _, rows, _, _ = operands_of(*flat)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad_x, x.new_empty((rows.total,), dtype=torch.float32)
-
-
-def _fake_linears(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    kernels: str = "reference",
-) -> list[Tensor]:
-    operands.check_linears(x, weights, biases)
-    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
-
-
-def _fake_linears_mxfp8(
-    x: Tensor,
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    kernels: str = "reference",
-) -> list[Tensor]:
-    operands.check_linears_mxfp8(x, codes, scales, biases)
-    return [x.new_empty((*x.shape[:-1], code.shape[1])) for code in codes]
-
-
-def _fake_linears_mxfp8_backward(
-    grads: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]
-) -> Tensor:
-    return grads[0].new_empty((*grads[0].shape[:-1], codes[0].shape[2]))
-
-
-def _fake_attention_with_sinks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    kernels: str = "reference",
-) -> Tensor:
-    operands.Attention(query, key, value, sinks, mask, scale).check()
-    batch, heads, queries, size = query.shape
-    return query.new_empty((batch, queries, heads, size))
-
-
-def _fake_moe(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
-
-
-def _fake_expert_ids(indices: Tensor, num_experts: int, below: str, above: str) -> Tensor:
-    return torch.empty_like(indices)
-
-
-def _fake_grouped_linear(x: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
-    adapters.check_grouped(x, weight, expert_offsets)
-    return x.new_empty((x.shape[0], weight.shape[1]))
-
-
-def _fake_grouped_outer(grad: Tensor, x: Tensor, expert_offsets: Tensor) -> Tensor:
-    return x.new_empty((expert_offsets.shape[0] - 1, grad.shape[1], x.shape[1]))
-
-
-def _check_routing(logits: Tensor, top_k: int, num_experts: int | None) -> int:
-    """Return how many experts are held here."""
-    if logits.ndim != 2 or not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(
-            f"mxfp4::routing: logits must be [T, E] with 1 <= top_k <= E; "
-            f"they are {tuple(logits.shape)} with top_k={top_k}"
-        )
-    held = logits.shape[1] if num_experts is None else num_experts
-    if held < 0:
-        raise ValueError(f"mxfp4::routing: num_experts is negative: {held}")
-    return held
-
-
-def _check_routes(indices: Tensor, weights: Tensor, num_experts: int) -> None:
-    if num_experts < 0:
-        raise ValueError(f"mxfp4::routing.routes: num_experts is negative: {num_experts}")
-    if indices.ndim != 2 or indices.shape != weights.shape:
-        raise ValueError(
-            "mxfp4::routing.routes: indices and weights must both be [T, A]; "
-            f"they are {tuple(indices.shape)} and {tuple(weights.shape)}"
-        )
-
-
 _LIBRARY = torch.library.Library("mxfp4", "DEF")
 
 _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "moe": (reference.moe, _fake_moe),
-    "moe.routes": (reference.moe_from_routes, _fake_moe),
-    "grouped_linear": (adapters.grouped_linear, _fake_grouped_linear),
-    "grouped_outer": (adapters.grouped_outer, _fake_grouped_outer),
-    "expert_ids": (reference.expert_ids, _fake_expert_ids),
-    "routing": (_routing, _fake_routing),
-    "routing.routes": (_routing_routes, _fake_routing_routes),
-    "matmul_ogs": (_matmul_ogs, _fake_matmul_ogs),
-    "matmul_ogs_backward": (_matmul_ogs_backward, _fake_matmul_ogs_backward),
-    "linears": (_linears, _fake_linears),
-    "linears_mxfp8": (_linears_mxfp8, _fake_linears_mxfp8),
-    "linears_mxfp8_backward": (backward.linears_mxfp8_backward, _fake_linears_mxfp8_backward),
-    "attention_with_sinks": (_attention_with_sinks, _fake_attention_with_sinks),
+    "moe": (reference.moe, fakes.moe),
+    "moe.routes": (reference.moe_from_routes, fakes.moe),
+    "grouped_linear": (adapters.grouped_linear, fakes.grouped_linear),
+    "grouped_outer": (adapters.grouped_outer, fakes.grouped_outer),
+    "expert_ids": (reference.expert_ids, fakes.expert_ids),
+    "routing": (_routing, fakes.routing),
+    "routing.routes": (_routing_routes, fakes.routing_routes),
+    "matmul_ogs": (_matmul_ogs, fakes.matmul_ogs),
+    "matmul_ogs_backward": (_matmul_ogs_backward, fakes.matmul_ogs_backward),
+    "linears": (_linears, fakes.linears),
+    "linears_mxfp8": (_linears_mxfp8, fakes.linears_mxfp8),
+    "linears_mxfp8_backward": (backward.linears_mxfp8_backward, fakes.linears_mxfp8_backward),
+    "attention_with_sinks": (_attention_with_sinks, fakes.attention_with_sinks),
 }
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "routing": (backward.routing_gradients, backward.save_routing),
@@ -414,4 +240,4 @@ for _name, (_backward, _save) in _GRADIENTS.items():
     _packet, _, _overload = _name.partition(".")
     _op = getattr(getattr(torch.ops.mxfp4, _packet), _overload or "default")
     autograd.register(_LIBRARY, _op, _backward, _save)
-flops.register(operands_of)
+flops.register()

@@ -13,8 +13,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from mxfp4_fx.core import hardware, torch_private
 from mxfp4_fx.ops import cpu_structs, program
 from mxfp4_fx.ops.cpu_structs import ACTIVATIONS, DTYPES
+from mxfp4_fx.ops.operands import operands_of
 from mxfp4_fx.ops.program import Place
-from mxfp4_fx.ops.schemas import operands_of
 from mxfp4_fx.passes.native_values import NoProgram, Value, Values
 
 _SET_BY_CALL = 0  # the number of threads

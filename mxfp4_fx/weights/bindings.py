@@ -20,7 +20,7 @@ from mxfp4_fx.weights.freed import is_freed
 from mxfp4_fx.weights.mapped import MappedFile
 from mxfp4_fx.weights.notices import warn_of_kept_shard, warn_of_repeats
 from mxfp4_fx.weights.source import Encoding, Parts, Source
-from mxfp4_fx.weights.state import Mark, mark_of
+from mxfp4_fx.weights.state import Mark, Trace, mark_of
 from mxfp4_fx.weights.store import STORE
 from mxfp4_fx.weights.swizzle import is_native
 
@@ -79,6 +79,7 @@ class InputPlan:
         is_lent: Callable[[Tensor], bool],
         tell_of_lent: Callable[[], None],
         is_shared: Callable[[Tensor], bool],
+        caller: Callable[[], Any],
     ) -> None:
         """
         Args:
@@ -88,9 +89,11 @@ class InputPlan:
             is_lent: whether an input is there for the present call alone, as the user wants it.
             tell_of_lent: warns, at most once, of what lent inputs cost.
             is_shared: whether a linear's weight may be read by something else, as tied ones are.
+            caller: returns the model or the function whose call runs the graph, or None.
         """
         self.bindings = tuple(bindings)
         self._is_lent, self._tell_of_lent, self._is_shared = is_lent, tell_of_lent, is_shared
+        self._caller = caller
         self._wholes = tuple(wholes)
         bound_slots = {at for binding in bindings for at in binding.slots}
         self._bound_wholes = tuple(bound_slots.intersection(self._wholes))
@@ -105,10 +108,12 @@ class InputPlan:
         as_they_are = {at for at, part in self._inputs if part is None}
         self._only_swizzled = [b for b in self.bindings if not as_they_are.intersection(b.slots)]
         self._lookups = [(b.take, b.encoding, b.layout, b) for b in self.bindings]
-        # The marks of the last call that swizzled, and how many such calls in a row found the marks
-        # of the one before gone.
-        self._last: list[weakref.ref[Mark]] = []
+        # The marks of the last call that swizzled and whose call it was, and how many such calls of
+        # the same in a row found the marks of the one before gone.
+        self._last: list[tuple[weakref.ref[Mark], Trace]] = []
+        self._last_caller: Callable[[], Any] = _nobody
         self._strangers = 0
+        self._noted = -1  # the store's count of swizzled weights when traces were left last
 
     def examples(self, inputs: Sequence[Any], fakes: Sequence[Any]) -> list[Any]:
         """Return example inputs for the inner compiler; those of swizzled weights are fake.
@@ -133,6 +138,10 @@ class InputPlan:
             if STORE.swizzled != before:
                 self._look_out(args)
                 parts = self._look_up(args)  # swizzling may mark weights that share memory stale
+            elif self._noted != before:
+                self._noted = before
+                for binding in self.bindings:
+                    mark_of(args[binding.slots[0]]).trace.was_found = True
         return [args[at] if part is None else parts[at][part] for at, part in self._inputs]
 
     def names(
@@ -290,12 +299,21 @@ class InputPlan:
         ]
 
     def _look_out(self, args: tuple[Any, ...]) -> None:
-        """Warn if each call has new tensors and those of the call before are gone."""
+        """Warn if each call has new tensors, and those of the one before are gone after one call.
+
+        Models that share the graph may follow one another, and a model may get other weights.
+        """
         if all(binding.layout in binding.encoding.layouts for binding in self.bindings):
             return  # the kernels read them as they are
-        are_gone = bool(self._last) and all(mark() is None for mark in self._last)
-        self._strangers = self._strangers + 1 if are_gone else 0
-        self._last = [weakref.ref(mark_of(args[b.slots[0]])) for b in self.bindings]
+        caller = self._caller()
+        is_same = self._last_caller() is caller
+        self._last_caller = _nobody if caller is None else weakref.ref(caller)
+        are_gone = bool(self._last) and all(
+            mark() is None and not trace.was_found for mark, trace in self._last
+        )
+        self._strangers = self._strangers + 1 if is_same and are_gone else 0
+        marks = [mark_of(args[binding.slots[0]]) for binding in self.bindings]
+        self._last = [(weakref.ref(mark), mark.trace) for mark in marks]
         if self._strangers >= 2 and self._is_lent(args[self.bindings[0].slots[0]]):
             self._tell_of_lent()
         elif self._strangers == 2:
@@ -303,6 +321,10 @@ class InputPlan:
                 self.bindings[0].name,
                 "every call brings another tensor, and the last one is gone",
             )
+
+
+def _nobody() -> None:
+    """Stand for a weak reference to no caller."""
 
 
 def _is_real(value: Any) -> bool:

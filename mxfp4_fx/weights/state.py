@@ -21,6 +21,19 @@ MARK = "_mxfp4_fx_mark"
 Geometry = tuple[Any, ...]
 
 
+class Trace:
+    """What is known of a tensor after it is gone.
+
+    Attributes:
+        was_found: a call found its weight swizzled, which thus served more than one call.
+    """
+
+    __slots__ = ("was_found",)
+
+    def __init__(self) -> None:
+        self.was_found = False
+
+
 class Mark:
     """An attribute of a tensor, or of its storage, that identifies it and is collected with it.
 
@@ -33,16 +46,21 @@ class Mark:
         keep: the user restored the tensor, so it is not freed again.
         kept: the tensor's memory could not be freed, and is not tried again.
         told: the store has warned that the weight is swizzled at each call.
+        trace: outlives the mark where somebody holds it.
         is_shard: the tensor is what a DTensor wraps.
+        moved: when the weight was swizzled last, its storage had new memory.
         seen: the version of a DTensor when the store last saw it; None if it has not.
     """
 
-    __slots__ = ("__weakref__", "impl", "is_shard", "keep", "kept", "seen", "told")
+    __slots__ = (
+        "__weakref__", "impl", "is_shard", "keep", "kept", "moved", "seen", "told", "trace",
+    )  # fmt: skip
 
     def __init__(self, impl: int) -> None:
         self.impl, self.keep, self.kept, self.told = impl, False, False, False
-        self.is_shard = False
+        self.is_shard = self.moved = False
         self.seen: int | None = None
+        self.trace = Trace()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return set, ()  # a pickled parameter refers to nothing of this package

@@ -303,7 +303,9 @@ class WeightStore:
             layout,
             source.encoding.sizes(tensors),
         )
-        new.stale = any(map(is_filled_by_fsdp, tensors)) or (old is not None and old.was_moved(new))
+        is_filled = any(map(is_filled_by_fsdp, tensors))
+        is_moved = old is not None and old.was_moved(new)
+        new.stale = is_filled or is_moved
         if not new.stale:
             self.swizzled += 1
             if old is None or not old.has_state_of(new):
@@ -323,7 +325,9 @@ class WeightStore:
         if old is not None:
             self._entries.let_go(old)
         notices.warn_of_nan(source, nan_experts(readable, new.parts, layout), name)
-        if new.stale and not marks[0].told:
+        is_repeated = is_filled or (is_moved and marks[0].moved)  # share_memory moves it once
+        marks[0].moved = is_moved
+        if is_repeated and not marks[0].told:
             marks[0].told = True
             notices.warn_of_repeats(name, "its memory is filled anew for each call, as FSDP does")
         return new.parts
