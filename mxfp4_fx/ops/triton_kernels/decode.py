@@ -175,9 +175,8 @@ def _decode_words(words, factors):
 
 @triton.jit
 def _halves(pairs):
-    """Split words into their lower and upper 16 bits, as bfloat16 numbers."""
-    low = (pairs & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return low, (pairs >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    """Split words into their lower and upper 16 bits."""
+    return (pairs & 0xFFFF).to(tl.uint16), (pairs >> 16).to(tl.uint16)
 
 
 @triton.jit
@@ -216,4 +215,6 @@ def decode_mxfp8(
         both = both.permute(0, 1, 3, 4, 2, 5)
     elif UNITS == "mma":
         both = both.permute(0, 1, 3, 2, 4, 5)
-    return both.reshape(BN, BK)
+    both = both.reshape(BN, BK)
+    # Not before: for sm_100 Triton 3.6 cannot compile a reshape that only a product reads.
+    return both.to(tl.bfloat16, bitcast=True) if PACKED else both
