@@ -168,7 +168,7 @@ def test_a_block_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch)
     codes, scales = random_weight(20, 96)
     codes[0, 5], scales[0, 5, 2] = 3, 255
-    (y,) = run(torch.ones(2, 96), [(codes, scales)], [None])
+    (y,) = run(torch.ones(2, 96, dtype=torch.bfloat16), [(codes, scales)], [None])
     assert y.isnan().any(0).nonzero().flatten().tolist() == [5]
 
 
