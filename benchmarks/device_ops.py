@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from torch import Tensor
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (declares the ops)
 from benchmarks.moe import Projection
-from mxfp4_fx.core import hardware
-from mxfp4_fx.core.layouts import LAYOUTS
+from mxfp4_fx.core import hardware, mxfp8
+from mxfp4_fx.core.layouts import LAYOUTS, MXFP8_ROWS
 from mxfp4_fx.ops import target, tiles
 from mxfp4_fx.ops.operands import Activation
 from mxfp4_fx.ops.tiles import Tile
-from mxfp4_fx.weights.source import MXFP4, Source
+from mxfp4_fx.weights.source import LINEAR, MXFP4, Source
 from mxfp4_fx.weights.swizzle import swizzle_weight
 
 OPS = torch.ops.mxfp4
@@ -90,6 +90,31 @@ def down(inner: Tensor, weight: Packed, routes: Any, top_k: int, kernels: str) -
         layout=weight.layout,
         kernels=kernels,
     )
+
+
+def in_mxfp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a linear's weight [N, K]."""
+    codes, scales = swizzle_weight(Source((weight,), LINEAR), MXFP8_ROWS)
+    return codes, scales
+
+
+def of_mxfp8(weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """The values [N, K] of codes and scales."""
+    return mxfp8.dequantize(weight[0][0], weight[1][0], dtype)
+
+
+def linears_mxfp8(x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], kernels: str) -> Any:
+    """[R, N] for each weight."""
+    codes, scales = zip(*weights, strict=True)
+    return OPS.linears_mxfp8(x, codes, scales, [None] * len(weights), kernels)
+
+
+def linears_mxfp8_backward(
+    grads: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]], kernels: str
+) -> Tensor:
+    """[R, K] of a gradient [R, N] for each weight."""
+    codes, scales = zip(*weights, strict=True)
+    return OPS.linears_mxfp8_backward(grads, codes, scales, kernels)
 
 
 # ---- the CPU's instruction-set paths ------------------------------------------------------------

@@ -159,15 +159,71 @@ def matmuls(name: str, dtype: str = "bf16", regimes: str = "") -> Iterator[Compi
             )
 
 
+QKV = (4096, 512, 512)
+
+
+def linears_values(name: str, tile: Any, dtype: str, backward: bool = False) -> dict[str, Any]:
+    """Parameters of the kernels for linears in MXFP8, for q, k and v of GPT-OSS's sizes."""
+    from mxfp4_fx.ops import triton_mxfp8 as launcher
+
+    units = launcher._units(name)
+    splits = 1 if backward else launcher._splits(tile, 1, HIDDEN)
+    floats = f"*{dtype}"
+    tensors = {
+        "codes": "*u32", "scales": "*u8", "grad": floats, "bias": floats,
+        "y": "*fp32" if splits > 1 else floats, "parts": "*fp32",
+    }  # fmt: skip
+    return {
+        **{f"{key}{at}": kind for key, kind in tensors.items() for at in ("", "2", "3")},
+        **{f"N{at}": (n,) for n, at in zip(QKV, ("", "2", "3"), strict=True)},
+        "x": floats, "x_stride": "i32%16", "rows": "i32", "K": (HIDDEN,),
+        "TERMS": (hardware.gpu_terms(name, DTYPES[dtype]),), "SPLITS": (splits,),
+        "BM": (tile.block_m,),
+        "BN": (launcher._gradient_columns(name, tile) if backward else tile.block_n,),
+        "BK": (tile.block_n if backward else tile.block_k,), "UNITS": (units,),
+        "IS_ORDERED": (units != "none" and tile.block_m >= launcher._ORDERED_ROWS,),
+        **{key: (value,) for key, value in launcher._decoding(name).items()},
+    }  # fmt: skip
+
+
+def linears(name: str, dtype: str = "bf16", regimes: str = "") -> Iterator[Compilation]:
+    """Linears in MXFP8 with every tile of a table, and the gradient of their input with one."""
+    from mxfp4_fx.ops import tiles, triton_mxfp8
+    from mxfp4_fx.ops.triton_kernels import linears as kernels
+
+    terms = hardware.gpu_terms(name, DTYPES[dtype])
+    table = tiles.table(f"mxfp8_{tiles.table_name(name, layout_of(name))}")
+    seen: set[str] = set()
+    for entry in table:
+        if regimes and (entry.regime in seen or entry.regime not in regimes.split(",")):
+            continue
+        seen.add(entry.regime)
+        tile = tiles.choose_mxfp8(name, entry.rows or 1 << 20, terms)
+        options = tiles.compiler_options(tile, name, terms)
+        shape = dataclasses.asdict(tile)
+        yield Compilation(
+            f"{dtype} linears in MXFP8", entry.regime, shape, kernels.linears_mxfp8_kernel,
+            linears_values(name, tile, dtype), options,
+        )  # fmt: skip
+        if entry is table[-1] or not regimes:
+            yield Compilation(
+                f"{dtype} linears' gradient", entry.regime,
+                shape | {"block_k": triton_mxfp8._gradient_columns(name, tile)},
+                kernels.linears_mxfp8_backward_kernel, linears_values(name, tile, dtype, True),
+                options,
+            )  # fmt: skip
+
+
 ONE_PROGRAM = (1, ["routing"]), (512, ["routing"])
 MANY_PROGRAMS = (16384, ["decide", "scan", "place"])
 
 
 def others(*routings: tuple[int, list[str]]) -> Iterator[Compilation]:
-    """The sum over a token's rows, and the kernels of routings of so many tokens."""
-    from mxfp4_fx.ops import tiles
+    """The sums of splits and over a token's rows, and the kernels of routings of so many tokens."""
+    from mxfp4_fx.ops import tiles, triton_mxfp8
     from mxfp4_fx.ops import triton as launcher
     from mxfp4_fx.ops.triton_kernels import epilogue, routing
+    from mxfp4_fx.ops.triton_kernels import linears as of_linears
 
     pointers = {
         "source": "*bf16", "slot_expert": "*i32", "slot_weight": "*fp32", "gammas": "*fp32",
@@ -188,6 +244,14 @@ def others(*routings: tuple[int, list[str]]) -> Iterator[Compilation]:
         return Compilation(described, "", {"warps": warps}, kernel, values, options)
 
     yield compilation("combine", epilogue.combine_kernel, combine, 4)
+    bm, bn = triton_mxfp8._SUM_TILE
+    sums = {
+        **{f"parts{at}": "*fp32" for at in ("", "2", "3")},
+        **{f"y{at}": "*bf16" for at in ("", "2", "3")},
+        **{f"N{at}": (n,) for n, at in zip(QKV, ("", "2", "3"), strict=True)},
+        "rows": "i32", "SPLITS": (8,), "BM": (bm,), "BN": (bn,),
+    }  # fmt: skip
+    yield compilation("sum of splits", of_linears.sum_splits_kernel, sums, 4)
     for tokens, names in routings:
         block = launcher._tokens_per_block(tokens, 4, experts)
         values = {
@@ -202,7 +266,12 @@ def others(*routings: tuple[int, list[str]]) -> Iterator[Compilation]:
 
 def facts_of(name: str, dtypes: list[str], regimes: str) -> Iterator[Fact]:
     routings = ONE_PROGRAM[1:] if regimes else (*ONE_PROGRAM, MANY_PROGRAMS)
-    wanted = [each for dtype in dtypes for each in matmuls(name, dtype, regimes)]
+    wanted = [
+        each
+        for dtype in dtypes
+        for some in (matmuls, linears)
+        for each in some(name, dtype, regimes)
+    ]
     target = TARGETS[name][0]
     for each in (*wanted, *others(*routings)):
         made = compile_kernel(each.kernel, target, each.values, each.options)

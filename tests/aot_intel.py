@@ -71,7 +71,12 @@ def main(dtypes: str) -> None:
     target = prepare()
     import aot
 
-    wanted = [each for dtype in dtypes.split(",") for each in aot.matmuls("xpu", dtype)]
+    wanted = [
+        each
+        for dtype in dtypes.split(",")
+        for some in (aot.matmuls, aot.linears)
+        for each in some("xpu", dtype)
+    ]
     facts = []
     for each in (*wanted, *aot.others(aot.MANY_PROGRAMS)):
         made = aot.compile_kernel(each.kernel, target, each.values, each.options)

@@ -96,6 +96,13 @@ def wgmma_facts(run: str, target: str) -> list[dict[str, Any]]:
     return found
 
 
+def linears_facts(run: str, target: str) -> list[dict[str, Any]]:
+    """The kernels for linears in MXFP8, of any dtype of activations."""
+    found = [f for f in facts(run, target) if "linears" in f["kernel"]]
+    assert found
+    return found
+
+
 def told(fact: dict[str, Any], *names: str) -> str:
     return f"{fact['kernel']} {fact['tile']}: " + ", ".join(f"{n} {fact[n]}" for n in names)
 
@@ -165,11 +172,33 @@ def test_few_rows_on_mma_sync_decode_each_weight_once(run: str, target: str) -> 
         assert fact["per_weight"] <= 4.2, told(fact, "per_weight")
 
 
+@of_runs("sm_80", "sm_89", "sm_90", "sm_120")
+def test_each_weight_of_linears_is_decoded_by_one_thread(run: str, target: str) -> None:
+    """In two products, for its own missing factor and for its scale."""
+    for fact in linears_facts(run, target):
+        assert fact["copies"] == 2, told(fact, "copies")
+
+
+@of_runs("sm_90")
+def test_linears_use_wgmma(run: str, target: str) -> None:
+    for fact in linears_facts(run, target):
+        assert fact["wgmma"] == fact["mma"] > 0, told(fact, "mma", "wgmma")
+
+
+@of_runs("sm_80", "sm_89", "sm_90", "sm_120", terms=False)
+def test_instructions_per_weight_of_linears_of_few_rows(run: str, target: str) -> None:
+    """No more than when this was written: the limit follows from nothing."""
+    for fact in linears_facts(run, target):
+        if fact["tile"]["block_m"] == 16:
+            assert fact["load_bytes"] == 16, told(fact, "load_bytes")
+            assert fact["per_weight"] <= 8, told(fact, "per_weight")
+
+
 @of_runs("sm_75")
 def test_sm_75_adds_each_product_of_float32_in_one_instruction(run: str, target: str) -> None:
     """And takes no more others than when this was written: the limit follows from nothing."""
     found = [fact for fact in facts(run, target) if fact["regime"]]
-    assert found
+    assert {"linears" in fact["kernel"] for fact in found} == {False, True}
     for fact in found:
         assert fact["mma"] == 0, told(fact, "mma")
         assert fact["fma"] == fact["tile"]["block_m"], told(fact, "fma")

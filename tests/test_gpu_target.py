@@ -93,6 +93,24 @@ def test_a_gpu_on_which_tests_have_passed_is_not_untried(monkeypatch: pytest.Mon
     assert "untried" not in target.choose(CUDA).reason
 
 
+OF_HUB = target.Target("hub", "row_major", "as was asked for")
+
+
+def test_linears_in_mxfp8_are_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's kernels have none, so that Triton's compute them where they can."""
+    pretend(monkeypatch, 9, 0)
+    assert target.mxfp8_kernels(target.choose(CUDA), CUDA) == "triton"
+    assert target.mxfp8_kernels(OF_HUB, CUDA) == "triton"
+
+
+def test_linears_in_mxfp8_beside_the_hubs_kernels_on_an_old_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, 7, 0)
+    with pytest.raises(KernelsUnavailableError, match=r"is older than compute capability 7\.5"):
+        target.mxfp8_kernels(OF_HUB, CUDA)
+
+
 def test_turing_multiplies_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 7, 5, "Tesla T4")
     assert target.choose(CUDA).reason == (

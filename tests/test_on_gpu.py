@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import test_triton_mxfp8
 import torch
 from implementations import ALPHA, LIMIT, TRITON, Kernels, check_matmul, chosen, randn
-from models import compile_with, hidden, mlp, model, on_mxfp4_grid, pack, tokens
+from models import DTYPES, compile_with, hidden, mlp, model, on_mxfp4_grid, pack, tokens
 from oracle import Matrices, assert_as_accurate, random_logits, random_routes
+from test_linears_mxfp8 import random_weight
 from torch import Tensor
 
+from mxfp4_fx.core.layouts import MXFP8_ROWS
 from mxfp4_fx.ops import target
 from mxfp4_fx.weights.freed import FreedParameter
-from mxfp4_fx.weights.source import FLOATS, Source
+from mxfp4_fx.weights.source import FLOATS, LINEAR, Source
 from mxfp4_fx.weights.swizzle import swizzle_weight
 from mxfp4_fx.weights.upkeep import restore
 
@@ -87,6 +90,64 @@ def test_a_cuda_graph_follows_its_inputs(triton: Kernels, t: int) -> None:
     graph.replay()
     replayed = captured.clone()
     assert torch.equal(replayed, layer())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 20, 60, 130, 1100])
+def test_linears_in_mxfp8_of_sizes_of_gpt_oss(rows: int, dtype: torch.dtype) -> None:
+    """Each of a table's tiles, and the same twice; of o and of q, k and v there are fewer rows."""
+    for k, sizes in ((2880, (640, 64, 64)), (4096, (500,))):
+        weights = [random_weight(n, k, seed=n) for n in sizes]
+        biases = [randn(n, dtype=dtype, seed=n) for n in sizes]
+        x = randn(rows, k, dtype=dtype)
+        test_triton_mxfp8.check(x, weights, biases)
+        pairs = zip(*(test_triton_mxfp8.run(x, weights, biases) for _ in range(2)), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("rows", [1, 130])
+def test_a_cuda_graph_of_linears_in_mxfp8_follows_their_input(rows: int) -> None:
+    codes, scales = (part.cuda() for part in random_weight(640, 2880))
+    x = randn(rows, 2880, dtype=torch.bfloat16).cuda()
+
+    def call() -> Tensor:
+        (y,) = ops.linears_mxfp8(x, [codes], [scales], [None], "triton")
+        return y
+
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    x.copy_(randn(rows, 2880, seed=5))
+    graph.replay()
+    replayed = captured.clone()
+    assert torch.equal(replayed, call())
+
+
+def test_quantizing_to_mxfp8_on_the_device_is_that_of_the_cpu() -> None:
+    weight = torch.randn(40, 96, dtype=torch.bfloat16)
+    made = [swizzle_weight(Source((on,), LINEAR), MXFP8_ROWS) for on in (weight.cuda(), weight)]
+    for there, here in zip(*made, strict=True):
+        assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.filterwarnings("ignore::mxfp4_fx.errors.NoExpertsWarning")
+@pytest.mark.usefixtures("no_gradients")
+def test_linears_in_mxfp8_on_a_gpu_are_freed_and_restored() -> None:
+    """Small integers are values of MXFP8."""
+    module = torch.nn.Linear(64, 40, bias=False).requires_grad_(False)
+    module.weight.copy_(torch.randint(-3, 4, (40, 64)))
+    module, x = module.cuda(), torch.randint(-3, 4, (3, 64)).float().cuda()
+    expected = module(x)
+    on = {"linears": "mxfp8"}
+    assert torch.equal(compile_with(module, "eager", options={**on, "verify": True})(x), expected)
+    torch.compiler.reset()
+    run = compile_with(module, "eager", options={**on, "free_weights": True})
+    for _ in range(2):
+        assert torch.equal(run(x), expected)
+    assert type(module.weight) is FreedParameter
+    restore(module)
+    assert torch.equal(module(x), expected)
 
 
 @pytest.mark.usefixtures("no_gradients")

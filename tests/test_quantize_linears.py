@@ -25,7 +25,6 @@ from transformers import GptOssForCausalLM
 import mxfp4_fx
 from mxfp4_fx.core import mxfp8
 from mxfp4_fx.core.errors import (
-    KernelsUnavailableError,
     MissedRewriteError,
     MissedRewriteWarning,
     NanWeightsWarning,
@@ -222,12 +221,9 @@ def test_off_by_default() -> None:
 
 def test_kernels() -> None:
     module = Attention()
-    for kernels in ("reference", "pytorch", "cpu"):
+    for kernels in ("reference", "pytorch", "cpu", "triton"):
         assert torch.equal(compiled(module, kernels=kernels)(X), module(X))
         torch.compiler.reset()
-    with pytest.raises(BackendCompilerFailed, match="has no 'triton' kernels") as raised:
-        compiled(module, kernels="triton")(X)
-    assert isinstance(raised.value.inner_exception, KernelsUnavailableError)
 
 
 # ---- whole models
@@ -428,6 +424,22 @@ def test_memory_is_given_back_and_restored() -> None:
     assert mxfp4_fx.restore(module) == 4
     assert torch.equal(module(X), expected)
     assert torch.equal(run(X), expected)
+
+
+def test_tritons_kernels_are_told_verified_and_serve_freed_weights() -> None:
+    module = Attention(torch.bfloat16)
+    x = inputs(3, torch.bfloat16)
+    expected = module(x)
+    options = {**ON, "kernels": "triton"}
+    assert {one.kernels for one in mxfp4_fx.explain(module, x, options=options).mxfp8} == {"triton"}
+    assert torch.equal(compiled(module, kernels="triton", verify=True)(x), expected)
+    torch.compiler.reset()
+    run = compiled(module, kernels="triton", free_weights=True)
+    for _ in range(2):
+        assert torch.equal(run(x), expected)
+    assert held(module.q, module.k, module.v, module.o) == 0
+    assert mxfp4_fx.restore(module) == 4
+    assert torch.equal(module(x), expected)
 
 
 def test_restored_weights_have_the_values_of_mxfp8() -> None:

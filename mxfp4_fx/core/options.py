@@ -33,7 +33,7 @@ class Options:
         regions: capture the repeated layer as a nested compile region, whose graph is compiled once
             for all layers that are alike.
         linears: compute linears of few rows on a CPU natively; or ``"mxfp8"``: quantize all linears
-            but the router's to MXFP8, on a CPU.
+            but the router's to MXFP8.
         attention: compute attention with sinks on a CPU in memory linear in the number of tokens.
         programs: run a graph of few tokens on a CPU as one native call, where all of its ops are
             native, and leave Inductor the others.

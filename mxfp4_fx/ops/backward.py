@@ -133,7 +133,7 @@ def save_linears_mxfp8(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tenso
     Raises:
         RuntimeError: a bias requires a gradient.
     """
-    _, codes, scales, biases, _ = inputs
+    _, codes, scales, biases, ctx.kernels = inputs
     if any(bias is not None and bias.requires_grad for bias in biases):
         raise RuntimeError(
             "mxfp4::linears_mxfp8 has no gradient for a bias; call bias.requires_grad_(False)"
@@ -145,7 +145,7 @@ def linears_mxfp8_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     """Return one gradient or None for each argument: ``backward`` of linears_mxfp8."""
     saved = ctx.saved_tensors
     codes, scales = saved[: len(grads)], saved[len(grads) :]
-    of_x = torch.ops.mxfp4.linears_mxfp8_backward(grads, codes, scales)
+    of_x = torch.ops.mxfp4.linears_mxfp8_backward(grads, codes, scales, ctx.kernels)
     return of_x, None, None, None, None
 
 

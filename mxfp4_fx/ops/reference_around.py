@@ -41,7 +41,8 @@ def linears_mxfp8(
     Args:
         x: [..., K]; float32, bfloat16 or float16.
         codes, scales: uint8 [1, N, K] and [1, N, K/32] each (``core/mxfp8.py``), where N may
-            differ.
+            differ. Codes that are NaN, which ``mxfp8.quantize`` never makes, must not come to
+            ``kernels="triton"``.
         biases: [N] each, or None for no bias.
 
     Returns:

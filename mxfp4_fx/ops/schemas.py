@@ -32,6 +32,7 @@ _REFERENCE = {
     "routing.routes": "mxfp4_fx.ops.reference:routing_from_routes",
     "linears": "mxfp4_fx.ops.reference_around:linears",
     "linears_mxfp8": "mxfp4_fx.ops.reference_around:linears_mxfp8",
+    "linears_mxfp8_backward": "mxfp4_fx.ops.backward:linears_mxfp8_backward",
     "attention_with_sinks": "mxfp4_fx.ops.reference_around:attention_with_sinks",
 }
 # kernels -> op -> "module:function".
@@ -42,12 +43,15 @@ KERNELS: dict[str, dict[str, str]] = {
         "attention_with_sinks": "mxfp4_fx.ops.cpu_attention:attention_with_sinks",
         "linears": "mxfp4_fx.ops.cpu_linear:linears",
         "linears_mxfp8": "mxfp4_fx.ops.cpu_mxfp8:linears",
+        "linears_mxfp8_backward": _REFERENCE["linears_mxfp8_backward"],
         "matmul_ogs": "mxfp4_fx.ops.cpu:matmul_ogs",
         "routing": "mxfp4_fx.ops.cpu:routing",
         "routing.routes": "mxfp4_fx.ops.cpu:routing_from_routes",
     },
     "triton": {
         **_REFERENCE,
+        "linears_mxfp8": "mxfp4_fx.ops.triton_mxfp8:linears",
+        "linears_mxfp8_backward": "mxfp4_fx.ops.triton_mxfp8:backward",
         "matmul_ogs": "mxfp4_fx.ops.triton:matmul_ogs",
         "routing": "mxfp4_fx.ops.triton:routing",
         "routing.routes": "mxfp4_fx.ops.triton:routing_from_routes",
@@ -94,7 +98,8 @@ SCHEMAS = {
     "Tensor[]",
     "linears_mxfp8": "(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] biases, "
     "str kernels='reference') -> Tensor[]",
-    "linears_mxfp8_backward": "(Tensor[] grads, Tensor[] codes, Tensor[] scales) -> Tensor",
+    "linears_mxfp8_backward": "(Tensor[] grads, Tensor[] codes, Tensor[] scales, "
+    "str kernels='reference') -> Tensor",
     "attention_with_sinks": "(Tensor query, Tensor key, Tensor value, Tensor sinks, Tensor? mask, "
     "float scale, str kernels='reference') -> Tensor",
 }
@@ -174,6 +179,16 @@ def _linears_mxfp8(
     return results
 
 
+def _linears_mxfp8_backward(
+    grads: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    kernels: str = "reference",
+) -> Tensor:
+    result: Tensor = kernel(kernels, "linears_mxfp8_backward")(grads, codes, scales)
+    return result
+
+
 def _attention_with_sinks(
     query: Tensor,
     key: Tensor,
@@ -202,7 +217,7 @@ _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "matmul_ogs_backward": (_matmul_ogs_backward, fakes.matmul_ogs_backward),
     "linears": (_linears, fakes.linears),
     "linears_mxfp8": (_linears_mxfp8, fakes.linears_mxfp8),
-    "linears_mxfp8_backward": (backward.linears_mxfp8_backward, fakes.linears_mxfp8_backward),
+    "linears_mxfp8_backward": (_linears_mxfp8_backward, fakes.linears_mxfp8_backward),
     "attention_with_sinks": (_attention_with_sinks, fakes.attention_with_sinks),
 }
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

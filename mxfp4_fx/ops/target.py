@@ -157,17 +157,12 @@ def mxfp8_kernels(chosen: Target, device: torch.device) -> str:
         device: where the weights are.
 
     Raises:
-        KernelsUnavailableError: there are none beside the chosen ones.
+        KernelsUnavailableError: the hub's kernels were chosen, which have none, and Triton's cannot
+            run on the device.
     """
-    if chosen.kernels == "cpu":
-        return "cpu"
-    if chosen.kernels in ("pytorch", "reference"):
-        return "reference"
-    raise KernelsUnavailableError(
-        f"options['linears'] = 'mxfp8' has no {chosen.kernels!r} kernels in this version (the "
-        f"model is on {device.type!r}): leave it out, so that linears stay exact; or "
-        "kernels='reference' runs anywhere, slowly"
-    )
+    if chosen.kernels == "hub":
+        return choose(device, "triton").kernels
+    return "reference" if chosen.kernels == "pytorch" else chosen.kernels
 
 
 def has_attention(requested: str) -> bool:

@@ -115,10 +115,7 @@ def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -
 
     With several terms the tile gets fewer rows, because all terms are in registers at once.
     """
-    block_m, block_k = tile.block_m, tile.block_k
-    if terms > 1:
-        while block_m > 16 and block_m * terms > _MOST_TERMS[layout]:
-            block_m //= 2
+    block_m, block_k = _height(tile, layout, terms), tile.block_k
     if layout != CHECKPOINT_ORDER:
         k_tiles = -(-k // 64)
         unrolled = next(u for u in range(block_k // 64, 0, -1) if k_tiles % u == 0)
@@ -131,6 +128,30 @@ def fit(tile: Tile, layout: str, k: int, terms: int = 1, splits: bool = False) -
         block_k=block_k,
         splits=next(s for s in range(most, 0, -1) if steps % s == 0),
     )
+
+
+def choose_mxfp8(target: str, rows: int, terms: int = 1) -> Tile:
+    """Choose the tile for ``rows`` rows of a linear in MXFP8, whose tables are ``mxfp8_*.json``.
+
+    ``block_k`` is a power of 2 and need not divide K; ``splits`` is the most parts of K.
+
+    Args:
+        target, terms: as in :func:`choose`.
+        rows: R.
+    """
+    described = hardware.gpu_layout(target)
+    layout = CHECKPOINT_ORDER if described is None else described.name
+    tile = serving(table(f"mxfp8_{table_name(target, layout)}"), rows, 1)
+    return dataclasses.replace(tile, block_m=_height(tile, layout, terms))
+
+
+def _height(tile: Tile, layout: str, terms: int) -> int:
+    """Return how many rows a tile has, of activations that are sums of terms."""
+    block_m = tile.block_m
+    if terms > 1:
+        while block_m > 16 and block_m * terms > _MOST_TERMS[layout]:
+            block_m //= 2
+    return block_m
 
 
 def compiler_options(tile: Tile, target: str, terms: int) -> dict[str, int]:

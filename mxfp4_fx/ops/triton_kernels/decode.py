@@ -112,3 +112,109 @@ def decode_rows(codes, scales, BN: tl.constexpr, BK: tl.constexpr, OPERAND: tl.c
     codes = codes.to(tl.uint32)
     nibbles = tl.join(codes, codes >> 4).reshape(BN, BK // 32, 32)
     return _exact(nibbles, scales[:, :, None]).reshape(BN, BK).to(OPERAND)
+
+
+@triton.jit
+def mxfp8_columns(BK: tl.constexpr, UNITS: tl.constexpr):
+    """Return the columns [BK] of K whose weights :func:`decode_mxfp8` puts in each place.
+
+    Of 64 columns a thread t of four holds 16 neighbours: 16 t + 4 s + 2 a + h. A register of a
+    matrix instruction's operand has two of them, h, and instructions take the registers in the
+    order (s, a, t) with wgmma, (s, t, a) with mma.sync, whose order within 16 columns is free, too.
+    """
+    place = tl.arange(0, BK)
+    if UNITS == "none":
+        return place
+    if UNITS == "wgmma":
+        t, a = (place // 2) % 4, (place // 8) % 2
+    else:
+        t, a = (place // 4) % 4, (place // 2) % 2
+    return place // 64 * 64 + 16 * t + 4 * (place // 16 % 4) + 2 * a + place % 2
+
+
+@triton.jit
+def _e4m3(code, factor):
+    """Return E4M3 codes, the lowest byte of ``code``, times ``factor``, in float32."""
+    bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
+    return bits.to(tl.float32, bitcast=True) * 2.0**120 * factor
+
+
+@triton.jit
+def _decode_words(words, factors):
+    """Decode words of four E4M3 codes to bfloat16 numbers times ``factors``, two in each word.
+
+    ``factors`` has the same bfloat16 twice. A code's place is that of a bfloat16's lowest exponent
+    bits and highest mantissa bits, where it lacks a factor 2^120. As in :func:`_multiply_pairs` the
+    addend -0 changes nothing.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 zero, bias, sign, low, high;
+        mov.b32 zero, 0x80008000;
+        mov.b32 bias, 0x7B807B80;
+        prmt.b32 low, $2, 0, 0x1404;
+        and.b32 sign, low, 0x80008000;
+        shr.u32 low, low, 4;
+        lop3.b32 low, low, 0x07F007F0, sign, 0xEA;
+        fma.rn.bf16x2 low, low, bias, zero;
+        fma.rn.bf16x2 $0, low, $3, zero;
+        prmt.b32 high, $2, 0, 0x3424;
+        and.b32 sign, high, 0x80008000;
+        shr.u32 high, high, 4;
+        lop3.b32 high, high, 0x07F007F0, sign, 0xEA;
+        fma.rn.bf16x2 high, high, bias, zero;
+        fma.rn.bf16x2 $1, high, $3, zero;
+        }""",
+        "=r,=r,r,r",
+        [words, factors],
+        dtype=(tl.uint32, tl.uint32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _halves(pairs):
+    """Split words into their lower and upper 16 bits."""
+    return (pairs & 0xFFFF).to(tl.uint16), (pairs >> 16).to(tl.uint16)
+
+
+@triton.jit
+def decode_mxfp8(
+    words, scales, BN: tl.constexpr, BK: tl.constexpr, UNITS: tl.constexpr, PACKED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Decode ``words`` [BN, BK/4] of four E4M3 codes to weights [BN, BK].
+
+    Every scale byte is decoded rightly: 0 is 2^-127, and 255 NaN. No code may be NaN, 0x7f or 0xff:
+    ``mxfp8.quantize`` makes none.
+
+    Args:
+        words: uint32.
+        scales: bytes [BN, BK/16], each of 16 columns.
+        UNITS: the matrix units whose order the columns get, see :func:`mxfp8_columns`: "wgmma" or
+            "mma"; or "none" for K's own.
+        PACKED: whether to multiply pairs of bfloat16, in assembly for NVIDIA's GPUs.
+        OPERAND: the dtype of the result; bfloat16 if PACKED.
+    """
+    KT: tl.constexpr = BK // 64
+    words = words.reshape(BN, KT, 4, 4)
+    scales = scales.to(tl.uint32).reshape(BN, KT, 4, 1)
+    if PACKED:
+        factors = tl.where(scales == 0, 0x00400040, scales * 0x00800080)
+        factors = tl.where(scales == 255, 0x7FC07FC0, factors).to(tl.uint32)
+        first, second = _decode_words(words, tl.broadcast_to(factors, (BN, KT, 4, 4)))
+        low, high = _halves(tl.join(first, second))
+    else:
+        factors = tl.where(scales == 0, 0x00400000, scales << 23)
+        factors = tl.where(scales == 255, 0x7FC00000, factors).to(tl.float32, bitcast=True)
+        low = tl.join(_e4m3(words, factors), _e4m3(words >> 16, factors)).to(OPERAND)
+        high = tl.join(_e4m3(words >> 8, factors), _e4m3(words >> 24, factors)).to(OPERAND)
+    both = tl.join(low, high).reshape(BN, KT, 4, 4, 2, 2)  # kt, t, s, a, h
+    if UNITS == "wgmma":
+        both = both.permute(0, 1, 3, 4, 2, 5)
+    elif UNITS == "mma":
+        both = both.permute(0, 1, 3, 2, 4, 5)
+    both = both.reshape(BN, BK)
+    # Not before: for sm_100 Triton 3.6 cannot compile a reshape that only a product reads.
+    return both.to(tl.bfloat16, bitcast=True) if PACKED else both

@@ -48,7 +48,7 @@ def _find_tile(expert_offsets, rows, experts, n_tiles, BM: tl.constexpr, GROUPS:
 
 
 @triton.jit
-def _multiply(acc, weight, x, TERMS: tl.constexpr):
+def multiply(acc, weight, x, TERMS: tl.constexpr):
     """Return ``acc + weight @ x^T``, with x [BM, BK] split exactly into bfloat16 terms.
 
     One term is x itself, which the weight's dtype holds.
@@ -104,7 +104,7 @@ def _multiply_fragments(
             else:
                 tile_x = tl.load(x + u * 64, mask=mask & (k + u * 64 < K), other=0.0)
             weight = decode_fragments(tile_words, tile_scales, BN // 16, WGMMA, EXACT)
-            acc = _multiply(acc, weight, tile_x, TERMS)
+            acc = multiply(acc, weight, tile_x, TERMS)
         words += U * TILE_WORDS
         scales += U * TILE_SCALE_WORDS
         x += U * 64
@@ -135,7 +135,7 @@ def _multiply_rows(
         tile_x = tl.load(x + k + column, mask=in_rows[:, None] & (k + column < K), other=0.0)
         if EXACT:
             weight = decode_rows(tile_codes, tile_scales, BN, BK, OPERAND)
-            acc = _multiply(acc, weight, tile_x, TERMS)
+            acc = multiply(acc, weight, tile_x, TERMS)
         elif TERMS == 1:
             acc = tl.dot_scaled(tile_codes, tile_scales, "e2m1", tile_x.T, None, "bf16", acc)
         else:
