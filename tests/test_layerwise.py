@@ -22,6 +22,7 @@ from mxfp4_fx.core.errors import (
     WholeModelWarning,
 )
 from mxfp4_fx.huggingface.decoder_layers import cache_name
+from mxfp4_fx.weights.freed import is_freed
 
 PIECES = 2  # head and rest
 LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
@@ -89,6 +90,25 @@ class TestCompilations:
         compiled(whole, graphs)
         whole(tokens(1), use_cache=True)
         assert rewritten(graphs) == [0, 1]
+
+    @pytest.mark.parametrize("linears", [True, "mxfp8"])
+    def test_none_more_for_a_prompt_after_weights_were_freed(self, linears: Any) -> None:
+        """Freeing changes the class of a weight, which Dynamo guards."""
+        whole, graphs = pack(model()), Graphs()
+        compiled(whole, graphs, free_weights=True, linears=linears)
+        for length in (7, 9):
+            whole(tokens(1, length), use_cache=True)
+            assert rewritten(graphs) == [0, 1]
+        linears_freed = 2 * 4 + 1  # q, k, v, o; the head
+        assert mxfp4_fx.restore(whole) == 2 * 4 + (linears_freed if linears == "mxfp8" else 0)
+
+    def test_skipped_layers_keep_their_weights_beside_freed_ones(self) -> None:
+        whole = pack(model())
+        compiled(whole, free_weights=True, skip=["model.layers.0"])
+        logits = whole(tokens(1), use_cache=True).logits
+        assert torch.equal(logits, whole(tokens(1), use_cache=True).logits)
+        assert not is_freed(whole.model.layers[0].mlp.experts.down_proj_blocks)
+        assert mxfp4_fx.restore(whole) == 4
 
     def test_one_without_a_cache(self) -> None:
         whole, graphs = model(), Graphs()
