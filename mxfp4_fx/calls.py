@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mxfp4_fx.core import compilation, forks, ranks, torch_private_dynamo
+from mxfp4_fx.core import collector, compilation, forks, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import (
     InflatedExpertsWarning,
     MissedRewriteError,
@@ -103,6 +103,7 @@ class Call:
         self._function = function
         self._entered: dict[nn.Module, int] = {}  # experts -> graphs when they were called
         self._outer: Call | None = None
+        self._compiling: contextlib.AbstractContextManager[None] | None = None
         self._raised: BaseException | None = None
 
     def __enter__(self) -> None:
@@ -131,6 +132,9 @@ class Call:
                 vars(module)[SKIPPED] = is_skipped
 
     def __exit__(self, *_: object) -> None:
+        if self._compiling is not None:
+            self._compiling.__exit__(None, None, None)
+            self._compiling = None
         _calls.current = self._outer
         if self._outer is not None:  # a compiled part was called in a call of a compiled whole
             self._outer.graphs += self.graphs
@@ -152,6 +156,12 @@ class Call:
         elif isinstance(error, Exception):
             models = [f"a call of {model.kind}" for model in self.models]
             ranks.note(error, "in " + ["a call", *models, *map(self.name_of, self._entered)][-1])
+
+    def compiles(self) -> None:
+        """Note that Dynamo begins to compile in this call."""
+        if self._compiling is None:
+            self._compiling = collector.young_only()
+            self._compiling.__enter__()
 
     def _judge(self) -> None:
         """Warn, or raise with ``strict``, if the call has met no experts at all."""
@@ -401,6 +411,15 @@ def observed() -> Iterator[Found]:
         _observer.reset(token)
 
 
+def _before_frame() -> None:
+    # Before each frame, because transformers may be imported at any time: code in a call may import
+    # it, and set_stance(force_backend="mxfp4") compiles without a Call.
+    prepare_capture()
+    call = current()
+    if call is not None:
+        call.compiles()
+
+
 def _why_uncompiled(module: nn.Module) -> str:
     is_of_transformers = type(module).__module__.startswith("transformers.")
     older = why_other_experts() if is_of_transformers else None
@@ -439,6 +458,4 @@ def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
 
 forks.renew_lock(sys.modules[__name__], "_lock", threading.RLock)
 compilation.on_calls(_call_with)
-# Before each frame, because transformers may be imported at any time: code in a call may import it,
-# and set_stance(force_backend="mxfp4") compiles without a Call.
-compilation.on_frames(prepare_capture, sharers)
+compilation.on_frames(_before_frame, sharers)
