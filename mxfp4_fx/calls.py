@@ -103,7 +103,8 @@ class Call:
         self._function = function
         self._entered: dict[nn.Module, int] = {}  # experts -> graphs when they were called
         self._outer: Call | None = None
-        self._compiling: contextlib.AbstractContextManager[None] | None = None
+        self._compiling: contextlib.ExitStack | None = None
+        self._tracing: contextlib.ExitStack | None = None
         self._raised: BaseException | None = None
 
     def __enter__(self) -> None:
@@ -133,7 +134,8 @@ class Call:
 
     def __exit__(self, *_: object) -> None:
         if self._compiling is not None:
-            self._compiling.__exit__(None, None, None)
+            self.traced()
+            self._compiling.close()
             self._compiling = None
         _calls.current = self._outer
         if self._outer is not None:  # a compiled part was called in a call of a compiled whole
@@ -157,11 +159,21 @@ class Call:
             models = [f"a call of {model.kind}" for model in self.models]
             ranks.note(error, "in " + ["a call", *models, *map(self.name_of, self._entered)][-1])
 
-    def compiles(self) -> None:
-        """Note that Dynamo begins to compile in this call."""
+    def compiles(self, is_part: bool) -> None:
+        """Note that Dynamo begins to compile in this call: a part of it, or what is called."""
         if self._compiling is None:
-            self._compiling = collector.young_only()
-            self._compiling.__enter__()
+            self._compiling = contextlib.ExitStack()
+            self._compiling.enter_context(collector.young_only())
+        if is_part and self._tracing is None:
+            self._tracing = contextlib.ExitStack()
+            self._tracing.enter_context(torch_private_dynamo.tracing_without_cache())
+
+    def traced(self) -> None:
+        """Note that Dynamo has traced a part, which is compiled now."""
+        if self._tracing is not None:
+            self._tracing.close()
+            self._tracing = None
+            torch_private_dynamo.keep_results()
 
     def _judge(self) -> None:
         """Warn, or raise with ``strict``, if the call has met no experts at all."""
@@ -411,13 +423,13 @@ def observed() -> Iterator[Found]:
         _observer.reset(token)
 
 
-def _before_frame() -> None:
+def _before_frame(is_part: bool) -> None:
     # Before each frame, because transformers may be imported at any time: code in a call may import
     # it, and set_stance(force_backend="mxfp4") compiles without a Call.
     prepare_capture()
     call = current()
     if call is not None:
-        call.compiles()
+        call.compiles(is_part)
 
 
 def _why_uncompiled(module: nn.Module) -> str:

@@ -130,6 +130,7 @@ def _mxfp4_of_parts(
     called, call = compilation.compiled_function(), calls.current()
     others = None
     if called is not None and call is not None:
+        call.traced()
         others = functools.partial(sharing.inputs_of_others, called[1][0], called=set(call.experts))
     return compile_graph(gm, example_inputs, Options.parse(options, mode), others)
 

@@ -213,6 +213,26 @@ def forget_sizes() -> None:
         _sizes[compiling.f_code].append(env)
 
 
+def tracing_without_cache() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which Dynamo begins traces that keep no results of fake tensors' ops.
+
+    A layer has few ops whose symbolic sizes were seen before. To store a result, torch computes it
+    twice, which takes a quarter of the trace.
+    """
+    patched: contextlib.AbstractContextManager[Any] = look_up("torch._dynamo", "config").patch(
+        fake_tensor_cache_enabled=False
+    )
+    return patched
+
+
+def keep_results() -> None:
+    """Let compilers keep the results of fake tensors' ops in the graph that is being compiled."""
+    context = look_up("torch._guards", "TracingContext").try_get()
+    mode = getattr(context, "fake_mode", None)
+    if mode is not None:
+        mode.cache_enabled = True
+
+
 def _forget(code: types.CodeType, sizes: list[Any]) -> None:
     entries = look_up("torch._dynamo.eval_frame", "_debug_get_cache_entry_list")(code)
     guards = [entry.guard_manager for entry in entries]
