@@ -38,7 +38,14 @@ def compile_with_inductor(
 ) -> Any:
     """Compile a graph with Inductor. ``options`` override those of ``torch.compile``'s ``mode``."""
     compile_fx = look_up("torch._inductor.compile_fx", "compile_fx")
+    for thread in _looking:
+        thread.join()
     return compile_fx(gm, inputs, config_patches={**_of_mode(mode), **options} or None)
+
+
+# Threads that look at this CPU for Inductor. It keeps what it finds in lists that are not safe for
+# threads: two at once may note a flag twice, and the next process, which does not, compiles anew.
+_looking: list[threading.Thread] = []
 
 
 def prepare_inductor() -> threading.Thread:
@@ -49,12 +56,27 @@ def prepare_inductor() -> threading.Thread:
     """
     # Torch's modules import one another in circles, so they are imported here, not in the thread.
     compiler = look_up("torch._inductor.codecache", "CppPythonBindingsCodeCache")
-    thread = threading.Thread(target=_compile_nothing, args=(compiler,), name="mxfp4_fx loads")
+    look = look_up("torch._inductor.cpu_vec_isa", "valid_vec_isa_list")
+    _looking[:] = [thread for thread in _looking if thread.is_alive()]
+    before = [*_looking]
+    looking = threading.Thread(target=_look, args=(look, before), name="mxfp4_fx looks")
+    looking.start()
+    _looking.append(looking)
+    arguments = compiler, looking
+    thread = threading.Thread(target=_compile_nothing, args=arguments, name="mxfp4_fx loads")
     thread.start()
     return thread
 
 
-def _compile_nothing(compiler: Any) -> None:
+def _look(look: Callable[[], Any], before: list[threading.Thread]) -> None:
+    for thread in before:
+        thread.join()
+    with contextlib.suppress(Exception):
+        look()
+
+
+def _compile_nothing(compiler: Any, looking: threading.Thread) -> None:
+    looking.join()
     nothing = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel(float*) {}\n'
     with contextlib.suppress(Exception):
         compiler.load_pybinding(["float*"], nothing)
