@@ -72,6 +72,7 @@ def run(
         else:  # Inductor keeps precompiled headers in the directory for temporary files
             environment |= {"TMPDIR": str(caches), "MXFP4_FX_CACHE_DIR": str(caches / "kernels")}
             environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)  # this package is compiled once, too
         if isinstance(program, str):
             told = json.dumps({**settings, "pipe": writer})
             arguments = [sys.executable, "-m", program, told]

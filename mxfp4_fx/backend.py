@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from mxfp4_fx.weights.freed import is_freed
 log = logging.getLogger("mxfp4_fx.backend")
 
 CompiledGraph = Callable[..., Any]
+# From a captured graph's inputs to those of other calls; None if not all are known.
+OtherInputs = Callable[[Sequence[Any]], "list[tuple[Any, ...]] | None"]
 
 
 @compilation.ours
@@ -57,17 +59,32 @@ def mxfp4(
         OptionError: an option is unknown or has a bad value.
         MissedRewriteError: with ``strict=True``, the passes report a miss.
     """
-    parsed = Options.parse(options, mode)
+    return compile_graph(gm, example_inputs, Options.parse(options, mode))
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: Options,
+    others: OtherInputs | None = None,
+) -> CompiledGraph:
+    """Compile a captured graph: see :func:`mxfp4`.
+
+    Args:
+        gm, example_inputs: as for :func:`mxfp4`.
+        options: the parsed options.
+        others: finds what the graph gets in the other calls that it will serve, if these are known.
+    """
     example_inputs = settle_sizes(gm, example_inputs)
-    rewritten, ctx = analyze(gm, example_inputs, parsed)
+    rewritten, ctx = analyze(gm, example_inputs, options)
     refuse_freed(gm, rewritten, ctx)
     announce(ctx)
-    is_verified = parsed.verify and ctx.report.attention
+    is_verified = options.verify and ctx.report.attention
     has_shards = rewritten is not gm and ctx.shards
     if not (ctx.bindings or is_verified or has_shards):  # with the captured graph's inputs
-        compiled = compile_inner(rewritten, example_inputs, parsed)
+        compiled = compile_inner(rewritten, example_inputs, options)
     else:
-        compiled = bind(gm, rewritten, ctx, parsed)
+        compiled = bind(gm, rewritten, ctx, options, others)
     return noted(compiled, ctx.report)
 
 
@@ -129,23 +146,31 @@ def refuse_freed(captured: fx.GraphModule, rewritten: fx.GraphModule, ctx: Conte
 
 
 def bind(
-    captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context, options: Options
+    captured: fx.GraphModule,
+    lowered: fx.GraphModule,
+    ctx: Context,
+    options: Options,
+    others: OtherInputs | None = None,
 ) -> CompiledGraph:
     """Compile a lowered graph; the result takes the captured graph's inputs."""
     plan = plan_inputs(captured, lowered, ctx)
+    known = others(ctx.inputs) if others else None
     fakes = [n.meta.get("example_value") for n in lowered.graph.find_nodes(op="placeholder")]
     with plan.swizzling_ahead(
         tuple(ctx.inputs),
+        *(known or ()),
         is_quiet=options.inner == "inductor"
         and torch_private_dynamo.inductor_measures(options.mode, options.inductor),
         are_freed=options.free_weights,
     ):
         compiled = compile_inner(lowered, plan.examples(ctx.inputs, fakes), options)
     if options.free_weights:
+        # Freeing changes a parameter's class, which Dynamo guards when this function has returned.
+        # Its guards must hold for all that the graph will serve, now and when all is freed.
+        if known is not None:
+            plan.free_together([tuple(ctx.inputs), *known])
 
         def run_and_free(*args: Any) -> Any:
-            # Freeing at compile time would be wrong: it changes a parameter's class, which Dynamo
-            # guards, and its guards must also hold for other layers and models.
             plan.free(args)
             return _run(compiled, plan, args)
 

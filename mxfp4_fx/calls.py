@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mxfp4_fx.called import Called
-from mxfp4_fx.core import compilation, forks, ranks, torch_private_dynamo
+from mxfp4_fx.core import collector, compilation, forks, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import (
     InflatedExpertsWarning,
     MissedRewriteError,
@@ -95,6 +95,8 @@ class Call:
         self._function = function
         self._entered: dict[nn.Module, int] = {}  # experts -> graphs when they were called
         self._outer: Call | None = None
+        self._compiling: contextlib.ExitStack | None = None
+        self._tracing: contextlib.ExitStack | None = None
         self._raised: BaseException | None = None
 
     def __enter__(self) -> None:
@@ -123,6 +125,10 @@ class Call:
                 vars(module)[SKIPPED] = is_skipped
 
     def __exit__(self, *_: object) -> None:
+        if self._compiling is not None:
+            self.traced()
+            self._compiling.close()
+            self._compiling = None
         _calls.current = self._outer
         if self._outer is not None:  # a compiled part was called in a call of a compiled whole
             self._outer.graphs += self.graphs
@@ -145,6 +151,22 @@ class Call:
             models = [f"a call of {model.kind}" for model in self.called.models]
             entered = map(self.called.name_of, self._entered)
             ranks.note(error, "in " + ["a call", *models, *entered][-1])
+
+    def compiles(self, is_part: bool) -> None:
+        """Note that Dynamo begins to compile in this call: a part of it, or what is called."""
+        if self._compiling is None:
+            self._compiling = contextlib.ExitStack()
+            self._compiling.enter_context(collector.young_only())
+        if is_part and self._tracing is None:
+            self._tracing = contextlib.ExitStack()
+            self._tracing.enter_context(torch_private_dynamo.tracing_without_cache())
+
+    def traced(self) -> None:
+        """Note that Dynamo has traced a part, which is compiled now."""
+        if self._tracing is not None:
+            self._tracing.close()
+            self._tracing = None
+            torch_private_dynamo.keep_results()
 
     def _judge(self) -> None:
         """Warn, or raise with ``strict``, if the call has met no experts at all."""
@@ -291,6 +313,15 @@ def observed() -> Iterator[Found]:
         _observer.reset(token)
 
 
+def _before_frame(is_part: bool) -> None:
+    # Before each frame, because transformers may be imported at any time: code in a call may import
+    # it, and set_stance(force_backend="mxfp4") compiles without a Call.
+    prepare_capture()
+    call = current()
+    if call is not None:
+        call.compiles(is_part)
+
+
 def _why_uncompiled(module: nn.Module) -> str:
     is_of_transformers = type(module).__module__.startswith("transformers.")
     older = why_other_experts() if is_of_transformers else None
@@ -329,6 +360,4 @@ def _after_experts(module: nn.Module, args: Any, output: Any) -> None:
 
 forks.renew_lock(sys.modules[__name__], "_lock", threading.RLock)
 compilation.on_calls(_call_with)
-# Before each frame, because transformers may be imported at any time: code in a call may import it,
-# and set_stance(force_backend="mxfp4") compiles without a Call.
-compilation.on_frames(prepare_capture, sharers)
+compilation.on_frames(_before_frame, sharers)

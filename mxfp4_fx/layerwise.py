@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxfp4_fx import calls, limits
-from mxfp4_fx.backend import CompiledGraph, mxfp4
+from mxfp4_fx.backend import CompiledGraph, compile_graph, mxfp4
 from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import OptionError, WholeModelWarning
 from mxfp4_fx.core.formats import BLOCK
@@ -29,7 +29,7 @@ from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.skip import EXACT_LINEARS, Skip, bare
 from mxfp4_fx.core.torch_private_direct import Direct
 from mxfp4_fx.experts import look_at
-from mxfp4_fx.huggingface import decoder_layers
+from mxfp4_fx.huggingface import decoder_layers, sharing
 from mxfp4_fx.ops import target
 from mxfp4_fx.passes import linear_verification
 from mxfp4_fx.passes.report import Miss
@@ -93,6 +93,7 @@ def compile(
         return model
     _mark_exact_linears(model, layers, parsed)
     shared.compile_pieces()
+    sharing.share(found)
     for layer in layers:
         torch_private.call_through(layer.layer, layer)
     if model not in found:
@@ -127,7 +128,14 @@ def _mxfp4_of_parts(
 ) -> CompiledGraph:
     """The backend of the pieces, whose calls belong to the call of the model or the layer."""
     torch_private_dynamo.forget_sizes()
-    return mxfp4(gm, example_inputs, mode=mode, options=options)
+    called, call = compilation.compiled_function(), calls.current()
+    others = None
+    if called is not None and call is not None:
+        call.traced()
+        others = functools.partial(
+            sharing.inputs_of_others, called[1][0], called=set(call.called.experts)
+        )
+    return compile_graph(gm, example_inputs, Options.parse(options, mode), others)
 
 
 class _Shared:

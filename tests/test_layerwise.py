@@ -14,6 +14,8 @@ from models import FORMS, Graphs, model, pack, tokens
 from near_miss import edited
 from oracle import assert_as_accurate
 from torch import Tensor
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
@@ -22,6 +24,7 @@ from mxfp4_fx.core.errors import (
     WholeModelWarning,
 )
 from mxfp4_fx.huggingface.decoder_layers import cache_name
+from mxfp4_fx.weights.freed import is_freed
 
 PIECES = 2  # head and rest
 LENGTH = 24  # prompt and new tokens together cross the sliding window of 16
@@ -89,6 +92,51 @@ class TestCompilations:
         compiled(whole, graphs)
         whole(tokens(1), use_cache=True)
         assert rewritten(graphs) == [0, 1]
+
+    @pytest.mark.parametrize("linears", [True, "mxfp8"])
+    def test_none_more_for_a_prompt_after_weights_were_freed(self, linears: Any) -> None:
+        """Freeing changes the class of a weight, which Dynamo guards."""
+        whole, graphs = pack(model()), Graphs()
+        compiled(whole, graphs, free_weights=True, linears=linears)
+        for length in (7, 9):
+            whole(tokens(1, length), use_cache=True)
+            assert rewritten(graphs) == [0, 1]
+        linears_freed = 2 * 4 + 1  # q, k, v, o; the head
+        assert mxfp4_fx.restore(whole) == 2 * 4 + (linears_freed if linears == "mxfp8" else 0)
+
+    def test_skipped_layers_keep_their_weights_beside_freed_ones(self) -> None:
+        whole = pack(model())
+        compiled(whole, free_weights=True, skip=["model.layers.0"])
+        logits = whole(tokens(1), use_cache=True).logits
+        assert torch.equal(logits, whole(tokens(1), use_cache=True).logits)
+        assert not is_freed(whole.model.layers[0].mlp.experts.down_proj_blocks)
+        assert mxfp4_fx.restore(whole) == 4
+
+    def test_traces_keep_no_results_of_fake_tensors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Compilers do, and so does what is compiled as a whole: it has many layers."""
+        traced, compiled_with = [], []
+        make = FakeTensorMode.__init__
+
+        def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+            make(self, *args, **kwargs)
+            traced.append(self.cache_enabled)
+
+        def inner(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            compiled_with.append(TracingContext.get().fake_mode.cache_enabled)
+            return gm.forward
+
+        monkeypatch.setattr(FakeTensorMode, "__init__", noted)
+        whole = compiled(model(num_hidden_layers=1), inner)
+        whole(tokens(1), use_cache=True)
+        assert traced
+        assert not any(traced)
+        assert compiled_with == [True] * PIECES
+        assert torch._dynamo.config.fake_tensor_cache_enabled
+        traced.clear()
+        whole.model.layers[0].mlp.compile(backend="mxfp4", options={"inner": inner})
+        whole.model.layers[0].mlp(torch.ones(1, 2, 64))
+        assert traced
+        assert all(traced)
 
     def test_one_without_a_cache(self) -> None:
         whole, graphs = model(), Graphs()

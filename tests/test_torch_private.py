@@ -678,6 +678,27 @@ class TestPreparingInductor:
         assert there is thread
         assert callable(kernel)
 
+    def test_compilers_wait_until_the_cpu_is_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two threads that look at it at once find flags that no other process finds."""
+        known: list[bool] = []
+        go_on = threading.Event()
+
+        def look() -> None:
+            go_on.wait()
+            known.append(True)
+
+        monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", look)
+        monkeypatch.setattr(
+            "torch._inductor.compile_fx.compile_fx", lambda *args, **kwargs: [*known]
+        )
+        monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding", None)
+        threads = [torch_private_dynamo.prepare_inductor() for _ in range(2)]
+        threading.Timer(0.1, go_on.set).start()
+        graph = torch.fx.symbolic_trace(torch.nn.Identity())
+        assert torch_private_dynamo.compile_with_inductor(graph, [], None, {}) == [True, True]
+        for thread in threads:
+            thread.join()
+
     @pytest.mark.filterwarnings("error")
     def test_a_failure_is_left_to_inductor(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding", None)

@@ -120,14 +120,14 @@ def on_calls(enter_with: Callable[[dict[str, Any]], Enter]) -> None:
     torch_private_dynamo.have_context(context)
 
 
-def on_frames(begin: Callable[[], object], sharers: Callable[[types.CodeType], int]) -> None:
+def on_frames(begin: Callable[[bool], object], sharers: Callable[[types.CodeType], int]) -> None:
     """Call functions before Dynamo traces a frame for a backend of this package.
 
     Dynamo's start callbacks would not do for ``begin``: ``torch.compiler.reset`` removes them, and
     they do not run while another thread compiles a backward.
 
     Args:
-        begin: called before each frame.
+        begin: called before each frame, with whether the backend is one for parts.
         sharers: takes the code of a frame that has reached one of Dynamo's limits on compilations.
             It returns how many share the code, so that the limit holds for each of them.
     """
@@ -138,9 +138,10 @@ def on_frames(begin: Callable[[], object], sharers: Callable[[types.CodeType], i
             # torch.compiler.disable(recursive=False), just above its own frames.
             _, _, caller = itertools.islice(_frames(), 3)  # behind _frames and this function
             local = caller.f_locals
-            code, is_ours = local["code"], innermost(local["compiler_fn"])[0] is not None
+            code, backend = local["code"], innermost(local["compiler_fn"])[0]
+            is_ours = backend is not None
             if is_ours:
-                begin()
+                begin(getattr(backend, _IS_PART, False))
             is_over, limit = original(cache_size, compile_id)
             if is_over and is_ours and (count := sharers(code)) > 1:
                 names = [field.name for field in dataclasses.fields(cache_size)]

@@ -49,6 +49,8 @@ def compile_with_inductor(
         instead: takes the graph of ATen's ops that Inductor would compile for inference. It returns
             a function from a list of inputs to a list of outputs, or None to let Inductor compile.
     """
+    for thread in _looking:
+        thread.join()
     compile_fx = look_up("torch._inductor.compile_fx", "compile_fx")
     inner = look_up("torch._inductor.compile_fx", "compile_fx_inner")
 
@@ -60,6 +62,11 @@ def compile_with_inductor(
     return compile_fx(gm, inputs, inner_compile=compile_inner, config_patches=patches)
 
 
+# Threads that look at this CPU for Inductor. It keeps what it finds in lists that are not safe for
+# threads: two at once may note a flag twice, and the next process, which does not, compiles anew.
+_looking: list[threading.Thread] = []
+
+
 def prepare_inductor() -> threading.Thread:
     """Have Inductor look at this CPU and precompile its C++ headers in a thread, which is returned.
 
@@ -68,12 +75,27 @@ def prepare_inductor() -> threading.Thread:
     """
     # Torch's modules import one another in circles, so they are imported here, not in the thread.
     compiler = look_up("torch._inductor.codecache", "CppPythonBindingsCodeCache")
-    thread = threading.Thread(target=_compile_nothing, args=(compiler,), name="mxfp4_fx loads")
+    look = look_up("torch._inductor.cpu_vec_isa", "valid_vec_isa_list")
+    _looking[:] = [thread for thread in _looking if thread.is_alive()]
+    before = [*_looking]
+    looking = threading.Thread(target=_look, args=(look, before), name="mxfp4_fx looks")
+    looking.start()
+    _looking.append(looking)
+    arguments = compiler, looking
+    thread = threading.Thread(target=_compile_nothing, args=arguments, name="mxfp4_fx loads")
     thread.start()
     return thread
 
 
-def _compile_nothing(compiler: Any) -> None:
+def _look(look: Callable[[], Any], before: list[threading.Thread]) -> None:
+    for thread in before:
+        thread.join()
+    with contextlib.suppress(Exception):
+        look()
+
+
+def _compile_nothing(compiler: Any, looking: threading.Thread) -> None:
+    looking.join()
     nothing = '#include <torch/csrc/inductor/cpp_prefix.h>\nextern "C" void kernel(float*) {}\n'
     with contextlib.suppress(Exception):
         compiler.load_pybinding(["float*"], nothing)
@@ -230,6 +252,26 @@ def forget_sizes() -> None:
     env = getattr(getattr(context, "fake_mode", None), "shape_env", None)
     if env is not None and compiling.f_code in _sizes:
         _sizes[compiling.f_code].append(env)
+
+
+def tracing_without_cache() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which Dynamo begins traces that keep no results of fake tensors' ops.
+
+    A layer has few ops whose symbolic sizes were seen before. To store a result, torch computes it
+    twice, which takes a quarter of the trace.
+    """
+    patched: contextlib.AbstractContextManager[Any] = look_up("torch._dynamo", "config").patch(
+        fake_tensor_cache_enabled=False
+    )
+    return patched
+
+
+def keep_results() -> None:
+    """Let compilers keep the results of fake tensors' ops in the graph that is being compiled."""
+    context = look_up("torch._guards", "TracingContext").try_get()
+    mode = getattr(context, "fake_mode", None)
+    if mode is not None:
+        mode.cache_enabled = True
 
 
 def _forget(code: types.CodeType, sizes: list[Any]) -> None:

@@ -22,6 +22,7 @@ from mxfp4_fx.checkpoints.packed_formats import (
     quantization_config,
 )
 from mxfp4_fx.checkpoints.single_experts import is_of_another_family, to_quantize
+from mxfp4_fx.core import collector
 from mxfp4_fx.core.errors import CheckpointError, OptionError
 from mxfp4_fx.core.skip import Skip, not_converted
 from mxfp4_fx.core.torch_private import FakeTensorMode
@@ -41,6 +42,7 @@ _HUB_OPTIONS = (
 )
 
 
+@collector.young_only()
 def from_pretrained(
     path: str | os.PathLike[str],
     *,

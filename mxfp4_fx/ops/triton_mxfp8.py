@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxfp4_fx.core import hardware
-from mxfp4_fx.ops import operands, reference, tiles
+from mxfp4_fx.ops import operands, reference_around, tiles
 from mxfp4_fx.ops.triton_kernels.arithmetic import UNIT
 from mxfp4_fx.ops.triton_kernels.linears import (
     linears_mxfp8_backward_kernel,
@@ -49,7 +49,7 @@ class _Linear(NamedTuple):
 def linears(
     x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Compute ``ops.reference.linears_mxfp8``, for codes without NaN, as ``mxfp8.quantize`` makes.
+    """Compute ``ops.reference_around.linears_mxfp8``, for codes without NaN.
 
     A launch computes up to three linears, if all or none of them have a bias. A second one sums the
     parts of K, if few rows and columns would leave a GPU idle. Sums are float32, and weights that
@@ -62,7 +62,7 @@ def linears(
     operands.check_linears_mxfp8(x, codes, scales, biases)
     _require_dtype(x.dtype)
     if x.numel() == 0:
-        return reference.linears_mxfp8(x, codes, scales, biases)
+        return reference_around.linears_mxfp8(x, codes, scales, biases)
     rows = x.reshape(-1, x.shape[-1]).resolve_neg()
     if rows.stride(1) != 1:
         rows = rows.contiguous()

@@ -168,7 +168,7 @@ class InputPlan:
 
     @contextlib.contextmanager
     def swizzling_ahead(
-        self, inputs: tuple[Any, ...], *, is_quiet: bool, are_freed: bool
+        self, *calls: tuple[Any, ...], is_quiet: bool, are_freed: bool
     ) -> Iterator[None]:
         """Swizzle weights while the block compiles, not in the first call, with a progress bar.
 
@@ -177,7 +177,7 @@ class InputPlan:
         raises, the store forgets what was swizzled.
 
         Args:
-            inputs: the captured graph's inputs.
+            calls: the captured graph's inputs, in the first call and in others that it will serve.
             is_quiet: the block measures times, so nothing may run beside it.
             are_freed: the first call frees the weights. So that the peak of memory does not grow,
                 only weights in a mapped file are swizzled ahead, and each one's pages are given
@@ -186,18 +186,23 @@ class InputPlan:
         Raises:
             BaseException: whatever swizzling raises, after the block.
         """
-        inputs = self._with_shards(inputs)
-        needed = [binding for binding in self.bindings if self._is_needed(binding, inputs)]
-        beside = [binding for binding in needed if _is_native(binding, inputs)]
+        given = [self._with_shards(inputs) for inputs in calls]
+        needed = [(b, i) for i in given for b in self.bindings if self._is_needed(b, i)]
+        beside = [(binding, inputs) for binding, inputs in needed if _is_native(binding, inputs)]
+        after = [(binding, inputs) for binding, inputs in needed if not _is_native(binding, inputs)]
         if not is_quiet:
-            mapped.read_ahead(tensor for b in beside for tensor in b.take(inputs))
+            mapped.read_ahead(tensor for b, inputs in beside for tensor in b.take(inputs))
         if are_freed:
             files = mapped.mapped_files()
-            needed = beside = [b for b in beside if self._is_paged(b, inputs, files)]
+            beside, after = [(b, i) for b, i in beside if self._is_paged(b, i, files)], []
+        if is_quiet:
+            beside, after = [], beside + after
         made: list[Source] = []
 
-        def swizzle(bindings: list[Binding], is_stopped: Callable[[], bool]) -> None:
-            for binding in tqdm(bindings, _TITLE, leave=False, disable=None):
+        def swizzle(
+            bindings: list[tuple[Binding, tuple[Any, ...]]], is_stopped: Callable[[], bool]
+        ) -> None:
+            for binding, inputs in tqdm(bindings, _TITLE, leave=False, disable=None):
                 if is_stopped():
                     return
                 source = binding.source(inputs)
@@ -206,9 +211,6 @@ class InputPlan:
                 if are_freed:
                     mapped.page_out(source.tensors)
 
-        if is_quiet:
-            beside = []
-        after = [binding for binding in needed if binding not in beside]
         try:
             with contextlib.ExitStack() as thread:
                 if beside:
@@ -241,6 +243,17 @@ class InputPlan:
         if found:
             for binding in tqdm(found, _TITLE, leave=False, disable=None):
                 STORE.free(binding.source(args), binding.layout, binding.name)
+
+    def free_together(self, calls: Sequence[tuple[Any, ...]]) -> None:
+        """Free the weights of several calls, as :meth:`free` does; of all or of none.
+
+        Dynamo, which compiles, has weak references to the weights of the call that it captured.
+        Views could not be parted from their bases, so they are freed when they are called.
+        """
+        given = [tensor for args in calls for b in self.bindings for tensor in b.take(args)]
+        if all(_is_real(tensor) and tensor._base is None for tensor in given):
+            for args in calls:
+                self.free(args)
 
     def _with_shards(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Return the inputs with shards in the place of DTensors, at which the store looks."""
