@@ -56,7 +56,10 @@ def mxfp4(
     """
     parsed = Options.parse(options, mode)
     example_inputs = settle_sizes(gm, example_inputs)
+    torch_private_dynamo.forget_source_with(gm)
     rewritten, ctx = analyze(gm, example_inputs, parsed)
+    if rewritten is not gm:
+        torch_private_dynamo.forget_source_with(rewritten)
     refuse_freed(gm, rewritten, ctx)
     announce(ctx)
     is_verified = parsed.verify and ctx.report.attention

@@ -169,7 +169,11 @@ class _Shared:
         limits.share(code, self._count)
         own = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
         torch_private_dynamo.forget_with(own)
-        return torch.compile(own, backend=_mxfp4_of_parts, fullgraph=fullgraph, **self._arguments)
+        compiled = torch.compile(
+            own, backend=_mxfp4_of_parts, fullgraph=fullgraph, **self._arguments
+        )
+        torch_private_dynamo.forget_backend_with(own, compiled)
+        return compiled
 
     def is_first(self, kind: tuple[Any, ...]) -> bool:
         """Return whether a call is the first of a kind, for which lengths should be symbolic."""
