@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mxfp4_fx.core import compilation, forks, ranks, torch_private_dynamo
+from mxfp4_fx.core import compilation, forks, profiling, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import (
     InflatedExpertsWarning,
     MissedRewriteError,
@@ -104,6 +104,7 @@ class Call:
         self._entered: dict[nn.Module, int] = {}  # experts -> graphs when they were called
         self._outer: Call | None = None
         self._raised: BaseException | None = None
+        self._naming: contextlib.AbstractContextManager[None] | None = None
 
     def __enter__(self) -> None:
         prepare_capture()  # transformers may have been imported since the last call
@@ -129,8 +130,13 @@ class Call:
                 module._forward_hooks[HOOK] = _after_experts
             for module, is_skipped in skipped:
                 vars(module)[SKIPPED] = is_skipped
+        if profiling.is_on():
+            self._naming = profiling.naming(self.names)
+            self._naming.__enter__()
 
     def __exit__(self, *_: object) -> None:
+        if self._naming is not None:
+            self._naming.__exit__(None, None, None)
         _calls.current = self._outer
         if self._outer is not None:  # a compiled part was called in a call of a compiled whole
             self._outer.graphs += self.graphs
@@ -360,9 +366,11 @@ class Call:
             linear_misses=by_parameter(report.linear_misses),
         )
 
-    def layers(self) -> dict[int, str]:
-        """Return ``id`` of each tensor of experts -> the experts' name in the model."""
-        return {key: self.name_of(module) for key, module in self._owners().items()}
+    @functools.cached_property
+    def names(self) -> dict[int, str]:
+        """``id`` of each parameter and each tensor of experts -> its module's name."""
+        of_experts = {key: self.name_of(module) for key, module in self._owners().items()}
+        return {**names_of_holders(self._tops()), **of_experts}
 
     def _by_parameter(self, items: Sequence[_Item], args: Sequence[Any]) -> list[_Item]:
         """Return items with the names of the modules that hold these inputs in the model."""

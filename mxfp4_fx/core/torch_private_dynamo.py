@@ -221,10 +221,22 @@ def forget_source_with(gm: fx.GraphModule) -> None:
     names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
     files = [file] if names and all(name in signature for name in names) else []
     # A graph's class is of this graph alone.
-    weakref.finalize(gm, _forget_source, sources, type(gm), files).atexit = False
+    weakref.finalize(gm, _forget_sources, sources, type(gm), files).atexit = False
 
 
-def _forget_source(sources: dict[str, str], own: type[fx.GraphModule], files: list[str]) -> None:
+def sources() -> frozenset[str]:
+    """Return the names of the sources that torch holds of graphs' code."""
+    return frozenset(look_up("torch.fx.graph_module", "_loader.eval_cache"))
+
+
+def forget_sources_with(gm: fx.GraphModule, before: frozenset[str]) -> None:
+    """Let the sources that a compiler made of a graph go with it: all but those of ``before``."""
+    held = look_up("torch.fx.graph_module", "_loader.eval_cache")
+    files = [file for file in held if file not in before]
+    weakref.finalize(gm, _forget_sources, held, type(gm), files).atexit = False
+
+
+def _forget_sources(sources: dict[str, str], own: type[fx.GraphModule], files: list[str]) -> None:
     for file in (*files, own.forward.__code__.co_filename):
         if sources.pop(file, None) is not None:
             linecache.cache.pop(file, None)

@@ -13,6 +13,7 @@ their own, enter them in :data:`KERNELS`, and let ``target.choose`` return their
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -201,7 +202,8 @@ def _matmul_ogs(*flat: Any) -> Tensor:
 
 def _matmul_ogs_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     x, weight, rows, activation, _ = operands_of(*flat)
-    return backward.matmul_ogs_backward(grad, x, weight, rows, activation)
+    with profiling.shown(weight.blocks) if profiling.is_on() else contextlib.nullcontext():
+        return backward.matmul_ogs_backward(grad, x, weight, rows, activation)
 
 
 def _linears(
@@ -210,7 +212,13 @@ def _linears(
     biases: Sequence[Tensor | None],
     kernels: str = "reference",
 ) -> list[Tensor]:
-    results: list[Tensor] = kernel(kernels, "linears")(x, weights, biases)
+    multiply = kernel(kernels, "linears")
+    results: list[Tensor]
+    if profiling.is_on():
+        with profiling.shown_linears(weights):
+            results = multiply(x, weights, biases)
+    else:
+        results = multiply(x, weights, biases)
     return results
 
 
@@ -221,8 +229,21 @@ def _linears_mxfp8(
     biases: Sequence[Tensor | None],
     kernels: str = "reference",
 ) -> list[Tensor]:
-    results: list[Tensor] = kernel(kernels, "linears_mxfp8")(x, codes, scales, biases)
+    multiply = kernel(kernels, "linears_mxfp8")
+    results: list[Tensor]
+    if profiling.is_on():
+        with profiling.shown_linears(codes):
+            results = multiply(x, codes, scales, biases)
+    else:
+        results = multiply(x, codes, scales, biases)
     return results
+
+
+def _linears_mxfp8_backward(
+    grads: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]
+) -> Tensor:
+    with profiling.shown_linears(codes) if profiling.is_on() else contextlib.nullcontext():
+        return backward.linears_mxfp8_backward(grads, codes, scales)
 
 
 def _attention_with_sinks(
@@ -235,7 +256,13 @@ def _attention_with_sinks(
     kernels: str = "reference",
 ) -> Tensor:
     given = operands.Attention(query, key, value, sinks, mask, scale)
-    result: Tensor = kernel(kernels, "attention_with_sinks")(given)
+    attend = kernel(kernels, "attention_with_sinks")
+    result: Tensor
+    if profiling.is_on():
+        with profiling.shown(sinks, "attention"):
+            result = attend(given)
+    else:
+        result = attend(given)
     return result
 
 
@@ -376,7 +403,7 @@ _IMPLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "matmul_ogs_backward": (_matmul_ogs_backward, _fake_matmul_ogs_backward),
     "linears": (_linears, _fake_linears),
     "linears_mxfp8": (_linears_mxfp8, _fake_linears_mxfp8),
-    "linears_mxfp8_backward": (backward.linears_mxfp8_backward, _fake_linears_mxfp8_backward),
+    "linears_mxfp8_backward": (_linears_mxfp8_backward, _fake_linears_mxfp8_backward),
     "attention_with_sinks": (_attention_with_sinks, _fake_attention_with_sinks),
 }
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
