@@ -193,7 +193,7 @@ def forget_with(function: types.FunctionType) -> None:
 
     Its code, to which that belongs, is of this function alone, and so is its name. Torch would keep
     it for ever: a cycle through C++ holds it, tables of why it compiled anew, of the sizes it met
-    and of who told what of a compilation, and caches, of which one has no limit, hold the code and
+    and of who told what of a compilation, and caches, of which two have no limit, hold the code and
     the symbols of its sizes.
     """
     code = function.__code__
@@ -277,7 +277,8 @@ def _forget(code: types.CodeType, sizes: list[Any]) -> None:
         compilations._edits.clear()
     caches = vars(look_up("torch.fx.experimental.symbolic_shapes", "ShapeEnv")).values()
     instructions = "torch._dynamo.bytecode_transformation", "_cached_cleaned_instructions"
-    for cache in (*caches, look_up(*instructions)):
+    variables = "torch._dynamo.guards", "code_framelocals_names_reversed_cached"
+    for cache in (*caches, look_up(*instructions), look_up(*variables)):
         if hasattr(cache, "cache_clear"):  # who compiles meanwhile computes it again
             cache.cache_clear()
 
