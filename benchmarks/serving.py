@@ -4,7 +4,7 @@
 
 One process answers requests of many batch sizes and lengths with a tiny model that
 ``mxfp4_fx.compile`` compiled and ``mxfp4_fx.warmup`` warmed up. Then it loads, compiles, calls and
-drops one model after the other. Linux only.
+drops one model after the other, and as many again that torch's own backend compiles. Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
 
 TINY = dataclasses.replace(soak.TINY, layers=2)
 SETTINGS = ("requests", "models", "samples", "threads", "inner")
-PARTS = ("requests", "models")
+PARTS = ("requests", "models", "peers")
 # Of requests with prompts of several tokens: a prompt and a decoding, each with one prompt, with
 # the first larger number of prompts and with any, each in two pieces.
 MOST_GRAPHS = 2 * 3 * 2
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     add = parser.add_argument
     add("--requests", type=int, default=10_000, help="to one model (%(default)s)")
-    add("--models", type=int, default=500, help="compiled and dropped (%(default)s)")
+    add("--models", type=int, default=500, help="compiled and dropped, by each (%(default)s)")
     add("--samples", type=int, default=40, help="of memory, in each part (%(default)s)")
     add("--threads", type=int, default=1, help="(%(default)s)")
     add("--inner", default="inductor", help="what compiles graphs (%(default)s)")
@@ -86,7 +86,10 @@ def measure(args: argparse.Namespace, log: Log) -> list[dict[str, Any]]:
 
 
 def judge(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Whether memory is flat in each part, by the rule of ``benchmarks.soak``, and the graphs."""
+    """Whether memory is flat in each part, by the rule of ``benchmarks.soak``, and the graphs.
+
+    Of models that come and go also what each adds: ours (models) and torch's own (peers).
+    """
     found = []
     for part in PARTS:
         of_part = [one for one in samples if one["part"] == part]
@@ -95,6 +98,8 @@ def judge(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         each = {"part": part, **soak.growth(of_part)}
         if part == "requests":
             each["graphs"], each["most_graphs"] = of_part[-1]["graphs"], MOST_GRAPHS
+        else:
+            each["bytes_each"] = each["growth"] / max(1, each["apart"])
         found.append(each)
     return found
 
@@ -112,6 +117,8 @@ def text(results: dict[str, Any]) -> str:
             f"{one['growth'] / 2**20:+.1f} MiB from the second to the last quarter, "
             f"{one['new']['graphs']} more graphs in {one['new']['calls']} {one['part']}"
         )
+        if "bytes_each" in one:
+            line += f"; {one['bytes_each'] / 2**10:+.1f} KiB each"
         if "graphs" in one:
             line += f"; {one['graphs']} graphs, at most {one['most_graphs']} expected"
         said.append(line)

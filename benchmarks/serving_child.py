@@ -1,7 +1,11 @@
-"""The process of ``benchmarks.serving``: requests to one model, then models that come and go."""
+"""The process of ``benchmarks.serving``: requests to one model, then models that come and go.
+
+The models that come and go are compiled by this package, then by torch alone.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -27,7 +31,7 @@ def main() -> None:
 
 
 def serve(settings: dict[str, Any], tell: Callable[[dict[str, Any]], object]) -> None:
-    """Serve requests, then compile and drop models.
+    """Serve requests, then compile and drop models, as many by torch alone.
 
     Args:
         settings: of ``benchmarks.serving``.
@@ -42,9 +46,12 @@ def serve(settings: dict[str, Any], tell: Callable[[dict[str, Any]], object]) ->
 
     torch.set_num_threads(settings["threads"])
     process, started = psutil.Process(), time.perf_counter()
-    parts = {"requests": _requests, "models": _models}
-    for part, run in parts.items():
-        count = settings[part]
+    parts: dict[str, tuple[Callable[..., Iterator[int]], int]] = {
+        "requests": (_requests, settings["requests"]),
+        "models": (functools.partial(_models, _model), settings["models"]),
+        "peers": (functools.partial(_models, _peer), settings["models"]),
+    }
+    for part, (run, count) in parts.items():
         every = max(1, count // settings["samples"])
         for done in run(settings, count):
             if done % every and done != count:
@@ -63,14 +70,27 @@ def serve(settings: dict[str, Any], tell: Callable[[dict[str, Any]], object]) ->
             )
 
 
-def _model(settings: dict[str, Any]) -> Any:
+def _loaded(settings: dict[str, Any]) -> Any:
     import torch
 
     import mxfp4_fx
 
     checkpoint = Path(settings["checkpoint"])
-    model = mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16, local_files_only=True).eval()
-    return mxfp4_fx.compile(model, options={"inner": settings["inner"], "strict": True})
+    return mxfp4_fx.from_pretrained(checkpoint, dtype=torch.bfloat16, local_files_only=True).eval()
+
+
+def _model(settings: dict[str, Any]) -> Any:
+    import mxfp4_fx
+
+    options = {"inner": settings["inner"], "strict": True}
+    return mxfp4_fx.compile(_loaded(settings), options=options)
+
+
+def _peer(settings: dict[str, Any]) -> Any:
+    """The same model, compiled by torch alone: all of them share what Dynamo made for the first."""
+    model = _loaded(settings)
+    model.compile(backend=settings["inner"])
+    return model
 
 
 def _requests(settings: dict[str, Any], count: int) -> Iterator[int]:
@@ -91,13 +111,15 @@ def _requests(settings: dict[str, Any], count: int) -> Iterator[int]:
         yield done
 
 
-def _models(settings: dict[str, Any], count: int) -> Iterator[int]:
+def _models(
+    make: Callable[[dict[str, Any]], Any], settings: dict[str, Any], count: int
+) -> Iterator[int]:
     """Load, compile, call and drop models, and yield how many there were."""
     import torch
 
     ids = torch.ones(1, 8, dtype=torch.long)
     for done in range(1, count + 1):
-        model = _model(settings)
+        model = make(settings)
         with torch.no_grad():
             model(ids)
         del model

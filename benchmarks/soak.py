@@ -106,7 +106,8 @@ def judge(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def growth(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Whether a process's memory is flat, from its samples, and what it has compiled late.
 
-    Compares the medians of its second and its last quarter; the first one is for compiling.
+    Compares the medians of its second and its last quarter, which are some calls ``apart``; the
+    first one is for compiling.
     """
     size = max(1, len(samples) // 4)
     early, late = samples[size : 2 * size] or samples[-1:], samples[-size:]
@@ -114,6 +115,7 @@ def growth(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     grown = own[1] - own[0]
     return {
         "growth": grown,
+        "apart": median(one["calls"] for one in late) - median(one["calls"] for one in early),
         "flat": grown <= MOST_GROWTH * own[0],
         "new": {
             name: samples[-1][name] - early[-1][name] for name in ("graphs", "swizzles", "calls")

@@ -76,15 +76,18 @@ def compile_graph(
         others: finds what the graph gets in the other calls that it will serve, if these are known.
     """
     example_inputs = settle_sizes(gm, example_inputs)
+    torch_private_dynamo.forget_source_with(gm)
     rewritten, ctx = analyze(gm, example_inputs, options)
     refuse_freed(gm, rewritten, ctx)
     announce(ctx)
+    sources = torch_private_dynamo.sources()
     is_verified = options.verify and ctx.report.attention
     has_shards = rewritten is not gm and ctx.shards
     if not (ctx.bindings or is_verified or has_shards):  # with the captured graph's inputs
         compiled = compile_inner(rewritten, example_inputs, options)
     else:
         compiled = bind(gm, rewritten, ctx, options, others)
+    torch_private_dynamo.forget_sources_with(rewritten, sources)
     return noted(compiled, ctx.report)
 
 
@@ -211,11 +214,11 @@ def bind(
 def _run(compiled: CompiledGraph, plan: InputPlan, args: tuple[Any, ...]) -> Any:
     """Run a lowered graph; while a profiler runs, its weights have the names of their layers."""
     inputs = plan.inputs(args)
-    if not profiling.is_on():
-        return compiled(*inputs)
-    call = calls.current()
-    with profiling.naming(plan.names(args, inputs, call.called.layers() if call else {})):
-        return compiled(*inputs)
+    if profiling.is_on():
+        call = calls.current()
+        for swizzled, name in plan.names(args, inputs, call.called.names if call else {}):
+            profiling.name(swizzled, name)
+    return compiled(*inputs)
 
 
 def plan_inputs(captured: fx.GraphModule, lowered: fx.GraphModule, ctx: Context) -> InputPlan:

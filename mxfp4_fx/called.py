@@ -128,9 +128,11 @@ class Called:
             linear_misses=by_parameter(report.linear_misses),
         )
 
-    def layers(self) -> dict[int, str]:
-        """Return ``id`` of each tensor of experts -> the experts' name in the model."""
-        return {key: self.name_of(module) for key, module in self.owners().items()}
+    @functools.cached_property
+    def names(self) -> dict[int, str]:
+        """``id`` of each parameter and each tensor of experts -> its module's name."""
+        of_experts = {key: self.name_of(module) for key, module in self.owners().items()}
+        return {**names_of_holders(self.tops()), **of_experts}
 
     def tops(self) -> list[nn.Module]:
         return [top for model in self.models if (top := model.top()) is not None]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mxfp4_fx.called import Called
-from mxfp4_fx.core import collector, compilation, forks, ranks, torch_private_dynamo
+from mxfp4_fx.core import collector, compilation, forks, profiling, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import (
     InflatedExpertsWarning,
     MissedRewriteError,
@@ -98,6 +98,7 @@ class Call:
         self._compiling: contextlib.ExitStack | None = None
         self._tracing: contextlib.ExitStack | None = None
         self._raised: BaseException | None = None
+        self._naming: contextlib.AbstractContextManager[None] | None = None
 
     def __enter__(self) -> None:
         prepare_capture()  # transformers may have been imported since the last call
@@ -123,12 +124,17 @@ class Call:
                 module._forward_hooks[HOOK] = _after_experts
             for module, is_skipped in skipped:
                 vars(module)[SKIPPED] = is_skipped
+        if profiling.is_on():
+            self._naming = profiling.naming(self.called.names)
+            self._naming.__enter__()
 
     def __exit__(self, *_: object) -> None:
         if self._compiling is not None:
             self.traced()
             self._compiling.close()
             self._compiling = None
+        if self._naming is not None:
+            self._naming.__exit__(None, None, None)
         _calls.current = self._outer
         if self._outer is not None:  # a compiled part was called in a call of a compiled whole
             self._outer.graphs += self.graphs

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from mxfp4_fx import calls, limits
 from mxfp4_fx.backend import CompiledGraph, compile_graph, mxfp4
-from mxfp4_fx.core import compilation, torch_private, torch_private_dynamo
+from mxfp4_fx.core import compilation, profiling, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import OptionError, WholeModelWarning
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.hardware import DTYPES
@@ -181,6 +181,7 @@ class _Shared:
         compiled = torch.compile(
             own, backend=_mxfp4_of_parts, fullgraph=fullgraph, **self._arguments
         )
+        torch_private_dynamo.forget_backend_with(own, compiled)
         return Direct(own, compiled) if fullgraph else compiled
 
     def is_first(self, kind: tuple[Any, ...]) -> bool:
@@ -372,6 +373,8 @@ class _Head:
             ):
                 STORE.free(source, MXFP8_ROWS, name)
             codes, scales = STORE.get(source, MXFP8_ROWS, name)
+            if profiling.is_on():
+                profiling.name(codes, self._name)
             # The op reads no freed memory.
             result = torch.ops.mxfp4.linears_mxfp8(x, [codes], [scales], [head.bias], kernels)[0]
             if not self._is_verified:

@@ -162,7 +162,7 @@ def record_patches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     seen: list[Any] = []
 
-    def record(gm: Any, inputs: list[Any], config_patches: Any = None) -> Any:
+    def record(gm: Any, inputs: list[Any], config_patches: Any = None, **_: Any) -> Any:
         seen.append(config_patches)
         return gm.forward
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import linecache
 import types
 import weakref
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 from models import model, tokens
 from torch import Tensor
+from torch._dynamo import eval_frame, pgo
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.utils import get_metrics_context
+from torch.fx import graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import mxfp4_fx
@@ -56,6 +60,32 @@ def finalizers() -> int:
     found = [one.peek() for one in list(weakref.finalize._registry)]  # type: ignore[attr-defined]
     functions = [one[1] for one in found if one is not None]
     return sum(getattr(one, "func", one).__qualname__.endswith("invalidate") for one in functions)
+
+
+def notes() -> dict[str, int]:
+    """The lengths of torch's tables of what it noted, and of ours of functions."""
+    return {
+        "sizes": len(pgo.get_code_state()),
+        "backends": len(eval_frame.cached_backends),
+        "sources": len(graph_module._loader.eval_cache),
+        "lines": sum("eval_with_key" in file for file in linecache.cache),
+        "told": len(get_metrics_context()._edits),
+        "code": len(limits._shared),
+    }
+
+
+def test_what_dynamo_noted_goes_with_a_model() -> None:
+    seen = []
+    for _ in range(3):
+        whole = mxfp4_fx.compile(model(num_hidden_layers=1), options={"inner": "eager"})
+        whole(tokens(1), use_cache=True)
+        compiled = notes()
+        del whole
+        gc.collect()
+        seen.append(notes())
+        assert all(compiled[name] > count for name, count in seen[-1].items())
+    # Until others are compiled, Dynamo holds the graphs that it has compiled last.
+    assert seen[2] == seen[1]
 
 
 def test_what_dynamo_compiled_goes_with_a_model() -> None:

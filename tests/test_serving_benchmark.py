@@ -20,11 +20,13 @@ def sample(part: str, memory: int, calls: int, graphs: int) -> dict[str, Any]:
 def test_each_part_is_judged_by_itself() -> None:
     samples = [sample("requests", 1000, n, 8) for n in range(8)]
     samples += [sample("models", 1000 + 5 * n, n, 8 + n) for n in range(8)]
-    requests, models = serving.judge(samples)
+    samples += [sample("peers", 1000 + n, n, 8) for n in range(8)]
+    requests, models, peers = serving.judge(samples)
     assert (requests["part"], requests["flat"], requests["graphs"]) == ("requests", True, 8)
     assert (models["part"], models["flat"], models["growth"]) == ("models", False, 20)
     assert models["new"]["graphs"] == 4
-    text = serving.text({"samples": samples, "judgements": [requests, models]})
+    assert (models["bytes_each"], peers["bytes_each"]) == (5, 1)
+    text = serving.text({"samples": samples, "judgements": [requests, models, peers]})
     assert "requests: memory is flat" in text
     assert "8 graphs, at most 12 expected" in text
     assert "models: memory is NOT flat" in text
@@ -37,6 +39,7 @@ def test_requests_and_models(tmp_path: Path) -> None:
     samples: list[dict[str, Any]] = []
     checkpoint = write_packed(tmp_path / "packed")
     serving_child.serve({**settings, "checkpoint": str(checkpoint)}, samples.append)
-    assert [one["phase"] for one in samples] == ["3 requests", "6 requests", "1 models", "2 models"]
+    phases = ["3 requests", "6 requests", "1 models", "2 models", "1 peers", "2 peers"]
+    assert [one["phase"] for one in samples] == phases
     assert samples[1]["graphs"] <= serving.MOST_GRAPHS
     assert all(one["memory"]["anonymous"] > 0 for one in samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import linecache
 import sys
 import threading
 import types
@@ -231,13 +232,55 @@ _sizes: weakref.WeakKeyDictionary[types.CodeType, list[Any]] = weakref.WeakKeyDi
 def forget_with(function: types.FunctionType) -> None:
     """Let what Dynamo compiles of a function go when the function does.
 
-    Its code, to which that belongs, is of this function alone. Torch would keep it for ever: a
-    cycle through C++ holds it, a table of why it compiled anew, and caches, of which one has no
-    limit, hold the code and the symbols of its sizes.
+    Its code, to which that belongs, is of this function alone, and so is its name. Torch would keep
+    it for ever: a cycle through C++ holds it, tables of why it compiled anew, of the sizes it met
+    and of who told what of a compilation, and caches, of which two have no limit, hold the code and
+    the symbols of its sizes.
     """
     code = function.__code__
     sizes = _sizes.setdefault(code, [])
     weakref.finalize(function, _forget, code, sizes).atexit = False
+
+
+def forget_backend_with(function: types.FunctionType, compiled: Callable[..., Any]) -> None:
+    """Let the wrapper that ``torch.compile`` made of the backend go when the function does."""
+    nonlocals = inspect.getclosurevars(compiled).nonlocals
+    backend = look_up("torch._dynamo.eval_frame", "innermost_backend")(nonlocals["callback"])
+    backends = look_up("torch._dynamo.eval_frame", "cached_backends")
+    weakref.finalize(function, backends.pop, id(backend), None).atexit = False
+
+
+def forget_source_with(gm: fx.GraphModule) -> None:
+    """Let the source of a graph's code go when the graph does; torch's table of them only grows.
+
+    Call it for a captured graph before other graphs are made: torch has just made the code of the
+    graph as it was captured, and does not tell its name. What runs is made later, in another name.
+    """
+    sources = look_up("torch.fx.graph_module", "_loader.eval_cache")
+    file = next(reversed(sources), "")
+    signature = sources.get(file, "").partition(")")[0]
+    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    files = [file] if names and all(name in signature for name in names) else []
+    # A graph's class is of this graph alone.
+    weakref.finalize(gm, _forget_sources, sources, type(gm), files).atexit = False
+
+
+def sources() -> frozenset[str]:
+    """Return the names of the sources that torch holds of graphs' code."""
+    return frozenset(look_up("torch.fx.graph_module", "_loader.eval_cache"))
+
+
+def forget_sources_with(gm: fx.GraphModule, before: frozenset[str]) -> None:
+    """Let the sources that a compiler made of a graph go with it: all but those of ``before``."""
+    held = look_up("torch.fx.graph_module", "_loader.eval_cache")
+    files = [file for file in held if file not in before]
+    weakref.finalize(gm, _forget_sources, held, type(gm), files).atexit = False
+
+
+def _forget_sources(sources: dict[str, str], own: type[fx.GraphModule], files: list[str]) -> None:
+    for file in (*files, own.forward.__code__.co_filename):
+        if sources.pop(file, None) is not None:
+            linecache.cache.pop(file, None)
 
 
 def forget_sizes() -> None:
@@ -287,9 +330,16 @@ def _forget(code: types.CodeType, sizes: list[Any]) -> None:
                 held.clear()
     sizes.clear()
     look_up("torch._dynamo.utils", "guard_failures").pop(code, None)
+    met = look_up("torch._dynamo.pgo", "get_code_state")()
+    for key in [one for one in met if (one.filename, one.name) == (code.co_filename, code.co_name)]:
+        met.pop(key, None)
+    compilations = look_up("torch._dynamo.utils", "get_metrics_context")()
+    if not compilations.in_progress():  # only the present compilation's are ever read
+        compilations._edits.clear()
     caches = vars(look_up("torch.fx.experimental.symbolic_shapes", "ShapeEnv")).values()
     instructions = "torch._dynamo.bytecode_transformation", "_cached_cleaned_instructions"
-    for cache in (*caches, look_up(*instructions)):
+    variables = "torch._dynamo.guards", "code_framelocals_names_reversed_cached"
+    for cache in (*caches, look_up(*instructions), look_up(*variables)):
         if hasattr(cache, "cache_clear"):  # who compiles meanwhile computes it again
             cache.cache_clear()
 

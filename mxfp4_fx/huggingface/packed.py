@@ -317,6 +317,9 @@ class PackedExperts(nn.Module):
 # Strict export runs this function instead of tracing it.
 @torch.compiler.assume_constant_result
 def _warn_of_export() -> None:
+    # Torch 2.11 traces the caller's question as true in each compilation; here it is asked.
+    if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return
     if compilation.is_exporting():  # by mxfp4_fx.export, which chooses kernels
         return
     warnings.warn(

@@ -10,9 +10,10 @@ tensor. It serves all layers that share a graph, and several threads at once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class _Part(NamedTuple):
     """Instructions that a profile shows as one: an op, or what lies between ops."""
 
     op: str | None
-    named: int | None
+    weights: tuple[int, ...]  # the arguments whose names it has
     start: int  # in the code, in bytes
     end: int
 
@@ -115,14 +116,16 @@ class Builder:
             merged.append((offset, room))
         self._free = merged
 
-    def add(self, kind: int, form: struct.Struct, *fields: Any, named: int | None = None) -> None:
+    def add(
+        self, kind: int, form: struct.Struct, *fields: Any, weights: Sequence[int] = ()
+    ) -> None:
         """Append an instruction.
 
         Args:
             kind: which.
             form: the struct of its arguments, one of ``cpu_structs``.
             fields: their values; a :class:`Place` may stand for any that has eight bytes.
-            named: the argument that has the layer's name in profiles, if there is one.
+            weights: the arguments whose names an op has in profiles.
         """
         start = len(self.code)
         size = -(-(INSTRUCTION.size + form.size) // 8) * 8
@@ -135,7 +138,7 @@ class Builder:
         op = _OPS.get(kind)
         if op is None and self.parts and self.parts[-1].op is None:
             start = self.parts.pop().start
-        self.parts.append(_Part(op, named, start, len(self.code)))
+        self.parts.append(_Part(op, tuple(weights), start, len(self.code)))
 
 
 class Program:
@@ -196,8 +199,8 @@ class Program:
             *[tensor.data_ptr() for tensor in made],
         )
         if profiling.is_on():
-            for op, named, start, end in self._parts:
-                with profiling.of_op(op, None if named is None else args[named]):
+            for op, weights, start, end in self._parts:
+                with _shown(op, [args[at] for at in weights]):
                     self._run(start, end, slots)
         else:
             self._run(0, self._end, slots)
@@ -212,6 +215,23 @@ class Program:
         fixed = slots[0] + self._memory, torch.get_num_threads(), start, end
         if status := library().mxfp4_run(self._program, self._pack(*fixed, *slots)):
             check(status, "matmul_ogs: an index of the routing points outside its tensor")
+
+
+@contextlib.contextmanager
+def _shown(op: str | None, weights: Sequence[Tensor]) -> Iterator[None]:
+    """Show the block's time in a profile as the op does that is called alone."""
+    if op is None:
+        yield
+        return
+    with torch.profiler.record_function(op):
+        if op == _OPS[ATTENTION]:
+            shown = profiling.shown(weights[0], "attention")
+        elif op in (_OPS[LINEARS], _OPS[LINEARS_MXFP8]):
+            shown = profiling.shown_linears(weights)
+        else:
+            shown = profiling.shown(weights[0]) if weights else contextlib.nullcontext()
+        with shown:
+            yield
 
 
 def _whole_lines(size: int) -> int:

@@ -13,6 +13,7 @@ their own, enter them in :data:`KERNELS`, and let ``target.choose`` return their
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -155,7 +156,8 @@ def _matmul_ogs(*flat: Any) -> Tensor:
 
 def _matmul_ogs_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     x, weight, rows, activation, _ = operands_of(*flat)
-    return backward.matmul_ogs_backward(grad, x, weight, rows, activation)
+    with profiling.shown(weight.blocks) if profiling.is_on() else contextlib.nullcontext():
+        return backward.matmul_ogs_backward(grad, x, weight, rows, activation)
 
 
 def _linears(
@@ -164,7 +166,13 @@ def _linears(
     biases: Sequence[Tensor | None],
     kernels: str = "reference",
 ) -> list[Tensor]:
-    results: list[Tensor] = kernel(kernels, "linears")(x, weights, biases)
+    multiply = kernel(kernels, "linears")
+    results: list[Tensor]
+    if profiling.is_on():
+        with profiling.shown_linears(weights):
+            results = multiply(x, weights, biases)
+    else:
+        results = multiply(x, weights, biases)
     return results
 
 
@@ -175,7 +183,13 @@ def _linears_mxfp8(
     biases: Sequence[Tensor | None],
     kernels: str = "reference",
 ) -> list[Tensor]:
-    results: list[Tensor] = kernel(kernels, "linears_mxfp8")(x, codes, scales, biases)
+    multiply = kernel(kernels, "linears_mxfp8")
+    results: list[Tensor]
+    if profiling.is_on():
+        with profiling.shown_linears(codes):
+            results = multiply(x, codes, scales, biases)
+    else:
+        results = multiply(x, codes, scales, biases)
     return results
 
 
@@ -185,7 +199,9 @@ def _linears_mxfp8_backward(
     scales: Sequence[Tensor],
     kernels: str = "reference",
 ) -> Tensor:
-    result: Tensor = kernel(kernels, "linears_mxfp8_backward")(grads, codes, scales)
+    result: Tensor
+    with profiling.shown_linears(codes) if profiling.is_on() else contextlib.nullcontext():
+        result = kernel(kernels, "linears_mxfp8_backward")(grads, codes, scales)
     return result
 
 
@@ -199,7 +215,13 @@ def _attention_with_sinks(
     kernels: str = "reference",
 ) -> Tensor:
     given = operands.Attention(query, key, value, sinks, mask, scale)
-    result: Tensor = kernel(kernels, "attention_with_sinks")(given)
+    attend = kernel(kernels, "attention_with_sinks")
+    result: Tensor
+    if profiling.is_on():
+        with profiling.shown(sinks, "attention"):
+            result = attend(given)
+    else:
+        result = attend(given)
     return result
 
 

@@ -114,7 +114,7 @@ def matmul_ogs(values: Values, node: fx.Node) -> None:
         *(x.shape[0], x.stride[0], rows.total, weight.experts, weight.n, weight.k, rows.per_token),
         *(DTYPES[x.dtype], 0 if bias is None else DTYPES[bias.dtype]),
         *(ACTIVATIONS["none" if activation is None else activation.kind], _SET_BY_CALL, *numbers),
-        named=blocks.memory.argument,
+        weights=_arguments([blocks]),
     )
 
 
@@ -146,7 +146,7 @@ def attention_with_sinks(values: Values, node: fx.Node) -> None:
         *(batch, heads, key.meta["val"].shape[1], values.size(key, 2), size),
         *(*query.stride[:2], *strides, sinks.stride[0], *mask_strides),
         *(DTYPES[query.dtype], _SET_BY_CALL, scale),
-        named=sinks.memory.argument,
+        weights=_arguments([sinks]),
     )
 
 
@@ -206,5 +206,11 @@ def _add_group(
     """Add linears of one input."""
     k, count = x.shape[-1], len(weights)
     numbers = _rows(x), k, k, count, DTYPES[x.dtype], _SET_BY_CALL
-    named = weights[0].memory.argument
-    values.builder.add(kind, form(count), x.place, *numbers, *parts, named=named)
+    named = _arguments(weights)
+    values.builder.add(kind, form(count), x.place, *numbers, *parts, weights=named)
+
+
+def _arguments(weights: Sequence[Value]) -> list[int]:
+    """Return the numbers of the weights that are arguments, all or none."""
+    found = [one.memory.argument for one in weights]
+    return [] if None in found else [at for at in found if at is not None]

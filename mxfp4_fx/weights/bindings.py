@@ -145,26 +145,24 @@ class InputPlan:
         return [args[at] if part is None else parts[at][part] for at, part in self._inputs]
 
     def names(
-        self, args: tuple[Any, ...], inputs: Sequence[Any], layers: Mapping[int, str]
-    ) -> dict[int, str]:
-        """Return the names of the lowered graph's weights, for profiles.
+        self, args: tuple[Any, ...], inputs: Sequence[Any], holders: Mapping[int, str]
+    ) -> Iterator[tuple[Tensor, str]]:
+        """Yield the lowered graph's weights and their names in the model, for profiles.
 
         Args:
             args: the captured graph's inputs.
             inputs: the lowered graph's, which :meth:`inputs` has made of them.
-            layers: ``id`` of a captured weight -> its layer's name in the model.
+            holders: ``id`` of a captured weight -> the name of the module that holds it.
 
-        Returns:
-            ``id`` of a weight's blocks -> the weight's name in the model.
+        Yields:
+            A weight's blocks, and its name; a linear's weight has the linear's.
         """
-        found = {}
         for value, (at, part) in zip(inputs, self._inputs, strict=True):
             if part == 0:
                 binding = self.bindings[at]
-                weight, of, layer = binding.name.partition(" of ")
-                layer = layers.get(id(args[binding.slots[0]]), layer)
-                found[id(value)] = f"{weight}{of}{layer}"
-        return found
+                weight, of, holder = binding.name.partition(" of ")
+                holder = holders.get(id(args[binding.slots[0]]), holder)
+                yield value, holder if binding.encoding.of_linears else f"{weight}{of}{holder}"
 
     @contextlib.contextmanager
     def swizzling_ahead(

@@ -54,7 +54,16 @@ COMPILED = {
 }
 BEHAVIOURS: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers": MODELS | COMPILED,
-    "torch": MODELS | COMPILED | {"private names": ("test_torch_private.py::",)},
+    "torch": MODELS
+    | COMPILED
+    | {
+        "`mxfp4_fx.export`": (
+            "test_exporting.py::test_a_program_computes_",
+            "test_exporting.py::test_attention_is_reported",
+        ),
+        "`torch.export`": ("test_export.py::",),
+        "private names": ("test_torch_private.py::",),
+    },
     "triton": {
         "kernels in the interpreter": ("test_triton.py::test_every_regime[",),
         "models in the interpreter": ("test_triton_models.py::",),
