@@ -12,7 +12,14 @@ from torch.compiler import config
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mxfp4_fx import calls
-from mxfp4_fx.core import compilation, profiling, ranks, torch_private, torch_private_dynamo
+from mxfp4_fx.core import (
+    compilation,
+    profiling,
+    ranks,
+    torch_private,
+    torch_private_dynamo,
+    torch_private_forget,
+)
 from mxfp4_fx.core.errors import FreedWeightError
 from mxfp4_fx.core.options import Options
 from mxfp4_fx.core.torch_private_distributed import is_dtensor, shard_of
@@ -76,18 +83,18 @@ def compile_graph(
         others: finds what the graph gets in the other calls that it will serve, if these are known.
     """
     example_inputs = settle_sizes(gm, example_inputs)
-    torch_private_dynamo.forget_source_with(gm)
+    torch_private_forget.forget_source_with(gm)
     rewritten, ctx = analyze(gm, example_inputs, options)
     refuse_freed(gm, rewritten, ctx)
     announce(ctx)
-    sources = torch_private_dynamo.sources()
+    sources = torch_private_forget.sources()
     is_verified = options.verify and ctx.report.attention
     has_shards = rewritten is not gm and ctx.shards
     if not (ctx.bindings or is_verified or has_shards):  # with the captured graph's inputs
         compiled = compile_inner(rewritten, example_inputs, options)
     else:
         compiled = bind(gm, rewritten, ctx, options, others)
-    torch_private_dynamo.forget_sources_with(rewritten, sources)
+    torch_private_forget.forget_sources_with(rewritten, sources)
     return noted(compiled, ctx.report)
 
 

@@ -20,7 +20,13 @@ from torch import Tensor, fx, nn
 
 from mxfp4_fx import calls, limits
 from mxfp4_fx.backend import CompiledGraph, compile_graph, mxfp4
-from mxfp4_fx.core import compilation, profiling, torch_private, torch_private_dynamo
+from mxfp4_fx.core import (
+    compilation,
+    profiling,
+    torch_private,
+    torch_private_dynamo,
+    torch_private_forget,
+)
 from mxfp4_fx.core.errors import OptionError, WholeModelWarning
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.hardware import DTYPES
@@ -127,7 +133,7 @@ def _mxfp4_of_parts(
     options: Mapping[str, Any] | None = None,
 ) -> CompiledGraph:
     """The backend of the pieces, whose calls belong to the call of the model or the layer."""
-    torch_private_dynamo.forget_sizes()
+    torch_private_forget.forget_sizes()
     called, call = compilation.compiled_function(), calls.current()
     others = None
     if called is not None and call is not None:
@@ -177,11 +183,11 @@ class _Shared:
         code = function.__code__.replace(co_name=name)
         limits.share(code, self._count)
         own = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
-        torch_private_dynamo.forget_with(own)
+        torch_private_forget.forget_with(own)
         compiled = torch.compile(
             own, backend=_mxfp4_of_parts, fullgraph=fullgraph, **self._arguments
         )
-        torch_private_dynamo.forget_backend_with(own, compiled)
+        torch_private_forget.forget_backend_with(own, compiled)
         return Direct(own, compiled) if fullgraph else compiled
 
     def is_first(self, kind: tuple[Any, ...]) -> bool:

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import mxfp4_fx
 from mxfp4_fx import limits
-from mxfp4_fx.core import torch_private_dynamo
+from mxfp4_fx.core import torch_private_dynamo, torch_private_forget
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -30,7 +30,7 @@ def test_what_dynamo_compiled_goes_with_a_function() -> None:
 
     code = function.__code__.replace(co_name="own")
     own = types.FunctionType(code, globals())
-    torch_private_dynamo.forget_with(own)
+    torch_private_forget.forget_with(own)
     compiled = torch.compile(own, backend="eager", fullgraph=True)
     for length in (3, 4):  # the second time for any length
         compiled(torch.ones(length))

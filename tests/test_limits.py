@@ -243,7 +243,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     frames, limits = torch._dynamo.convert_frame, torch._dynamo.cache_size
     monkeypatch.setattr(frames, "exceeds_recompile_limit", limits.exceeds_recompile_limit)
     compilation.on_frames(
-        lambda: seen.append("frame"), lambda code: 2 if code.co_name == "shared" else 1
+        lambda is_part: seen.append("frame"), lambda code: 2 if code.co_name == "shared" else 1
     )
     return seen
 
