@@ -156,7 +156,7 @@ struct Bf16Tile {
     for (int64_t b = 0; b < blocks; b++, x += BLOCK / 2) {
       const uint8_t* codes = block_codes(panel, b);
       const uint8_t* scales = block_scales(panel, b);
-      if (has_room) prefetch_block(panel, b, DIRECT_PREFETCH);
+      if (has_room) prefetch_block<READ_ONCE>(panel, b, DIRECT_PREFETCH);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; h++, codes += CODE_BYTES / 2) {
         __m512 part[4] = {};

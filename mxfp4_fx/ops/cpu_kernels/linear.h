@@ -92,7 +92,7 @@ struct Held {
     const int64_t bytes = a.k * Values::BYTES, whole = bytes / LINE * LINE;
     for (int64_t at = 0; at < whole; at += LINE) {
 #pragma GCC unroll 8
-      for (int s = 0; s < S; s++) __builtin_prefetch(w + s * w_stride + at + (S > 2 ? NEAR : FAR));
+      for (int s = 0; s < S; s++) prefetch<S>(w + s * w_stride + at);
       multiply_line(w + at, w_stride, x + at, x_stride, sums);
     }
     if (whole < bytes) {  // a line that zeros complete
@@ -110,6 +110,15 @@ struct Held {
   // How far ahead each row is prefetched, in bytes. With 256 to 1024 for many rows the speed is the
   // same.
   static constexpr int64_t NEAR = 512, FAR = 4096;
+
+  // Two streams are read only where far ahead, and by one row.
+  template <int S>
+  static inline __attribute__((always_inline)) void prefetch(const char* line) {
+    if constexpr (S > 2)
+      __builtin_prefetch(line + NEAR, 0, KEPT);
+    else
+      __builtin_prefetch(line + FAR, 0, READ_ONCE);
+  }
 
   template <int S, int T>
   static inline __attribute__((always_inline)) void multiply_line(const char* w, int64_t w_stride,

@@ -60,12 +60,17 @@ inline bool has_room_ahead() {
 #endif
 }
 
+// How prefetched data is kept: in all caches, or in none but the first. A token's weights, which
+// are read once, would push all else out of the caches, Python's own data too.
+constexpr int KEPT = 3, READ_ONCE = 0;
+
 // Prefetches the data `ahead` bytes behind a block, so that memory works while the block is
 // computed.
+template <int KEEPING = KEPT>
 inline void prefetch_block(const uint8_t* panel, int64_t block, int64_t ahead) {
   const uint8_t* codes = block_codes(panel, block) + ahead;
-  for (int64_t i = 0; i < CODE_BYTES; i += LINE) __builtin_prefetch(codes + i);
-  if (block % 2 == 0) __builtin_prefetch(codes - SCALE_BYTES);
+  for (int64_t i = 0; i < CODE_BYTES; i += LINE) __builtin_prefetch(codes + i, 0, KEEPING);
+  if (block % 2 == 0) __builtin_prefetch(codes - SCALE_BYTES, 0, KEEPING);
 }
 
 // Packed rows of activations: `tiles` contiguous tiles of `rows` rows each.
