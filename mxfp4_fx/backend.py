@@ -274,7 +274,8 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
     def by_inductor() -> CompiledGraph:
         # Torch's caches outlive this version of the package, and hold no programs.
         tag = f"{config.cache_key_tag}{fingerprint()}{options.programs}"
-        instead = _program_of if options.programs else None
+        # Who sets options of Inductor wants Inductor.
+        instead = _program_of if options.programs and not options.inductor else None
         with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             compiled: CompiledGraph = torch_private_dynamo.compile_with_inductor(
                 gm, inputs, options.mode, options.inductor, instead
@@ -301,10 +302,10 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
         return compiled
 
 
-def _program_of(graph: fx.GraphModule) -> Program | None:
+def _program_of(graph: fx.GraphModule, examples: Sequence[Any]) -> Program | None:
     """Return a native program that computes a graph of ATen's ops, if one can."""
     try:
-        program = program_of(graph)
+        program = program_of(graph, examples)
     except NoProgram as why:
         log.debug("Inductor compiles the graph: it becomes no native program, because %s", why)
         return None

@@ -100,6 +100,35 @@ def test_a_stance_holds(counted: Counted) -> None:
     assert counted.through == 2
 
 
+def test_a_stance_that_names_another_backend_holds(counted: Counted) -> None:
+    """Also the one of the first call, whose code no later call runs."""
+    module, other = Scaled(2.0), Graphs()
+    torch._dynamo.register_backend(other, name="other_of_test_direct")
+    for warm in (False, True):
+        if warm:
+            counted.call(module, X)
+        with torch.compiler.set_stance(force_backend=other):
+            counted.call(module, X)
+    counted.call(module, X)
+    assert (len(other.seen), len(counted.graphs.seen), counted.through) == (1, 1, 3)
+
+
+def test_an_error_of_the_compiled_code_is_raised(counted: Counted) -> None:
+    module = Scaled(2.0)
+    counted.call(module, X)
+    graph = counted.graphs.seen[0]
+
+    def fails(*_: Any) -> None:
+        raise ValueError("in the graph")
+
+    graph.register_forward_pre_hook(fails)
+    code = counted.call._entries[0][1]
+    with pytest.raises(ValueError, match="in the graph"):
+        graph(X)
+    assert torch._C._dynamo.eval_frame.set_eval_frame(None) is None
+    assert code is counted.call._entries[0][1]
+
+
 def test_torch_is_asked_again_after_a_reset(counted: Counted) -> None:
     module = Scaled(2.0)
     counted.call(module, X)

@@ -56,8 +56,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Program | None]:
     found: list[Program | None] = []
     decide = backend._program_of
 
-    def noted(graph: fx.GraphModule) -> Program | None:
-        found.append(decide(graph))
+    def noted(graph: fx.GraphModule, examples: Any) -> Program | None:
+        found.append(decide(graph, examples))
         return found[-1]
 
     monkeypatch.setattr(backend, "_program_of", noted)
@@ -82,9 +82,13 @@ def graph(f: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
     return make_fx(lambda *args: [*f(*args)], tracing_mode="fake")(*inputs)
 
 
+def program(f: Callable[..., Any], *inputs: Any) -> Program:
+    return program_of(graph(f, *inputs), inputs)
+
+
 def assert_same(f: Callable[..., Any], *inputs: Any) -> None:
     """Assert that the program has the function's bits and strides."""
-    results = program_of(graph(f, *inputs))([*inputs])
+    results = program(f, *inputs)([*inputs])
     for actual, expected in zip(results, f(*inputs), strict=True):
         assert actual.dtype == expected.dtype
         assert actual.stride() == expected.stride()
@@ -115,7 +119,7 @@ class TestNumbers:
             return [torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)]
 
         x, weight = integers(3, 32), integers(1100, 32)
-        (actual,) = program_of(graph(f, x, weight))([x, weight])
+        (actual,) = program(f, x, weight)([x, weight])
         exact = ((x @ weight.T).double().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
         unit = torch.finfo(torch.float32).eps / 2
         assert ((actual.double() - exact).abs() <= (3 / 2 + 2) * 1.01 * unit * exact).all()
@@ -139,7 +143,10 @@ class TestNumbers:
                 values.append(step(a, b))
             return values[:0:-9]
 
-        assert_same(f, integers(4, 32), integers(8, 32))
+        x, weight = integers(4, 32), integers(8, 32)
+        assert_same(f, x, weight)
+        of_all = len(program(f, x, weight)) * x.shape[0] * weight.shape[0] * x.itemsize
+        assert program(f, x, weight)._memory < of_all / 2
 
 
 class TestOps:
@@ -158,7 +165,7 @@ class TestOps:
         given = x, one, two, bias, part
         first, second = ops.linears(x, [one, two], [bias, None], "cpu")
         expected = first, second, linear(x, part), first
-        found = program_of(graph(f, *given))([*given])
+        found = program(f, *given)([*given])
         assert [*map(torch.equal, found, expected)] == [True] * 4
 
     def test_linears_in_mxfp8(self) -> None:
@@ -204,7 +211,40 @@ class TestOps:
                 torch._dynamo.mark_dynamic(masked, 3)
             given = floats(2, 4, 1, 32), *states, floats(4), masked
             assert torch.equal(compiled(*given), f(*given))
-        assert [program is not None for program in made] == [True]
+        assert [one is not None for one in made] == [True]
+
+
+class TestPlaces:
+    """Where views lie, in arguments and in what is between ops."""
+
+    def test_of_an_argument_that_begins_inside_its_memory(self) -> None:
+        def f(x: Tensor, weight: Tensor, more: Tensor) -> Any:
+            return linear(x, weight), more[1:] + more[:1], more.t()[2:4] * 2
+
+        inputs = integers(3, 32)[1:], integers(8, 32), floats(4, 8)[1:, 2:]
+        assert_same(f, *inputs)
+
+    @pytest.mark.filterwarnings(f"ignore::{NoExpertsWarning.__module__}.NoExpertsWarning")
+    @pytest.mark.parametrize(
+        "copied",
+        [
+            lambda y: y[4:].clone().view(2, 2),
+            lambda y: torch.cat([y[4:]]).view(2, 2),
+            lambda y: (y[4:] + torch.zeros(4)).view(2, 2),
+        ],
+        ids=["a clone", "a join of one", "a sum with zeros"],
+    )
+    def test_of_a_copy_that_inductor_leaves_out(self, copied: Any, made: Any) -> None:
+        """It hands the graph over with fake values of the copy, which is in other memory."""
+
+        def f(x: Tensor, weight: Tensor, more: Tensor) -> Any:
+            return copied(linear(x, weight)[0]) * 2, copied(more) * 2
+
+        inputs = integers(1, 32), integers(8, 32), floats(8)
+        compiled = torch.compile(f, backend=backend.mxfp4)
+        for actual, expected in zip(compiled(*inputs), f(*inputs), strict=True):
+            assert torch.equal(actual, expected)
+        assert len(made) == 1
 
 
 class TestCalls:
@@ -214,35 +254,46 @@ class TestCalls:
 
     def test_results_are_new_and_no_tensor_is_kept(self) -> None:
         x, weight = integers(2, 32), integers(8, 32)
-        program = program_of(graph(self.f, x, weight))
-        first = program([x, weight])
-        program([x + 1, weight])
+        computes = program(self.f, x, weight)
+        first = computes([x, weight])
+        computes([x + 1, weight])
         assert torch.equal(first[0], self.f(x, weight)[0])
         kept = [weakref.ref(tensor) for tensor in (x, *first)]
         args = [x, weight]
-        program(args)
+        computes(args)
         assert args == []
         del x, first
         assert [ref() for ref in kept] == [None] * 3
 
     def test_in_several_threads_at_once(self) -> None:
         weight = integers(8, 32)
-        program = program_of(graph(self.f, integers(2, 32), weight))
+        computes = program(self.f, integers(2, 32), weight)
 
         def call(at: int) -> bool:
             x = integers(2, 32) + at
-            return torch.equal(program([x, weight])[0], self.f(x, weight)[0])
+            return torch.equal(computes([x, weight])[0], self.f(x, weight)[0])
 
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(call, range(200)))
 
     def test_profiles_show_its_ops(self) -> None:
         x, weight = integers(2, 32), integers(8, 32)
-        program = program_of(graph(self.f, x, weight))
+        computes = program(self.f, x, weight)
         with profile(activities=[ProfilerActivity.CPU]) as found:
-            results = program([x, weight])
+            results = computes([x, weight])
         assert [e.name for e in found.events() if "mxfp4" in e.name] == ["mxfp4::linears"]
         assert torch.equal(results[0], self.f(x, weight)[0])
+
+    def test_profiles_show_ops_whose_weights_are_no_arguments(self) -> None:
+        def f(query: Tensor, key: Tensor, sinks: Tensor) -> Any:
+            return [ops.attention_with_sinks(query, key, key, sinks * 2, None, 1.0, "cpu")]
+
+        given = floats(1, 2, 1, 32), floats(1, 2, 4, 32), floats(2)
+        computes = program(f, *given)
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            computes([*given])
+        names = [event.name for event in found.events() if "mxfp4" in event.name]
+        assert names == ["mxfp4::attention_with_sinks"]
 
 
 X, W = integers(2, 32), integers(8, 32)
@@ -258,6 +309,44 @@ NEAR: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
         lambda x, w: [linear(x, w) * 0.3],
         (X.bfloat16(), W.bfloat16()),
         "beside 16 bits",
+    ),
+    "a tensor as a number beside 16 bits": (
+        lambda x, w, t: [linear(x, w) + t],
+        (X.bfloat16(), W.bfloat16(), torch.tensor(0.3)),
+        "beside 16 bits",
+    ),
+    "a number beyond float32": (lambda x, w: [linear(x, w) * 1e39], (X, W), "no number of float32"),
+    "nothing to multiply": (
+        lambda x, w, a, b: [linear(x, w), torch.mm(a, b.t())],
+        (X, W, torch.ones(2, 0), torch.ones(8, 0)),
+        "empty",
+    ),
+    "two dtypes are joined": (
+        lambda x, w: [torch.cat([linear(x, w), to(x, torch.bfloat16)], 1)],
+        (X, W),
+        "several dtypes",
+    ),
+    "a bias for each row": (
+        lambda x, w, b: [linear(x, w), torch.addmm(b, x, w.t())],
+        (X, W, torch.ones(2, 1)),
+        "no linear",
+    ),
+    "codes in another order": (
+        lambda x, c, s: ops.linears_mxfp8(x, [c.mT], [s], [None], "cpu"),
+        (X, torch.ones(1, 32, 8).byte(), torch.ones(1, 8, 1).byte()),
+        "another order",
+    ),
+    "logits in another order": (
+        lambda x, w, r: ops.routing(r.t(), 2, 0, None, "cpu"),
+        (X, W, floats(4, 3)),
+        "a router's logits",
+    ),
+    "another layout": (
+        lambda x, b, s, o: [
+            ops.matmul_ogs(x, b, s, None, 8, o, None, None, None, 1, *NONE[:4], "row_major", "cpu")
+        ],
+        (X, torch.ones(1, 8, 1, 16).byte(), torch.ones(1, 8, 1).byte(), torch.tensor([0, 2]).int()),
+        "lie in another order",
     ),
     "integers": (lambda x, w, i: [linear(x, w) * i], (X, W, torch.ones(8).long()), "torch.int64"),
     "an argument is returned": (lambda x, w: [linear(x, w), x[:1]], (X, W), "returns an argument"),
@@ -316,7 +405,7 @@ NEAR: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
 def test_near_misses_stay_inductors(case: str) -> None:
     f, inputs, why = NEAR[case]
     with pytest.raises(NoProgram, match=why):
-        program_of(graph(f, *inputs))
+        program(f, *inputs)
 
 
 class TestModels:
@@ -340,7 +429,7 @@ class TestModels:
         options = {"strict": True, "free_weights": free_weights}
         whole = mxfp4_fx.compile(model(torch.bfloat16, **kwargs), options=options)
         assert_as_accurate(self.decode(whole, prompt), expected, exact)
-        assert [program is not None for program in made].count(True) == 1
+        assert [one is not None for one in made].count(True) == 1
 
     def test_switched_off(self, made: list[Program | None]) -> None:
         whole = model(torch.bfloat16, head_dim=32, num_hidden_layers=1)

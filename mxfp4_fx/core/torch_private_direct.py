@@ -26,8 +26,9 @@ with trusted():
 class Direct:
     """A function, its compiled code called directly wherever the code's guards hold.
 
-    The guards and the code are Dynamo's own. Any other call goes through ``torch.compile``, and so
-    does every call under a stance (``torch.compiler.set_stance``).
+    The guards and the code are Dynamo's own, compiled by the function's own backend. Any other call
+    goes through ``torch.compile``, and so does every call under a stance, which may name another
+    backend (``torch.compiler.set_stance``).
     """
 
     def __init__(self, function: types.FunctionType, compiled: Callable[..., Any]) -> None:
@@ -46,7 +47,7 @@ class Direct:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._compiled(*args)
-        if not self._entries or self._dynamo._stance.stance != "default" or _is_traced_by_jit():
+        if not self._entries or self._has_stance() or _is_traced_by_jit():
             return self._call_compiled(args)
         local = dict(zip(self._names, args, strict=True))
         closure = self._function.__closure__ or ()
@@ -63,18 +64,28 @@ class Direct:
             _set_eval_frame(before)
         return self._call_compiled(args)
 
+    def _has_stance(self) -> bool:
+        stance = self._dynamo._stance
+        return bool(stance.stance != "default" or stance.backend is not None)
+
     def _code_for(self, local: dict[str, Any]) -> types.CodeType | None:
         """Return code whose guards hold for the function's local variables, or None."""
-        for at, (guards, code) in enumerate(self._entries):
+        entries = self._entries  # other threads may set it
+        for at, (guards, code) in enumerate(entries):
             # Guards of what Dynamo dropped have no entry: objects that they knew may be gone.
             if guards.cache_entry is not None and guards.check(local):
                 if at:
-                    self._entries.insert(0, self._entries.pop(at))
+                    self._entries = [entries[at], *entries[:at], *entries[at + 1 :]]
                 return code
         return None
 
     def _call_compiled(self, args: tuple[Any, ...]) -> Any:
         result = self._compiled(*args)
         entries = _entries_of(self._function.__code__)
-        self._entries = [(entry.guard_manager, entry.code) for entry in entries]
+        # The first one served this call. Others may be of another backend, which a stance named.
+        if entries and not self._has_stance():
+            guards, code = entries[0].guard_manager, entries[0].code
+            known = [one for one in self._entries if one[0] is not guards]
+            kept = [one for one in known if one[0].cache_entry is not None]
+            self._entries = [(guards, code), *kept]
         return result

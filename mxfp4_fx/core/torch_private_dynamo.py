@@ -8,7 +8,7 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def compile_with_inductor(
     inputs: list[Any],
     mode: str | None,
     options: Mapping[str, Any],
-    instead: Callable[[fx.GraphModule], Any] | None = None,
+    instead: Callable[[fx.GraphModule, Sequence[Any]], Any] | None = None,
 ) -> Any:
     """Compile a graph with Inductor.
 
@@ -44,16 +44,22 @@ def compile_with_inductor(
         gm: the graph, of torch's calls.
         inputs: example inputs.
         mode, options: those of ``torch.compile``; options override the mode's.
-        instead: takes the graph of ATen's ops that Inductor would compile for inference. It returns
-            a function from a list of inputs to a list of outputs, or None to let Inductor compile.
+        instead: takes the graph of ATen's ops that Inductor would compile for inference, and its
+            fake inputs. It returns a function from a list of inputs to a list of outputs, or None
+            to let Inductor compile. It is not asked where torch's caches demand Inductor's result.
     """
     for thread in _looking:
         thread.join()
     compile_fx = look_up("torch._inductor.compile_fx", "compile_fx")
     inner = look_up("torch._inductor.compile_fx", "compile_fx_inner")
 
+    bundles = look_up(
+        "torch._functorch._aot_autograd.autograd_cache", "should_bundle_autograd_cache"
+    )
+
     def compile_inner(graph: fx.GraphModule, examples: Any, **how: Any) -> Any:
-        made = instead(graph) if instead is not None and how.get("is_inference") else None
+        is_asked = instead is not None and how.get("is_inference") and not bundles()
+        made = instead(graph, examples) if instead is not None and is_asked else None
         return inner(graph, examples, **how) if made is None else made
 
     patches = {**_of_mode(mode), **options} or None
@@ -239,7 +245,7 @@ def keep_results() -> None:
     context = look_up("torch._guards", "TracingContext").try_get()
     mode = getattr(context, "fake_mode", None)
     if mode is not None:
-        mode.cache_enabled = True
+        mode.cache_enabled = look_up("torch._dynamo", "config").fake_tensor_cache_enabled
 
 
 def keep_apart(frame: types.FrameType) -> None:

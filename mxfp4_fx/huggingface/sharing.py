@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mxfp4_fx.core import torch_private
 from mxfp4_fx.core.skip import EXACT_LINEARS, KEEP_DENSE, SKIPPED
 
 # A layer -> all layers of its model. References are weak, so that they keep no model alive.
@@ -55,6 +56,9 @@ def _likeness(layer: nn.Module) -> Hashable:
     marks = KEEP_DENSE, SKIPPED, EXACT_LINEARS
     parts = [(layer.training,), *((name, type(one)) for name, one in layer.named_modules())]
     parts += [tuple(vars(one).get(mark) for mark in marks) for one in layer.modules()]
+    # What runs around a forward or in its place: a layer that differs in it is called otherwise.
+    parts += [("forward" in vars(one),) for one in layer.modules()]
+    parts.append(tuple(map(len, torch_private.hooks(layer.modules()))))
     for name, value in layer.named_parameters():
         about = value.shape, value.stride(), value.dtype, value.device, value.requires_grad
         parts.append((name, type(value), *about))

@@ -214,7 +214,7 @@ class Program:
         """Run the instructions in a range of the code."""
         fixed = slots[0] + self._memory, torch.get_num_threads(), start, end
         if status := library().mxfp4_run(self._program, self._pack(*fixed, *slots)):
-            check(status, "matmul_ogs: an index of the routing points outside its tensor")
+            check(status, "a program of native kernels: an index points outside its tensor")
 
 
 @contextlib.contextmanager
@@ -223,13 +223,14 @@ def _shown(op: str | None, weights: Sequence[Tensor]) -> Iterator[None]:
     if op is None:
         yield
         return
+    none = contextlib.nullcontext()
     with torch.profiler.record_function(op):
         if op == _OPS[ATTENTION]:
-            shown = profiling.shown(weights[0], "attention")
+            shown = profiling.shown(weights[0], "attention") if weights else none
         elif op in (_OPS[LINEARS], _OPS[LINEARS_MXFP8]):
             shown = profiling.shown_linears(weights)
         else:
-            shown = profiling.shown(weights[0]) if weights else contextlib.nullcontext()
+            shown = profiling.shown(weights[0]) if weights else none
         with shown:
             yield
 

@@ -181,8 +181,8 @@ def _is(size: object, number: int) -> bool:
 
 
 def _rows(x: Value) -> int:
-    if not x.is_contiguous or x.dtype not in DTYPES:
-        raise NoProgram("a linear's input lies in another order, or has another dtype")
+    if not x.is_contiguous or x.dtype not in DTYPES or not x.elements:
+        raise NoProgram("a linear's input lies in another order, has another dtype, or is empty")
     return x.elements // x.shape[-1]
 
 

@@ -12,6 +12,7 @@ PyTorch does uncompiled. Inductor leaves such roundings out.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ _COPY, _ADD, _SUB, _MUL, _RSQRT, _MEAN = range(6)  # api.h: mxfp4_operation
 _BINARY = {_aten.add.Tensor: _ADD, _aten.sub.Tensor: _SUB, _aten.mul.Tensor: _MUL}
 
 
-def program_of(gm: fx.GraphModule) -> Program:
+def program_of(gm: fx.GraphModule, examples: Sequence[Any]) -> Program:
     """Make a program of a graph for inference.
 
     Args:
         gm: a graph of ATen's ops; each node has its fake values as ``meta["val"]``.
+        examples: its arguments: tensors, fake ones too, and numbers.
 
     Raises:
         NoProgram: the graph has another op, device, dtype or size, or no op of this package.
@@ -44,21 +46,22 @@ def program_of(gm: fx.GraphModule) -> Program:
     returned: Any = output.args[0]
     values = Values(nodes, [node for node in returned if isinstance(node, fx.Node)])
     for at, node in enumerate(nodes):
-        _add(values, node, at)
+        if node.op == "placeholder":
+            values.add_argument(node, at, examples[at])
+        else:
+            _add(values, node)
         values.release(node, at)
     if not any(node.target in native_ops.TRANSLATIONS for node in nodes):
         raise NoProgram("it has no op of this package")
     return Program(values.builder, [values.result(node) for node in returned])
 
 
-def _add(values: Values, node: fx.Node, at: int) -> None:
+def _add(values: Values, node: fx.Node) -> None:
     args: Any = node.args
-    if node.op == "placeholder":
-        values.add_argument(node, at)
-    elif node.target is operator.getitem:
+    if node.target is operator.getitem:
         values.add_item(node, *args)
     elif node.target in VIEWS:
-        values.add_view(node, args[0])
+        values.add_view(node)
     else:
         translate = _TRANSLATIONS.get(node.target)
         if translate is None:
@@ -78,11 +81,14 @@ def _binary(values: Values, node: fx.Node) -> None:
     if node.kwargs.get("alpha", 1) != 1 or not isinstance(a, fx.Node):
         raise NoProgram("a number is the first of two operands, or a factor")
     right = values.of(b) if isinstance(b, fx.Node) else b
-    if right is b and values.of(a).dtype != torch.float32:
-        raise NoProgram(
-            "PyTorch rounds a number beside 16 bits for some operations, not for others"
-        )
-    _add_elementwise(values, operation, values.of(a), right, values.make(node))
+    left, dtype = values.of(a), node.meta["val"].dtype
+    for one in (left, right):
+        is_number = not isinstance(one, Value) or (not one.shape and one.dtype != dtype)
+        if is_number and dtype != torch.float32:
+            raise NoProgram("PyTorch rounds a number beside 16 bits for some operations only")
+    if not isinstance(right, Value) and not abs(right) <= torch.finfo(torch.float32).max:
+        raise NoProgram(f"{right} is no number of float32")
+    _add_elementwise(values, operation, left, right, values.make(node))
 
 
 def _square(values: Values, node: fx.Node) -> None:

@@ -85,9 +85,9 @@ class Values:
             returned: those that it returns.
         """
         self.builder = Builder()
-        self._nodes = nodes
         # A node's value, or values; the argument's number, if it is no tensor with fixed sizes.
         self._known: dict[fx.Node, Any] = {}
+        self._examples: dict[int, Any] = {}  # of the arguments
         self._owners = _owners(nodes)
         self._returned = {self._owners[node] for node in returned}
         self._last = {
@@ -115,33 +115,59 @@ class Values:
 
     def size(self, node: fx.Node, dim: int) -> int | Place:
         """Return a tensor's size along a dimension: a number, or the place of an argument's."""
-        size = node.meta["val"].shape[dim]
-        return size if isinstance(size, int) else Place(("size", self._known[node], dim))
+        known = self._known[node]
+        if isinstance(known, Value):
+            return known.shape[dim]
+        size = self._examples[known].shape[dim]
+        return size if isinstance(size, int) else Place(("size", known, dim))
 
     def stride(self, node: fx.Node, dim: int) -> int | Place:
         """Return a tensor's stride along a dimension in the same way, in elements."""
-        stride = node.meta["val"].stride(dim)
-        return stride if isinstance(stride, int) else Place(("stride", self._known[node], dim))
+        known = self._known[node]
+        if isinstance(known, Value):
+            return known.stride[dim]
+        stride = self._examples[known].stride(dim)
+        return stride if isinstance(stride, int) else Place(("stride", known, dim))
 
-    def add_argument(self, node: fx.Node, number: int) -> None:
-        fake = node.meta["val"]
+    def add_argument(self, node: fx.Node, number: int, example: Any) -> None:
+        """Add an argument. The example says how it lies: passes may have replaced the node's."""
         self._known[node] = number
-        if not isinstance(fake, Tensor):
+        self._examples[number] = example
+        if not isinstance(example, Tensor):
             return
-        if fake.device.type != "cpu" or fake.layout != torch.strided or fake.is_neg():
+        if example.device.type != "cpu" or example.layout != torch.strided or example.is_neg():
             raise NoProgram("an argument is on another device, or is no plain tensor")
-        if _has_fixed_sizes(fake):
+        if _has_fixed_sizes(example):
             memory = Memory(Place(("pointer", number)), number, 0)
-            value = Value(memory, 0, fake.dtype, tuple(fake.shape), fake.stride())
-            self._known[node] = value
+            about = example.dtype, tuple(example.shape), example.stride()
+            self._known[node] = Value(memory, 0, *about)
 
-    def add_view(self, node: fx.Node, source: fx.Node) -> None:
-        """Add a view, or several, of a tensor."""
-        fakes = node.meta["val"]
-        if isinstance(fakes, Tensor):
-            self._known[node] = self._view(source, fakes)
-        else:
-            self._known[node] = [self._view(source, fake) for fake in fakes]
+    def add_view(self, node: fx.Node) -> None:
+        """Add a view, or several, of a tensor.
+
+        Where it lies is computed from where its source does. The node's own fake value may be of
+        another source, which a pass of Inductor has replaced by one that is equal to it.
+        """
+        source, *args = node.args
+        value = self.of(source)
+        tensor = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
+        if any(isinstance(arg, fx.Node) for arg in args):
+            raise NoProgram("a view has symbolic sizes")
+        try:
+            found = node.target(tensor, *args, **node.kwargs)  # type: ignore[operator]
+        except RuntimeError as error:
+            raise NoProgram(f"{node.target} would make no view") from error
+        views = [
+            Value(
+                value.memory,
+                value.offset + int(view.storage_offset()),
+                value.dtype,
+                tuple(view.shape),
+                view.stride(),
+            )
+            for view in ([found] if isinstance(found, Tensor) else found)
+        ]
+        self._known[node] = views[0] if isinstance(found, Tensor) else views
 
     def add_item(self, node: fx.Node, source: fx.Node, index: int) -> None:
         """Add one of several values."""
@@ -178,16 +204,6 @@ class Values:
         if value.memory.argument is not None:
             raise NoProgram("it returns an argument, or a view of one")
         return Result(value.memory.place, value.shape, value.stride, value.offset)
-
-    def _view(self, source: fx.Node, fake: Tensor) -> Value:
-        value = self.of(source)
-        offset = fake.storage_offset()
-        if value.memory.argument is not None:
-            # An argument's address is that of its first element.
-            offset -= self._nodes[value.memory.argument].meta["val"].storage_offset()
-        if not isinstance(offset, int) or not _has_fixed_sizes(fake):
-            raise NoProgram("a view has symbolic sizes")
-        return Value(value.memory, offset, fake.dtype, tuple(fake.shape), fake.stride())
 
     def _make(self, node: fx.Node, fake: Tensor) -> Value:
         if not _has_fixed_sizes(fake) or not fake.numel():
