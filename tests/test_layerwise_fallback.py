@@ -264,3 +264,14 @@ class TestAround:
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert all(map(torch.equal, steps(whole), steps(model())))
+
+
+@pytest.mark.filterwarnings("ignore::mxfp4_fx.core.errors.MissedRewriteWarning")
+def test_a_layer_whose_experts_run_uncompiled_keeps_its_weights() -> None:
+    """The other layers' are freed when the first is compiled, if all are called alike."""
+    whole = mxfp4_fx.compile(model(), options={"inner": "eager", "free_weights": True})
+    experts = whole.model.layers[1].mlp.experts
+    experts.forward = torch.compiler.disable(experts.forward)
+    with pytest.warns(WholeModelWarning, match=r"model\.layers\.1"):
+        assert whole(tokens()).logits.isfinite().all()
+    assert experts.gate_up_proj.isfinite().all()
