@@ -36,12 +36,12 @@ class NoProgram(Exception):
 
 
 class Memory(NamedTuple):
-    """What one or more tensors lie in.
+    """What one or more tensors lie in: an argument, or what an instruction writes.
 
     Attributes:
         place: where it begins.
-        argument: the number of the argument that it is, or None.
-        bytes: its size, if it is no argument.
+        argument: the argument's number, or None.
+        bytes: what an instruction writes; 0 for an argument.
     """
 
     place: Place
