@@ -24,7 +24,16 @@ from torch import Tensor
 
 from mxfp4_fx.core import profiling, torch_private, torch_private_dynamo
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
-from mxfp4_fx.ops import adapters, autograd, backward, fakes, flops, operands, reference
+from mxfp4_fx.ops import (
+    adapters,
+    autograd,
+    backward,
+    fakes,
+    flops,
+    operands,
+    operands_around,
+    reference,
+)
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET, operands_of
 
 _REFERENCE = {
@@ -199,6 +208,7 @@ def _linears_mxfp8_backward(
     scales: Sequence[Tensor],
     kernels: str = "reference",
 ) -> Tensor:
+    operands_around.check_linears_mxfp8_backward(grads, codes, scales)
     result: Tensor
     with profiling.shown_linears(codes) if profiling.is_on() else contextlib.nullcontext():
         result = kernel(kernels, "linears_mxfp8_backward")(grads, codes, scales)
@@ -214,7 +224,7 @@ def _attention_with_sinks(
     scale: float,
     kernels: str = "reference",
 ) -> Tensor:
-    given = operands.Attention(query, key, value, sinks, mask, scale)
+    given = operands_around.Attention(query, key, value, sinks, mask, scale)
     attend = kernel(kernels, "attention_with_sinks")
     result: Tensor
     if profiling.is_on():

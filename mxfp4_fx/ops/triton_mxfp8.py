@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxfp4_fx.core import hardware
-from mxfp4_fx.ops import operands, reference_around, tiles
+from mxfp4_fx.ops import operands_around, reference_around, tiles
 from mxfp4_fx.ops.triton_kernels.arithmetic import UNIT
 from mxfp4_fx.ops.triton_kernels.linears import (
     linears_mxfp8_backward_kernel,
@@ -59,7 +59,7 @@ def linears(
         TypeError: x is not float32, bfloat16 or float16.
         ValueError: shapes do not fit.
     """
-    operands.check_linears_mxfp8(x, codes, scales, biases)
+    operands_around.check_linears_mxfp8(x, codes, scales, biases)
     _require_dtype(x.dtype)
     if x.numel() == 0:
         return reference_around.linears_mxfp8(x, codes, scales, biases)
