@@ -13,7 +13,6 @@ their own, enter them in :data:`KERNELS`, and let ``target.choose`` return their
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -154,19 +153,18 @@ def _routing_routes(
 def _matmul_ogs(*flat: Any) -> Tensor:
     x, weight, rows, activation, kernels = operands_of(*flat)
     multiply = kernel(kernels, "matmul_ogs")
-    y: Tensor
     if profiling.is_on():
-        with profiling.shown(weight.blocks):
-            y = multiply(x, weight, rows, activation)
-    else:
-        y = multiply(x, weight, rows, activation)
+        multiply = profiling.within(profiling.shown(weight.blocks), multiply)
+    y: Tensor = multiply(x, weight, rows, activation)
     return y
 
 
 def _matmul_ogs_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     x, weight, rows, activation, _ = operands_of(*flat)
-    with profiling.shown(weight.blocks) if profiling.is_on() else contextlib.nullcontext():
-        return backward.matmul_ogs_backward(grad, x, weight, rows, activation)
+    multiply = backward.matmul_ogs_backward
+    if profiling.is_on():
+        multiply = profiling.within(profiling.shown(weight.blocks), multiply)
+    return multiply(grad, x, weight, rows, activation)
 
 
 def _linears(
@@ -176,12 +174,9 @@ def _linears(
     kernels: str = "reference",
 ) -> list[Tensor]:
     multiply = kernel(kernels, "linears")
-    results: list[Tensor]
     if profiling.is_on():
-        with profiling.shown_linears(weights):
-            results = multiply(x, weights, biases)
-    else:
-        results = multiply(x, weights, biases)
+        multiply = profiling.within(profiling.shown_linears(weights), multiply)
+    results: list[Tensor] = multiply(x, weights, biases)
     return results
 
 
@@ -193,12 +188,9 @@ def _linears_mxfp8(
     kernels: str = "reference",
 ) -> list[Tensor]:
     multiply = kernel(kernels, "linears_mxfp8")
-    results: list[Tensor]
     if profiling.is_on():
-        with profiling.shown_linears(codes):
-            results = multiply(x, codes, scales, biases)
-    else:
-        results = multiply(x, codes, scales, biases)
+        multiply = profiling.within(profiling.shown_linears(codes), multiply)
+    results: list[Tensor] = multiply(x, codes, scales, biases)
     return results
 
 
@@ -209,9 +201,10 @@ def _linears_mxfp8_backward(
     kernels: str = "reference",
 ) -> Tensor:
     operands_around.check_linears_mxfp8_backward(grads, codes, scales)
-    result: Tensor
-    with profiling.shown_linears(codes) if profiling.is_on() else contextlib.nullcontext():
-        result = kernel(kernels, "linears_mxfp8_backward")(grads, codes, scales)
+    multiply = kernel(kernels, "linears_mxfp8_backward")
+    if profiling.is_on():
+        multiply = profiling.within(profiling.shown_linears(codes), multiply)
+    result: Tensor = multiply(grads, codes, scales)
     return result
 
 
@@ -226,12 +219,9 @@ def _attention_with_sinks(
 ) -> Tensor:
     given = operands_around.Attention(query, key, value, sinks, mask, scale)
     attend = kernel(kernels, "attention_with_sinks")
-    result: Tensor
     if profiling.is_on():
-        with profiling.shown(sinks, "attention"):
-            result = attend(given)
-    else:
-        result = attend(given)
+        attend = profiling.within(profiling.shown(sinks, "attention"), attend)
+    result: Tensor = attend(given)
     return result
 
 
