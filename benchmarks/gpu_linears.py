@@ -5,14 +5,15 @@
 
 Every result is checked against float64. Times are those of CUDA graphs in which weights rotate, so
 that they come from memory. A shape with several N, as ``4096+512+512x2880``, is linears of one
-input. The gradient of the input is measured, too. In Triton's interpreter times mean nothing.
+input. The gradient of the input is measured, too. The JSON is written after each number of rows;
+nothing is begun after ``--seconds``. In Triton's interpreter times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,9 +42,10 @@ def main(argv: list[str] | None = None, clock: Clock = time.perf_counter) -> int
     add("--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1")
     add("--rows", type=command.numbers, default=ROWS, help=f"({','.join(map(str, ROWS))})")
     add("--shapes", type=command.names, default=SHAPES, help=f"N x K ({','.join(SHAPES)})")
+    add("--seconds", type=float, default=420.0, help="nothing is begun afterwards (%(default)s)")
     add("--cell-seconds", type=float, default=0.12, help="for one time (%(default)s)")
     args = parser.parse_args(argv)
-    log = command.start(args, clock)
+    started, log = clock(), command.start(args, clock)
     device = Device(args.device, clock)
     device.measure_floors()
     results: dict[str, Any] = {
@@ -52,21 +54,33 @@ def main(argv: list[str] | None = None, clock: Clock = time.perf_counter) -> int
         "settings": {k: v for k, v in vars(args).items() if k not in ("output", "silent")},
         "floors": device.floors(),
         "linears": [],
+        "skipped": [],
     }
+
+    def in_time() -> bool:
+        return clock() <= started + args.seconds
+
     with torch.no_grad():
         for shape in args.shapes:
             log(shape)
-            for row in measure(shape, args, device):
+            rows = [*args.rows]
+            for row in measure(shape, rows, args, device) if in_time() else ():
                 results["linears"].append(row)
                 command.write(args.output, results)
+                rows.remove(row["rows"])
+                if not in_time():
+                    break
+            results["skipped"] += [{"shape": shape, "rows": each} for each in rows]
             device.release()
-    results["complete"] = True
+    results["complete"] = not results["skipped"]
     command.finish(args, results, text(results))
     return 0
 
 
-def measure(shape: str, args: argparse.Namespace, device: Device) -> list[dict[str, Any]]:
-    """Time one shape with each number of rows.
+def measure(
+    shape: str, counts: Sequence[int], args: argparse.Namespace, device: Device
+) -> Iterator[dict[str, Any]]:
+    """Time one shape with each number of rows; yield what was found for it.
 
     Raises:
         WrongResult: rounding does not explain how far a result is from float64's.
@@ -83,8 +97,7 @@ def measure(shape: str, args: argparse.Namespace, device: Device) -> list[dict[s
     copies = 1 + _ROTATING_CACHES * device.l2_bytes() // size
     exact = [[weight.clone() for weight in first] for _ in range(copies)]
     held = [[tuple(p.clone() for p in weight) for weight in in_mxfp8] for _ in range(2 * copies)]
-    found = []
-    for rows in args.rows:
+    for rows in [*counts]:
         x = torch.randn((rows, k), generator=generator).bfloat16().to(device.torch)
         grads = [
             torch.randn((rows, int(n)), generator=generator).bfloat16().to(device.torch)
@@ -99,27 +112,27 @@ def measure(shape: str, args: argparse.Namespace, device: Device) -> list[dict[s
                 [_mxfp8(x, weights) for weights in held],
                 torch.cat([x.double() @ value.double().T for value in values], 1),
             ),
+            "bf16_backward": (
+                [_torch_backward(grads, weights) for weights in exact],
+                _exact_gradient(grads, first),
+            ),
             "mxfp8_backward": (
                 [_backward(grads, weights) for weights in held],
-                sum(
-                    (g.double() @ v.double() for g, v in zip(grads, values, strict=True)),
-                    torch.zeros((), dtype=torch.float64, device=device.torch),
-                ),
+                _exact_gradient(grads, values),
             ),
         }
         times = {name: _time(name, *cell, args, device) for name, cell in cells.items()}
-        found.append(
-            {
-                "shape": shape,
-                "rows": rows,
-                "copies": copies,
-                "milliseconds": times,
-                "times_faster": times["bf16"]["median"] / times["mxfp8"]["median"],
-                "bytes_per_second": sum(p.nbytes for weight in in_mxfp8 for p in weight)
-                / (times["mxfp8"]["median"] / 1e3),
-            }
-        )
-    return found
+        medians = {name: time["median"] for name, time in times.items()}
+        yield {
+            "shape": shape,
+            "rows": rows,
+            "copies": copies,
+            "milliseconds": times,
+            "times_faster": medians["bf16"] / medians["mxfp8"],
+            "backward_times_faster": medians["bf16_backward"] / medians["mxfp8_backward"],
+            "bytes_per_second": sum(p.nbytes for weight in in_mxfp8 for p in weight)
+            / (medians["mxfp8"] / 1e3),
+        }
 
 
 def _time(
@@ -140,19 +153,38 @@ def _mxfp8(x: Tensor, weights: Sequence[Any]) -> Run:
     return lambda: device_ops.linears_mxfp8(x, weights, "triton")
 
 
+def _torch_backward(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Run:
+    def run() -> list[Tensor]:
+        total = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            total = torch.addmm(total, grad, weight)
+        return [total]
+
+    return run
+
+
+def _exact_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*grads], 1).double() @ torch.cat([*weights]).double()
+
+
 def _backward(grads: Sequence[Tensor], weights: Sequence[Any]) -> Run:
     return lambda: [device_ops.linears_mxfp8_backward(grads, weights, "triton")]
 
 
 def text(results: dict[str, Any]) -> str:
-    lines = ["weights in MXFP8: rows: times as fast as bfloat16 (GB/s of the weights)"]
+    lines = [
+        "weights in MXFP8: rows: times as fast as bfloat16, the gradient (GB/s of the weights)"
+    ]
     for shape in dict.fromkeys(row["shape"] for row in results["linears"]):
         each = "  ".join(
-            f"{row['rows']}: {row['times_faster']:.2f} ({row['bytes_per_second'] / 1e9:.0f})"
+            f"{row['rows']}: {row['times_faster']:.2f}, {row['backward_times_faster']:.2f} "
+            f"({row['bytes_per_second'] / 1e9:.0f})"
             for row in results["linears"]
             if row["shape"] == shape
         )
         lines.append(f"{shape}   {each}")
+    late = ", ".join(f"{one['shape']}: {one['rows']}" for one in results["skipped"])
+    lines += [f"not begun in time: {late}"] if late else []
     return paragraphs(str(results["machine"]["device"]), "\n".join(lines))
 
 

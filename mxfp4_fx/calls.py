@@ -115,6 +115,9 @@ class Call:
                     names = model.skipped(self.options.skip)
                     skipped += [(module, name in names) for name, module in experts]
         STORE.look_at(dtensors_in(self.called.experts))  # a graph may be given their shards alone
+        if profiling.is_on():  # before the hooks: if names cannot be looked up, none stay
+            self._naming = profiling.naming(self.called.names)
+            self._naming.__enter__()
         self._outer, self._raised = current(), sys.exc_info()[1]
         _calls.current = self
         with _lock:
@@ -124,15 +127,26 @@ class Call:
                 module._forward_hooks[HOOK] = _after_experts
             for module, is_skipped in skipped:
                 vars(module)[SKIPPED] = is_skipped
-        if profiling.is_on():
-            self._naming = profiling.naming(self.called.names)
-            self._naming.__enter__()
 
     def __exit__(self, *_: object) -> None:
-        if self._compiling is not None:
-            self.traced()
-            self._compiling.close()
-            self._compiling = None
+        try:
+            if self._compiling is not None:
+                with self._compiling:
+                    self.traced()
+                self._compiling = None
+        finally:
+            self._leave()
+        # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
+        error = sys.exc_info()[1]
+        if error is self._raised:
+            self._judge()
+        elif isinstance(error, Exception):
+            models = [f"a call of {model.kind}" for model in self.called.models]
+            entered = map(self.called.name_of, self._entered)
+            ranks.note(error, "in " + ["a call", *models, *entered][-1])
+
+    def _leave(self) -> None:
+        """Take the call and its hooks away."""
         if self._naming is not None:
             self._naming.__exit__(None, None, None)
         _calls.current = self._outer
@@ -149,14 +163,6 @@ class Call:
                 module._forward_hooks.pop(HOOK, None)
                 if self.options.skip:
                     vars(module).pop(SKIPPED, None)
-        # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
-        error = sys.exc_info()[1]
-        if error is self._raised:
-            self._judge()
-        elif isinstance(error, Exception):
-            models = [f"a call of {model.kind}" for model in self.called.models]
-            entered = map(self.called.name_of, self._entered)
-            ranks.note(error, "in " + ["a call", *models, *entered][-1])
 
     def compiles(self, is_part: bool) -> None:
         """Note that Dynamo begins to compile in this call: a part of it, or what is called."""

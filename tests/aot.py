@@ -192,7 +192,7 @@ def linears(name: str, dtype: str = "bf16", regimes: str = "") -> Iterator[Compi
     from mxfp4_fx.ops.triton_kernels import linears as kernels
 
     terms = hardware.gpu_terms(name, DTYPES[dtype])
-    table = tiles.table(f"mxfp8_{tiles.table_name(name, layout_of(name))}")
+    table = tiles.table(tiles.table_name(name, layout_of(name), "mxfp8_"))
     seen: set[str] = set()
     for entry in table:
         if regimes and (entry.regime in seen or entry.regime not in regimes.split(",")):

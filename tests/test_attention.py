@@ -21,7 +21,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import mxfp4_fx.ops.schemas  # noqa: F401  (defines torch.ops.mxfp4)
 from mxfp4_fx.ops import cpu_attention
-from mxfp4_fx.ops.operands import Attention
+from mxfp4_fx.ops.operands_around import Attention
 
 attention_with_sinks = torch.ops.mxfp4.attention_with_sinks
 KERNELS = ("reference", "pytorch", "cpu")

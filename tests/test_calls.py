@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import mxfp4_fx
+from mxfp4_fx import calls
 from mxfp4_fx.core.errors import (
     MissedRewriteError,
     MissedRewriteWarning,
@@ -280,6 +281,18 @@ class TestNothingStays:
         compile_with(module, options=options)(hidden())
         assert {**vars(module.experts)}.keys() == before.keys()
         assert not module.experts._forward_hooks
+
+    def test_if_the_end_of_a_compilation_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = mlp()
+
+        def fail(call: calls.Call) -> None:
+            raise RuntimeError("no results are kept")
+
+        monkeypatch.setattr(calls.Call, "traced", fail)
+        with pytest.raises(RuntimeError, match="no results are kept"):
+            compile_with(module)(hidden())
+        assert calls.current() is None
+        assert calls.HOOK not in module.experts._forward_hooks
 
     def test_after_an_error(self) -> None:
         module = mlp()

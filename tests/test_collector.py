@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from models import hidden, mlp
@@ -65,6 +68,38 @@ def test_the_last_of_several_blocks_ends_it() -> None:
     assert gc.get_threshold() != USUAL
     ended.set()
     thread.join()
+    assert gc.get_threshold() == USUAL
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_forked_child_has_no_block(is_inside: bool) -> None:
+    """Neither of a thread that it lacks, nor of the one that forked."""
+    inside, ended = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with collector.young_only():
+            inside.set()
+            ended.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait()
+    with collector.young_only() if is_inside else contextlib.nullcontext():
+        child = os.fork()
+        seen = [gc.get_threshold()]
+        with collector.young_only():
+            seen.append(gc.get_threshold())
+    if not child:
+        seen.append(gc.get_threshold())
+        with collector.young_only():
+            seen.append(gc.get_threshold())
+        inside_of_one = *USUAL[:2], collector._NEVER
+        os._exit(seen != [USUAL, inside_of_one, USUAL, inside_of_one])
+    ended.set()
+    thread.join()
+    assert processes.exit_status(child) == 0
     assert gc.get_threshold() == USUAL
 
 

@@ -251,6 +251,29 @@ def test_the_gradient_of_x(dtype: torch.dtype) -> None:
         assert_within(x.grad, expected)
 
 
+def of(n: int, k: int = 64) -> tuple[Tensor, Weight]:
+    return randn(3, n), random_weight(n, k)
+
+
+WRONG_BACKWARD: dict[str, list[tuple[Tensor, Weight]]] = {
+    "one or more gradients": [],
+    r"codes must be \[1, N, 64\]": [of(7), of(2, 96)],
+    r"must be torch.float32 \(3, 2\)": [of(7), (randn(4, 2), random_weight(2, 64))],
+    r"one is torch.float32 \(3, 5\)": [of(7), (randn(3, 5), random_weight(2, 64))],
+    r"one is torch.float16 \(3, 2\)": [of(7), (randn(3, 2).half(), random_weight(2, 64))],
+    "must be uint8": [(randn(3, 7), (torch.zeros(1, 7, 64), torch.zeros(1, 7, 2)))],
+}
+
+
+@pytest.mark.parametrize("message", WRONG_BACKWARD)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gradients_that_do_not_fit(message: str, device: str) -> None:
+    given = [(grad, *weight) for grad, weight in WRONG_BACKWARD[message]]
+    grads, codes, scales = ([one[at].to(device) for one in given] for at in range(3))
+    with pytest.raises(ValueError, match=message):
+        torch.ops.mxfp4.linears_mxfp8_backward(grads, codes, scales)
+
+
 def test_a_bias_has_no_gradient() -> None:
     bias = randn(7).requires_grad_()
     with pytest.raises(RuntimeError, match="no gradient for a bias"):

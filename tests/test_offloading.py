@@ -121,6 +121,15 @@ class TestTheWarning:
         (message,) = [message for _ in range(4) for message in told(run, hidden())]
         assert message.endswith("device_map offloads them:\n  layers.1.experts\n  layers.2.experts")
 
+    def test_is_given_for_layers_that_take_turns(self) -> None:
+        """So do layers that are compiled one by one: one graph, another caller at each call."""
+        runs = []
+        for seed in range(2):
+            module = mlp(seed=seed)
+            cpu_offload(module.experts, execution_device=CPU)
+            runs.append(compile_with(module))
+        assert sum(len(told(run, hidden())) for _ in range(5) for run in runs) == 2
+
     def test_is_given_for_a_graph_of_another_model(self) -> None:
         compile_with(mlp().experts)(*routed())
         module = mlp().experts

@@ -5,7 +5,9 @@ On a GPU if there is one, otherwise in Triton's interpreter.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,13 +80,14 @@ def test_any_sizes(
     check(randn(rows, k, dtype=dtype), [random_weight(n, k)], [bias])
 
 
-@pytest.mark.parametrize("units", UNITS)
-@pytest.mark.parametrize("k", [96, 128])
+@pytest.mark.parametrize(
+    ("units", "k", "dtype"), covering(UNITS, (96, 128), (torch.bfloat16, torch.float16))
+)
 def test_many_rows_in_the_order_of_the_units(
-    units: str, k: int, monkeypatch: pytest.MonkeyPatch
+    units: str, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, units, Tile("any", 0, 0, 64, 64, 128, 1, 4, 1))
-    check(randn(65, k, dtype=torch.bfloat16), [random_weight(20, k)], [None])
+    check(randn(65, k, dtype=dtype), [random_weight(20, k)], [None])
 
 
 @pytest.fixture
@@ -230,6 +233,23 @@ def test_the_gradient_of_x(
     assert_within(x.grad.cpu().view(6, k), expected)
 
 
+def with_gaps(part: Tensor) -> Tensor:
+    return torch.stack([part, part + 1], -1)[..., 0].to(DEVICE)
+
+
+@pytest.mark.parametrize("strided", ["codes", "scales", "grad"])
+def test_the_gradient_of_parts_with_gaps(strided: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, tile=Tile("any", 0, 0, 16, 64, 64, 1, 4, 1))
+    codes, scales = random_weight(40, 96)
+    given = {"grad": randn(3, 40), "codes": codes, "scales": scales}
+    there = {k: with_gaps(v) if k == strided else v.to(DEVICE) for k, v in given.items()}
+    parts = ([there[name]] for name in given)
+    gradient = ops.linears_mxfp8_backward(*parts, "triton").cpu()
+    exact = Bounded.exact(given["grad"])
+    expected = linear(exact, values_of((codes, scales)).T, torch.zeros(96), LOST)
+    assert_within(gradient, expected.rounded(torch.float32))
+
+
 def test_the_gradient_of_no_rows() -> None:
     x = randn(0, 64).to(DEVICE).requires_grad_()
     codes, scales = (part.to(DEVICE) for part in random_weight(7, 64))
@@ -254,6 +274,19 @@ def test_a_gpu_has_tiles(gpu: str) -> None:
 def test_gpus_without_a_table_have_another_ones() -> None:
     for gpu, other in (("sm_89", "sm_80"), ("sm_120", "sm_80"), ("gfx950", "gfx942")):
         assert tiles.choose_mxfp8(gpu, 1) == tiles.table(f"mxfp8_{other}")[0]
+
+
+@pytest.mark.parametrize(("tuned", "other"), [("", "mxfp8_"), ("mxfp8_", "")])
+def test_a_tuned_table_of_one_kind_is_none_of_the_other(
+    tuned: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in tiles.FOLDER.iterdir():
+        shutil.copy(path, tmp_path)
+    shutil.copy(tmp_path / f"{tuned}sm_80.json", tmp_path / f"{tuned}sm_89.json")
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    find = tiles.table_name.__wrapped__  # what is not cached
+    assert find("sm_89", "mma_fragments", tuned) == f"{tuned}sm_89"
+    assert find("sm_89", "mma_fragments", other) == f"{other}sm_80"
 
 
 def test_activations_of_several_terms_have_fewer_rows() -> None:

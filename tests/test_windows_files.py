@@ -1,7 +1,6 @@
 """Checkpoints are written under Windows' rules for files, which this system does not have."""
 
 import errno
-import fcntl
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,9 @@ import pytest
 from checkpoints import TINY, convert, edit_tensors, files, randomize, write_dense
 
 from mxfp4_fx.checkpoints.random_weights import write_random_checkpoint
+from mxfp4_fx.checkpoints.safetensors_file import take_place
+
+fcntl = pytest.importorskip("fcntl")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -66,3 +68,14 @@ def test_a_checkpoint_is_quantized(dense: Path, exists: bool, tmp_path: Path) ->
 @pytest.mark.usefixtures("_windows")
 def test_random_weights_are_written_to_an_empty_directory(tmp_path: Path) -> None:
     assert "config.json" in files(write_random_checkpoint(tmp_path, TINY, progress=False))
+
+
+def test_elsewhere_an_empty_directory_is_replaced_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (complete := tmp_path / "complete").mkdir()
+    (complete / "file").touch()
+    (path := tmp_path / "path").mkdir()
+    monkeypatch.delattr(Path, "rmdir")
+    take_place(complete, path)
+    assert files(path) == {"file": b""}

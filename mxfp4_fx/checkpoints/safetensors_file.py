@@ -228,10 +228,16 @@ def require_new(path: Path) -> None:
 
 
 def take_place(complete: Path, path: Path) -> None:
-    """Give a complete directory the name of a new one, in one step; see :func:`require_new`."""
-    with contextlib.suppress(FileNotFoundError):
-        path.rmdir()  # Windows puts a directory in the place of none
-    complete.replace(path)
+    """Give a complete directory the name of a new one; see :func:`require_new`.
+
+    This is one step, except on Windows, where an empty directory has to go first.
+    """
+    try:
+        complete.replace(path)
+    except PermissionError:
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()
+        complete.replace(path)
 
 
 def require_room(path: Path, nbytes: int) -> None:

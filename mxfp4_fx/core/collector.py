@@ -17,8 +17,16 @@ from mxfp4_fx.core import forks
 
 _NEVER = 2**30  # collections of the middle generation before one of the oldest
 _lock = threading.Lock()
-_blocks = 0
-_usual = 0
+
+
+class _State:
+    """How many blocks there are in this process, and the threshold that holds outside of them."""
+
+    blocks = 0
+    usual = 0
+
+
+_state = _State()
 
 
 @contextlib.contextmanager
@@ -26,22 +34,37 @@ def young_only() -> Iterator[None]:
     """Let the collector look at young objects only until the last such block of all threads ends.
 
     Older garbage waits for the next collection after it. Whoever sets other thresholds meanwhile
-    keeps them. From Python 3.14 on, the collector has no such generation, and this does nothing.
+    keeps them. In a forked child there are no blocks, not even that of the thread that forked. From
+    Python 3.14 on, the collector has no such generation, and this does nothing.
     """
-    global _blocks, _usual
     with _lock:
-        _blocks += 1
-        if _blocks == 1:
-            youngest, middle, _usual = gc.get_threshold()
+        state = _state
+        state.blocks += 1
+        if state.blocks == 1:
+            youngest, middle, state.usual = gc.get_threshold()
             gc.set_threshold(youngest, middle, _NEVER)
     try:
         yield
     finally:
         with _lock:
-            _blocks -= 1
-            youngest, middle, oldest = gc.get_threshold()
-            if _blocks == 0 and oldest == _NEVER:
-                gc.set_threshold(youngest, middle, _usual)
+            state.blocks -= 1
+            if state.blocks == 0 and state is _state:
+                _lower(state)
+
+
+def _lower(state: _State) -> None:
+    youngest, middle, oldest = gc.get_threshold()
+    if oldest == _NEVER:
+        gc.set_threshold(youngest, middle, state.usual)
+
+
+def _begin_anew() -> None:
+    """End all blocks in a forked child: the threads that would end them are missing."""
+    global _state
+    state, _state = _state, _State()
+    if state.blocks:
+        _lower(state)
 
 
 forks.renew_lock(sys.modules[__name__], "_lock", threading.Lock)
+forks.in_child(_begin_anew)

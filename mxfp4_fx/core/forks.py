@@ -9,6 +9,7 @@ from typing import Any
 
 # Owner of a lock -> the attribute that holds the lock, and the factory of the lock.
 _owners: weakref.WeakKeyDictionary[Any, tuple[str, Callable[[], Any]]] = weakref.WeakKeyDictionary()
+_functions: list[Callable[[], None]] = []
 _forked = False
 
 
@@ -27,6 +28,11 @@ def renew_lock(owner: Any, name: str, make: Callable[[], Any]) -> None:
     _owners[owner] = name, make
 
 
+def in_child(function: Callable[[], None]) -> None:
+    """Call a function in each forked child, after its locks are new."""
+    _functions.append(function)
+
+
 def is_forked() -> bool:
     """Return whether this process was forked after the parent imported this module."""
     return _forked
@@ -37,6 +43,8 @@ def _after_fork() -> None:
     _forked = True
     for owner, (name, make) in list(_owners.items()):
         setattr(owner, name, make())
+    for function in _functions:
+        function()
 
 
 if hasattr(os, "register_at_fork"):

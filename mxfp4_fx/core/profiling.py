@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mxfp4_fx.core import torch_private
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 is_on = torch_private.is_profiling
 _named = threading.local()
@@ -36,6 +39,18 @@ def naming(names: Mapping[int, str]) -> Iterator[None]:
 def name(swizzled: Tensor, shown: str) -> None:
     """Let ops know a swizzled weight, for as long as it lives."""
     _swizzled[swizzled] = shown
+
+
+def within(
+    context: contextlib.AbstractContextManager[Any], function: Callable[P, T]
+) -> Callable[P, T]:
+    """Return a function of one call that is made in a context; without one, calls cost nothing."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with context:
+            return function(*args, **kwargs)
+
+    return run
 
 
 def shown(weight: Tensor, what: str = "") -> contextlib.AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """The private names of torch that the package uses: each of them once, under a plain name.
 
 A new torch may lack any of them. This file then raises ``TorchVersionError`` with the missing name.
-``tests/test_torch_private.py`` pins the behaviour that the package relies on. Names in modules that
+``tests/test_torch_private*.py`` pin the behaviour that the package relies on. Names in modules that
 take long to import are looked up on first use.
 
 A few private attributes are used outside this file, because every call reads them: ``_base``,

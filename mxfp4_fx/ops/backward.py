@@ -116,8 +116,8 @@ def linears_mxfp8_backward(
     """Return the gradient of ``linears_mxfp8`` with respect to x, [..., K].
 
     Args:
-        grads: the gradients [..., N] of its results, at least one.
-        codes, scales: the op's operands.
+        grads: the gradients [..., N] of its results, at least one, of one dtype.
+        codes, scales: the op's operands; ``operands_around`` has checked all.
     """
     total = None
     for grad, code, scale in zip(grads, codes, scales, strict=True):

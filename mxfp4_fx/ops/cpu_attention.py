@@ -20,7 +20,7 @@ from mxfp4_fx.core.errors import KernelsUnavailableError, NativeBuildError
 from mxfp4_fx.ops import reference_around
 from mxfp4_fx.ops.cpu_library import check, library
 from mxfp4_fx.ops.cpu_structs import ATTENTION, DTYPES
-from mxfp4_fx.ops.operands import Attention
+from mxfp4_fx.ops.operands_around import Attention
 
 # Queries that are computed at a time. Each block reads the keys that its part of the mask lets it
 # see: with fewer queries these are fewer, with more the matmuls are larger.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4_fx.ops import adapters, operands
+from mxfp4_fx.ops import adapters, operands, operands_around
 from mxfp4_fx.ops.operands import operands_of
 
 
@@ -63,7 +63,7 @@ def linears(
     biases: Sequence[Tensor | None],
     kernels: str = "reference",
 ) -> list[Tensor]:
-    operands.check_linears(x, weights, biases)
+    operands_around.check_linears(x, weights, biases)
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
 
 
@@ -74,7 +74,7 @@ def linears_mxfp8(
     biases: Sequence[Tensor | None],
     kernels: str = "reference",
 ) -> list[Tensor]:
-    operands.check_linears_mxfp8(x, codes, scales, biases)
+    operands_around.check_linears_mxfp8(x, codes, scales, biases)
     return [x.new_empty((*x.shape[:-1], code.shape[1])) for code in codes]
 
 
@@ -84,6 +84,7 @@ def linears_mxfp8_backward(
     scales: Sequence[Tensor],
     kernels: str = "reference",
 ) -> Tensor:
+    operands_around.check_linears_mxfp8_backward(grads, codes, scales)
     return grads[0].new_empty((*grads[0].shape[:-1], codes[0].shape[2]))
 
 
@@ -96,7 +97,7 @@ def attention_with_sinks(
     scale: float,
     kernels: str = "reference",
 ) -> Tensor:
-    operands.Attention(query, key, value, sinks, mask, scale).check()
+    operands_around.Attention(query, key, value, sinks, mask, scale).check()
     batch, heads, queries, size = query.shape
     return query.new_empty((batch, queries, heads, size))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core import mxfp8
-from mxfp4_fx.ops.operands import Attention, check_linears, check_linears_mxfp8
+from mxfp4_fx.ops.operands_around import Attention, check_linears, check_linears_mxfp8
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:

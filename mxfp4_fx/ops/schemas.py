@@ -13,7 +13,6 @@ their own, enter them in :data:`KERNELS`, and let ``target.choose`` return their
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -24,7 +23,16 @@ from torch import Tensor
 
 from mxfp4_fx.core import profiling, torch_private, torch_private_dynamo
 from mxfp4_fx.core.layouts import CHECKPOINT_ORDER
-from mxfp4_fx.ops import adapters, autograd, backward, fakes, flops, operands, reference
+from mxfp4_fx.ops import (
+    adapters,
+    autograd,
+    backward,
+    fakes,
+    flops,
+    operands,
+    operands_around,
+    reference,
+)
 from mxfp4_fx.ops.operands import ALPHA, LIMIT, UP_OFFSET, operands_of
 
 _REFERENCE = {
@@ -145,19 +153,18 @@ def _routing_routes(
 def _matmul_ogs(*flat: Any) -> Tensor:
     x, weight, rows, activation, kernels = operands_of(*flat)
     multiply = kernel(kernels, "matmul_ogs")
-    y: Tensor
     if profiling.is_on():
-        with profiling.shown(weight.blocks):
-            y = multiply(x, weight, rows, activation)
-    else:
-        y = multiply(x, weight, rows, activation)
+        multiply = profiling.within(profiling.shown(weight.blocks), multiply)
+    y: Tensor = multiply(x, weight, rows, activation)
     return y
 
 
 def _matmul_ogs_backward(grad: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     x, weight, rows, activation, _ = operands_of(*flat)
-    with profiling.shown(weight.blocks) if profiling.is_on() else contextlib.nullcontext():
-        return backward.matmul_ogs_backward(grad, x, weight, rows, activation)
+    multiply = backward.matmul_ogs_backward
+    if profiling.is_on():
+        multiply = profiling.within(profiling.shown(weight.blocks), multiply)
+    return multiply(grad, x, weight, rows, activation)
 
 
 def _linears(
@@ -167,12 +174,9 @@ def _linears(
     kernels: str = "reference",
 ) -> list[Tensor]:
     multiply = kernel(kernels, "linears")
-    results: list[Tensor]
     if profiling.is_on():
-        with profiling.shown_linears(weights):
-            results = multiply(x, weights, biases)
-    else:
-        results = multiply(x, weights, biases)
+        multiply = profiling.within(profiling.shown_linears(weights), multiply)
+    results: list[Tensor] = multiply(x, weights, biases)
     return results
 
 
@@ -184,12 +188,9 @@ def _linears_mxfp8(
     kernels: str = "reference",
 ) -> list[Tensor]:
     multiply = kernel(kernels, "linears_mxfp8")
-    results: list[Tensor]
     if profiling.is_on():
-        with profiling.shown_linears(codes):
-            results = multiply(x, codes, scales, biases)
-    else:
-        results = multiply(x, codes, scales, biases)
+        multiply = profiling.within(profiling.shown_linears(codes), multiply)
+    results: list[Tensor] = multiply(x, codes, scales, biases)
     return results
 
 
@@ -199,9 +200,11 @@ def _linears_mxfp8_backward(
     scales: Sequence[Tensor],
     kernels: str = "reference",
 ) -> Tensor:
-    result: Tensor
-    with profiling.shown_linears(codes) if profiling.is_on() else contextlib.nullcontext():
-        result = kernel(kernels, "linears_mxfp8_backward")(grads, codes, scales)
+    operands_around.check_linears_mxfp8_backward(grads, codes, scales)
+    multiply = kernel(kernels, "linears_mxfp8_backward")
+    if profiling.is_on():
+        multiply = profiling.within(profiling.shown_linears(codes), multiply)
+    result: Tensor = multiply(grads, codes, scales)
     return result
 
 
@@ -214,14 +217,11 @@ def _attention_with_sinks(
     scale: float,
     kernels: str = "reference",
 ) -> Tensor:
-    given = operands.Attention(query, key, value, sinks, mask, scale)
+    given = operands_around.Attention(query, key, value, sinks, mask, scale)
     attend = kernel(kernels, "attention_with_sinks")
-    result: Tensor
     if profiling.is_on():
-        with profiling.shown(sinks, "attention"):
-            result = attend(given)
-    else:
-        result = attend(given)
+        attend = profiling.within(profiling.shown(sinks, "attention"), attend)
+    result: Tensor = attend(given)
     return result
 
 

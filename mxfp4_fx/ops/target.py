@@ -161,7 +161,14 @@ def mxfp8_kernels(chosen: Target, device: torch.device) -> str:
             run on the device.
     """
     if chosen.kernels == "hub":
-        return choose(device, "triton").kernels
+        try:
+            return choose(device, "triton").kernels
+        except KernelsUnavailableError as error:
+            raise KernelsUnavailableError(
+                "options['linears']='mxfp8' needs Triton's kernels beside kernels='hub', which has "
+                f"none for linears, and they cannot run here: {error}. Or leave "
+                "options['linears'] out: linears stay exact"
+            ) from error
     return "reference" if chosen.kernels == "pytorch" else chosen.kernels
 
 

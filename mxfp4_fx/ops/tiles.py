@@ -72,11 +72,16 @@ def table(target: str) -> tuple[Tile, ...]:
 
 
 @functools.cache
-def table_name(target: str, layout: str) -> str:
-    """Return the target itself if it has a table, else the target whose table it uses."""
-    if (FOLDER / f"{target}.json").exists():
-        return target
-    return "gfx942" if target.startswith("gfx") else LAYOUTS[layout]
+def table_name(target: str, layout: str, prefix: str = "") -> str:
+    """Return the name of a target's table, or of the table of another one that it uses.
+
+    Args:
+        target, layout: as in :func:`choose`.
+        prefix: what names of such tables begin with: ``"mxfp8_"``, or nothing for experts'.
+    """
+    if (FOLDER / f"{prefix}{target}.json").exists():
+        return prefix + target
+    return prefix + ("gfx942" if target.startswith("gfx") else LAYOUTS[layout])
 
 
 def choose(
@@ -141,7 +146,7 @@ def choose_mxfp8(target: str, rows: int, terms: int = 1) -> Tile:
     """
     described = hardware.gpu_layout(target)
     layout = CHECKPOINT_ORDER if described is None else described.name
-    tile = serving(table(f"mxfp8_{table_name(target, layout)}"), rows, 1)
+    tile = serving(table(table_name(target, layout, "mxfp8_")), rows, 1)
     return dataclasses.replace(tile, block_m=_height(tile, layout, terms))
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxfp4_fx.core import hardware
-from mxfp4_fx.ops import operands, reference_around, tiles
+from mxfp4_fx.ops import operands_around, reference_around, tiles
 from mxfp4_fx.ops.triton_kernels.arithmetic import UNIT
 from mxfp4_fx.ops.triton_kernels.linears import (
     linears_mxfp8_backward_kernel,
@@ -34,12 +34,12 @@ _ORDERS = {"wgmma": (0, 1, 3, 4, 2, 5), "mma": (0, 1, 3, 2, 4, 5)}
 
 
 class _Linear(NamedTuple):
-    """A linear's weight, its bias, and the result to fill or the gradient to read, [R, N]."""
+    """A linear's weight, its bias, and its columns: the result, or the gradient of it, [R, N]."""
 
     codes: Tensor
     scales: Tensor
     bias: Tensor | None
-    y: Tensor
+    columns: Tensor
 
     @property
     def n(self) -> int:
@@ -59,7 +59,7 @@ def linears(
         TypeError: x is not float32, bfloat16 or float16.
         ValueError: shapes do not fit.
     """
-    operands.check_linears_mxfp8(x, codes, scales, biases)
+    operands_around.check_linears_mxfp8(x, codes, scales, biases)
     _require_dtype(x.dtype)
     if x.numel() == 0:
         return reference_around.linears_mxfp8(x, codes, scales, biases)
@@ -87,7 +87,6 @@ def backward(grads: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[
     _require_dtype(dtype)
     k = codes[0].shape[2]
     shape = (*grads[0].shape[:-1], k)
-    rows = grads[0].numel() // max(1, codes[0].shape[1])
     each = [
         _Linear(code, scale, None, grad.reshape(-1, code.shape[1]).resolve_neg().contiguous())
         for grad, code, scale in zip(grads, codes, scales, strict=True)
@@ -95,7 +94,7 @@ def backward(grads: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[
     ]
     if not each or not k:
         return grads[0].new_zeros(shape)
-    rows = each[0].y.shape[0]
+    rows = each[0].columns.shape[0]
     gpu = hardware.gpu_name(device)
     terms = hardware.gpu_terms(gpu, dtype)
     tile = tiles.choose_mxfp8(gpu, rows, terms)
@@ -107,10 +106,9 @@ def backward(grads: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[
         for first in range(0, len(each), TOGETHER):
             group = each[first : first + TOGETHER]
             part = torch.empty((rows, k), dtype=to, device=device)
-            weights = *_padded(_words(group)), *_padded([one.scales for one in group])
             linears_mxfp8_backward_kernel[grid](
-                *_padded([one.y for one in group]), *weights, part, rows,
-                *_columns(group), K=k, TERMS=terms, BM=tile.block_m, BK=tile.block_n,
+                *_padded([one.columns for one in group]), *_weights(group), part, rows,
+                *_widths(group), K=k, TERMS=terms, BM=tile.block_m, BK=tile.block_n,
                 BN=_gradient_columns(gpu, tile), **_decoding(gpu),
                 **tiles.compiler_options(tile, gpu, terms),
             )  # fmt: skip
@@ -151,24 +149,23 @@ def _launch(x: Tensor, group: Sequence[_Linear]) -> None:
     is_ordered = units in _ORDERS and tile.block_m >= _ORDERED_ROWS
     if is_ordered:
         x = _in_order(x, units)
-    results = [one.y for one in group]
+    results = [one.columns for one in group]
     parts = results
     if splits > 1:
         parts = [x.new_empty((splits, *y.shape), dtype=torch.float32) for y in results]
     biases = [] if group[0].bias is None else [_given(one.bias) for one in group]
     with hardware.on(x.device):
         linears_mxfp8_kernel[programs, splits](
-            x, *_padded(_words(group)), *_padded([one.scales.contiguous() for one in group]),
-            *_padded(biases), *_padded(parts), x.stride(0), rows, *_columns(group), K=k,
-            TERMS=terms, BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, SPLITS=splits,
-            UNITS=units, IS_ORDERED=is_ordered, **_decoding(gpu),
+            x, *_weights(group), *_padded(biases), *_padded(parts), x.stride(0), rows,
+            *_widths(group), K=k, TERMS=terms, BM=tile.block_m, BN=tile.block_n, BK=tile.block_k,
+            SPLITS=splits, UNITS=units, IS_ORDERED=is_ordered, **_decoding(gpu),
             **tiles.compiler_options(tile, gpu, terms),
         )  # fmt: skip
         if splits > 1:
             bm, bn = _SUM_TILE
             sums = -(-rows // bm) * sum(-(-one.n // bn) for one in group)
             sum_splits_kernel[(sums,)](
-                *_padded(parts), *_padded(results), rows, *_columns(group), SPLITS=splits, BM=bm,
+                *_padded(parts), *_padded(results), rows, *_widths(group), SPLITS=splits, BM=bm,
                 BN=bn, **tiles.OPTIONS,
             )  # fmt: skip
 
@@ -208,11 +205,13 @@ def _in_order(x: Tensor, units: str) -> Tensor:
     return whole.view(x.shape[0], -1, 4, 4, 2, 2).permute(_ORDERS[units]).reshape(whole.shape)
 
 
-def _words(group: Sequence[_Linear]) -> list[Tensor]:
-    return [one.codes.contiguous().view(torch.uint32) for one in group]
+def _weights(group: Sequence[_Linear]) -> list[Tensor | None]:
+    """Return the codes and the scales as kernels read them, which know no strides of weights."""
+    words = [one.codes.contiguous().view(torch.uint32) for one in group]
+    return [*_padded(words), *_padded([one.scales.contiguous() for one in group])]
 
 
-def _columns(group: Sequence[_Linear]) -> list[int]:
+def _widths(group: Sequence[_Linear]) -> list[int]:
     return [*(one.n for one in group), *(0 for _ in range(TOGETHER - len(group)))]
 
 

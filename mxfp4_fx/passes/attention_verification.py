@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mxfp4_fx.core.errors import VerificationError
-from mxfp4_fx.ops.operands import Attention
+from mxfp4_fx.ops.operands_around import Attention
 
 _U32 = 2.0**-24
 _LOGITS = 1 << 22  # how many are held at a time
@@ -27,7 +27,7 @@ def compare(layer: str, original: Tensor, rewritten: Tensor, *operands: Any) -> 
     Args:
         layer: the attention's name, for the error.
         original, rewritten: the two results.
-        operands: of ``ops.operands.Attention``, in its order.
+        operands: of ``ops.operands_around.Attention``, in its order.
 
     Raises:
         VerificationError: the results differ by more than the bound.

@@ -108,11 +108,9 @@ class InputPlan:
         as_they_are = {at for at, part in self._inputs if part is None}
         self._only_swizzled = [b for b in self.bindings if not as_they_are.intersection(b.slots)]
         self._lookups = [(b.take, b.encoding, b.layout, b) for b in self.bindings]
-        # The marks of the last call that swizzled and whose call it was, and how many such calls of
-        # the same in a row found the marks of the one before gone.
-        self._last: list[tuple[weakref.ref[Mark], Trace]] = []
-        self._last_caller: Callable[[], Any] = _nobody
-        self._strangers = 0
+        # Caller -> what is known of its last call that swizzled.
+        self._lookouts: weakref.WeakKeyDictionary[Any, _Lookout] = weakref.WeakKeyDictionary()
+        self._of_nobody = _Lookout()
         self._noted = -1  # the store's count of swizzled weights when traces were left last
 
     def examples(self, inputs: Sequence[Any], fakes: Sequence[Any]) -> list[Any]:
@@ -312,30 +310,45 @@ class InputPlan:
     def _look_out(self, args: tuple[Any, ...]) -> None:
         """Warn if each call has new tensors, and those of the one before are gone after one call.
 
-        Models that share the graph may follow one another, and a model may get other weights.
+        Each caller is looked at by itself. Callers that share the graph may follow one another or
+        take turns, as layers do that are compiled one by one, and a caller may get other weights.
         """
         if all(binding.layout in binding.encoding.layouts for binding in self.bindings):
             return  # the kernels read them as they are
         caller = self._caller()
-        is_same = self._last_caller() is caller
-        self._last_caller = _nobody if caller is None else weakref.ref(caller)
-        are_gone = bool(self._last) and all(
-            mark() is None and not trace.was_found for mark, trace in self._last
-        )
-        self._strangers = self._strangers + 1 if is_same and are_gone else 0
+        known = self._of_nobody
+        if caller is not None:
+            known = self._lookouts.setdefault(caller, _Lookout())
         marks = [mark_of(args[binding.slots[0]]) for binding in self.bindings]
-        self._last = [(weakref.ref(mark), mark.trace) for mark in marks]
-        if self._strangers >= 2 and self._is_lent(args[self.bindings[0].slots[0]]):
+        strangers = known.follow(marks)
+        if strangers >= 2 and self._is_lent(args[self.bindings[0].slots[0]]):
             self._tell_of_lent()
-        elif self._strangers == 2:
+        elif strangers == 2:
             warn_of_repeats(
                 self.bindings[0].name,
                 "every call brings another tensor, and the last one is gone",
             )
 
 
-def _nobody() -> None:
-    """Stand for a weak reference to no caller."""
+class _Lookout:
+    """The marks of a caller's last call that swizzled, for the caller's next one.
+
+    Attributes:
+        strangers: how many such calls in a row have found the marks of the one before gone.
+    """
+
+    def __init__(self) -> None:
+        self._last: list[tuple[weakref.ref[Mark], Trace]] = []
+        self.strangers = 0
+
+    def follow(self, marks: Iterable[Mark]) -> int:
+        """Note the marks of a call that swizzled; return ``strangers``."""
+        are_gone = bool(self._last) and all(
+            mark() is None and not trace.was_found for mark, trace in self._last
+        )
+        self.strangers = self.strangers + 1 if are_gone else 0
+        self._last = [(weakref.ref(mark), mark.trace) for mark in marks]
+        return self.strangers
 
 
 def _is_real(value: Any) -> bool:

@@ -10,19 +10,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from mxfp4_fx.core import forks, torch_private, torch_private_dynamo
 from mxfp4_fx.core.errors import DeviceFullError
 from mxfp4_fx.core.torch_private_distributed import gathered_from, is_filled_by_fsdp, shard_of
-from mxfp4_fx.weights import freed, notices
+from mxfp4_fx.weights import freed, notices, steps
 from mxfp4_fx.weights.entries import Entries, Entry, Key
 from mxfp4_fx.weights.source import MXFP4, MXFP8, Encoding, Parts, Source
 from mxfp4_fx.weights.state import (
@@ -389,15 +384,4 @@ class WeightStore:
 STORE = WeightStore()
 freed.read_from(lambda parameter: STORE.values_of(parameter))
 forks.renew_lock(STORE, "_lock", threading.RLock)
-
-
-def _is_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Mark an optimizer's parameters stale: fused kernels write without raising a version."""
-    if len(STORE) and not torch.compiler.is_dynamo_compiling():
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        STORE.refresh(p for p in parameters if p.requires_grad or p.grad is not None)
-
-
-# The hook also runs before a step, because a step may be interrupted.
-register_optimizer_step_pre_hook(_is_stepped)
-register_optimizer_step_post_hook(_is_stepped)
+steps.tell(STORE)

@@ -62,7 +62,7 @@ BEHAVIOURS: dict[str, dict[str, tuple[str, ...]]] = {
             "test_exporting.py::test_attention_is_reported",
         ),
         "`torch.export`": ("test_export.py::",),
-        "private names": ("test_torch_private.py::",),
+        "private names": ("test_torch_private.py::", "test_torch_private_dynamo.py::"),
     },
     "triton": {
         "kernels in the interpreter": ("test_triton.py::test_every_regime[",),
