@@ -14,7 +14,6 @@
 #include "numbers.h"
 #include "panels.h"
 #include "parallel.h"
-#include "row_block.h"
 #include "vectors.h"
 
 namespace mxfp4::mxfp8 {
@@ -84,13 +83,14 @@ struct Weights {
 
 // The same with products of bfloat16; x is bfloat16 in the order of `Decoder::words`.
 //
-// Products are exact. vdpbf16ps makes zeros of subnormal numbers and of subnormal results, so x
-// must be moderate (row_block.h): then products and their sums are multiples of 2^-123, and none is
-// subnormal.
+// Products are exact. But vdpbf16ps makes zeros of subnormal numbers and of subnormal results. So
+// no value of x may be below SMALLEST but zero: then products, and sums of them, are multiples of
+// 2^-126, because values have 8 bits and those of codes are multiples of 2^-16.
 struct Bf16Weights {
   using Linear = mxfp8_linear;
   static constexpr int64_t BYTES = 1;
   static constexpr int MOST = 4, STREAMS = 4, FAR_STREAMS = 4;
+  static constexpr uint16_t SMALLEST = (127 - 103) << 7;  // 2^-103 in bfloat16
 
   template <int S, int T>
   static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
@@ -166,11 +166,10 @@ struct Bf16Weights {
 
 // Arranges a row of bfloat16. Returns whether `Bf16Weights` multiplies it.
 inline bool arrange_bf16(const uint16_t* row, int64_t k, uint16_t* out) {
-  const uint16_t smallest = bits_of(ROW_SMALLEST) >> 16, largest = bits_of(ROW_LARGEST) >> 16;
-  uint16_t extreme = 0;
-  for (int64_t i = 0; i < k; i++) {  // vectorized, unlike `is_moderate`
+  uint16_t too_small = 0;
+  for (int64_t i = 0; i < k; i++) {
     const uint16_t size = row[i] & 0x7fff;
-    extreme |= (size != 0) & ((size < smallest) | (size > largest));
+    too_small |= (size != 0) & (size < Bf16Weights::SMALLEST);
   }
   constexpr int64_t HALF = 8;  // of 16 neighbours
   for (int64_t i = 0; i < k; i += 2 * HALF) {
@@ -178,7 +177,7 @@ inline bool arrange_bf16(const uint16_t* row, int64_t k, uint16_t* out) {
     std::memcpy(to, row + i, HALF * sizeof *row);
     std::memcpy(to + STEP / 2, row + i + HALF, HALF * sizeof *row);
   }
-  return !extreme;
+  return !too_small;
 }
 
 #endif
@@ -215,21 +214,18 @@ inline void multiply_f32(const mxfp4_linear_group& arguments, const void* weight
 inline void multiply_bf16(const mxfp4_linear_group& arguments, const void* weights) {
   const int64_t padded = whole_steps(arguments.k), rows = arguments.rows;
   std::vector<uint16_t> x(static_cast<size_t>(rows * padded));
-  std::vector<char> moderate(static_cast<size_t>(rows));
+  std::vector<char> in_bf16(static_cast<size_t>(rows));
   const auto row_of = [&](int64_t row) {
     return static_cast<const uint16_t*>(arguments.x) + row * arguments.x_stride;
   };
-  {
-    const DefaultArithmetic arithmetic;
-    for (int64_t row = 0; row < rows; row++)
-      moderate[row] = arrange_bf16(row_of(row), arguments.k, x.data() + row * padded);
-  }
+  for (int64_t row = 0; row < rows; row++)
+    in_bf16[row] = arrange_bf16(row_of(row), arguments.k, x.data() + row * padded);
   for (int64_t row = 0, next; row < rows; row = next) {
-    for (next = row + 1; next < rows && moderate[next] == moderate[row];) next++;
+    for (next = row + 1; next < rows && in_bf16[next] == in_bf16[row];) next++;
     mxfp4_linear_group group = arguments;
     group.rows = next - row;
     group.x = row_of(row);
-    if (!moderate[row]) {
+    if (!in_bf16[row]) {
       multiply_f32(group, weights, row);
       continue;
     }
