@@ -143,7 +143,7 @@ struct Held {
 
 // `Weights` has a type `Linear` of one weight, the BYTES of an element, the most rows of x whose
 // sums fit the registers beside STREAMS rows of a weight, MOST, how many rows of a weight, read far
-// ahead, are the fastest for one row of x where the cache has room for them, FAR_STREAMS (or 0),
+// ahead, are the fastest for one row of x where the cache has room for them, FAR_STREAMS,
 // and `multiply`, which adds to sums[s][t] the products of row n + s * apart of a weight and row
 // `row` + t of x.
 template <class Weights>
@@ -192,12 +192,11 @@ class Linears {
   // Rows [begin, end) of a weight, times all of x.
   void multiply(const Linear& weight, int64_t begin, int64_t end) const {
     int64_t done = begin;
-    if constexpr (constexpr int FAR = Weights::FAR_STREAMS; FAR > 0) {
-      if (a_.rows == 1 && has_room_ahead()) {
-        const int64_t count = (end - begin) / FAR;
-        for (int64_t i = 0; i < count; i++) multiply_tile<FAR, 1>(weight, begin + i, count, 0);
-        done = begin + FAR * count;
-      }
+    if (a_.rows == 1 && has_room_ahead()) {
+      constexpr int FAR = Weights::FAR_STREAMS;
+      const int64_t count = (end - begin) / FAR;
+      for (int64_t i = 0; i < count; i++) multiply_tile<FAR, 1>(weight, begin + i, count, 0);
+      done = begin + FAR * count;
     }
     const int64_t count = (end - done) / GROUP;
     for (int64_t i = 0; i < count; i++) multiply_group(weight, done + i, count);

@@ -27,7 +27,7 @@ struct Weights {
 #else
   static constexpr int MOST = 2, STREAMS = 4;
 #endif
-  static constexpr int FAR_STREAMS = 0;
+  static constexpr int FAR_STREAMS = 4;
 
   template <int S, int T>
   static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
@@ -42,7 +42,7 @@ struct Weights {
     for (int64_t at = 0; at < whole; at += STEP) {
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
-        __builtin_prefetch(codes + s * w_stride + at + ahead);
+        __builtin_prefetch(codes + s * w_stride + at + ahead, 0, T == 1 ? READ_ONCE : KEPT);
         multiply_step(decoder, codes + s * w_stride + at, scales + s * s_stride + at / BLOCK,
                       x + at, a.x_stride, sums[s]);
       }
