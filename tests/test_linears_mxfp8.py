@@ -102,7 +102,7 @@ def check(
 class TestFewRows:
     @pytest.mark.parametrize(
         ("dtype", "rows", "n", "k"),
-        covering(DTYPES, (1, 2, 3, 4, 5, 6, ROWS), (1, 8, 33), (32, 64, 96, 160)),
+        covering(DTYPES, (1, 2, 3, 4, 5, 6, ROWS), (1, 8, 33), (32, 64, 96, 160, 672)),
     )
     def test_any_sizes(self, dtype: torch.dtype, rows: int, n: int, k: int) -> None:
         bias = randn(n, dtype=dtype, seed=3) if n % 2 else None
@@ -130,10 +130,13 @@ class TestFewRows:
         for rows in range(2, ROWS + 1):
             assert torch.equal(run(x[:rows], [weight], [None])[0], alone[:rows])
 
-    def test_same_bits_for_any_number_of_threads(self) -> None:
+    @pytest.mark.parametrize(
+        ("dtype", "rows"), [(torch.float32, 3), (torch.bfloat16, 3), (torch.bfloat16, 1)]
+    )
+    def test_same_bits_for_any_number_of_threads(self, dtype: torch.dtype, rows: int) -> None:
         """The weights are large enough for four threads, and the last rows are no whole group."""
         weights = [random_weight(n, 1024, seed=n) for n in (1203, 901)]
-        x, results, before = randn(3, 1024), [], torch.get_num_threads()
+        x, results, before = randn(rows, 1024, dtype=dtype), [], torch.get_num_threads()
         try:
             for count in (1, 2, 3, 4):
                 torch.set_num_threads(count)
@@ -154,25 +157,51 @@ class TestFewRows:
         for is_special in (torch.isnan, torch.isposinf, torch.isneginf):
             assert torch.equal(is_special(y), is_special(expected))
 
-    @pytest.mark.parametrize("rows", [1, 5])
-    def test_nan_in_a_row_of_the_weight(self, rows: int) -> None:
+    @pytest.mark.parametrize(("dtype", "rows"), covering(DTYPES, (1, 5)))
+    def test_nan_in_a_row_of_the_weight(self, dtype: torch.dtype, rows: int) -> None:
         """As a code, or as the scale of a block."""
         codes, scales = random_weight(20, 96)
         codes[0, 3, 70], codes[0, 4, 1], scales[0, 5, 2] = 0x7F, 0xFF, 255
-        (y,) = run(randn(rows, 96), [(codes, scales)], [None])
+        codes[0, 5] &= 0x7F  # so that no infinities of different signs make a NaN
+        (y,) = run(randn(rows, 96, dtype=dtype).abs(), [(codes, scales)], [None])
         assert y.isnan().any(0).nonzero().flatten().tolist() == [3, 4, 5]
 
-    def test_all_scales_that_values_have(self) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_all_scales_that_values_have(self, dtype: torch.dtype) -> None:
         """Subnormal weights count, and large ones are no infinities."""
         codes, scales = random_weight(248, 64)
         scales[:] = torch.arange(248, dtype=torch.uint8)[None, :, None]
-        x = randn(2, 64) * 2.0**-10
+        x = randn(2, 64, dtype=dtype) * 2.0**-10
         check(x, [(codes, scales)], [None])
 
-    def test_flushing_of_subnormals_by_torch_changes_nothing(self) -> None:
+    def test_bfloat16_of_any_size(self) -> None:
+        """Subnormal numbers count, and so does what is left where two products cancel."""
+        codes, scales = torch.ones(1, 8, 64, dtype=torch.uint8), random_weight(8, 64)[1]
+        scales[:] = 127 + 40
+        x = torch.zeros(ROWS, 64)
+        x[:, 38], x[:, 39] = 1 + 2.0**-7, -1
+        sizes = torch.tensor([-126, -118, -109, -105, -104, -103, -102, -20, 60])
+        x *= torch.exp2(sizes.double()).float()[:, None]
+        x[0, 60] = 2.0**-133
+        for y in check(x.bfloat16(), [(codes, scales)], [None]):
+            assert y.all()
+
+    def test_rows_of_different_sizes_beside_each_other(self) -> None:
+        """Units of bfloat16 would read some of them as zeros."""
+        weight = random_weight(19, 160)
+        sizes = torch.tensor([0, -128, -130, 0, 0, 100, 0, 95, -110])
+        x = (randn(ROWS, 160).double() * torch.exp2(sizes.double())[:, None]).bfloat16()
+        (y,) = check(x, [weight], [None])
+        assert torch.equal(y, torch.cat([run(row[None], [weight], [None])[0] for row in x]))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_flushing_of_subnormals_by_torch_changes_nothing(self, dtype: torch.dtype) -> None:
+        """Neither of weights nor, in the last row, of activations."""
         codes, scales = random_weight(9, 64)
         scales[:] = 2
-        x = randn(3, 64)
+        scales[0, 5:] = 220
+        x = randn(3, 64, dtype=dtype)
+        x[2] *= 2.0**-130
         (expected,) = run(x, [(codes, scales)], [None])
         try:
             assert torch.set_flush_denormal(True)

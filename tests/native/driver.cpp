@@ -275,9 +275,11 @@ void check_linears() {
 
 void check_mxfp8() {
   const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
-  const int64_t rows = random_int(1, 9), n = random_int(1, 60), k = 32 * random_int(1, 5);
+  const int64_t rows = random_int(1, 9), n = random_int(1, 60), k = 32 * random_int(1, 20);
   const int64_t x_stride = k + random_int(0, 3), stride = k + random_int(0, 3);
-  const Values x(dtype, (rows - 1) * x_stride + k, 1.), weight(dtype, (n - 1) * stride + k, 1.);
+  const bool tiny = random_int(0, 3) == 0;
+  const Values x(dtype, (rows - 1) * x_stride + k, tiny ? 0x1p-125 : 1.),
+      weight(dtype, (n - 1) * stride + k, 1.);
   std::vector<uint8_t> codes(static_cast<size_t>(n * k)), scales(codes.size() / 32);
   mxfp8_quantize(weight.bytes.data(), dtype, n, k, stride, codes.data(), scales.data(), 1);
   std::vector<float> values(codes.size());
@@ -307,8 +309,10 @@ void check_mxfp8() {
     }
     float value;
     mxfp4::to_f32(mxfp4::element(y.data(), dtype, i), dtype, 1, &value);
-    const double bound = static_cast<double>(k + 1) * 0x1p-23 * size;
-    const double rounding = std::max(u * (std::fabs(sum) + bound), 0x1p-25);  // of subnormals
+    // Subnormal sums are multiples of 2^-149, before scales of at most 2^-6 of 2^7 times the codes.
+    const double bound = static_cast<double>(k + 1) * (0x1p-23 * size + 0x1p-149);
+    const double least = dtype == MXFP4_BF16 ? 0x1p-134 : dtype == MXFP4_F16 ? 0x1p-25 : 0x1p-150;
+    const double rounding = std::max(u * (std::fabs(sum) + bound), least);
     require(std::fabs(value - sum) <= bound + rounding, "a linear in MXFP8");
   }
 }

@@ -8,6 +8,7 @@
 #include "linear.h"
 #include "matmul.h"
 #include "mxfp8.h"
+#include "mxfp8_linear.h"
 #include "neon_bf16_tile.h"
 #include "program.h"
 #include "quantize.h"

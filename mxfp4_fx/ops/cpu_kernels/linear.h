@@ -79,8 +79,7 @@ struct Held {
 #else
   static constexpr int MOST = 2, STREAMS = 4;
 #endif
-
-  static bool reads_far_ahead() { return has_room_ahead(); }
+  static constexpr int FAR_STREAMS = 2;
 
   template <int S, int T>
   static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
@@ -143,16 +142,18 @@ struct Held {
 };
 
 // `Weights` has a type `Linear` of one weight, the BYTES of an element, the most rows of x whose
-// sums fit the registers beside STREAMS rows of a weight, MOST, whether two rows that are read far
-// ahead are the fastest for one row of x, and `multiply`, which adds to sums[s][t] the products of
-// row n + s * apart of a weight and row `row` + t of x.
+// sums fit the registers beside STREAMS rows of a weight, MOST, how many rows of a weight, read far
+// ahead, are the fastest for one row of x where the cache has room for them, FAR_STREAMS,
+// and `multiply`, which adds to sums[s][t] the products of row n + s * apart of a weight and row
+// `row` + t of x.
 template <class Weights>
 class Linears {
  public:
   using Linear = typename Weights::Linear;
 
-  Linears(const mxfp4_linear_group& arguments, const void* weights)
-      : a_(arguments), weights_(static_cast<const Linear*>(weights)) {}
+  // Results begin at row `first` of y.
+  Linears(const mxfp4_linear_group& arguments, const void* weights, int64_t first = 0)
+      : a_(arguments), weights_(static_cast<const Linear*>(weights)), first_(first) {}
 
   void run() const {
     int64_t total = 0, bytes = 0;
@@ -190,15 +191,16 @@ class Linears {
 
   // Rows [begin, end) of a weight, times all of x.
   void multiply(const Linear& weight, int64_t begin, int64_t end) const {
-    if (a_.rows == 1 && Weights::reads_far_ahead()) {
-      const int64_t count = (end - begin) / 2;
-      for (int64_t i = 0; i < count; i++) multiply_tile<2, 1>(weight, begin + i, count, 0);
-      if (begin + 2 * count < end) multiply_tile<1, 1>(weight, end - 1, 0, 0);
-      return;
+    int64_t done = begin;
+    if (a_.rows == 1 && has_room_ahead()) {
+      constexpr int FAR = Weights::FAR_STREAMS;
+      const int64_t count = (end - begin) / FAR;
+      for (int64_t i = 0; i < count; i++) multiply_tile<FAR, 1>(weight, begin + i, count, 0);
+      done = begin + FAR * count;
     }
-    const int64_t count = (end - begin) / GROUP;
-    for (int64_t i = 0; i < count; i++) multiply_group(weight, begin + i, count);
-    for (int64_t n = begin + GROUP * count; n < end; n++)
+    const int64_t count = (end - done) / GROUP;
+    for (int64_t i = 0; i < count; i++) multiply_group(weight, done + i, count);
+    for (int64_t n = done + GROUP * count; n < end; n++)
       for (int64_t row = 0; row < a_.rows; row++) multiply_tile<1, 1>(weight, n, 0, row);
   }
 
@@ -236,11 +238,12 @@ class Linears {
       to_f32(element(weight.bias, a_.dtype, n), a_.dtype, 1, &bias);
       sum += bias;
     }
-    from_f32(&sum, a_.dtype, 1, element(weight.y, a_.dtype, row * weight.n + n));
+    from_f32(&sum, a_.dtype, 1, element(weight.y, a_.dtype, (first_ + row) * weight.n + n));
   }
 
   const mxfp4_linear_group& a_;
   const Linear* const weights_;
+  const int64_t first_;
 };
 
 }  // namespace mxfp4

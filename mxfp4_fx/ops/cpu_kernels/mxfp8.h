@@ -1,21 +1,15 @@
-// Linears whose weights are MXFP8 (core/mxfp8.py): few rows of activations times codes that are
-// decoded on the fly, and the conversions between values and codes.
+// MXFP8 (core/mxfp8.py): its codes in registers, and conversions between values and codes.
 //
-// Codes are decoded in steps of one block or two, to vectors of float32 in an order of their own,
-// in which activations are arranged once a call. A decoded value is 2^-7 of the code's, so that it
-// is below 4, and a block's scale, which is applied to sums of a step, has the factor 2^7.
+// Codes are decoded in steps of one block or two, to vectors in an order of their own. A decoded
+// value is 2^-7 of the code's, so that it is below 4, and a block's scale has the factor 2^7.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
-#include "api.h"
-#include "linear.h"
 #include "numbers.h"
-#include "panels.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -64,15 +58,22 @@ class Decoder {
 
   static int place(int i) { return VECTOR * (i % 16 / 8 * 2 + i % 2) + i / 16 * 4 + i % 8 / 2; }
 
-  inline __attribute__((always_inline)) void values(const uint8_t* codes, Vector* out) const {
-    const __m512i code = _mm512_loadu_si512(codes);
+  // The values as bfloat16: of each 16 neighbours, the first eight are in one vector, the last
+  // eight in the other.
+  inline __attribute__((always_inline)) void words(__m512i code, __m512i (&out)[2]) const {
     const __m512i low = _mm512_permutex2var_epi8(tables_[0], code, tables_[1]);
     const __m512i high =
         _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(tables_[2], code, tables_[3]), code,
                                   _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // a | (b & c)
-    const __m512i words[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+    out[0] = _mm512_unpacklo_epi8(low, high);
+    out[1] = _mm512_unpackhi_epi8(low, high);
+  }
+
+  inline __attribute__((always_inline)) void values(const uint8_t* codes, Vector* out) const {
+    __m512i halves[2];
+    words(_mm512_loadu_si512(codes), halves);
     for (int i = 0; i < 2; i++) {
-      const auto both = reinterpret_cast<VectorBits>(words[i]);
+      const auto both = reinterpret_cast<VectorBits>(halves[i]);
       out[2 * i] = reinterpret_cast<Vector>(both << 16);
       out[2 * i + 1] = reinterpret_cast<Vector>(both & 0xffff0000u);
     }
@@ -177,95 +178,6 @@ class Decoder {
 constexpr int STEP = Decoder::STEP;
 
 inline int64_t whole_steps(int64_t k) { return (k + STEP - 1) / STEP * STEP; }
-
-// Weights of `Linears` (linear.h); x is float32 in the order of `arrange`.
-struct Weights {
-  using Linear = mxfp8_linear;
-  static constexpr int64_t BYTES = 1;
-#if defined(__AVX512F__)
-  static constexpr int MOST = 3, STREAMS = 8;
-#else
-  static constexpr int MOST = 2, STREAMS = 4;
-#endif
-
-  static constexpr bool reads_far_ahead() { return false; }
-
-  template <int S, int T>
-  static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
-                       int64_t row, Vector (&sums)[S][T]) {
-    const int64_t blocks = a.k / BLOCK, w_stride = apart * a.k, s_stride = apart * blocks;
-    const uint8_t* codes = weight.codes + n * a.k;
-    const uint8_t* scales = weight.scales + n * blocks;
-    const float* x = static_cast<const float*>(a.x) + row * a.x_stride;
-    const Decoder decoder;
-    const int64_t ahead = has_room_ahead() ? 2048 : 512;  // bytes
-    const int64_t whole = a.k / STEP * STEP;
-    for (int64_t at = 0; at < whole; at += STEP) {
-#pragma GCC unroll 8
-      for (int s = 0; s < S; s++) {
-        __builtin_prefetch(codes + s * w_stride + at + ahead);
-        multiply_step(decoder, codes + s * w_stride + at, scales + s * s_stride + at / BLOCK,
-                      x + at, a.x_stride, sums[s]);
-      }
-    }
-    if (whole < a.k) {  // a step that zeros complete
-      for (int s = 0; s < S; s++) {
-        uint8_t rest[STEP] = {}, scale[STEP / BLOCK] = {};
-        std::memcpy(rest, codes + s * w_stride + whole, static_cast<size_t>(a.k - whole));
-        std::memcpy(scale, scales + s * s_stride + whole / BLOCK,
-                    static_cast<size_t>((a.k - whole) / BLOCK));
-        multiply_step(decoder, rest, scale, x + whole, a.x_stride, sums[s]);
-      }
-    }
-  }
-
- private:
-  template <int T>
-  static inline __attribute__((always_inline)) void multiply_step(const Decoder& decoder,
-                                                                  const uint8_t* codes,
-                                                                  const uint8_t* scales,
-                                                                  const float* x, int64_t x_stride,
-                                                                  Vector (&sums)[T]) {
-    Vector values[Decoder::VECTORS];
-    decoder.values(codes, values);
-    const Vector scale = Decoder::scale(scales);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-      Vector sum = values[0] * load_vector(x + t * x_stride);
-#pragma GCC unroll 8
-      for (int v = 1; v < Decoder::VECTORS; v++)
-        sum = sum + values[v] * load_vector(x + t * x_stride + v * VECTOR);
-      sums[t] = sums[t] + sum * scale;
-    }
-  }
-};
-
-// Rows of x as float32 in the order of a decoder, completed by zeros to whole steps.
-inline std::vector<float> arrange(const mxfp4_linear_group& a) {
-  const int64_t padded = whole_steps(a.k);
-  std::vector<float> all(static_cast<size_t>(a.rows * padded));
-  for (int64_t row = 0; row < a.rows; row++) {
-    for (int64_t block = 0; block < a.k; block += BLOCK) {
-      float values[BLOCK];
-      to_f32(element(a.x, a.dtype, row * a.x_stride + block), a.dtype, BLOCK, values);
-      float* out = all.data() + row * padded + block / STEP * STEP;
-      const int first = static_cast<int>(block % STEP);
-      for (int i = 0; i < BLOCK; i++) out[Decoder::place(first + i)] = values[i];
-    }
-  }
-  return all;
-}
-
-inline void multiply(const mxfp4_linear_group& arguments) {
-  const std::vector<float> x = [&] {
-    const DefaultArithmetic arithmetic;
-    return arrange(arguments);
-  }();
-  mxfp4_linear_group group = arguments;
-  group.x = x.data();
-  group.x_stride = whole_steps(group.k);
-  Linears<Weights>(group, &arguments + 1).run();
-}
 
 // Rounds a float32 of at most 448 to an E4M3 code: to nearest, ties to even.
 inline uint8_t code_of(float value) {

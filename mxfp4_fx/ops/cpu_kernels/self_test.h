@@ -2,6 +2,7 @@
 // problem whose sums are exact in float32 in any order, so every bit of the result is known.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -127,10 +128,10 @@ class SelfTest {
     return true;
   }
 
-  // The same with weights in MXFP8, two blocks of them, which are multiples of 1/8 up to 7/8.
+  // The same with weights in MXFP8, three blocks of them, which are multiples of 1/8 up to 7/8.
   bool mxfp8_passes(int32_t dtype) {
-    constexpr int64_t rows_of_weight = 11, columns = 64, rows = 5;
-    std::vector<float> values(rows * columns), weights(rows_of_weight * columns);
+    constexpr int64_t rows_of_weight = 11, columns = 96, most = 5;
+    std::vector<float> values(most * columns), weights(rows_of_weight * columns);
     for (float& value : values) value = activation(dtype);
     for (float& weight : weights) weight = static_cast<float>(random() % 15) / 8 - .875f;
     std::vector<uint8_t> codes(weights.size()), scales(weights.size() / 32);
@@ -140,7 +141,7 @@ class SelfTest {
     mxfp8_dequantize(codes.data(), scales.data(), rows_of_weight, columns, MXFP4_F32, again.data(),
                      1);
     if (again != weights) return false;
-    for (int64_t row = 0; row < rows; row++) {
+    for (int64_t row = 0; row < most; row++) {
       for (int64_t n = 0; n < rows_of_weight; n++) {
         float sum = 0;
         for (int64_t k = 0; k < columns; k++)
@@ -151,15 +152,19 @@ class SelfTest {
     }
     std::vector<char> x(values.size() * static_cast<size_t>(dtype_bytes(dtype)));
     std::vector<char> expected(sums.size() * static_cast<size_t>(dtype_bytes(dtype)));
-    from_f32(values.data(), dtype, rows * columns, x.data());
-    from_f32(sums.data(), dtype, rows * rows_of_weight, expected.data());
-    std::vector<char> y(expected.size());
-    struct {
-      mxfp4_linear_group group;
-      mxfp8_linear linear;
-    } const arguments{{x.data(), rows, columns, columns, 1, dtype, 1},
-                      {codes.data(), scales.data(), nullptr, y.data(), rows_of_weight}};
-    return mxfp8_linears(&arguments.group) == 0 && y == expected;
+    from_f32(values.data(), dtype, most * columns, x.data());
+    from_f32(sums.data(), dtype, most * rows_of_weight, expected.data());
+    for (const int64_t rows : {int64_t{1}, most}) {
+      std::vector<char> y(expected.size() / most * static_cast<size_t>(rows));
+      struct {
+        mxfp4_linear_group group;
+        mxfp8_linear linear;
+      } const arguments{{x.data(), rows, columns, columns, 1, dtype, 1},
+                        {codes.data(), scales.data(), nullptr, y.data(), rows_of_weight}};
+      if (mxfp8_linears(&arguments.group) != 0) return false;
+      if (!std::equal(y.begin(), y.end(), expected.begin())) return false;
+    }
+    return true;
   }
 };
 
