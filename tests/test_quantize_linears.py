@@ -110,6 +110,19 @@ def test_linears_of_one_input_are_one_call() -> None:
     assert calls(graphs) == [[3, 1]]
 
 
+def test_a_linear_that_nobody_reads_is_in_no_call_with_others() -> None:
+    """Compilers drop its call: of a layer's first piece, the queries."""
+
+    class Keys(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            self.q(x)
+            return self.k(x) + self.v(x)
+
+    graphs, module = Graphs(), Keys()
+    assert torch.equal(compiled(module, graphs)(X), module(X))
+    assert calls(graphs) == [[1, 2]]
+
+
 def test_weights_are_rounded_to_mxfp8() -> None:
     module = nn.Linear(64, 40).requires_grad_(False)
     x = torch.randn(3, 64)

@@ -27,7 +27,7 @@ from mxfp4_fx.passes.effects import modes
 from mxfp4_fx.passes.graph import known_tensor, op_name, read_call, tensor_of
 from mxfp4_fx.passes.lower_linears import Linear, groups_of, is_contiguous_of, replace
 from mxfp4_fx.passes.lower_moe import erase_unread, swizzled_inputs
-from mxfp4_fx.passes.memory import Memory, is_transformed, may_share
+from mxfp4_fx.passes.memory import Memory, is_transformed, may_share, needed
 from mxfp4_fx.passes.origin import module_name, owner_name, source_line
 from mxfp4_fx.passes.report import Miss, QuantizedLinear
 from mxfp4_fx.weights.source import LINEAR
@@ -78,7 +78,10 @@ def quantize_linears(gm: fx.GraphModule, ctx: Context) -> None:
             )
             continue
         chosen.append(linear)
-    for group in groups_of(chosen, memory):
+    # Those that nobody reads have calls of their own, which compilers drop.
+    read = needed(gm.graph)
+    parts = [[one for one in chosen if (one.node in read) == is_read] for is_read in (True, False)]
+    for group in [group for part in parts for group in groups_of(part, memory)]:
         _quantize(group, ctx)
     erase_unread(gm.graph, ctx)
 
