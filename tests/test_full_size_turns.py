@@ -406,3 +406,16 @@ def test_the_readme_has_the_ratios_of_six_layers(title: str, machine: str) -> No
     for row, way in zip(rows, ("llama-bf16", "llama-q8_0"), strict=True):
         shown = [float(cell) for cell in row.strip(" |").split("|")[1:]]
         assert shown == [round(ratios[way][cell]["median"], 2) for cell in cells]
+
+
+def test_the_readme_has_the_ratios_with_linears_in_mxfp8() -> None:
+    file = ROOT / "benchmarks/results/full-size-turns-6-layers-epyc-zen5-2-threads.json"
+    rates = json.loads(file.read_text("utf-8"))["turns"]["summary"]["tokens_per_second"]
+    ratios = [
+        rates["ours-mxfp8"][cell]["median"] / rates["llama-q8_0"][cell]["median"]
+        for cell in rates["ours"]
+    ]
+    row = " | ".join(str(round(ratio, 2)) for ratio in ratios)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    title = "with [linears in MXFP8](#linears-in-mxfp8), as llama.cpp, Q8_0"
+    assert f"| {title} | {row} |" in readme
