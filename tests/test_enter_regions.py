@@ -191,6 +191,8 @@ STACKS = {
 )
 def test_the_result_is_that_without_regions(name: str) -> None:
     make, options = STACKS[name]
+    # A graph with regions is never a native program, whose results are rounded otherwise.
+    options = {**options, "programs": False}
     whole = make()
     actual = compile_with(whole, options.get("inner", "eager"), options=options)(X)
     torch.compiler.reset()
