@@ -1,8 +1,8 @@
 """Calls of what Dynamo compiled that do not pass through Dynamo: like ``torch_private.py``.
 
 A call of a compiled function enters a wrapper of ``torch.compile`` and the hook by which Dynamo
-sees Python calls. Between calls a decoder layer reads 100 MB, so all of that comes from memory
-again, and costs as much as the guards.
+sees Python calls. Between calls a decoder layer reads 100 MB of weights, so all of that comes from
+memory again.
 """
 
 from __future__ import annotations

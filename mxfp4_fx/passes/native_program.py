@@ -44,6 +44,8 @@ def program_of(gm: fx.GraphModule, examples: Sequence[Any]) -> Program:
     """
     *nodes, output = gm.graph.nodes
     returned: Any = output.args[0]
+    if not all("val" in node.meta for node in nodes):
+        raise NoProgram("a pass has left a node without its fake value")
     values = Values(nodes, [node for node in returned if isinstance(node, fx.Node)])
     for at, node in enumerate(nodes):
         if node.op == "placeholder":

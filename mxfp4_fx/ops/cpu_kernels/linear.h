@@ -110,13 +110,11 @@ struct Held {
   // same.
   static constexpr int64_t NEAR = 512, FAR = 4096;
 
-  // Two streams are read only where far ahead, and by one row.
+  // FAR_STREAMS are read only where there is room ahead, and by one row.
   template <int S>
   static inline __attribute__((always_inline)) void prefetch(const char* line) {
-    if constexpr (S > 2)
-      __builtin_prefetch(line + NEAR, 0, KEPT);
-    else
-      __builtin_prefetch(line + FAR, 0, READ_ONCE);
+    constexpr int KEEPING = S == FAR_STREAMS ? READ_ONCE : KEPT;
+    __builtin_prefetch(line + (S > FAR_STREAMS ? NEAR : FAR), 0, KEEPING);
   }
 
   template <int S, int T>

@@ -18,6 +18,13 @@
 
 namespace mxfp4::mxfp8 {
 
+// How codes are prefetched. One row of x reads FAR_STREAMS only where there is room ahead.
+constexpr int FAR_STREAMS = 4;
+template <int S, int T>
+constexpr int keeping() {
+  return S == FAR_STREAMS && T == 1 ? READ_ONCE : KEPT;
+}
+
 // Weights of `Linears` (linear.h); x is float32 in the order of `arrange`.
 struct Weights {
   using Linear = mxfp8_linear;
@@ -27,7 +34,7 @@ struct Weights {
 #else
   static constexpr int MOST = 2, STREAMS = 4;
 #endif
-  static constexpr int FAR_STREAMS = 4;
+  static constexpr int FAR_STREAMS = mxfp8::FAR_STREAMS;
 
   template <int S, int T>
   static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
@@ -42,7 +49,7 @@ struct Weights {
     for (int64_t at = 0; at < whole; at += STEP) {
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
-        __builtin_prefetch(codes + s * w_stride + at + ahead, 0, T == 1 ? READ_ONCE : KEPT);
+        __builtin_prefetch(codes + s * w_stride + at + ahead, 0, keeping<S, T>());
         multiply_step(decoder, codes + s * w_stride + at, scales + s * s_stride + at / BLOCK,
                       x + at, a.x_stride, sums[s]);
       }
@@ -89,7 +96,7 @@ struct Weights {
 struct Bf16Weights {
   using Linear = mxfp8_linear;
   static constexpr int64_t BYTES = 1;
-  static constexpr int MOST = 4, STREAMS = 4, FAR_STREAMS = 4;
+  static constexpr int MOST = 4, STREAMS = 4, FAR_STREAMS = mxfp8::FAR_STREAMS;
   static constexpr uint16_t SMALLEST = (127 - 103) << 7;  // 2^-103 in bfloat16
 
   template <int S, int T>
@@ -116,7 +123,7 @@ struct Bf16Weights {
 #pragma GCC unroll 8
         for (int s = 0; s < S; s++) {
           const uint8_t* from = codes + s * w_stride + at;
-          __builtin_prefetch(from + ahead, 0, T == 1 ? READ_ONCE : KEPT);
+          __builtin_prefetch(from + ahead, 0, keeping<S, T>());
           multiply_step(decoder, _mm512_loadu_si512(from), _mm512_permutexvar_ps(lanes, factors[s]),
                         x + at, a.x_stride, sums[s]);
         }
