@@ -21,9 +21,7 @@ namespace mxfp4::mxfp8 {
 // How codes are prefetched. One row of x reads FAR_STREAMS only where there is room ahead.
 constexpr int FAR_STREAMS = 4;
 template <int S, int T>
-constexpr int keeping() {
-  return S == FAR_STREAMS && T == 1 ? READ_ONCE : KEPT;
-}
+constexpr int KEEPING = S == FAR_STREAMS && T == 1 ? READ_ONCE : KEPT;
 
 // Weights of `Linears` (linear.h); x is float32 in the order of `arrange`.
 struct Weights {
@@ -49,7 +47,7 @@ struct Weights {
     for (int64_t at = 0; at < whole; at += STEP) {
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
-        __builtin_prefetch(codes + s * w_stride + at + ahead, 0, keeping<S, T>());
+        __builtin_prefetch(codes + s * w_stride + at + ahead, 0, (KEEPING<S, T>));
         multiply_step(decoder, codes + s * w_stride + at, scales + s * s_stride + at / BLOCK,
                       x + at, a.x_stride, sums[s]);
       }
@@ -123,7 +121,7 @@ struct Bf16Weights {
 #pragma GCC unroll 8
         for (int s = 0; s < S; s++) {
           const uint8_t* from = codes + s * w_stride + at;
-          __builtin_prefetch(from + ahead, 0, keeping<S, T>());
+          __builtin_prefetch(from + ahead, 0, (KEEPING<S, T>));
           multiply_step(decoder, _mm512_loadu_si512(from), _mm512_permutexvar_ps(lanes, factors[s]),
                         x + at, a.x_stride, sums[s]);
         }
