@@ -11,7 +11,7 @@
 #include "vectors.h"
 
 #if defined(__AVX2__)
-#include <immintrin.h>
+#include "avx2.h"
 #elif defined(__aarch64__)
 #include "neon.h"
 #endif
@@ -48,23 +48,14 @@ inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& va
     }
   }
 #elif defined(__AVX2__)
-  const __m256 table = _mm256_loadu_ps(E2M1);
-  const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000));
-  for (int q = 0; q < 4; q++) {  // eight rows
-    const __m256 factor = _mm256_load_ps(factors + 8 * q);
-    for (int g = 0; g < 4; g++) {
-      const __m256i eight = _mm256_loadu_si256(
-          reinterpret_cast<const __m256i*>(codes + 256 * (q / 2) + 64 * g + 32 * (q % 2)));
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) {
-        // The lookup reads the three low bits of a dword; the fourth is the sign.
-        const __m256 size = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(eight, 4 * i));
-        const __m256i negative = _mm256_and_si256(_mm256_slli_epi32(eight, 28 - 4 * i), sign);
-        const __m256 weight =
-            _mm256_mul_ps(_mm256_xor_ps(size, _mm256_castsi256_ps(negative)), factor);
-        _mm256_storeu_ps(&values[8 * g + KORDER[i / 2] + 4 * (i % 2)][8 * q], weight);
-      }
-    }
+  for (int i = 0; i < PANEL_ROWS; i += 8) {
+    const uint8_t* part = codes + i / LANES * (CODE_BYTES / 2) + i % LANES * 4;
+    const __m256 factor = _mm256_mul_ps(_mm256_load_ps(factors + i), _mm256_set1_ps(.5f));
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++)
+      unpack_doubled(part + 64 * g, [&](int k, __m256 doubled) {
+        _mm256_storeu_ps(&values[8 * g + k][i], _mm256_mul_ps(doubled, factor));
+      });
   }
 #elif defined(__aarch64__)
   for (int q = 0; q < 8; q++) {  // four rows
@@ -96,13 +87,15 @@ inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& va
 }
 
 struct F32Tile {
-  // The most rows of a tile whose sums fit the registers, beside a row of the panel.
+  // The most rows of a tile whose sums fit the registers, with half a panel; with a whole panel.
 #if defined(__AVX512F__)
-  static constexpr int ROWS = 12;
-#elif defined(__AVX2__) || defined(__aarch64__)
-  static constexpr int ROWS = 3;
+  static constexpr int ROWS = 12, WHOLE = 12;
+#elif defined(__AVX2__)
+  static constexpr int ROWS = 6, WHOLE = 3;
+#elif defined(__aarch64__)
+  static constexpr int ROWS = 3, WHOLE = 3;
 #else
-  static constexpr int ROWS = 1;
+  static constexpr int ROWS = 1, WHOLE = 1;
 #endif
   // Blocks that are decoded at a time and multiplied with all tiles; they fit the L1 cache.
   static constexpr int64_t CHUNK = 4;
@@ -156,22 +149,42 @@ struct F32Tile {
   // sums [N][32] += values [blocks * 32][N] times weights.
   template <int N>
   static void multiply_chunk(const float* x, const F32Block* weights, int64_t blocks, float* sums) {
-    Vector sum[N][PANEL_VECTORS];
-    for (int n = 0; n < N; n++)
-      for (int v = 0; v < PANEL_VECTORS; v++)
-        sum[n][v] = load_vector(sums + n * PANEL_ROWS + v * VECTOR);
-    const float* weight = &weights[0][0][0];
-    for (int64_t k = 0; k < blocks * BLOCK; k++, x += N, weight += PANEL_ROWS)
-      for (int n = 0; n < N; n++)
-        for (int v = 0; v < PANEL_VECTORS; v++)
-          sum[n][v] = sum[n][v] + x[n] * load_vector(weight + v * VECTOR);
-    for (int n = 0; n < N; n++)
-      for (int v = 0; v < PANEL_VECTORS; v++)
-        store_vector(sums + n * PANEL_ROWS + v * VECTOR, sum[n][v]);
+    // So many vectors of a row's sums fit the registers.
+    constexpr int V = N > WHOLE ? PANEL_VECTORS / 2 : PANEL_VECTORS;
+    for (int first = 0; first < PANEL_ROWS; first += V * VECTOR)
+      multiply_columns<N, V>(x, &weights[0][0][first], blocks, sums + first);
   }
 
  private:
   static constexpr int64_t PREFETCH = 1536;
+
+  // V vectors of each row's sums.
+  template <int N, int V>
+  static void multiply_columns(const float* x, const float* weight, int64_t blocks, float* sums) {
+    Vector sum[N][V];
+    for (int n = 0; n < N; n++)
+      for (int v = 0; v < V; v++) sum[n][v] = load_vector(sums + n * PANEL_ROWS + v * VECTOR);
+    for (int64_t k = 0; k < blocks * BLOCK; k++, x += N, weight += PANEL_ROWS) {
+      // The fewer operands are kept in registers, and the others are read once each.
+      if constexpr (N <= V) {
+        Vector values[N];
+        for (int n = 0; n < N; n++) values[n] = vector_of(x[n]);
+        for (int v = 0; v < V; v++) {
+          const Vector one = load_vector(weight + v * VECTOR);
+          for (int n = 0; n < N; n++) sum[n][v] = sum[n][v] + values[n] * one;
+        }
+      } else {
+        Vector ones[V];
+        for (int v = 0; v < V; v++) ones[v] = load_vector(weight + v * VECTOR);
+        for (int n = 0; n < N; n++) {
+          const Vector value = vector_of(x[n]);
+          for (int v = 0; v < V; v++) sum[n][v] = sum[n][v] + value * ones[v];
+        }
+      }
+    }
+    for (int n = 0; n < N; n++)
+      for (int v = 0; v < V; v++) store_vector(sums + n * PANEL_ROWS + v * VECTOR, sum[n][v]);
+  }
 
   template <int N = ROWS>
   static void multiply_rows(int rows, const float* x, const F32Block* weights, int64_t blocks,

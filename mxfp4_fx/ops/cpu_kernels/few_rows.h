@@ -83,6 +83,8 @@ inline __attribute__((always_inline)) void add_block(const RowBlock* const (&x)[
                                                      const uint8_t* codes, const uint8_t* scales,
                                                      float* sums) {
   constexpr int V = row_vectors<ROWS>();
+  float units[ROWS];  // of what limb_products sums
+  for (int r = 0; r < ROWS; r++) units[r] = x[r]->unit * (FIRST == 2 ? 0x1p16f : 1.f);
   for (int i = 0; i < PANEL_ROWS; i += V * ROW_LANES) {
     RowVector products[ROWS][V];
     limb_products<FIRST>(codes + i / LANES * (CODE_BYTES / 2) + i % LANES * 4, x, products);
@@ -95,7 +97,7 @@ inline __attribute__((always_inline)) void add_block(const RowBlock* const (&x)[
         RowVector sum;
         std::memcpy(&sum, at, sizeof sum);
         // The unit is applied first: unit times scale may underflow although the sum does not.
-        sum = sum + products[r][v] * x[r]->unit * scale;
+        sum = sum + products[r][v] * units[r] * scale;
         std::memcpy(at, &sum, sizeof sum);
       }
     }
@@ -108,7 +110,7 @@ void multiply_rows(const FewRows& rows, const uint8_t* panel, int64_t panels, fl
   const int64_t panel_bytes = ceil_div(rows.blocks, 2) * PAIR_BYTES, ahead = row_prefetch();
   for (int64_t b = 0; b < rows.blocks; b++) {
     const RowBlock* x[ROWS];
-    BlockKind most = BlockKind::SHORT;
+    BlockKind most = BlockKind::TWO_ZERO;
     for (int r = 0; r < ROWS; r++) {
       x[r] = rows.block(r, b);
       most = std::max(most, x[r]->kind);
@@ -118,7 +120,9 @@ void multiply_rows(const FewRows& rows, const uint8_t* panel, int64_t panels, fl
       const uint8_t* scales = block_scales(panel + p * panel_bytes, b);
       float* to = sums + p * step;
       prefetch_block(panel + p * panel_bytes, b, ahead);
-      if (most == BlockKind::SHORT)
+      if (most == BlockKind::TWO_ZERO)
+        add_block<2>(x, codes, scales, to);
+      else if (most == BlockKind::ONE_ZERO)
         add_block<1>(x, codes, scales, to);
       else if (most == BlockKind::EXACT)
         add_block<0>(x, codes, scales, to);

@@ -1,12 +1,12 @@
 // A block of activations in exact integers, which few_rows.h multiplies.
 //
-// It becomes fixed-point numbers of 24 bits. Each has three signed bytes (limbs), and its value is
-// (limb 0 + 2^8 limb 1 + 2^16 limb 2) times a power of two. A weight w becomes a byte: 2 w + 12
-// where the dot product of bytes needs unsigned weights, and then the sums' starting values
-// subtract what the 12 adds; 2 w elsewhere. A block's sum is exact before it becomes float32.
+// It becomes fixed-point numbers of 32 bits. Each has four signed bytes (limbs), and its value is
+// (limb 0 + 2^8 limb 1 + 2^16 limb 2 + 2^24 limb 3) times a power of two. A weight w becomes a byte:
+// 2 w + 12 where the dot product of bytes needs unsigned weights, and then the sums' starting values
+// subtract what the 12 adds; 2 w elsewhere. The sum of two limbs is exact before it becomes float32.
 //
-// Some blocks are not exact in that form: one value may be tiny beside a large one, or a float32
-// may use all its bits. They are multiplied in float32, also directly from the codes.
+// Some blocks are not exact in that form, because one value is tiny beside a large one. They are
+// multiplied in float32, also directly from the codes.
 #pragma once
 
 #include <algorithm>
@@ -19,22 +19,23 @@
 
 namespace mxfp4 {
 
-constexpr int LIMBS = 3;
+constexpr int LIMBS = 4;
 
-// SHORT blocks are exact in 16 bits, so limb 0 is zero. Most blocks of bfloat16 activations are.
-enum class BlockKind : int32_t { SHORT, EXACT, FLOAT, EXTREME };
+// How many lower limbs are zero. Two are in half of the blocks of bfloat16 activations, and hardly
+// ever none: a value that is 2^15 times smaller than another needs all four.
+enum class BlockKind : int32_t { TWO_ZERO, ONE_ZERO, EXACT, FLOAT, EXTREME };
 
 // A block of activations. Dword 2 g of a limb is multiplied with the low nibbles of group g, dword
 // 2 g + 1 with the high ones.
 struct RowBlock {
   int8_t limbs[LIMBS][BLOCK];
-  int32_t start[LIMBS];
-  float unit;  // half of limb 0's unit, because weights count in halves
+  int32_t start[LIMBS / 2];  // of the sums of limbs 0 and 1, and of limbs 2 and 3
+  float unit;                // half of limb 0's unit, because weights count in halves
   BlockKind kind;
 };
 
 // In this range, products with codes and sums of them neither overflow nor underflow.
-constexpr float ROW_SMALLEST = 0x1p-100f, ROW_LARGEST = 0x1p90f;
+constexpr float ROW_SMALLEST = 0x1p-90f, ROW_LARGEST = 0x1p90f;
 
 inline bool is_moderate(float value) {  // false for a NaN
   const float size = std::fabs(value);
@@ -51,13 +52,14 @@ inline RowBlock row_block(const float* values) {
     largest = std::max(largest, size);
     smallest = std::min(smallest, size - 1);  // a zero wraps around and does not count
   }
-  if (largest == 0) return block;  // SHORT
+  if (largest == 0) return block;  // TWO_ZERO
   if (smallest < bits_of(ROW_SMALLEST) - 1 || largest > bits_of(ROW_LARGEST)) {
     block.kind = BlockKind::EXTREME;
     return block;
   }
-  const int exponent = static_cast<int>(largest >> 23) - 126;  // all are below 2^exponent
-  const float scale = float_of(static_cast<uint32_t>(127 + 22 - exponent) << 23);
+  // All are below 2^exponent, and by so much that limb 3 has room for a carry.
+  const int exponent = static_cast<int>((largest + (1 << 17)) >> 23) - 126;
+  const float scale = float_of(static_cast<uint32_t>(127 + 31 - exponent) << 23);
   int32_t fixed[BLOCK], inexact = 0;
   for (int k = 0; k < BLOCK; k++) {
     const float scaled = values[k] * scale;
@@ -69,20 +71,20 @@ inline RowBlock row_block(const float* values) {
     return block;
   }
   int32_t low = 0;
-  for (int k = 0; k < BLOCK; k++) low |= fixed[k] & 0xff;
-  block.kind = low ? BlockKind::EXACT : BlockKind::SHORT;
+  for (int k = 0; k < BLOCK; k++) low |= fixed[k] & 0xffff;
+  block.kind = low & 0xff ? BlockKind::EXACT : low ? BlockKind::ONE_ZERO : BlockKind::TWO_ZERO;
   for (int g = 0; g < BLOCK; g += 4) std::swap(fixed[g + 1], fixed[g + 2]);  // KORDER
   for (int limb = 0; limb < LIMBS; limb++) {
     int32_t sum = 0;
     for (int i = 0; i < BLOCK; i++) {
-      const int32_t byte = limb + 1 < LIMBS ? static_cast<int8_t>(fixed[i]) : fixed[i];
+      const int32_t byte = static_cast<int8_t>(fixed[i]);
       block.limbs[limb][i] = static_cast<int8_t>(byte);
       fixed[i] = (fixed[i] - byte) >> 8;
       sum += byte;
     }
-    block.start[limb] = -12 * sum;
+    block.start[limb / 2] -= 12 * (limb % 2 ? 256 * sum : sum);
   }
-  block.unit = float_of(static_cast<uint32_t>(127 - 23 + exponent) << 23);
+  block.unit = float_of(static_cast<uint32_t>(127 - 32 + exponent) << 23);
   return block;
 }
 

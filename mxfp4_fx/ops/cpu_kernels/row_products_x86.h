@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "avx2.h"
 #include "numbers.h"
 #include "panels.h"
 #include "row_block.h"
@@ -33,7 +34,8 @@ constexpr int row_vectors() {
 }
 
 // The sums of a block for 16 or 8 output rows and each of ROWS rows of activations, whose limbs
-// before limb FIRST are zero. Codes of group g are at codes + 64 g.
+// before limb FIRST are zero, in units of limb 2 if FIRST is 2, else of limb 0. Codes of group g are
+// at codes + 64 g.
 template <int FIRST, int ROWS>
 inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
                                                          const RowBlock* const (&x)[ROWS],
@@ -47,9 +49,9 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
   __m512i sum[ROWS][LIMBS];
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int limb = FIRST; limb < LIMBS; limb++)
-      sum[r][limb] = _mm512_set1_epi32(x[r]->start[limb]);
+      sum[r][limb] = _mm512_set1_epi32(limb % 2 ? 0 : x[r]->start[limb / 2]);
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
     const __m512i eight = _mm512_loadu_si512(codes + 64 * g);
@@ -64,7 +66,7 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
 #endif
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int limb = FIRST; limb < LIMBS; limb++) {
         __m512i& into = sum[r][limb];
         into = _mm512_dpbusd_epi32(into, low, _mm512_set1_epi32(dword(*x[r], limb, 2 * g)));
@@ -74,19 +76,26 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
   }
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++) {
-    __m512i lower = _mm512_slli_epi32(sum[r][1], 8);
-    if (FIRST == 0) lower = _mm512_add_epi32(lower, sum[r][0]);
-    products[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][2]), _mm512_set1_ps(65536.f),
-                                     _mm512_cvtepi32_ps(lower));
+    const auto two_limbs = [&](int low) {
+      const __m512i upper = _mm512_slli_epi32(sum[r][low + 1], 8);
+      return _mm512_cvtepi32_ps(low < FIRST ? upper : _mm512_add_epi32(upper, sum[r][low]));
+    };
+    products[r][0] = two_limbs(2);
+    if (FIRST < 2)
+      products[r][0] = _mm512_fmadd_ps(products[r][0], _mm512_set1_ps(65536.f), two_limbs(0));
   }
 #else
   const __m256i table = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-  const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  __m256i sum[ROWS][LIMBS];
+  const __m256i nibble = _mm256_set1_epi8(15);
+  // Limbs of odd numbers count 2^8 times as much as the one before.
+  const __m256i factors[2] = {_mm256_set1_epi16(1), _mm256_set1_epi16(256)};
+  __m256i sum[ROWS][LIMBS / 2];
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++)
-    for (int limb = FIRST; limb < LIMBS; limb++)
-      sum[r][limb] = _mm256_set1_epi32(x[r]->start[limb]);
+#pragma GCC unroll 2
+    for (int pair = FIRST / 2; pair < LIMBS / 2; pair++)
+      sum[r][pair] = _mm256_set1_epi32(x[r]->start[pair]);
 #pragma GCC unroll 2
   for (int two = 0; two < 2; two++) {
     __m256i weights[4];
@@ -98,25 +107,28 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
       weights[2 * g + 1] =
           _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(eight, 4), nibble));
     }
+#pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int limb = FIRST; limb < LIMBS; limb++) {
         // Four products of at most 2 * 24 * 128 fit 16 bits.
-        __m256i part = _mm256_setzero_si256();
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-          part = _mm256_add_epi16(
-              part,
-              _mm256_maddubs_epi16(weights[i], _mm256_set1_epi32(dword(*x[r], limb, 4 * two + i))));
-        sum[r][limb] = _mm256_add_epi32(sum[r][limb], _mm256_madd_epi16(part, ones));
+        const auto product = [&](int i) {
+          return _mm256_maddubs_epi16(weights[i],
+                                      _mm256_set1_epi32(dword(*x[r], limb, 4 * two + i)));
+        };
+        const __m256i part = _mm256_add_epi16(_mm256_add_epi16(product(0), product(1)),
+                                              _mm256_add_epi16(product(2), product(3)));
+        __m256i& into = sum[r][limb / 2];
+        into = _mm256_add_epi32(into, _mm256_madd_epi16(part, factors[limb % 2]));
       }
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++) {
-    __m256i lower = _mm256_slli_epi32(sum[r][1], 8);
-    if (FIRST == 0) lower = _mm256_add_epi32(lower, sum[r][0]);
-    products[r][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][2]), _mm256_set1_ps(65536.f),
-                                     _mm256_cvtepi32_ps(lower));
+    products[r][0] = _mm256_cvtepi32_ps(sum[r][1]);
+    if (FIRST < 2)
+      products[r][0] = _mm256_fmadd_ps(products[r][0], _mm256_set1_ps(65536.f),
+                                       _mm256_cvtepi32_ps(sum[r][0]));
   }
 #endif
 }
@@ -140,23 +152,13 @@ inline __attribute__((always_inline)) RowVector float_products(const uint8_t* co
   }
   return _mm512_add_ps(sum[0], sum[1]);
 #else
-  const __m256 table = _mm256_loadu_ps(E2M1);
-  const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000));
   __m256 sum[2] = {};
 #pragma GCC unroll 4
-  for (int g = 0; g < 4; g++) {
-    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64 * g));
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-      // The lookup reads the three low bits of a dword; the fourth is the sign.
-      const __m256 size = _mm256_permutevar8x32_ps(table, _mm256_srli_epi32(eight, 4 * i));
-      const __m256i negative = _mm256_and_si256(_mm256_slli_epi32(eight, 28 - 4 * i), sign);
-      const __m256 weight = _mm256_xor_ps(size, _mm256_castsi256_ps(negative));
-      const __m256 value = _mm256_set1_ps(values[8 * g + KORDER[i / 2] + 4 * (i % 2)]);
-      sum[i % 2] = _mm256_fmadd_ps(weight, value, sum[i % 2]);
-    }
-  }
-  return _mm256_add_ps(sum[0], sum[1]);
+  for (int g = 0; g < 4; g++)
+    unpack_doubled(codes + 64 * g, [&](int k, __m256 doubled) {
+      sum[k / 4] = _mm256_fmadd_ps(doubled, _mm256_broadcast_ss(values + 8 * g + k), sum[k / 4]);
+    });
+  return _mm256_mul_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_set1_ps(.5f));
 #endif
 }
 
