@@ -109,3 +109,23 @@ def test_on_an_arm(path: str, tmp_path: Path) -> None:
     subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
     done = subprocess.run([emulator, program, "60"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "60 rounds\n"), done.stderr
+
+
+SIMDE = Path("/usr/include/simde/x86/avx512.h")
+
+
+@pytest.mark.skipif(not SIMDE.exists(), reason="wants SIMDe (Debian: libsimde-dev)")
+@pytest.mark.skipif(not IS_X86, reason="AVX2 runs what is not emulated")
+@pytest.mark.parametrize("path", [exhaustive("avx512"), exhaustive("avx512_bf16")])
+def test_avx512_in_software(path: str, tmp_path: Path) -> None:
+    """On machines without it, too."""
+    program = tmp_path / "driver"
+    # SIMDe's vectors have other elements than the compiler's own.
+    flags = ["-std=c++17", "-O1", "-fopenmp", "-w", "-flax-vector-conversions"]
+    flags += [*ALL_PATHS["avx2"].compiler_flags, f"-DMXFP4_PATH_{path.upper()}=1"]
+    flags += ["-include", str(TESTS / "native" / "avx512_emulated.h"), f"-I{SOURCES}"]
+    source = TESTS / "native" / "driver.cpp"
+    command = [os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program, "60"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "60 rounds\n"), done.stderr

@@ -1,9 +1,10 @@
 // A block of activations in exact integers, which few_rows.h multiplies.
 //
 // It becomes fixed-point numbers of 32 bits. Each has four signed bytes (limbs), and its value is
-// (limb 0 + 2^8 limb 1 + 2^16 limb 2 + 2^24 limb 3) times a power of two. A weight w becomes a byte:
-// 2 w + 12 where the dot product of bytes needs unsigned weights, and then the sums' starting values
-// subtract what the 12 adds; 2 w elsewhere. The sum of two limbs is exact before it becomes float32.
+// (limb 0 + 2^8 limb 1 + 2^16 limb 2 + 2^24 limb 3) times a power of two. A weight w becomes a
+// byte: 2 w + 12 where the dot product of bytes needs unsigned weights, and then the sums' starting
+// values subtract what the 12 adds; 2 w elsewhere. The sum of two limbs is exact before it becomes
+// float32.
 //
 // Some blocks are not exact in that form, because one value is tiny beside a large one. They are
 // multiplied in float32, also directly from the codes.

@@ -34,8 +34,8 @@ constexpr int row_vectors() {
 }
 
 // The sums of a block for 16 or 8 output rows and each of ROWS rows of activations, whose limbs
-// before limb FIRST are zero, in units of limb 2 if FIRST is 2, else of limb 0. Codes of group g are
-// at codes + 64 g.
+// before limb FIRST are zero, in units of limb 2 if FIRST is 2, else of limb 0. Codes of group g
+// are at codes + 64 g.
 template <int FIRST, int ROWS>
 inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
                                                          const RowBlock* const (&x)[ROWS],
@@ -50,7 +50,7 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int limb = FIRST; limb < LIMBS; limb++)
+    for (int limb = FIRST / 2 * 2; limb < LIMBS; limb++)
       sum[r][limb] = _mm512_set1_epi32(limb % 2 ? 0 : x[r]->start[limb / 2]);
 #pragma GCC unroll 4
   for (int g = 0; g < 4; g++) {
@@ -78,7 +78,7 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
   for (int r = 0; r < ROWS; r++) {
     const auto two_limbs = [&](int low) {
       const __m512i upper = _mm512_slli_epi32(sum[r][low + 1], 8);
-      return _mm512_cvtepi32_ps(low < FIRST ? upper : _mm512_add_epi32(upper, sum[r][low]));
+      return _mm512_cvtepi32_ps(_mm512_add_epi32(upper, sum[r][low]));
     };
     products[r][0] = two_limbs(2);
     if (FIRST < 2)
@@ -127,8 +127,8 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
   for (int r = 0; r < ROWS; r++) {
     products[r][0] = _mm256_cvtepi32_ps(sum[r][1]);
     if (FIRST < 2)
-      products[r][0] = _mm256_fmadd_ps(products[r][0], _mm256_set1_ps(65536.f),
-                                       _mm256_cvtepi32_ps(sum[r][0]));
+      products[r][0] =
+          _mm256_fmadd_ps(products[r][0], _mm256_set1_ps(65536.f), _mm256_cvtepi32_ps(sum[r][0]));
   }
 #endif
 }

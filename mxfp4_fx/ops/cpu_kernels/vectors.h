@@ -16,9 +16,7 @@ constexpr int VECTOR = 4;
 typedef float Vector __attribute__((vector_size(VECTOR * sizeof(float))));
 typedef uint32_t VectorBits __attribute__((vector_size(VECTOR * sizeof(uint32_t))));
 
-inline Vector vector_of(float value) {
-  return value - Vector{};
-}
+inline Vector vector_of(float value) { return value - Vector{}; }
 
 inline Vector load_vector(const float* values) {
   Vector vector;
