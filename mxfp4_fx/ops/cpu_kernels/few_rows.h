@@ -83,10 +83,12 @@ inline __attribute__((always_inline)) void add_block(const RowBlock* const (&x)[
                                                      const uint8_t* codes, const uint8_t* scales,
                                                      float* sums) {
   constexpr int V = row_vectors<ROWS>();
+  float units[ROWS];
+  for (int r = 0; r < ROWS; r++) units[r] = x[r]->unit * (FIRST == 1 ? SHORT_UNIT : 1);
   for (int i = 0; i < PANEL_ROWS; i += V * ROW_LANES) {
     RowVector products[ROWS][V];
     limb_products<FIRST>(codes + i / LANES * (CODE_BYTES / 2) + i % LANES * 4, x, products);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
       const RowVector scale = row_scales(scales + i + v * ROW_LANES);
 #pragma GCC unroll 6
@@ -95,7 +97,7 @@ inline __attribute__((always_inline)) void add_block(const RowBlock* const (&x)[
         RowVector sum;
         std::memcpy(&sum, at, sizeof sum);
         // The unit is applied first: unit times scale may underflow although the sum does not.
-        sum = sum + products[r][v] * x[r]->unit * scale;
+        sum = sum + products[r][v] * units[r] * scale;
         std::memcpy(at, &sum, sizeof sum);
       }
     }

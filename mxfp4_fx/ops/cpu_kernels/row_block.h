@@ -41,6 +41,26 @@ inline bool is_moderate(float value) {  // false for a NaN
   return size == 0 || (size >= ROW_SMALLEST && size <= ROW_LARGEST);
 }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// Arranges limbs for smmla, in four parts of eight bytes. A part has the low or the high nibbles of
+// two groups, and limb 2 of a part follows its limb 1.
+inline void arrange_for_smmla(RowBlock& block) {
+  int8_t old[LIMBS][BLOCK];
+  std::memcpy(old, block.limbs, sizeof old);
+  int8_t* upper = block.limbs[1];
+  for (int part = 0; part < 4; part++) {
+    for (int group = 0; group < 2; group++) {
+      const int from = 16 * (part / 2) + 8 * group + 4 * (part % 2), to = 4 * group;
+      std::memcpy(block.limbs[0] + 8 * part + to, old[0] + from, 4);
+      std::memcpy(upper + 16 * part + to, old[1] + from, 4);
+      std::memcpy(upper + 16 * part + 8 + to, old[2] + from, 4);
+    }
+  }
+}
+
+#endif
+
 // All loops have a fixed length, no branch and only integer reductions, so that the compiler
 // vectorizes them.
 inline RowBlock row_block(const float* values) {
@@ -82,6 +102,9 @@ inline RowBlock row_block(const float* values) {
     }
     block.start[limb] = -12 * sum;
   }
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  arrange_for_smmla(block);
+#endif
   block.unit = float_of(static_cast<uint32_t>(127 - 23 + exponent) << 23);
   return block;
 }

@@ -26,6 +26,9 @@ using RowVector = __m256;
 #endif
 constexpr int ROW_LANES = sizeof(RowVector) / sizeof(float);
 
+// The sums of SHORT blocks count in units of limb 0, as all.
+constexpr float SHORT_UNIT = 1;
+
 // Vectors of output rows that are computed together.
 template <int ROWS>
 constexpr int row_vectors() {
