@@ -2,14 +2,17 @@
 
     python -m benchmarks.arm --output benchmarks/results/arm.json
 
-Wants aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user). A count is
-the difference between a program that multiplies twice and one that multiplies once. It says nothing
-of speed beyond that: how long an instruction takes differs between CPUs.
+Weights are those of experts (MXFP4), linears as a model holds them, and linears in MXFP8. It wants
+aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user). A count is the
+difference between a program that multiplies twice and one that multiplies once. It says nothing of
+speed beyond that: how long an instruction takes differs between CPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import itertools
 import shutil
 import subprocess
 import sys
@@ -43,19 +46,19 @@ def main(argv: list[str] | None = None) -> int:
         for path in PATHS:
             log(f"compiling {path}")
             program = build(path, Path(folder))
-            for dtype in args.dtypes:
-                for rows in args.rows:
-                    name = f"{dtype}, {rows} row{'s' if rows > 1 else ''}"
-                    log(f"{path}: {name}")
-                    counts.setdefault(name, {})[path] = per_weight(program, dtype, rows)
+            for weights, dtype, rows in itertools.product(args.weights, args.dtypes, args.rows):
+                name = f"{weights}, {dtype}, {rows} row{'s' if rows > 1 else ''}"
+                log(f"{path}: {name}")
+                counts.setdefault(name, {})[path] = per_weight(program, weights, dtype, rows)
     command.finish(args, {"instructions_per_weight": counts}, text(counts))
     return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__)
-    parser.add_argument("--dtypes", type=command.names, default=("bfloat16",))
-    parser.add_argument("--rows", type=command.numbers, default=(1, 2, 4, 8))
+    parser.add_argument("--weights", type=command.names, default=("experts", "linear", "mxfp8"))
+    parser.add_argument("--dtypes", type=command.names, default=("bfloat16", "float16", "float32"))
+    parser.add_argument("--rows", type=command.numbers, default=(1, 2, 3, 6, 8))
     return parser.parse_args(argv)
 
 
@@ -70,28 +73,42 @@ def build(path: str, folder: Path) -> Path:
     return program
 
 
-def per_weight(program: Path, dtype: str, rows: int) -> float:
+def per_weight(program: Path, weights: str, dtype: str, rows: int) -> float:
     number = str(DTYPES[getattr(torch, dtype)])
-    once, twice = (executed([program, number, str(rows), times]) for times in ("1", "2"))
+    once, twice = (executed([program, weights, number, str(rows), times]) for times in ("1", "2"))
     return (twice - once) / WEIGHTS
 
 
 def executed(program: list[Any]) -> int:
-    """The instructions that a program executes: the emulator writes a line for each."""
-    options = ("-singlestep", "-d", "exec,nochain", "-D", "/dev/stdout")
+    """The instructions that a program executes.
+
+    The emulator lists the instructions of each block of them once, when it translates the block,
+    and writes a line each time it executes it.
+    """
+    sizes: dict[bytes, int] = {}
+    executions: collections.Counter[bytes] = collections.Counter()
+    block: bytes | None = None
+    options = ("-d", "exec,in_asm,nochain", "-D", "/dev/stdout")
     with subprocess.Popen([EMULATOR, *options, *program], stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
-        lines = 0
-        while part := running.stdout.read(1 << 20):
-            lines += part.count(b"\n")
+        for line in running.stdout:
+            if line.startswith(b"Trace"):  # Trace 0: 0x7f19dae00100 [.../0000000000403540/...] name
+                executions[line.split(b"/", 2)[1]] += 1
+            elif line.startswith(b"IN:"):
+                block = None
+            elif line.startswith(b"0x"):  # 0x00403540:  d503201f  nop
+                if block is None:
+                    block = line[2 : line.index(b":")].zfill(16)
+                    sizes[block] = 0
+                sizes[block] += 1
     if running.returncode:
         raise RuntimeError(f"{program[0]} ended with {running.returncode}")
-    return lines
+    return sum(sizes[block] * count for block, count in executions.items())
 
 
 def text(counts: dict[str, dict[str, float]]) -> str:
     rows = [[name, *(f"{found[path]:.2f}" for path in PATHS)] for name, found in counts.items()]
-    return "instructions for a weight\n" + table(["activations", *PATHS], rows)
+    return "instructions for a weight\n" + table(["weights, activations", *PATHS], rows)
 
 
 if __name__ == "__main__":

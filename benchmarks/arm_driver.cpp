@@ -1,29 +1,85 @@
-// A matmul of MXFP4 weights as often as asked, for benchmarks.arm to count instructions. Arguments:
-// the dtype (api.h), rows of activations, times.
+// A product of weights as often as asked, for benchmarks.arm to count instructions. Arguments: the
+// weights (experts, linear or mxfp8), the dtype (api.h), rows of activations, times.
 #include "kernels.cpp"
 
 #include <cstdlib>
 #include <random>
+#include <string>
 #include <vector>
 
+namespace {
+
+constexpr int64_t N = 4096, K = 256;
+
+// Everything that a product takes, made of random numbers.
+struct Problem {
+  int32_t dtype;
+  int64_t rows;
+  std::vector<char> x, y;
+
+  Problem(int32_t dtype, int64_t rows)
+      : dtype(dtype), rows(rows), x(random(rows * K)), y(bytes(rows * N)) {}
+
+  size_t bytes(int64_t count) const {
+    return static_cast<size_t>(count * mxfp4::dtype_bytes(dtype));
+  }
+
+  std::vector<char> random(int64_t count) const {
+    static std::mt19937 generator(1);
+    std::vector<float> values(static_cast<size_t>(count));
+    for (float& value : values) value = std::normal_distribution<float>()(generator);
+    std::vector<char> result(bytes(count));
+    mxfp4::from_f32(values.data(), dtype, count, result.data());
+    return result;
+  }
+
+  mxfp4_linear_group group() const { return {x.data(), rows, K, K, 1, dtype, 1}; }
+
+  int experts(int times) {
+    const std::vector<uint8_t> blocks(N * K / 2, 0x35), scales(N * K / 32, 127);
+    std::vector<uint8_t> panels(static_cast<size_t>(mxfp4::panel_count(N) * mxfp4::panel_bytes(K)));
+    std::vector<uint8_t> flags(static_cast<size_t>(mxfp4::panel_count(N)));
+    mxfp4_swizzle(blocks.data(), scales.data(), 1, N, K, 2, 1, panels.data(), flags.data(), 1);
+    const int32_t offsets[2] = {0, static_cast<int32_t>(rows)};
+    mxfp4_matmul m{};
+    m.x = x.data(), m.panels = panels.data(), m.flags = flags.data(), m.expert_offsets = offsets;
+    m.y = y.data(), m.x_rows = m.rows = rows, m.x_stride = m.k = K, m.n = N;
+    m.experts = m.experts_per_token = m.threads = 1, m.x_dtype = m.bias_dtype = dtype;
+    for (; times > 0; times--)
+      if (mxfp4_matmul_ogs(&m)) return 1;
+    return 0;
+  }
+
+  int linear(int times) {
+    const std::vector<char> weight(bytes(N * K));
+    const struct {
+      mxfp4_linear_group group;
+      mxfp4_linear linear;
+    } a{group(), {weight.data(), nullptr, y.data(), N, K}};
+    for (; times > 0; times--) mxfp4_linears(&a.group);
+    return 0;
+  }
+
+  int mxfp8(int times) {
+    const std::vector<uint8_t> codes(N * K, 0x35), scales(N * K / 32, 127);
+    const struct {
+      mxfp4_linear_group group;
+      mxfp8_linear linear;
+    } a{group(), {codes.data(), scales.data(), nullptr, y.data(), N}};
+    for (; times > 0; times--)
+      if (mxfp8_linears(&a.group)) return 1;
+    return 0;
+  }
+};
+
+}  // namespace
+
 int main(int count, char** arguments) {
-  if (count != 4) return 2;
-  const int32_t dtype = std::atoi(arguments[1]);
-  const int64_t rows = std::atoi(arguments[2]), n = 4096, k = 256;
-  std::vector<float> values(static_cast<size_t>(rows * k));
-  std::mt19937 generator(1);
-  for (float& value : values) value = std::normal_distribution<float>()(generator);
-  std::vector<char> x(values.size() * 4), y(static_cast<size_t>(rows * n) * 4);
-  mxfp4::from_f32(values.data(), dtype, rows * k, x.data());
-  const std::vector<uint8_t> blocks(n * k / 2, 0x35), scales(n * k / 32, 127);
-  std::vector<uint8_t> panels(static_cast<size_t>(mxfp4::panel_count(n) * mxfp4::panel_bytes(k)));
-  std::vector<uint8_t> flags(static_cast<size_t>(mxfp4::panel_count(n)));
-  mxfp4_swizzle(blocks.data(), scales.data(), 1, n, k, 2, 1, panels.data(), flags.data(), 1);
-  const int32_t offsets[2] = {0, static_cast<int32_t>(rows)};
-  mxfp4_matmul m{};
-  m.x = x.data(), m.panels = panels.data(), m.flags = flags.data(), m.expert_offsets = offsets;
-  m.y = y.data(), m.x_rows = m.rows = rows, m.x_stride = m.k = k, m.n = n;
-  m.experts = m.experts_per_token = m.threads = 1, m.x_dtype = m.bias_dtype = dtype;
-  for (int times = std::atoi(arguments[3]); times > 0; times--)
-    if (mxfp4_matmul_ogs(&m)) return 1;
+  if (count != 5) return 2;
+  const std::string weights = arguments[1];
+  Problem problem(std::atoi(arguments[2]), std::atoi(arguments[3]));
+  const int times = std::atoi(arguments[4]);
+  if (weights == "experts") return problem.experts(times);
+  if (weights == "linear") return problem.linear(times);
+  return weights == "mxfp8" ? problem.mxfp8(times) : 2;
 }

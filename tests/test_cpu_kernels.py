@@ -386,6 +386,8 @@ CPUS = {
     "an old one": (INTEL, frozenset({"sse4_2", "avx"}), "portable"),
     "Graviton 3": ("", GRAVITON3, "neon_bf16"),
     "Graviton 2": ("", GRAVITON2, "neon_dotprod"),
+    "an ARM with half of it": ("", GRAVITON3 - {"i8mm"}, "neon_dotprod"),
+    "an ARM with the other half": ("", GRAVITON3 - {"bf16"}, "neon_dotprod"),
     "Graviton 1": ("", frozenset({"asimd"}), "portable"),
     "neither x86 nor ARM": ("", frozenset(), "portable"),
 }
@@ -425,7 +427,7 @@ def test_flags_are_read_as_linux_writes_them(
 def test_the_flags_of_an_arm_are_one_architecture() -> None:
     flags = {path: hardware.CPU_PATHS[path].compiler_flags for path in ARM_PATHS}
     assert flags == {
-        "neon_bf16": ("-march=armv8.2-a+dotprod+bf16",),
+        "neon_bf16": ("-march=armv8.2-a+dotprod+i8mm+bf16",),
         "neon_dotprod": ("-march=armv8.2-a+dotprod",),
     }
 

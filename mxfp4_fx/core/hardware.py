@@ -42,10 +42,12 @@ class CpuPath:
         linear_rows: dtype -> see :func:`linear_rows`. Measured with weights of 3 MB and more
             (``python -m benchmarks.linears``): ``avx512_bf16`` on an EPYC (Zen 4), ``avx2`` on an
             EPYC (Zen 3), the others on a Xeon with AMX, with oneDNN, MKL and torch limited to the
-            same instructions. Other dtypes, and paths that were not measured, are left to torch.
+            same instructions. ARM's are no measurement: so many rows take at most one instruction
+            for a byte of weights (``python -m benchmarks.arm``), so that reading should be what
+            takes the time. Other dtypes, and paths that were not measured, are left to torch.
         linear_rows_of: a vendor -> what differs on its CPUs.
         mxfp8_rows: dtype -> see :func:`mxfp8_rows`. Measured on an EPYC (Zen 5), ``avx2`` with
-            torch limited to it; ``amx`` and ``portable`` are guesses.
+            torch limited to it; ``amx``, ARM's and ``portable`` are guesses.
     """
 
     features: Mapping[str, str]
@@ -84,6 +86,8 @@ _AMX = {**_AVX512_BF16, "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16"}
 
 _ARM = "-march=armv8.2-a"
 _DOTPROD = {"asimddp": "+dotprod"}
+# Armv8.6 has both of the latter; no CPU is known to have one without the other.
+_MATRICES = {**_DOTPROD, "i8mm": "+i8mm", "bf16": "+bf16"}
 
 _AMD = "AuthenticAMD"
 _ANY_NUMBER = 1 << 30  # of rows
@@ -123,10 +127,16 @@ CPU_PATHS: dict[str, CpuPath] = {
         },
     ),
     "neon_bf16": CpuPath(
-        {**_DOTPROD, "bf16": "+bf16"}, "the CPU is an ARM with matrix products of bfloat16"
+        _MATRICES,
+        "the CPU is an ARM with matrix products of bytes and of bfloat16",
+        linear_rows={torch.bfloat16: 3, torch.float16: 2, torch.float32: 6},
+        mxfp8_rows=dict.fromkeys(DTYPES, 4),
     ),
     "neon_dotprod": CpuPath(
-        _DOTPROD, "the CPU is an ARM with dot products of bytes, and none of bfloat16"
+        _DOTPROD,
+        "the CPU is an ARM with dot products of bytes, and no matrix products",
+        linear_rows={torch.bfloat16: 2, torch.float16: 2, torch.float32: 6},
+        mxfp8_rows=dict.fromkeys(DTYPES, 4),
     ),
     "portable": CpuPath({}, f"no vector instructions of this CPU ({platform.machine()}) are known"),
     "amx_emulated": CpuPath(

@@ -228,6 +228,45 @@ void check_matmul() {
   }
 }
 
+// Rows whose results are those of small values beside a large one, which meets zeros. Sums are
+// exact on every path. With a step of 2^-21 the values are those of the lowest limb (row_block.h),
+// with 2^-24 the block is multiplied in float32.
+void check_small_values(float step) {
+  const int64_t n = 40, k = 64, most = 7;
+  std::vector<uint8_t> blocks(n * k / 2), scales(n * k / 32, 137);
+  std::vector<uint8_t> panels(mxfp4::panel_count(n) * mxfp4::panel_bytes(k));
+  std::vector<uint8_t> flags(mxfp4::panel_count(n));
+  for (size_t i = 0; i < blocks.size(); i++)
+    blocks[i] = static_cast<uint8_t>(random_int(0, 255) & (i % 16 ? 0xff : 0xf0));
+  mxfp4_swizzle(blocks.data(), scales.data(), 1, n, k, 2, 1, panels.data(), flags.data(), 1);
+  std::vector<float> values(most * k), sums(most * n);
+  for (size_t i = 0; i < values.size(); i++)
+    values[i] = i % 32 ? static_cast<float>(random_int(-127, 127)) * step : 1;
+  for (int64_t i = 0; i < most * n; i++) {
+    for (int64_t j = 0; j < k; j++) {
+      const uint8_t byte = blocks[(i % n * k + j) / 2];
+      sums[i] += values[i / n * k + j] * mxfp4::E2M1[j % 2 ? byte >> 4 : byte & 15] * 1024;
+    }
+  }
+  for (const int32_t dtype : {MXFP4_F32, MXFP4_BF16, MXFP4_F16}) {
+    const auto in_dtype = [&](const std::vector<float>& from, int64_t count) {
+      std::vector<char> bytes(static_cast<size_t>(count * mxfp4::dtype_bytes(dtype)));
+      mxfp4::from_f32(from.data(), dtype, count, bytes.data());
+      return bytes;
+    };
+    for (int64_t rows = 1; rows <= most; rows++) {
+      const std::vector<char> x = in_dtype(values, rows * k), expected = in_dtype(sums, rows * n);
+      std::vector<char> y(expected.size());
+      const int32_t offsets[2] = {0, static_cast<int32_t>(rows)};
+      mxfp4_matmul m{};
+      m.x = x.data(), m.panels = panels.data(), m.flags = flags.data(), m.y = y.data();
+      m.expert_offsets = offsets, m.x_rows = m.rows = rows, m.x_stride = m.k = k, m.n = n;
+      m.experts = m.experts_per_token = m.threads = 1, m.x_dtype = m.bias_dtype = dtype;
+      require(mxfp4_matmul_ogs(&m) == 0 && y == expected, "a sum of small values");
+    }
+  }
+}
+
 void check_linears() {
   const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
   const int64_t rows = random_int(1, 9), k = random_int(1, 150), x_stride = k + random_int(0, 3);
@@ -292,6 +331,9 @@ void check_mxfp8() {
   }
   std::vector<char> in_dtype(codes.size() * static_cast<size_t>(mxfp4::dtype_bytes(dtype)));
   mxfp8_dequantize(codes.data(), scales.data(), n, k, dtype, in_dtype.data(), 1);
+  std::vector<char> rounded(in_dtype.size());
+  mxfp4::from_f32(values.data(), dtype, n * k, rounded.data());
+  require(in_dtype == rounded, "MXFP8 values in another dtype");
   std::vector<char> y(static_cast<size_t>(rows * n * mxfp4::dtype_bytes(dtype)));
   struct {
     mxfp4_linear_group group;
@@ -315,6 +357,30 @@ void check_mxfp8() {
     const double rounding = std::max(u * (std::fabs(sum) + bound), least);
     require(std::fabs(value - sum) <= bound + rounding, "a linear in MXFP8");
   }
+}
+
+// Every code, 32 in a row of a weight; sums are exact. Two rows have a NaN.
+void check_mxfp8_codes() {
+  std::vector<uint8_t> codes(256), scales(8, 127);
+  std::vector<float> values(256), x(3 * 32, 1.f), y(3 * 8);
+  std::iota(codes.begin(), codes.end(), uint8_t{0});
+  mxfp8_dequantize(codes.data(), scales.data(), 8, 32, MXFP4_F32, values.data(), 1);
+  float sums[8] = {};
+  for (int code = 0; code < 256; code++) {
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const float size = exponent ? std::ldexp(8.f + fraction, exponent - 10) : fraction * 0x1p-9f;
+    const float value = (code & 127) == 127 ? NAN : code & 128 ? -size : size;
+    require(std::isnan(value) ? std::isnan(values[code]) : values[code] == value, "a code");
+    sums[code / 32] += value;
+  }
+  struct {
+    mxfp4_linear_group group;
+    mxfp8_linear linear;
+  } const a{{x.data(), 3, 32, 32, 1, MXFP4_F32, 1},
+            {codes.data(), scales.data(), nullptr, y.data(), 8}};
+  require(mxfp8_linears(&a.group) == 0, "a linear of all codes returns 0");
+  for (int i = 0; i < 3 * 8; i++)
+    require(std::isnan(sums[i % 8]) ? std::isnan(y[i]) : y[i] == sums[i % 8], "a sum of codes");
 }
 
 void check_attention() {
@@ -421,6 +487,9 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
   require(mxfp4_init(0) == 0, "init");
   check_bad_indices();
+  check_small_values(0x1p-21f);
+  check_small_values(0x1p-24f);
+  check_mxfp8_codes();
   for (int round = 0; round < rounds; round++) {
     check_matmul();
     check_quantize();

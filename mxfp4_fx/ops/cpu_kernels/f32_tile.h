@@ -61,7 +61,7 @@ inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& va
   for (int q = 0; q < 8; q++) {  // four rows
     const float32x4_t factor = vld1q_f32(factors + 4 * q);
     for (int g = 0; g < 4; g++) {
-      const Doubled eight(codes + 256 * (q / 4) + 64 * g + 16 * (q % 4));
+      const Doubled eight(vld1q_u8(codes + 256 * (q / 4) + 64 * g + 16 * (q % 4)));
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         float* to = &values[8 * g + KORDER[j]][4 * q];

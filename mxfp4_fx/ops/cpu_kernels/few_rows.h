@@ -88,7 +88,7 @@ inline __attribute__((always_inline)) void add_block(const RowBlock* const (&x)[
   for (int i = 0; i < PANEL_ROWS; i += V * ROW_LANES) {
     RowVector products[ROWS][V];
     limb_products<FIRST>(codes + i / LANES * (CODE_BYTES / 2) + i % LANES * 4, x, products);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
       const RowVector scale = row_scales(scales + i + v * ROW_LANES);
 #pragma GCC unroll 6

@@ -6,6 +6,7 @@
 #include "bf16_tile.h"
 #include "f32_tile.h"
 #include "linear.h"
+#include "linear_neon.h"
 #include "matmul.h"
 #include "mxfp8.h"
 #include "mxfp8_linear.h"

@@ -13,6 +13,10 @@
 #include "parallel.h"
 #include "vectors.h"
 
+#if defined(__aarch64__)
+#include "neon.h"
+#endif
+
 namespace mxfp4::mxfp8 {
 
 constexpr int64_t BLOCK = 32;
@@ -115,6 +119,49 @@ class Decoder {
 
  private:
   __m512i tables_[4];
+};
+
+#elif defined(__aarch64__)
+
+// One block, in the order of the codes.
+class Decoder {
+ public:
+  static constexpr int STEP = 32, VECTORS = STEP / VECTOR;
+
+  static int place(int i) { return i; }
+
+  inline __attribute__((always_inline)) void values(const uint8_t* codes, Vector* out) const {
+#pragma GCC unroll 2
+    for (int at = 0; at < 2; at++) {
+      Halves halves = halves_of_e4m3(vld1q_u8(codes + 16 * at));
+#pragma GCC unroll 2
+      for (uint16x8_t& half : halves.of) {  // 0x7f and 0xff are NaN
+        const uint16x8_t size = vdupq_n_u16(0x3f80);
+        half = vorrq_u16(half, vceqq_u16(vandq_u16(half, size), size));
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const float32x4_t half = halves.four(i);
+        out[4 * at + i] = reinterpret_cast<Vector>(vaddq_f32(half, half));
+      }
+    }
+  }
+
+  // Stores what bfloat16 holds exactly.
+  static void store_bf16(const Vector* values, void* out) {
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS / 2; i++) {
+      const uint16x8_t words = vuzp2q_u16(reinterpret_cast<uint16x8_t>(values[2 * i]),
+                                          reinterpret_cast<uint16x8_t>(values[2 * i + 1]));
+      std::memcpy(static_cast<char*>(out) + i * sizeof words, &words, sizeof words);
+    }
+  }
+
+  static void store(const Vector* values, float* out) {
+    std::memcpy(out, values, STEP * sizeof *out);
+  }
+
+  static Vector scale(const uint8_t* scales) { return vector_of(SCALES[scales[0]]); }
 };
 
 #else

@@ -11,6 +11,7 @@
 #include "api.h"
 #include "linear.h"
 #include "mxfp8.h"
+#include "mxfp8_linear_neon.h"
 #include "numbers.h"
 #include "panels.h"
 #include "parallel.h"
@@ -210,7 +211,11 @@ inline void multiply_f32(const mxfp4_linear_group& arguments, const void* weight
   mxfp4_linear_group group = arguments;
   group.x = x.data();
   group.x_stride = whole_steps(group.k);
+#if defined(__aarch64__)
+  Linears<NeonWeights>(group, weights, first).run();
+#else
   Linears<Weights>(group, weights, first).run();
+#endif
 }
 
 #if defined(MXFP4_PATH_AVX512_BF16)

@@ -27,8 +27,8 @@ struct NeonBf16Tile {
   // Bytes of an expert's packed rows that are multiplied with one panel after the other; they
   // should fit the L2 cache.
   static constexpr int64_t GROUP_BYTES = 512 << 10;
-  // From three rows on, bfmmla takes fewer instructions than the dot products of few_rows.h.
-  static constexpr int MOST_FEW = 2;
+  // From four rows on, bfmmla takes fewer instructions than the integers of few_rows.h.
+  static constexpr int MOST_FEW = 3;
   static int few_rows(int32_t) { return MOST_FEW; }
   // Blocks that are decoded at a time and multiplied with all tiles; they fit the L1 cache.
   static constexpr int64_t CHUNK = 8;

@@ -43,6 +43,24 @@ inline bool is_moderate(float value) {  // false for a NaN
   return size == 0 || (size >= ROW_SMALLEST && size <= ROW_LARGEST);
 }
 
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// Arranges limbs for smmla: each two in four parts of eight bytes, and a part of the upper limb
+// follows that of the lower. A part has the low or the high nibbles of two groups.
+inline void arrange_for_smmla(RowBlock& block) {
+  int8_t old[LIMBS][BLOCK];
+  std::memcpy(old, block.limbs, sizeof old);
+  for (int limb = 0; limb < LIMBS; limb++) {
+    int8_t* to = block.limbs[limb / 2 * 2] + 8 * (limb % 2);
+    for (int part = 0; part < 4; part++)
+      for (int group = 0; group < 2; group++)
+        std::memcpy(to + 16 * part + 4 * group,
+                    old[limb] + 16 * (part / 2) + 8 * group + 4 * (part % 2), 4);
+  }
+}
+
+#endif
+
 // All loops have a fixed length, no branch and only integer reductions, so that the compiler
 // vectorizes them.
 inline RowBlock row_block(const float* values) {
@@ -85,6 +103,9 @@ inline RowBlock row_block(const float* values) {
     }
     block.start[limb / 2] -= 12 * (limb % 2 ? 256 * sum : sum);
   }
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  arrange_for_smmla(block);
+#endif
   block.unit = float_of(static_cast<uint32_t>(127 - 32 + exponent) << 23);
   return block;
 }

@@ -1,0 +1,78 @@
+"""Instructions that ARM's kernels take for a weight, as ``python -m benchmarks.arm`` counts them.
+
+Counts are the same in each run of a program. A compiler may make others; the bounds leave it room.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from implementations import ARM_PATHS
+
+from benchmarks import arm
+from mxfp4_fx.core.hardware import CPU_PATHS
+
+RESULTS = Path(arm.__file__).parent / "results" / "arm.json"
+COUNTS = json.loads(RESULTS.read_text("utf-8"))["instructions_per_weight"]
+
+counts = pytest.mark.skipif(
+    not all(map(shutil.which, (arm.COMPILER, arm.EMULATOR))),
+    reason=f"wants {arm.COMPILER} and {arm.EMULATOR} (Debian: g++-aarch64-linux-gnu, qemu-user)",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("arm")
+
+
+@counts
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("path", arm.PATHS)
+def test_no_kernel_takes_more_instructions_than_it_did(path: str, folder: Path) -> None:
+    program = arm.build(path, folder)
+    for name, stored in COUNTS.items():
+        weights, dtype, rows = name.split(", ")
+        if rows == "1 row" or (dtype, rows) == ("bfloat16", "6 rows"):
+            found = arm.per_weight(program, weights, dtype, int(rows.split()[0]))
+            assert found < 1.1 * stored[path], name
+
+
+@pytest.mark.parametrize("path", ARM_PATHS)
+def test_one_row_takes_a_fourth_of_the_portable_instructions(path: str) -> None:
+    stored = COUNTS["experts, bfloat16, 1 row"]
+    assert stored["portable"] > 4 * stored[path]
+
+
+@pytest.mark.parametrize("path", ARM_PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_linears_are_native_while_a_byte_takes_one_instruction(
+    path: str, dtype: torch.dtype
+) -> None:
+    rows = CPU_PATHS[path].linear_rows[dtype]
+    name = f"linear, {str(dtype).removeprefix('torch.')}, {rows} rows"
+    assert COUNTS[name][path] <= dtype.itemsize
+
+
+def test_instructions_are_counted_by_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of two instructions that runs three times, and one of one that runs once."""
+    log = (
+        "IN: main\n0x00000010:  d503201f  nop\n0x00000014:  d503201f  nop\n\n"
+        "Trace 0: 0x7f0 [00/0000000000000010/00/00] main\n"
+        "IN: main\n0x00000018:  d503201f  nop\n\n"
+        "Trace 0: 0x7f8 [00/0000000000000018/00/00] main\n"
+        "Trace 0: 0x7f0 [00/0000000000000010/00/00] main\n"
+        "Trace 0: 0x7f0 [00/0000000000000010/00/00] main\n"
+    )
+    (tmp_path / "log").write_text(log, encoding="utf-8")
+    emulator = tmp_path / "emulator"
+    emulator.write_text(f"#!/bin/sh\ncat {tmp_path / 'log'}\n", encoding="utf-8")
+    emulator.chmod(0o755)
+    monkeypatch.setattr(arm, "EMULATOR", str(emulator))
+    assert arm.executed([]) == 7
