@@ -156,7 +156,9 @@ class ManyRows {
   }
 
  private:
-  static constexpr int64_t GROUP_BYTES = F32Tile::GROUP_BYTES;
+  // Packed rows that are multiplied with one panel after the other. They are read in order, so that
+  // the third cache is near enough; and a panel is decoded for each group.
+  static constexpr int64_t GROUP_BYTES = 2 << 20;
   // Products for which another thread pays.
   static constexpr int64_t ENOUGH = 256 << 10;
 
