@@ -177,7 +177,7 @@ def linear_rows(dtype: torch.dtype) -> int:
 
 
 def mxfp8_rows(dtype: torch.dtype) -> int:
-    """Return up to how many rows linears read MXFP8 codes natively, not values made of them."""
+    """Return up to how many rows linears in MXFP8 are native; torch multiplies values for more."""
     return CPU_PATHS[cpu_path()].mxfp8_rows[dtype]
 
 

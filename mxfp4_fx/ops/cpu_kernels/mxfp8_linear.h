@@ -68,8 +68,10 @@ struct Weights {
     for (int64_t at = 0; at < whole; at += STEP, x += a.x_stride) {
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
+#if !defined(__AVX512F__)
         // x is read again for each row of the weight: registers do not hold it.
         if (T > 1) asm("" : "+r"(x));
+#endif
         __builtin_prefetch(codes + s * w_stride + at + ahead, 0, (KEEPING<S, T>));
         multiply_step(decoder, nan_codes, codes + s * w_stride + at,
                       scales + s * s_stride + at / BLOCK, x, sum[s]);

@@ -39,7 +39,7 @@ class Panel {
     for (int row = 0; row < PANEL_ROWS; row += 8) {
       for (int i = row; i < row + 8; i++)
         for (int64_t at = 0; at < count * BLOCK; at += LINE)
-          __builtin_prefetch(codes_[i] + (block + count) * BLOCK + at, 0, 2);
+          __builtin_prefetch(codes_[i] + (block + 2 * count) * BLOCK + at, 0, 2);
       for (int64_t b = 0; b < count; b++)
         if (!decode_8(block + b, row, values[b])) decode_any(block + b, row, row + 8, values[b]);
     }
