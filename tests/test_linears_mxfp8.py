@@ -206,6 +206,11 @@ class TestFewRows:
         (y,) = check(x, [weight], [None])
         assert torch.equal(y, torch.cat([run(row[None], [weight], [None])[0] for row in x]))
 
+    @pytest.mark.parametrize("size", [2.0**13, 2.0**15, 2.0**17])
+    def test_large_activations(self, size: float) -> None:
+        """A factor that kernels may multiply them by makes no infinities."""
+        check(randn(2, 64) * size, [random_weight(8, 64)], [None])
+
     def test_a_tiny_activation_beside_a_large_one_counts(self) -> None:
         """Times weights above 1, its products have bits that smaller ones would lose."""
         codes, scales = random_weight(8, 64)
