@@ -59,20 +59,37 @@ def test_figures_of_the_readme_are_those_of_a_run() -> None:
     assert (min(one["rows"] for one in found), max(one["rows"] for one in found)) == (1, 256)
 
 
-def test_figures_of_mxfp8_in_the_readme_are_those_of_a_run() -> None:
-    stored = ROOT / "benchmarks/results/linears-mxfp8-epyc-zen5-2-threads.json"
+@pytest.mark.parametrize(
+    ("machine", "header", "dtypes"),
+    [
+        ("epyc-zen5", "| rows of bfloat16, times as fast |", {"bfloat16": ""}),
+        (
+            "epyc-zen3",
+            "| rows, times as fast, AVX2 |",
+            {"bfloat16": "bfloat16, ", "float32": "float32, "},
+        ),
+    ],
+)
+def test_figures_of_mxfp8_in_the_readme_are_those_of_a_run(
+    machine: str, header: str, dtypes: dict[str, str]
+) -> None:
+    stored = ROOT / f"benchmarks/results/linears-mxfp8-{machine}-2-threads.json"
     found = json.loads(stored.read_text("utf-8"))["linears"]
     readme = (ROOT / "README.md").read_text("utf-8")
-    table = readme[readme.index("| rows of bfloat16, times as fast |") :].splitlines()
+    table = readme[readme.index(header) :].splitlines()
     rows = [int(cell) for cell in table[0].strip("| ").split("|")[1:]]
-    for line, shape in zip(table[2:4], ("1024x2880", "2880x4096"), strict=True):
-        ratios = {
-            one["rows"]: one["mxfp8"]["times_faster"]["median"]
-            for one in found
-            if (one["dtype"], one["shape"]) == ("bfloat16", shape)
-        }
-        cells = " | ".join(f"{ratios[row]:.1f}" for row in rows)
-        assert line == f"| [{shape.replace('x', ', ')}] | {cells} |"
+    shapes = ("1024x2880", "2880x4096")
+    expected = []
+    for dtype, name in dtypes.items():
+        for shape in shapes:
+            ratios = {
+                one["rows"]: one["mxfp8"]["times_faster"]["median"]
+                for one in found
+                if (one["dtype"], one["shape"]) == (dtype, shape)
+            }
+            cells = " | ".join(f"{ratios[row]:.1f}" for row in rows)
+            expected.append(f"| {name}[{shape.replace('x', ', ')}] | {cells} |")
+    assert table[2 : 2 + len(expected)] == expected
 
 
 def test_a_wrong_result_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

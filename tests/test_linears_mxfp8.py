@@ -18,6 +18,7 @@ from mxfp4_fx.ops import cpu_mxfp8
 
 linears = torch.ops.mxfp4.linears_mxfp8
 ROWS = 9  # more than are multiplied at a time
+MANY = 17  # more than are multiplied without panels
 
 Weight = tuple[Tensor, Tensor]
 
@@ -30,18 +31,27 @@ def path(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def few_rows(path: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to ROWS rows multiply codes; anything else is a failure."""
+    """Up to ROWS rows go to the native kernel; anything else is a failure."""
+    _only_natively(monkeypatch, ROWS)
 
+
+@pytest.fixture
+def panels(path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of rows goes to the native kernel; anything else is a failure."""
+    _only_natively(monkeypatch, 1 << 30)
+
+
+def _only_natively(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     def others(*_: object) -> None:
         raise AssertionError("the kernel was not asked")
 
-    monkeypatch.setattr(hardware, "mxfp8_rows", lambda dtype: ROWS)
+    monkeypatch.setattr(hardware, "mxfp8_rows", lambda dtype: most)
     monkeypatch.setattr(cpu_mxfp8, "_many", others)
     monkeypatch.setattr(cpu_mxfp8.reference_around, "linears_mxfp8", others)
 
 
 @pytest.fixture
-def many_rows(path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def slabs(path: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of rows multiplies values, in several slabs of a weight."""
 
     def reference(*_: object) -> None:
@@ -186,13 +196,28 @@ class TestFewRows:
         for y in check(x.bfloat16(), [(codes, scales)], [None]):
             assert y.all()
 
-    def test_rows_of_different_sizes_beside_each_other(self) -> None:
-        """Units of bfloat16 would read some of them as zeros."""
-        weight = random_weight(19, 160)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_rows_of_different_sizes_beside_each_other(self, dtype: torch.dtype) -> None:
+        """Units of bfloat16 would read some as zeros; a factor would make some infinite."""
+        codes, scales = random_weight(19, 160)
+        weight = (codes, scales + 16)
         sizes = torch.tensor([0, -128, -130, 0, 0, 100, 0, 95, -110])
-        x = (randn(ROWS, 160).double() * torch.exp2(sizes.double())[:, None]).bfloat16()
+        x = (randn(ROWS, 160).double() * torch.exp2(sizes.double())[:, None]).to(dtype)
         (y,) = check(x, [weight], [None])
         assert torch.equal(y, torch.cat([run(row[None], [weight], [None])[0] for row in x]))
+
+    @pytest.mark.parametrize("size", [2.0**13, 2.0**15, 2.0**17])
+    def test_large_activations(self, size: float) -> None:
+        """A factor that kernels may multiply them by makes no infinities."""
+        check(randn(2, 64) * size, [random_weight(8, 64)], [None])
+
+    def test_a_tiny_activation_beside_a_large_one_counts(self) -> None:
+        """Times weights above 1, its products have bits that smaller ones would lose."""
+        codes, scales = random_weight(8, 64)
+        codes[:, :, 3] = 0  # of the large one
+        x = randn(3, 64) * 2.0**-140
+        x[1, 3] = 1000
+        check(x, [(codes, scales + 20)], [None])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_flushing_of_subnormals_by_torch_changes_nothing(self, dtype: torch.dtype) -> None:
@@ -210,9 +235,72 @@ class TestFewRows:
             torch.set_flush_denormal(False)
 
 
-@pytest.mark.usefixtures("many_rows")
+@pytest.mark.usefixtures("panels")
+class TestPanels:
+    @pytest.mark.parametrize(
+        ("dtype", "rows", "n", "k"),
+        covering(DTYPES, (MANY, MANY + 1, 50), (1, 31, 64, 70), (32, 96, 128, 416)),
+    )
+    def test_any_sizes(self, dtype: torch.dtype, rows: int, n: int, k: int) -> None:
+        bias = randn(n, dtype=dtype, seed=3) if n % 2 else None
+        check(randn(rows, k, dtype=dtype), [random_weight(n, k)], [bias])
+
+    def test_rows_that_are_packed_in_several_groups(self) -> None:
+        check(randn(70, 4096), [random_weight(33, 4096)], [None])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_several_of_one_input_with_gaps(self, dtype: torch.dtype) -> None:
+        weights = [random_weight(n, 96, seed=n) for n in (40, 3, 100)]
+        biases = [randn(40, dtype=dtype), None, randn(100, dtype=dtype)]
+        check(randn(4, 5, 107, dtype=dtype)[..., 7:103], weights, biases)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_same_bits_for_any_number_of_threads(self, dtype: torch.dtype) -> None:
+        weights = [random_weight(n, 192, seed=n) for n in (203, 101)]
+        x, results, before = randn(50, 192, dtype=dtype), [], torch.get_num_threads()
+        try:
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                results.append(torch.cat(run(x, weights, [None, None]), dim=1))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(result, results[0]) for result in results[1:])
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_nan_and_infinity_in_a_row_of_x(self, value: float) -> None:
+        x, weight = randn(MANY, 96), random_weight(20, 96)
+        x[-1, 69] = value
+        (y,), expected = run(x, [weight], [None]), x.double() @ values_of(weight).T
+        for is_special in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(is_special(y), is_special(expected))
+
+    def test_nan_in_a_row_of_the_weight(self) -> None:
+        """As a code, or as the scale of a block."""
+        codes, scales = random_weight(40, 96)
+        codes[0, 3, 70], codes[0, 34, 1], scales[0, 5, 2] = 0x7F, 0xFF, 255
+        codes[0, 5] &= 0x7F  # so that no infinities of different signs make a NaN
+        (y,) = run(randn(MANY, 96).abs(), [(codes, scales)], [None])
+        assert y.isnan().all(0).nonzero().flatten().tolist() == [3, 5, 34]
+        assert y.isnan().any(0).sum() == 3
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_all_scales_that_values_have(self, dtype: torch.dtype) -> None:
+        """Subnormal weights count. At 247 the largest codes are infinite, as `dequantize` says."""
+        codes, scales = random_weight(247, 64)
+        scales[:] = torch.arange(247, dtype=torch.uint8)[None, :, None]
+        check(randn(MANY, 64, dtype=dtype) * 2.0**-10, [(codes, scales)], [None])
+
+    def test_activations_of_any_size(self) -> None:
+        """Among them subnormal ones, and those that a factor would make infinite."""
+        codes, scales = random_weight(33, 64)
+        sizes = torch.arange(MANY)[:, None] * 15 - 140
+        x = (randn(MANY, 64).double() * torch.exp2(sizes.double())).float()
+        check(x, [(codes, scales)], [None])
+
+
+@pytest.mark.usefixtures("slabs")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_many_rows(dtype: torch.dtype) -> None:
+def test_slabs(dtype: torch.dtype) -> None:
     weights = [random_weight(50, 96), random_weight(3, 96, seed=1)]
     check(randn(2, 20, 96, dtype=dtype), weights, [randn(50, dtype=dtype), None])
 

@@ -46,8 +46,9 @@ class CpuPath:
             for a byte of weights (``python -m benchmarks.arm``), so that reading should be what
             takes the time. Other dtypes, and paths that were not measured, are left to torch.
         linear_rows_of: a vendor -> what differs on its CPUs.
-        mxfp8_rows: dtype -> see :func:`mxfp8_rows`. Measured on an EPYC (Zen 5), ``avx2`` with
-            torch limited to it; ``amx``, ARM's and ``portable`` are guesses.
+        mxfp8_rows: dtype -> see :func:`mxfp8_rows`. Measured on an EPYC (Zen 5), ``avx2`` on an
+            EPYC (Zen 3); that float32 and float16 take any number of rows where there is AVX-512
+            is a guess, and so is all of ``amx``, of ARM's paths and of ``portable``.
     """
 
     features: Mapping[str, str]
@@ -91,6 +92,7 @@ _MATRICES = {**_DOTPROD, "i8mm": "+i8mm", "bf16": "+bf16"}
 
 _AMD = "AuthenticAMD"
 _ANY_NUMBER = 1 << 30  # of rows
+_ALL_BUT_BF16 = {torch.float32: _ANY_NUMBER, torch.float16: _ANY_NUMBER}
 
 # The best comes first.
 CPU_PATHS: dict[str, CpuPath] = {
@@ -98,6 +100,7 @@ CPU_PATHS: dict[str, CpuPath] = {
         _AMX,
         "the CPU has AMX tiles for bfloat16",
         linear_rows={torch.bfloat16: 5, torch.float16: 12, torch.float32: 12},
+        mxfp8_rows={torch.bfloat16: 8, **_ALL_BUT_BF16},
     ),
     "avx512_bf16": CpuPath(
         _AVX512_BF16,
@@ -106,12 +109,13 @@ CPU_PATHS: dict[str, CpuPath] = {
         pays_on=_AMD,
         # With 64 rows torch needs three times as long in float16, 1.1 to 1.9 times in float32.
         linear_rows={torch.bfloat16: 10, torch.float16: 96, torch.float32: 64},
-        mxfp8_rows=dict.fromkeys(DTYPES, 16),
+        mxfp8_rows={torch.bfloat16: 16, **_ALL_BUT_BF16},
     ),
     "avx512": CpuPath(
         _AVX512,
         "the CPU has AVX-512 with VNNI and no fast bfloat16",
         linear_rows={torch.bfloat16: 16, torch.float16: 12, torch.float32: 12},
+        mxfp8_rows={torch.bfloat16: 8, **_ALL_BUT_BF16},
     ),
     "avx2": CpuPath(
         _AVX2,
@@ -120,11 +124,7 @@ CPU_PATHS: dict[str, CpuPath] = {
         # times as long.
         linear_rows={torch.bfloat16: _ANY_NUMBER, torch.float16: _ANY_NUMBER, torch.float32: 8},
         linear_rows_of={_AMD: {torch.float32: 48}},
-        mxfp8_rows={
-            torch.bfloat16: _ANY_NUMBER,
-            torch.float16: _ANY_NUMBER,
-            torch.float32: 16,
-        },
+        mxfp8_rows=dict.fromkeys(DTYPES, _ANY_NUMBER),
     ),
     "neon_bf16": CpuPath(
         _MATRICES,
@@ -187,7 +187,7 @@ def linear_rows(dtype: torch.dtype) -> int:
 
 
 def mxfp8_rows(dtype: torch.dtype) -> int:
-    """Return up to how many rows linears read MXFP8 codes natively, not values made of them."""
+    """Return up to how many rows linears in MXFP8 are native; torch multiplies values for more."""
     return CPU_PATHS[cpu_path()].mxfp8_rows[dtype]
 
 

@@ -1,7 +1,7 @@
 """Linears with MXFP8 weights on the CPU, natively (``cpu_kernels/mxfp8.h``), and the conversions.
 
-Few rows multiply codes that are decoded on the fly, so the time is that of reading them. For more
-rows a slab of a weight is made values of x's dtype, which torch multiplies.
+Few rows multiply codes that are decoded on the fly, more rows panels of a weight that are decoded
+into the cache. Where torch multiplies faster, a slab of a weight is made values of x's dtype.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def linears(
 ) -> list[Tensor]:
     """Compute ``ops.reference_around.linears_mxfp8``.
 
-    Up to ``hardware.mxfp8_rows`` rows sums are float32, and a row's results have the same bits
-    beside any other rows and for any number of threads.
+    Up to ``hardware.mxfp8_rows`` rows sums are float32 and have the same bits for any number of
+    threads. While the rows are few (``few_rows`` in ``cpu_kernels/mxfp8_linear.h``), a row's
+    results have the same bits beside any other rows.
 
     Raises:
         ValueError: shapes do not fit.

@@ -14,6 +14,7 @@ from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.mxfp8 import E4M3_MAX
 
 _U32 = 2.0**-24
+_FLUSHED = 2.0**-126  # below it, matrix units may read and write zeros
 _VALUES = 1 << 22  # of a weight that are looked at at a time
 
 
@@ -78,8 +79,8 @@ def _bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     scale = 2 * size.unflatten(1, (-1, BLOCK)).amax(2, keepdim=True) / E4M3_MAX
     step = (scale + 2.0**-127).expand(-1, -1, BLOCK).flatten(1) * 2.0**-10
     off = torch.maximum(size * 2.0**-4, step)
-    off = off + u * (size + off) + u * tiny
+    off = off + u * (size + off) + max(u * tiny, _FLUSHED)
     terms = x @ (size + off).T + (0 if bias is None else bias.double().abs())
     sums = (k + 2) * _U32 / (1 - (k + 2) * _U32) * terms  # of either result, in any order
     # Each result rounds to the dtype, and torch may keep the products of 16 bits to float32 only.
-    return x @ off.T + 2 * sums + 2 * u * (terms + tiny) + k * tiny * u
+    return x @ off.T + 2 * sums + 2 * u * (terms + tiny) + k * max(u * tiny, _FLUSHED)

@@ -229,8 +229,8 @@ void check_matmul() {
 }
 
 // Rows whose results are those of small values beside a large one, which meets zeros. Sums are
-// exact on every path. With a step of 2^-21 the values are those of the lowest limb (row_block.h),
-// with 2^-24 the block is multiplied in float32.
+// exact on every path. With a step of 2^-21 or 2^-30 the values are those of the lower limbs
+// (row_block.h), with 2^-36 the block is multiplied in float32. float16 has the first step only.
 void check_small_values(float step) {
   const int64_t n = 40, k = 64, most = 7;
   std::vector<uint8_t> blocks(n * k / 2), scales(n * k / 32, 137);
@@ -249,6 +249,7 @@ void check_small_values(float step) {
     }
   }
   for (const int32_t dtype : {MXFP4_F32, MXFP4_BF16, MXFP4_F16}) {
+    if (dtype == MXFP4_F16 && step < 0x1p-24f) continue;
     const auto in_dtype = [&](const std::vector<float>& from, int64_t count) {
       std::vector<char> bytes(static_cast<size_t>(count * mxfp4::dtype_bytes(dtype)));
       mxfp4::from_f32(from.data(), dtype, count, bytes.data());
@@ -314,7 +315,8 @@ void check_linears() {
 
 void check_mxfp8() {
   const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
-  const int64_t rows = random_int(1, 9), n = random_int(1, 60), k = 32 * random_int(1, 20);
+  const int64_t rows = random_int(0, 3) ? random_int(1, 9) : random_int(17, 60);
+  const int64_t n = random_int(1, 60), k = 32 * random_int(1, 20);
   const int64_t x_stride = k + random_int(0, 3), stride = k + random_int(0, 3);
   const bool tiny = random_int(0, 3) == 0;
   const Values x(dtype, (rows - 1) * x_stride + k, tiny ? 0x1p-125 : 1.),
@@ -338,9 +340,13 @@ void check_mxfp8() {
   struct {
     mxfp4_linear_group group;
     mxfp8_linear linear;
-  } const a{{x.bytes.data(), rows, x_stride, k, 1, dtype, 1},
-            {codes.data(), scales.data(), nullptr, y.data(), n}};
+  } a{{x.bytes.data(), rows, x_stride, k, 1, dtype, 1},
+      {codes.data(), scales.data(), nullptr, y.data(), n}};
   require(mxfp8_linears(&a.group) == 0, "a linear in MXFP8 returns 0");
+  const std::vector<char> by_one_thread = y;
+  a.group.threads = static_cast<int32_t>(random_int(2, 4));
+  require(mxfp8_linears(&a.group) == 0, "a linear in MXFP8 with threads returns 0");
+  require(by_one_thread == y, "any number of threads gives the same bits");
   const double u = dtype == MXFP4_BF16 ? 0x1p-8 : dtype == MXFP4_F16 ? 0x1p-11 : 0x1p-24;
   for (int64_t i = 0; i < rows * n; i++) {
     double sum = 0, size = 0;
@@ -351,7 +357,7 @@ void check_mxfp8() {
     }
     float value;
     mxfp4::to_f32(mxfp4::element(y.data(), dtype, i), dtype, 1, &value);
-    // Subnormal sums are multiples of 2^-149, before scales of at most 2^-6 of 2^7 times the codes.
+    // Subnormal sums are multiples of 2^-149.
     const double bound = static_cast<double>(k + 1) * (0x1p-23 * size + 0x1p-149);
     const double least = dtype == MXFP4_BF16 ? 0x1p-134 : dtype == MXFP4_F16 ? 0x1p-25 : 0x1p-150;
     const double rounding = std::max(u * (std::fabs(sum) + bound), least);
@@ -488,7 +494,8 @@ int main(int argc, char** argv) {
   require(mxfp4_init(0) == 0, "init");
   check_bad_indices();
   check_small_values(0x1p-21f);
-  check_small_values(0x1p-24f);
+  check_small_values(0x1p-30f);
+  check_small_values(0x1p-36f);
   check_mxfp8_codes();
   for (int round = 0; round < rounds; round++) {
     check_matmul();

@@ -75,10 +75,12 @@ struct Held {
   using Linear = mxfp4_linear;
   static constexpr int64_t BYTES = Values::BYTES;
 #if defined(__AVX512F__)
-  static constexpr int MOST = 4, STREAMS = 4;
+  static constexpr int MOST = 4;
 #else
-  static constexpr int MOST = 2, STREAMS = 4;
+  static constexpr int MOST = 2;
 #endif
+  static constexpr int streams(int t) { return t == MOST ? 4 : 8; }
+  static constexpr int group(int64_t) { return 8; }
   static constexpr int FAR_STREAMS = 2;
 
   template <int S, int T>
@@ -139,9 +141,9 @@ struct Held {
   }
 };
 
-// `Weights` has a type `Linear` of one weight, the BYTES of an element, the most rows of x whose
-// sums fit the registers beside STREAMS rows of a weight, MOST, how many rows of a weight, read far
-// ahead, are the fastest for one row of x where the cache has room for them, FAR_STREAMS,
+// `Weights` has a type `Linear` of one weight, the BYTES of an element, the most rows of x that are
+// multiplied at once, MOST, how many rows of a weight are beside so many rows of x, `streams`, how
+// many, read far ahead, are the fastest for one row where the cache has room for them, FAR_STREAMS,
 // and `multiply`, which adds to sums[s][t] the products of row n + s * apart of a weight and row
 // `row` + t of x.
 template <class Weights>
@@ -182,8 +184,6 @@ class Linears {
   static constexpr int64_t ENOUGH = 256 << 10;
   // More rows of x than fit the registers are multiplied in turn, by weights that the cache has.
   static constexpr int MOST = Weights::MOST;
-  // Rows of a weight beside T rows of x.
-  static constexpr int streams(int t) { return t == MOST ? Weights::STREAMS : GROUP; }
 
   static int64_t groups(const Linear& weight) { return (weight.n + GROUP - 1) / GROUP; }
 
@@ -196,28 +196,30 @@ class Linears {
       for (int64_t i = 0; i < count; i++) multiply_tile<FAR, 1>(weight, begin + i, count, 0);
       done = begin + FAR * count;
     }
-    const int64_t count = (end - done) / GROUP;
-    for (int64_t i = 0; i < count; i++) multiply_group(weight, done + i, count);
-    for (int64_t n = done + GROUP * count; n < end; n++)
+    const int group = Weights::group(a_.rows);
+    const int64_t count = (end - done) / group;
+    for (int64_t i = 0; i < count; i++) multiply_group(weight, done + i, count, group);
+    for (int64_t n = done + group * count; n < end; n++)
       for (int64_t row = 0; row < a_.rows; row++) multiply_tile<1, 1>(weight, n, 0, row);
   }
 
   // A group of rows that are `apart` rows apart, the first of which is row n, times all of x.
-  void multiply_group(const Linear& weight, int64_t n, int64_t apart) const {
+  void multiply_group(const Linear& weight, int64_t n, int64_t apart, int group) const {
     const int64_t passes = (a_.rows + MOST - 1) / MOST;
     for (int64_t pass = 0; pass < passes; pass++) {  // of equally many rows of x, where possible
       const int64_t row = a_.rows * pass / passes, next = a_.rows * (pass + 1) / passes;
-      multiply_rows(weight, n, apart, row, next - row);
+      multiply_rows(weight, n, apart, group, row, next - row);
     }
   }
 
   template <int T = MOST>
-  void multiply_rows(const Linear& weight, int64_t n, int64_t apart, int64_t row,
+  void multiply_rows(const Linear& weight, int64_t n, int64_t apart, int group, int64_t row,
                      int64_t rows) const {
     if constexpr (T > 0) {
-      if (rows != T) return multiply_rows<T - 1>(weight, n, apart, row, rows);
-      for (int s = 0; s < GROUP; s += streams(T))
-        multiply_tile<streams(T), T>(weight, n + s * apart, apart, row);
+      if (rows != T) return multiply_rows<T - 1>(weight, n, apart, group, row, rows);
+      constexpr int STREAMS = Weights::streams(T);
+      for (int s = 0; s < group; s += STREAMS)
+        multiply_tile<STREAMS, T>(weight, n + s * apart, apart, row);
     }
   }
 

@@ -31,6 +31,47 @@ inline const std::array<float, 256> SCALES = [] {
   return values;
 }();
 
+#if defined(__AVX2__)
+
+// Byte j of each dword of codes -> vector j, whose elements are 2^-120 of the codes' values, also
+// of the subnormal ones: a byte's bits are moved to those of a float32. A NaN code becomes 480.
+inline __attribute__((always_inline)) void values_of_bytes(__m256i codes, __m256 (&out)[4]) {
+  const __m256i bits = _mm256_set1_epi32(static_cast<int>(0x87f00000));
+  const __m256i odd = _mm256_srai_epi16(codes, 4);
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi32(codes, 8), 4);
+  out[0] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(even, 16), bits));
+  out[1] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(odd, 16), bits));
+  out[2] = _mm256_castsi256_ps(_mm256_and_si256(even, bits));
+  out[3] = _mm256_castsi256_ps(_mm256_and_si256(odd, bits));
+}
+
+// Looks for NaN codes, which values_of_bytes does not know, in all that it has seen.
+class NanCodes {
+ public:
+  inline __attribute__((always_inline)) void see(__m256i codes) {
+    largest_ = _mm256_max_epu8(largest_, _mm256_add_epi8(codes, codes));  // without signs
+  }
+
+  bool found() const {
+    const __m256i is_nan = _mm256_cmpeq_epi8(largest_, _mm256_set1_epi8(static_cast<char>(0xfe)));
+    return _mm256_movemask_epi8(is_nan) != 0;
+  }
+
+ private:
+  __m256i largest_ = _mm256_setzero_si256();
+};
+
+#else
+
+// No decoder leaves NaN codes to it.
+struct NanCodes {
+  static constexpr bool found() { return false; }
+};
+
+#endif
+
+inline bool is_nan_code(uint8_t code) { return (code & 0x7f) == 0x7f; }
+
 #if defined(__AVX512VBMI__)
 
 // The lower and the upper byte of the bfloat16 of each code without its sign.
@@ -83,6 +124,15 @@ class Decoder {
     }
   }
 
+  // What values of x, which are smaller than MOST, are multiplied by for `weights`: products are
+  // those of `values`, then.
+  static constexpr float FACTOR = 1, MOST = 0x1p124f;
+
+  inline __attribute__((always_inline)) void weights(const uint8_t* codes, NanCodes&,
+                                                     Vector* out) const {
+    values(codes, out);
+  }
+
   // Stores what bfloat16 holds exactly, in the order of the codes.
   static void store_bf16(const Vector* values, void* out) {
     __m512i words[2];
@@ -121,6 +171,86 @@ class Decoder {
   __m512i tables_[4];
 };
 
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+
+// One block.
+class Decoder {
+ public:
+  static constexpr int STEP = 32, VECTORS = 4;
+
+  static int place(int i) { return VECTOR * (i % 4) + i / 4; }
+
+  // What values of x, which are smaller than MOST, are multiplied by for `weights`: products are
+  // those of `values`, then.
+  static constexpr float FACTOR = 0x1p113f, MOST = 0x1p15f;
+
+  // Leaves NaN codes to `nan_codes`.
+  inline __attribute__((always_inline)) void weights(const uint8_t* codes, NanCodes& nan_codes,
+                                                     Vector* out) const {
+    const __m256i read = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    nan_codes.see(read);
+    __m256 found[4];
+    values_of_bytes(read, found);
+    std::memcpy(out, found, sizeof found);
+  }
+
+  inline __attribute__((always_inline)) void values(const uint8_t* codes, Vector* out) const {
+    __m256 found[4];
+    values_of_bytes(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), found);
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; j++) {
+      const auto value = reinterpret_cast<Vector>(found[j]);
+      const auto is_nan = (reinterpret_cast<VectorBits>(value) & 0x7f00000u) == 0x7f00000u;
+      out[j] = reinterpret_cast<Vector>(reinterpret_cast<VectorBits>(value * FACTOR) |
+                                        reinterpret_cast<VectorBits>(is_nan));
+    }
+  }
+
+  // Stores what bfloat16 holds exactly, in the order of the codes.
+  static void store_bf16(const Vector* values, void* out) {
+    __m256 eights[4];
+    to_eights(values, eights);
+    for (int i = 0; i < 2; i++) {
+      const auto upper = [&](int at) {
+        return _mm256_srli_epi32(_mm256_castps_si256(eights[at]), 16);
+      };
+      const __m256i words = _mm256_packus_epi32(upper(2 * i), upper(2 * i + 1));
+      store_halves(words, static_cast<char*>(out) + 16 * i, static_cast<char*>(out) + 16 * i + 32);
+    }
+  }
+
+  // Stores values in the order of the codes.
+  static void store(const Vector* values, float* out) {
+    __m256 eights[4];
+    to_eights(values, eights);
+    for (int i = 0; i < 4; i++)
+      store_halves(_mm256_castps_si256(eights[i]), out + 4 * i, out + 4 * i + STEP / 2);
+  }
+
+  static inline __attribute__((always_inline)) Vector scale(const uint8_t* scales) {
+    return reinterpret_cast<Vector>(_mm256_broadcast_ss(&SCALES[scales[0]]));
+  }
+
+ private:
+  // Vector i of the result has values 4 i + [0, 4) and, in its upper half, those 16 further on.
+  static void to_eights(const Vector* values, __m256 (&out)[4]) {
+    const auto of = [&](int i) { return reinterpret_cast<__m256>(values[i]); };
+    const __m256 pairs[2][2] = {
+        {_mm256_unpacklo_ps(of(0), of(1)), _mm256_unpacklo_ps(of(2), of(3))},
+        {_mm256_unpackhi_ps(of(0), of(1)), _mm256_unpackhi_ps(of(2), of(3))}};
+    for (int i = 0; i < 2; i++) {
+      const __m256d first = _mm256_castps_pd(pairs[i][0]), second = _mm256_castps_pd(pairs[i][1]);
+      out[2 * i] = _mm256_castpd_ps(_mm256_unpacklo_pd(first, second));
+      out[2 * i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(first, second));
+    }
+  }
+
+  static void store_halves(__m256i both, void* lower, void* upper) {
+    _mm_storeu_si128(static_cast<__m128i*>(lower), _mm256_castsi256_si128(both));
+    _mm_storeu_si128(static_cast<__m128i*>(upper), _mm256_extracti128_si256(both, 1));
+  }
+};
+
 #elif defined(__aarch64__)
 
 // One block, in the order of the codes.
@@ -129,6 +259,9 @@ class Decoder {
   static constexpr int STEP = 32, VECTORS = STEP / VECTOR;
 
   static int place(int i) { return i; }
+
+  // See above: products count in 2^-8 of the codes' values, and their sums are doubled.
+  static constexpr float FACTOR = 1, MOST = 0x1p123f;
 
   inline __attribute__((always_inline)) void values(const uint8_t* codes, Vector* out) const {
 #pragma GCC unroll 2
@@ -186,6 +319,15 @@ class Decoder {
       out[2 * unit] = reinterpret_cast<Vector>(both << 16) * 0x1p113f;
       out[2 * unit + 1] = reinterpret_cast<Vector>(both & 0xffff0000u) * 0x1p113f;
     }
+  }
+
+  // What values of x, which are smaller than MOST, are multiplied by for `weights`: products are
+  // those of `values`, then.
+  static constexpr float FACTOR = 1, MOST = 0x1p124f;
+
+  inline __attribute__((always_inline)) void weights(const uint8_t* codes, NanCodes&,
+                                                     Vector* out) const {
+    values(codes, out);
   }
 
   // Stores what bfloat16 holds exactly, in the order of the codes.

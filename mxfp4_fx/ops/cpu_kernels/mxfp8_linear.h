@@ -4,14 +4,17 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "api.h"
 #include "linear.h"
 #include "mxfp8.h"
 #include "mxfp8_linear_neon.h"
+#include "mxfp8_tile.h"
 #include "numbers.h"
 #include "panels.h"
 #include "parallel.h"
@@ -20,18 +23,38 @@
 namespace mxfp4::mxfp8 {
 
 // How codes are prefetched. One row of x reads FAR_STREAMS only where there is room ahead.
+#if defined(MXFP4_PATH_AVX512_BF16)
 constexpr int FAR_STREAMS = 4;
+#else
+constexpr int FAR_STREAMS = 1;  // never: no room is known
+#endif
 template <int S, int T>
 constexpr int KEEPING = S == FAR_STREAMS && T == 1 ? READ_ONCE : KEPT;
 
-// Weights of `Linears` (linear.h); x is float32 in the order of `arrange`.
+#if defined(__aarch64__)
+using Weights = NeonWeights;
+#else
+
+// Weights of `Linears` (linear.h); x is float32 as `arrange_f32` has it: the rows' first steps,
+// STEP apart, then their next steps, x_stride further on.
 struct Weights {
   using Linear = mxfp8_linear;
   static constexpr int64_t BYTES = 1;
 #if defined(__AVX512F__)
-  static constexpr int MOST = 3, STREAMS = 8;
+  static constexpr int MOST = 3;
+  static constexpr int streams(int) { return 8; }
+  static constexpr int group(int64_t) { return 8; }
+#elif defined(__AVX2__)
+  static constexpr int MOST = 4;
+  static constexpr int streams(int t) { return t <= 2 ? 4 : 2; }
+  // All rows of x at once need no weights that the cache has.
+  static constexpr int group(int64_t rows) {
+    return rows <= MOST ? streams(static_cast<int>(rows)) : 8;
+  }
 #else
-  static constexpr int MOST = 2, STREAMS = 4;
+  static constexpr int MOST = 2;
+  static constexpr int streams(int t) { return t == MOST ? 4 : 8; }
+  static constexpr int group(int64_t) { return 8; }
 #endif
   static constexpr int FAR_STREAMS = mxfp8::FAR_STREAMS;
 
@@ -41,49 +64,66 @@ struct Weights {
     const int64_t blocks = a.k / BLOCK, w_stride = apart * a.k, s_stride = apart * blocks;
     const uint8_t* codes = weight.codes + n * a.k;
     const uint8_t* scales = weight.scales + n * blocks;
-    const float* x = static_cast<const float*>(a.x) + row * a.x_stride;
+    const float* x = static_cast<const float*>(a.x) + row * STEP;
     const Decoder decoder;
-    const int64_t ahead = has_room_ahead() ? 2048 : 512;  // bytes
+    NanCodes nan_codes;
+    Vector sum[S][T] = {};  // in registers: all indices are constants
+    const int64_t ahead = has_room_ahead() ? 2048 : AHEAD;
     const int64_t whole = a.k / STEP * STEP;
-    for (int64_t at = 0; at < whole; at += STEP) {
+    for (int64_t at = 0; at < whole; at += STEP, x += a.x_stride) {
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
+#if !defined(__AVX512F__)
+        // x is read again for each row of the weight: registers do not hold it.
+        if (T > 1) asm("" : "+r"(x));
+#endif
         __builtin_prefetch(codes + s * w_stride + at + ahead, 0, (KEEPING<S, T>));
-        multiply_step(decoder, codes + s * w_stride + at, scales + s * s_stride + at / BLOCK,
-                      x + at, a.x_stride, sums[s]);
+        multiply_step(decoder, nan_codes, codes + s * w_stride + at,
+                      scales + s * s_stride + at / BLOCK, x, sum[s]);
       }
     }
     if (whole < a.k) {  // a step that zeros complete
+#pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
         uint8_t rest[STEP] = {}, scale[STEP / BLOCK] = {};
         std::memcpy(rest, codes + s * w_stride + whole, static_cast<size_t>(a.k - whole));
         std::memcpy(scale, scales + s * s_stride + whole / BLOCK,
                     static_cast<size_t>((a.k - whole) / BLOCK));
-        multiply_step(decoder, rest, scale, x + whole, a.x_stride, sums[s]);
+        multiply_step(decoder, nan_codes, rest, scale, x, sum[s]);
       }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < S; s++) {
+      const uint8_t* row = codes + s * w_stride;
+      const bool is_nan = nan_codes.found() && std::any_of(row, row + a.k, is_nan_code);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++)
+        sums[s][t] = is_nan ? vector_of(std::numeric_limits<float>::quiet_NaN()) : sum[s][t];
     }
   }
 
  private:
+  static constexpr int64_t AHEAD = 512;  // bytes
+
   template <int T>
-  static inline __attribute__((always_inline)) void multiply_step(const Decoder& decoder,
-                                                                  const uint8_t* codes,
-                                                                  const uint8_t* scales,
-                                                                  const float* x, int64_t x_stride,
-                                                                  Vector (&sums)[T]) {
+  static inline __attribute__((always_inline)) void multiply_step(
+      const Decoder& decoder, NanCodes& nan_codes, const uint8_t* codes, const uint8_t* scales,
+      const float* x, Vector (&sums)[T]) {
     Vector values[Decoder::VECTORS];
-    decoder.values(codes, values);
+    decoder.weights(codes, nan_codes, values);
     const Vector scale = Decoder::scale(scales);
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
-      Vector sum = values[0] * load_vector(x + t * x_stride);
+      Vector sum = values[0] * load_vector(x + t * STEP);
 #pragma GCC unroll 8
       for (int v = 1; v < Decoder::VECTORS; v++)
-        sum = sum + values[v] * load_vector(x + t * x_stride + v * VECTOR);
+        sum = sum + values[v] * load_vector(x + t * STEP + v * VECTOR);
       sums[t] = sums[t] + sum * scale;
     }
   }
 };
+
+#endif
 
 #if defined(MXFP4_PATH_AVX512_BF16)
 
@@ -95,7 +135,9 @@ struct Weights {
 struct Bf16Weights {
   using Linear = mxfp8_linear;
   static constexpr int64_t BYTES = 1;
-  static constexpr int MOST = 4, STREAMS = 4, FAR_STREAMS = mxfp8::FAR_STREAMS;
+  static constexpr int MOST = 4, FAR_STREAMS = mxfp8::FAR_STREAMS;
+  static constexpr int streams(int t) { return t == MOST ? 4 : 8; }
+  static constexpr int group(int64_t) { return 8; }
   static constexpr uint16_t SMALLEST = (127 - 103) << 7;  // 2^-103 in bfloat16
 
   template <int S, int T>
@@ -188,34 +230,65 @@ inline bool arrange_bf16(const uint16_t* row, int64_t k, uint16_t* out) {
 
 #endif
 
-// Rows of x as float32 in the order of a decoder, completed by zeros to whole steps.
-inline std::vector<float> arrange(const mxfp4_linear_group& a) {
-  const DefaultArithmetic arithmetic;
-  const int64_t padded = whole_steps(a.k);
-  std::vector<float> all(static_cast<size_t>(a.rows * padded));
-  for (int64_t row = 0; row < a.rows; row++) {
-    for (int64_t block = 0; block < a.k; block += BLOCK) {
-      float values[BLOCK];
-      to_f32(element(a.x, a.dtype, row * a.x_stride + block), a.dtype, BLOCK, values);
-      float* out = all.data() + row * padded + block / STEP * STEP;
-      const int first = static_cast<int>(block % STEP);
-      for (int i = 0; i < BLOCK; i++) out[Decoder::place(first + i)] = values[i];
+// Arranges a row of x as float32 in the order of a decoder, its steps `stride` apart, without the
+// zeros that complete the last. Returns whether `Weights` multiplies the row: whether no product
+// overflows or loses bits.
+inline bool arrange_f32(const void* row, int32_t dtype, int64_t k, int64_t stride, float* out) {
+  constexpr float LEAST = 0x1p-110f;  // products of 2^-16 are normal numbers
+  bool fits = true;
+  for (int64_t block = 0; block < k; block += BLOCK, row = element(row, dtype, BLOCK)) {
+    float values[BLOCK];
+    to_f32(row, dtype, BLOCK, values);
+    for (float value : values) {
+      const float size = std::fabs(value);
+      fits &= (size == 0) | ((size >= LEAST) & (size < Decoder::MOST));
     }
+    float* to = out + block / STEP * stride;
+    const int first = static_cast<int>(block % STEP);
+    for (int i = 0; i < BLOCK; i++) to[Decoder::place(first + i)] = values[i] * Decoder::FACTOR;
   }
-  return all;
+  return fits;
 }
 
-// Multiplies in float32. Results begin at row `first` of y.
+// Calls `run` for each range of neighbours that are equal.
+template <class F>
+void for_equal(const std::vector<char>& flags, F run) {
+  const auto count = static_cast<int64_t>(flags.size());
+  for (int64_t begin = 0, end; begin < count; begin = end) {
+    for (end = begin + 1; end < count && flags[end] == flags[begin];) end++;
+    run(begin, end);
+  }
+}
+
+inline const void* row_of(const mxfp4_linear_group& a, int64_t row) {
+  return element(a.x, a.dtype, row * a.x_stride);
+}
+
+// Multiplies in float32. Results begin at row `first` of y. A row is multiplied alone as beside
+// others.
 inline void multiply_f32(const mxfp4_linear_group& arguments, const void* weights, int64_t first) {
-  const std::vector<float> x = arrange(arguments);
-  mxfp4_linear_group group = arguments;
-  group.x = x.data();
-  group.x_stride = whole_steps(group.k);
-#if defined(__aarch64__)
-  Linears<NeonWeights>(group, weights, first).run();
-#else
-  Linears<Weights>(group, weights, first).run();
-#endif
+  const int64_t stride = arguments.rows * STEP;
+  std::vector<float> x(static_cast<size_t>(arguments.rows * whole_steps(arguments.k)));
+  std::vector<char> fits(static_cast<size_t>(arguments.rows));
+  {
+    const DefaultArithmetic arithmetic;
+    for (int64_t row = 0; row < arguments.rows; row++)
+      fits[row] = arrange_f32(row_of(arguments, row), arguments.dtype, arguments.k, stride,
+                              x.data() + row * STEP);
+  }
+  for_equal(fits, [&](int64_t row, int64_t next) {
+    mxfp4_linear_group group = arguments;
+    if (fits[row]) {
+      group.rows = next - row;
+      group.x = x.data() + row * STEP;
+      group.x_stride = stride;
+      return Linears<Weights>(group, weights, first + row).run();
+    }
+    for (group.rows = 1; row < next; row++) {
+      group.x = row_of(arguments, row);
+      ManyRows(group, weights, first + row).run();
+    }
+  });
 }
 
 #if defined(MXFP4_PATH_AVX512_BF16)
@@ -225,29 +298,33 @@ inline void multiply_bf16(const mxfp4_linear_group& arguments, const void* weigh
   const int64_t padded = whole_steps(arguments.k), rows = arguments.rows;
   std::vector<uint16_t> x(static_cast<size_t>(rows * padded));
   std::vector<char> in_bf16(static_cast<size_t>(rows));
-  const auto row_of = [&](int64_t row) {
-    return static_cast<const uint16_t*>(arguments.x) + row * arguments.x_stride;
-  };
   for (int64_t row = 0; row < rows; row++)
-    in_bf16[row] = arrange_bf16(row_of(row), arguments.k, x.data() + row * padded);
-  for (int64_t row = 0, next; row < rows; row = next) {
-    for (next = row + 1; next < rows && in_bf16[next] == in_bf16[row];) next++;
+    in_bf16[row] = arrange_bf16(static_cast<const uint16_t*>(row_of(arguments, row)), arguments.k,
+                                x.data() + row * padded);
+  for_equal(in_bf16, [&](int64_t row, int64_t next) {
     mxfp4_linear_group group = arguments;
     group.rows = next - row;
-    group.x = row_of(row);
-    if (!in_bf16[row]) {
-      multiply_f32(group, weights, row);
-      continue;
-    }
+    group.x = row_of(arguments, row);
+    if (!in_bf16[row]) return multiply_f32(group, weights, row);
     group.x = x.data() + row * padded;
     group.x_stride = padded;
     Linears<Bf16Weights>(group, weights, row).run();
-  }
+  });
 }
 
 #endif
 
+// Up to so many rows of x are multiplied with codes in registers; more with a decoded panel.
+inline int64_t few_rows([[maybe_unused]] int32_t dtype) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return 10;
+#else
+  return 16;
+#endif
+}
+
 inline void multiply(const mxfp4_linear_group& arguments) {
+  if (arguments.rows > few_rows(arguments.dtype)) return ManyRows(arguments, &arguments + 1).run();
 #if defined(MXFP4_PATH_AVX512_BF16)
   if (arguments.dtype == MXFP4_BF16) return multiply_bf16(arguments, &arguments + 1);
 #endif

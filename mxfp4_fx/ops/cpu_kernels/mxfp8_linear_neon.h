@@ -16,13 +16,15 @@
 
 namespace mxfp4::mxfp8 {
 
-// Weights of `Linears` (linear.h); x is float32 in the order of the codes.
+// Weights of `Linears` (linear.h); x is float32 as `arrange_f32` has it (mxfp8_linear.h).
 //
 // A row of a weight that has a NaN has NaN as its results. So codes are asked for one at the end.
 struct NeonWeights {
   using Linear = mxfp8_linear;
   static constexpr int64_t BYTES = 1;
-  static constexpr int MOST = 2, STREAMS = 4, FAR_STREAMS = 4;
+  static constexpr int MOST = 2, FAR_STREAMS = 4;
+  static constexpr int streams(int t) { return t == MOST ? 4 : 8; }
+  static constexpr int group(int64_t) { return 8; }
 
   template <int S, int T>
   static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
@@ -30,14 +32,14 @@ struct NeonWeights {
     const int64_t blocks = a.k / BLOCK, w_stride = apart * a.k, s_stride = apart * blocks;
     const uint8_t* codes = weight.codes + n * a.k;
     const uint8_t* scales = weight.scales + n * blocks;
-    const float* x = static_cast<const float*>(a.x) + row * a.x_stride;
+    const float* x = static_cast<const float*>(a.x) + row * BLOCK;
     uint8x16_t largest = vdupq_n_u8(0);  // twice the codes, without their signs
-    for (int64_t block = 0; block < blocks; block++, x += BLOCK) {
+    for (int64_t block = 0; block < blocks; block++, x += a.x_stride) {
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
         const uint8_t* from = codes + s * w_stride + block * BLOCK;
         __builtin_prefetch(from + AHEAD);
-        multiply_block(from, SCALES[scales[s * s_stride + block]], x, a.x_stride, sums[s], largest);
+        multiply_block(from, SCALES[scales[s * s_stride + block]], x, sums[s], largest);
       }
     }
     if (!is_nan(vmaxvq_u8(largest))) return;
@@ -55,7 +57,6 @@ struct NeonWeights {
   template <int T>
   static inline __attribute__((always_inline)) void multiply_block(const uint8_t* codes,
                                                                    float scale, const float* x,
-                                                                   int64_t x_stride,
                                                                    Vector (&sums)[T],
                                                                    uint8x16_t& largest) {
     float32x4_t products[T] = {};
@@ -69,7 +70,7 @@ struct NeonWeights {
         const float32x4_t four = weights.four(i);
 #pragma GCC unroll 2
         for (int t = 0; t < T; t++)
-          products[t] = vfmaq_f32(products[t], four, vld1q_f32(x + t * x_stride + at + 4 * i));
+          products[t] = vfmaq_f32(products[t], four, vld1q_f32(x + t * BLOCK + at + 4 * i));
       }
     }
 #pragma GCC unroll 2

@@ -130,7 +130,7 @@ class SelfTest {
 
   // The same with weights in MXFP8, three blocks of them, which are multiples of 1/8 up to 7/8.
   bool mxfp8_passes(int32_t dtype) {
-    constexpr int64_t rows_of_weight = 11, columns = 96, most = 5;
+    constexpr int64_t rows_of_weight = 11, columns = 96, few = 5, most = 17;
     std::vector<float> values(most * columns), weights(rows_of_weight * columns);
     for (float& value : values) value = activation(dtype);
     for (float& weight : weights) weight = static_cast<float>(random() % 15) / 8 - .875f;
@@ -154,7 +154,7 @@ class SelfTest {
     std::vector<char> expected(sums.size() * static_cast<size_t>(dtype_bytes(dtype)));
     from_f32(values.data(), dtype, most * columns, x.data());
     from_f32(sums.data(), dtype, most * rows_of_weight, expected.data());
-    for (const int64_t rows : {int64_t{1}, most}) {
+    for (const int64_t rows : {int64_t{1}, few, most}) {
       std::vector<char> y(expected.size() / most * static_cast<size_t>(rows));
       struct {
         mxfp4_linear_group group;
