@@ -69,7 +69,12 @@ def _fresh_memory(facts: dict[str, Any]) -> list[str]:
     rate = facts.get("fresh_memory_rate")
     if rate is None:
         return []
-    return [f"swizzled weights need new memory; one thread gets {rate / 1e9:.1f} GB/s of it here"]
+    lines = [f"swizzled weights need new memory; one thread gets {rate / 1e9:.1f} GB/s of it here"]
+    if before := facts.get("untouched_memory_rate"):
+        lines.append(
+            f"all memory was used once before, when it was given at {before / 1e9:.1f} GB/s"
+        )
+    return lines
 
 
 def _table(results: dict[str, Any]) -> str:
@@ -102,7 +107,7 @@ def _notes(results: dict[str, Any]) -> str:
         f"{OTHER}: imports of torch's compiler, evaluating guards, running what was compiled",
         "again: the same tokens once more",
         *_fresh_memory(results["machine"]),
-        *(f"not available: {LABELS[way]}: {why}" for way, why in results["unavailable"].items()),
+        *(f"not measured: {LABELS[way]}: {why}" for way, why in results["unavailable"].items()),
     ]
     lines += [f"note: {note}" for note in results["notes"]]
     return "\n".join(lines)

@@ -183,7 +183,7 @@ def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: P
     cells = row.removeprefix('1, warm, model.compile(backend="mxfp4")').split()
     assert cells[:3] == ["1.0", "2.0", "9.0"]
     assert cells[-6:] == ["7.0", "15.0", "16.00", "6", "6", "0.00"]
-    assert "not available: llama.cpp: llama-cpp-python is not installed" in out
+    assert "not measured: llama.cpp: llama-cpp-python is not installed" in out
     assert "note: on a busy machine" in out
     assert "one thread gets 2.0 GB/s of it here" in out
     pytest.importorskip("matplotlib")
