@@ -71,9 +71,7 @@ def _fresh_memory(facts: dict[str, Any]) -> list[str]:
         return []
     lines = [f"swizzled weights need new memory; one thread gets {rate / 1e9:.1f} GB/s of it here"]
     if before := facts.get("untouched_memory_rate"):
-        lines.append(
-            f"all memory was used once before, when it was given at {before / 1e9:.1f} GB/s"
-        )
+        lines.append(f"all of it was used once before, when one got {before / 1e9:.1f} GB/s")
     return lines
 
 

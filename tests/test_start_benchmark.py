@@ -170,7 +170,8 @@ def test_wall_time_is_summed_where_that_is_the_clock() -> None:
 def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: Path) -> None:
     results = {
         "machine": {**dict.fromkeys(("cpu", "torch", "transformers"), "some"), "threads": 2}
-        | {"cores": 2, "load_average_at_start": 0.0, "fresh_memory_rate": 2e9},
+        | {"cores": 2, "load_average_at_start": 0.0}
+        | {"fresh_memory_rate": 2e9, "untouched_memory_rate": 1e9},
         "settings": {"full_size": False, "threads": 2, "prompt_tokens": 8, "new_tokens": 13},
         "notes": ["on a busy machine"],
         "unavailable": {"llama.cpp": "llama-cpp-python is not installed"},
@@ -186,6 +187,7 @@ def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: P
     assert "not measured: llama.cpp: llama-cpp-python is not installed" in out
     assert "note: on a busy machine" in out
     assert "one thread gets 2.0 GB/s of it here" in out
+    assert "all of it was used once before, when one got 1.0 GB/s" in out
     pytest.importorskip("matplotlib")
     plot.draw(results, tmp_path / "start.svg")
     drawn = (tmp_path / "start.svg").read_text("utf-8")
@@ -249,6 +251,18 @@ def test_an_unknown_way_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         start.main(["--ways", "whole,half"])
     assert "--ways: half is none of uncompiled, whole, pieces" in capsys.readouterr().err
+
+
+def test_a_way_that_takes_too_long_is_ended_and_told(tmp_path: Path) -> None:
+    path = tmp_path / "start.json"
+    layers = "--layers 1,2 --ways uncompiled --limit-seconds 0.01 --silent"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert start.main([*layers.split(), "--output", str(path)]) == 0
+    results = json.loads(path.read_text("utf-8"))
+    assert results["starts"] == []
+    why = "1 layers, uncompiled, cold: ended after 0 s; not run with more layers"
+    assert results["unavailable"] == {"uncompiled": why}
+    assert f"not measured: packed, uncompiled: {why}" in out.getvalue()
 
 
 @pytest.mark.exhaustive
