@@ -17,6 +17,9 @@ from torch._dynamo.utils import ChromiumEventLogger, dynamo_timed
 from benchmarks import plot, start, start_report
 from benchmarks.compile_phases import OTHER, PHASES, Spending, followed
 from benchmarks.start_child import STAGES, WAYS
+from mxfp4_fx.core.errors import NativeBuildError
+from mxfp4_fx.core.loaded_once import LoadedOnce
+from mxfp4_fx.ops import native
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -100,6 +103,22 @@ def test_torch_tells_its_timings_and_this_package_its_own() -> None:
     for name in ("entire_frame_compile", "build_guards", "backend_compile"):
         assert timings[name] == 1
     assert timings["create_aot_dispatcher_function"] == 1
+
+
+def test_waiting_for_native_kernels_belongs_to_their_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spending = Spending(clock := Seconds())
+
+    def load(path: str) -> str:
+        clock.now += 1
+        return path
+
+    monkeypatch.setattr(native, "libraries", LoadedOnce(load, NativeBuildError, ()))
+    with followed(spending), dynamo_timed("mxfp4_fx.passes"):
+        native.load("some path")
+        native.load("some path")
+    assert spending.take()[0] == {OTHER: 0, "passes": 0, "C++ compiler": 1}
 
 
 def test_all_timings_with_a_phase_are_in_torch_or_here() -> None:
