@@ -1,7 +1,13 @@
-"""What the stages of ``benchmarks.start`` amount to, and their tables."""
+"""What the stages of ``benchmarks.start`` amount to, and their tables.
+
+python -m benchmarks.start_report benchmarks/results/start-epyc-2-threads.json    # README's rows
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.compile_phases import OTHER, PHASES
@@ -51,6 +57,23 @@ def summarize(start: dict[str, Any], clock: str) -> dict[str, Any]:
 def text(results: dict[str, Any]) -> str:
     """Everything that a reader should see."""
     return paragraphs(_head(results), _table(results), _notes(results))
+
+
+def readme_rows(results: dict[str, Any]) -> list[str]:
+    """Rows of README's table: a way, the layers, and seconds with cold and with warm caches."""
+    seconds = {
+        (each["way"], each["layers"], each["cache"]): each["summary"]["all tokens"]
+        for each in results["starts"]
+    }
+    ways = sorted({way for way, _, _ in seconds}, key=list(LABELS).index)
+    rows = []
+    for way in ways:
+        name = f"`{LABELS[way]}`" if "(" in LABELS[way] else LABELS[way]
+        for layers in sorted({each for one, each, _ in seconds if one == way}):
+            shown = (seconds.get((way, layers, cache)) for cache in ("cold", "warm"))
+            cells = ("" if one is None else f"{one:.0f}" for one in shown)
+            rows.append("| " + " | ".join((f"{name}, {layers} layers", *cells)) + " |")
+    return rows
 
 
 def _head(results: dict[str, Any]) -> str:
@@ -109,3 +132,7 @@ def _notes(results: dict[str, Any]) -> str:
     ]
     lines += [f"note: {note}" for note in results["notes"]]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print("\n".join(readme_rows(json.loads(Path(sys.argv[1]).read_text("utf-8")))))
