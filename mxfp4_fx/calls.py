@@ -173,7 +173,9 @@ class Call:
         if self._compiling is None:
             self._compiling = contextlib.ExitStack()
             self._compiling.enter_context(collector.young_only())
-            if self.observer is None:
+            # Of a function it is not known which of its modules it calls.
+            is_module = isinstance(getattr(self._function, "__self__", None), nn.Module)
+            if self.observer is None and is_module:
                 self._ahead = Ahead(self.called, are_read=is_part)
                 self._compiling.enter_context(self._ahead.swizzling())
         if is_part and self._tracing is None:

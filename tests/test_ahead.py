@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from freeing import FREE
-from models import Layers, compile_with, hidden, mlp, pack, swizzled
+from models import Layers, compile_with, hidden, mlp, model, pack, swizzled, tokens
 from processes import wait_until
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 
+import mxfp4_fx
 from mxfp4_fx.core import background
 from mxfp4_fx.core.errors import MissedRewriteWarning, NanWeightsWarning
 from mxfp4_fx.weights import mapped
@@ -263,6 +264,20 @@ def test_packed_weights_are_swizzled_while_dynamo_traces(made: list[bool]) -> No
     assert made == [True] * 4
 
 
+def test_weights_are_swizzled_while_the_first_piece_is_compiled(made: list[bool]) -> None:
+    """A layer's first piece reads no experts."""
+    calls: list[int] = []
+
+    def wait() -> None:
+        calls.append(len(made))
+        wait_until(lambda: len(made) == 4, "all four weights")
+
+    whole = mxfp4_fx.compile(pack(model()), options={**NATIVE, "inner": Inner(wait)})
+    whole(tokens(1), use_cache=True)
+    assert len(calls) == 2
+    assert made == [True] * 4
+
+
 def test_mapped_weights_give_their_pages_back_while_dynamo_traces(
     tmp_path: Path, made: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +304,13 @@ def test_mapped_weights_give_their_pages_back_while_dynamo_traces(
 def test_nothing_is_swizzled_while_dynamo_traces(options: dict[str, Any], made: list[bool]) -> None:
     seen: list[threading.Thread] = []
     compile_with(Tracing(lambda: seen.extend(running())), options=options)(hidden())
+    assert not seen
+
+
+def test_nothing_is_swizzled_for_a_function_that_may_call_other_modules(made: list[bool]) -> None:
+    seen: list[threading.Thread] = []
+    module = Tracing(lambda: seen.extend(running()))
+    compile_with(lambda x: module(x), options=NATIVE)(hidden())
     assert not seen
 
 
