@@ -20,6 +20,7 @@ PHASES = {
     "mxfp4_fx.passes": "passes",
     "mxfp4_fx.swizzle": "swizzling",
     "mxfp4_fx.compile_kernels": "C++ compiler",
+    "mxfp4_fx.load_kernels": "C++ compiler",  # of a thread that was begun before
     "entire_frame_compile": "Dynamo",
     "build_guards": "guards",
     "backend_compile": "AOTAutograd",

@@ -6,11 +6,14 @@ The process writes a line of JSON to a pipe at the end of each phase, with at le
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,10 @@ class ProcessFailed(SystemExit):
         self.phases = phases or []
 
 
+class TookTooLong(ProcessFailed):
+    """A measured process did not end within its time."""
+
+
 def run(
     name: str,
     settings: dict[str, Any],
@@ -46,6 +53,7 @@ def run(
     caches: Path | None = None,
     *,
     warm_pages: bool = False,
+    seconds: float = threading.TIMEOUT_MAX,
 ) -> list[dict[str, Any]]:
     """The phases of a process of its own.
 
@@ -57,8 +65,10 @@ def run(
         caches: a directory for all that it keeps for the next process; None: it keeps nothing of
             what Inductor made.
         warm_pages: it finds the checkpoint in the page cache, as far as it is there.
+        seconds: it is ended after so many.
 
     Raises:
+        TookTooLong: it was.
         ProcessFailed: it failed, or had more memory than the limit.
     """
     log(f"{name}: starts")
@@ -90,6 +100,9 @@ def run(
         os.close(writer)
         watch = Watch(process.pid, limit, settings.get("sample_seconds", 0.01))
         watch.start()
+        is_late = threading.Event()
+        timer = threading.Timer(seconds, _end, (process.pid, is_late))
+        timer.start()
         phases: list[dict[str, Any]] = []
         try:
             with os.fdopen(reader, encoding="utf-8") as lines:
@@ -104,6 +117,7 @@ def run(
                         watch.end(peak)
             failed = process.wait() != 0
         finally:
+            timer.cancel()
             process.kill()
             process.wait()
             watch.stop()
@@ -114,9 +128,18 @@ def run(
                 f"{[phase['phase'] for phase in phases]}; --limit-gib allows {limit / 2**30:.2f}",
                 phases,
             )
+        if is_late.is_set():
+            raise TookTooLong(f"{name}: ended after {seconds:.0f} s", phases)
         if failed:
             raise ProcessFailed(f"{name}: the process failed:\n{errors.read()[-4000:]}", phases)
     return phases
+
+
+def _end(pid: int, is_late: threading.Event) -> None:
+    """End a process that leads a process group, and all in it."""
+    is_late.set()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def choose_cores(count: int) -> list[int]:

@@ -11,9 +11,12 @@ included.
 
 Without ``--full-size`` the models have many layers of tiny width and the times are CPU seconds,
 child processes included: compiling a layer takes as long whatever its width. With it, sizes are
-gpt-oss-20b's and times are wall time; a checkpoint of 13.8 GB is written unless it is there.
-llama.cpp is measured, on the same weights, if ``python -m benchmarks.llama_cpp`` has built it.
-Linux only.
+gpt-oss-20b's and times are wall time; a checkpoint of 13.8 GB is written unless it is there. The
+host of a virtual machine may have given it less memory than it seems to have, and give the rest
+slowly: ``--touch`` has it given before.
+
+llama.cpp is measured, on the same weights, if ``python -m benchmarks.llama_cpp`` has built it. A
+way that takes longer than ``--limit-seconds`` is ended, and not run with more layers. Linux only.
 """
 
 from __future__ import annotations
@@ -33,11 +36,15 @@ from benchmarks import command, end_to_end, full_size, llama_cpp, measured_proce
 from benchmarks.command import Log
 from benchmarks.contenders import Unavailable
 from benchmarks.machine import available_bytes, fresh_memory_rate, machine
+from benchmarks.measured_process import TookTooLong
 from benchmarks.start_child import INDUCTOR, LLAMA, PIECES, WAYS
 from benchmarks.start_report import summarize, text
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 
 SETTINGS = ("full_size", "threads", "prompt_tokens", "new_tokens", "inner", "limit_gib")
+# What the models of tiny width run with. CPU seconds of torch's worker processes would be found out
+# too late, and a thread that spins while it waits for another would count as work.
+TINY_ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 CACHES = ("cold", "warm")
 
 
@@ -55,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         "starts": [],
     }
     if args.full_size:
+        if args.touch:
+            size = min(available_bytes(), int(args.limit_gib * 2**30)) - full_size.SPARE_BYTES
+            results["machine"]["untouched_memory_rate"] = fresh_memory_rate(size)
         results["machine"]["fresh_memory_rate"] = fresh_memory_rate()
         results["notes"].append("torch's worker processes compile C++ files that are not counted")
     with tempfile.TemporaryDirectory() as directory:
@@ -78,6 +88,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "has filled (%(default)s)")  # fmt: skip
     add("--threads", type=int, default=2, help="and cores (%(default)s)")
     add("--limit-gib", type=float, default=22.0, help="of resident memory (%(default)s)")
+    add("--limit-seconds", type=float, default=3600.0, help="of a process (%(default)s)")
+    add("--touch", action="store_true", help="with --full-size: all memory is used once before")
     add("--prompt-tokens", type=int, help="(8; with --full-size 112)")
     add("--new-tokens", type=int, help="after the first one (13; with --full-size 24)")
     add("--inner", default="inductor", help="what compiles graphs (%(default)s)")
@@ -106,9 +118,9 @@ def measure(
         "clock": "wall" if args.full_size else "cpu",
         "sample_seconds": 0.1,
     }
-    if not args.full_size:  # CPU seconds of torch's worker processes would be found out too late
-        settings["environment"] = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    for way in (way for way in WAYS if way in args.ways):
+    if not args.full_size:
+        settings["environment"] = TINY_ENVIRONMENT
+    for way in (way for way in WAYS if way in args.ways and way not in results["unavailable"]):
         if why := unavailable(way, checkpoint, args):
             results["unavailable"][way] = why
             log(f"{way}: {why}")
@@ -121,15 +133,22 @@ def measure(
             own["checkpoint"], limit = str(model), sys.maxsize  # mapped pages can be dropped
         with tempfile.TemporaryDirectory(dir=scratch) as caches:
             for cache in CACHES:
-                stages = measured_process.run(
-                    f"{layers} layers, {way}, {cache}",
-                    own,
-                    limit,
-                    log,
-                    program,
-                    Path(caches),
-                    warm_pages=cache == "warm",
-                )
+                name = f"{layers} layers, {way}, {cache}"
+                try:
+                    stages = measured_process.run(
+                        name,
+                        own,
+                        limit,
+                        log,
+                        program,
+                        Path(caches),
+                        warm_pages=cache == "warm",
+                        seconds=args.limit_seconds,
+                    )
+                except TookTooLong as error:
+                    results["unavailable"][way] = f"{error}; not run with more layers"
+                    log(str(error))
+                    break
                 start = {"layers": layers, "way": way, "cache": cache, "stages": stages}
                 start["summary"] = summarize(start, settings["clock"])
                 results["starts"].append(start)

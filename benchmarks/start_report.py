@@ -1,7 +1,13 @@
-"""What the stages of ``benchmarks.start`` amount to, and their tables."""
+"""What the stages of ``benchmarks.start`` amount to, and their tables.
+
+python -m benchmarks.start_report benchmarks/results/start-epyc-2-threads.json    # README's rows
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.compile_phases import OTHER, PHASES
@@ -53,6 +59,23 @@ def text(results: dict[str, Any]) -> str:
     return paragraphs(_head(results), _table(results), _notes(results))
 
 
+def readme_rows(results: dict[str, Any]) -> list[str]:
+    """Rows of README's table: a way, the layers, and seconds with cold and with warm caches."""
+    seconds = {
+        (each["way"], each["layers"], each["cache"]): each["summary"]["all tokens"]
+        for each in results["starts"]
+    }
+    ways = sorted({way for way, _, _ in seconds}, key=list(LABELS).index)
+    rows = []
+    for way in ways:
+        name = f"`{LABELS[way]}`" if "(" in LABELS[way] else LABELS[way]
+        for layers in sorted({each for one, each, _ in seconds if one == way}):
+            shown = (seconds.get((way, layers, cache)) for cache in ("cold", "warm"))
+            cells = ("" if one is None else f"{one:.0f}" for one in shown)
+            rows.append("| " + " | ".join((f"{name}, {layers} layers", *cells)) + " |")
+    return rows
+
+
 def _head(results: dict[str, Any]) -> str:
     facts, settings = results["machine"], results["settings"]
     kind = "wall time, gpt-oss-20b's widths" if settings["full_size"] else "CPU time, tiny widths"
@@ -69,7 +92,10 @@ def _fresh_memory(facts: dict[str, Any]) -> list[str]:
     rate = facts.get("fresh_memory_rate")
     if rate is None:
         return []
-    return [f"swizzled weights need new memory; one thread gets {rate / 1e9:.1f} GB/s of it here"]
+    lines = [f"swizzled weights need new memory; one thread gets {rate / 1e9:.1f} GB/s of it here"]
+    if before := facts.get("untouched_memory_rate"):
+        lines.append(f"all of it was used once before, when one got {before / 1e9:.1f} GB/s")
+    return lines
 
 
 def _table(results: dict[str, Any]) -> str:
@@ -102,7 +128,11 @@ def _notes(results: dict[str, Any]) -> str:
         f"{OTHER}: imports of torch's compiler, evaluating guards, running what was compiled",
         "again: the same tokens once more",
         *_fresh_memory(results["machine"]),
-        *(f"not available: {LABELS[way]}: {why}" for way, why in results["unavailable"].items()),
+        *(f"not measured: {LABELS[way]}: {why}" for way, why in results["unavailable"].items()),
     ]
     lines += [f"note: {note}" for note in results["notes"]]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print("\n".join(readme_rows(json.loads(Path(sys.argv[1]).read_text("utf-8")))))

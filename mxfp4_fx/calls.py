@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mxfp4_fx.ahead import Ahead
 from mxfp4_fx.called import Called
 from mxfp4_fx.core import collector, compilation, forks, profiling, ranks, torch_private_dynamo
 from mxfp4_fx.core.errors import (
@@ -99,6 +100,7 @@ class Call:
         self._outer: Call | None = None
         self._compiling: contextlib.ExitStack | None = None
         self._tracing: contextlib.ExitStack | None = None
+        self._ahead: Ahead | None = None
         self._raised: BaseException | None = None
         self._naming: contextlib.AbstractContextManager[None] | None = None
 
@@ -133,12 +135,14 @@ class Call:
     def __exit__(self, *_: object) -> None:
         try:
             if self._compiling is not None:
-                with self._compiling:
-                    self.traced()
-                self._compiling = None
+                self.traced()
+                # Dynamo passes no exception to __exit__.
+                raised = sys.exc_info()
+                is_new = raised[1] is not self._raised
+                self._compiling.__exit__(*(raised if is_new else (None, None, None)))
         finally:
             self._leave()
-        # Dynamo passes no exception to __exit__. A new one goes to the user instead of a warning.
+        # A new exception goes to the user instead of a warning.
         error = sys.exc_info()[1]
         if error is self._raised:
             self._judge()
@@ -171,6 +175,11 @@ class Call:
         if self._compiling is None:
             self._compiling = contextlib.ExitStack()
             self._compiling.enter_context(collector.young_only())
+            # Of a function it is not known which of its modules it calls.
+            is_module = isinstance(getattr(self._function, "__self__", None), nn.Module)
+            if self.observer is None and is_module:
+                self._ahead = Ahead(self.called, are_read=is_part)
+                self._compiling.enter_context(self._ahead.swizzling())
         if is_part and self._tracing is None:
             self._tracing = contextlib.ExitStack()
             self._tracing.enter_context(torch_private_dynamo.tracing_without_cache())
@@ -261,6 +270,8 @@ class Call:
             self.graphs += 1
         if report.rewrites:
             self._note_inflated()
+        if self._ahead is not None:
+            self._ahead.ran(report, args)
         if self.observer is not None:
             self.observer.graphs.append(self.renamed(report, args))
         elif report.misses:

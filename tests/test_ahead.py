@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from freeing import FREE
-from models import Layers, compile_with, hidden, mlp, pack, swizzled
+from models import Layers, compile_with, hidden, mlp, model, pack, swizzled, tokens
 from processes import wait_until
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 
+import mxfp4_fx
 from mxfp4_fx.core import background
-from mxfp4_fx.core.errors import NanWeightsWarning
+from mxfp4_fx.core.errors import MissedRewriteWarning, NanWeightsWarning
 from mxfp4_fx.weights import mapped
 from mxfp4_fx.weights import store as store_module
 from mxfp4_fx.weights.freed import is_freed
@@ -234,6 +235,153 @@ def test_other_memory_is_freed_one_by_one_in_the_first_call(made: list[bool]) ->
     compile_with(pack(Layers()), inner, options={**FREE, **NATIVE})(hidden())
     assert before == [0]
     assert made == [False] * 4
+
+
+# ---- packed experts, while Dynamo traces
+
+
+class Tracing(nn.Module):
+    """Packed layers that do something while Dynamo traces them, before it comes to the experts."""
+
+    def __init__(self, meanwhile: Callable[[], Any], layers: Any = None) -> None:
+        super().__init__()
+        self.layers = pack(Layers()) if layers is None else layers
+        self._meanwhile = torch.compiler.assume_constant_result(meanwhile)
+
+    def forward(self, x: Any) -> Any:
+        self._meanwhile()
+        return self.layers(x)
+
+
+def test_packed_weights_are_swizzled_while_dynamo_traces(made: list[bool]) -> None:
+    x = hidden()
+    expected = compile_with(pack(Layers()), options=NATIVE)(x)
+    made.clear()
+    wait = Tracing(lambda: wait_until(lambda: len(made) == 4, "all four weights"))
+    compiled = compile_with(wait, options=NATIVE)
+    for _ in range(2):
+        assert torch.equal(compiled(x), expected)
+    assert made == [True] * 4
+
+
+def test_weights_are_swizzled_while_the_first_piece_is_compiled(made: list[bool]) -> None:
+    """A layer's first piece reads no experts."""
+    calls: list[int] = []
+
+    def wait() -> None:
+        calls.append(len(made))
+        wait_until(lambda: len(made) == 4, "all four weights")
+
+    whole = mxfp4_fx.compile(pack(model()), options={**NATIVE, "inner": Inner(wait)})
+    whole(tokens(1), use_cache=True)
+    assert len(calls) == 2
+    assert made == [True] * 4
+
+
+def test_mapped_weights_give_their_pages_back_while_dynamo_traces(
+    tmp_path: Path, made: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, given_back = hidden(), []
+    real = mapped.page_out
+    monkeypatch.setattr(mapped, "page_out", lambda *a: (given_back.append(len(made)), real(*a)))
+    layers = in_a_file(tmp_path)
+    wait = Tracing(lambda: wait_until(lambda: len(given_back) == 4, "all four weights"), layers)
+    compile_with(wait, options={**FREE, **NATIVE})(x)
+    assert given_back[:4] == [1, 2, 3, 4]
+    assert made == [True] * 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernels": "pytorch"},
+        {**NATIVE, **FREE},  # what is no file's memory cannot be given back
+        {**NATIVE, "skip": ["layers.*"]},
+        {**NATIVE, "inner": "inductor", "inductor": {"max_autotune_pointwise": True}},
+    ],
+    ids=["other kernels", "freed", "skipped", "measuring"],
+)
+def test_nothing_is_swizzled_while_dynamo_traces(options: dict[str, Any], made: list[bool]) -> None:
+    seen: list[threading.Thread] = []
+    compile_with(Tracing(lambda: seen.extend(running())), options=options)(hidden())
+    assert not seen
+
+
+def test_nothing_is_swizzled_for_a_function_that_may_call_other_modules(made: list[bool]) -> None:
+    seen: list[threading.Thread] = []
+    module = Tracing(lambda: seen.extend(running()))
+    compile_with(lambda x: module(x), options=NATIVE)(hidden())
+    assert not seen
+
+
+def test_what_no_graph_reads_is_forgotten(made: list[bool]) -> None:
+    layers = pack(Layers())
+    first, second = layers.layers
+    second.forward = torch.compiler.disable(second.forward)
+    with pytest.warns(MissedRewriteWarning):
+        compile_with(Tracing(lambda: None, layers), options=NATIVE)(hidden())
+    assert len(made) == 4
+    assert forgotten(second)
+    assert not forgotten(first)
+
+
+def test_an_error_while_dynamo_traces_leaves_nothing(made: list[bool]) -> None:
+    def fail() -> None:
+        wait_until(lambda: len(made) > 0, "a weight")
+        raise Fault("no")
+
+    module = Tracing(fail)
+    with pytest.raises(InternalTorchDynamoError, match="Fault: no") as caught:
+        compile_with(module, options=NATIVE)(hidden())
+    assert caught.traceback[-1].frame.code.raw is fail.__code__  # the whole traceback is there
+    assert not running()
+    assert forgotten(module)
+
+
+def test_no_weight_begins_after_an_error_while_dynamo_traces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began, goes_on, made = threading.Event(), threading.Event(), []
+    real, join = store_module.swizzle_weight, threading.Thread.join
+
+    def slow(*args: Any) -> Any:
+        made.append(args)
+        began.set()
+        goes_on.wait()
+        return real(*args)
+
+    def joined(thread: threading.Thread, timeout: float | None = None) -> None:
+        goes_on.set()
+        join(thread, timeout)
+
+    def fail() -> None:
+        began.wait()
+        raise Fault("no")
+
+    monkeypatch.setattr(store_module, "swizzle_weight", slow)
+    monkeypatch.setattr(threading.Thread, "join", joined)
+    with pytest.raises(InternalTorchDynamoError):
+        compile_with(Tracing(fail), options=NATIVE)(hidden())
+    assert len(made) == 1
+
+
+def test_an_error_beside_dynamo_is_left_to_who_needs_the_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, failed = store_module.swizzle_weight, threading.Event()
+    module, x = pack(Layers()), hidden()
+    expected = compile_with(module, options=NATIVE)(x)
+
+    def fail_once(*args: Any) -> Any:
+        if failed.is_set():
+            return real(*args)
+        failed.set()
+        raise Fault("no")
+
+    STORE.forget(module.parameters())
+    monkeypatch.setattr(store_module, "swizzle_weight", fail_once)
+    wait = Tracing(lambda: failed.wait(), module)
+    assert torch.equal(compile_with(wait, options=NATIVE)(x), expected)
 
 
 # ---- the thread itself

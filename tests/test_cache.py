@@ -23,6 +23,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import clear_caches, fresh_cache
 
 from mxfp4_fx import backend
+from mxfp4_fx.core import hardware
 from mxfp4_fx.ops import fingerprint
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -86,22 +87,37 @@ def test_other_ops_other_options_and_the_users_tag_miss_the_cache(
     assert not is_found(compile_anew())
 
 
-def test_the_version_and_the_sources_of_the_ops_are_the_fingerprint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_fingerprint_is_of_the_version_and_the_cpus_path(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fresh = fingerprint.fingerprint.__wrapped__
-    present = fresh()
-    assert present == fingerprint.fingerprint() == fresh()
+    present = fingerprint.fingerprint()
     monkeypatch.setattr(fingerprint, "__version__", "0.0.0")
-    assert fresh() == present.replace(present.split("-")[1], "0.0.0") != present
+    assert fingerprint.fingerprint() == present.replace(present.split("-")[1], "0.0.0") != present
     monkeypatch.undo()
-    for file in Path(fingerprint.__file__).parent.glob("*.py"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(fingerprint, "__file__", str(tmp_path / "fingerprint.py"))
-    assert fresh() == present
-    with (tmp_path / "schemas.py").open("a") as file:
+    for path in ("portable", "no such path"):
+        monkeypatch.setenv("MXFP4_FX_CPU", path)
+        hardware.cpu_path.cache_clear()
+        assert fingerprint.fingerprint() != present
+    monkeypatch.undo()
+    hardware.cpu_path.cache_clear()
+    assert fingerprint.fingerprint() == present
+
+
+@pytest.mark.parametrize("folder", ["core", "ops", "passes", "weights", "."])
+def test_the_fingerprint_is_of_the_sources(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass may leave a graph to Inductor that the next version computes otherwise."""
+    package = tmp_path / "mxfp4_fx"
+    present = fingerprint.fingerprint()
+    shutil.copytree(Path(fingerprint.__file__).parents[1], package)
+    (package / "ops" / "note.txt").touch()
+    monkeypatch.setattr(fingerprint, "__file__", str(package / "ops/fingerprint.py"))
+    assert fingerprint.fingerprint() == present
+    fingerprint._hash_of.cache_clear()
+    with next((package / folder).glob("*.py")).open("a") as file:
         file.write("\n")
-    assert fresh() != present
+    assert fingerprint.fingerprint() != present
 
 
 # ---- a broken cache

@@ -405,11 +405,14 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("held", [Stack.eval, pack], ids=["dense", "packed"])
 @pytest.mark.parametrize(
     "inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
 )
-def test_gradients_are_those_without(call: Callable[..., Tensor], inner: str) -> None:
-    whole = stack(2, call=call)
+def test_gradients_are_those_without(
+    call: Callable[..., Tensor], held: Callable[..., Any], inner: str
+) -> None:
+    whole = held(stack(2, call=call))
     actual = gradients(compile_with(whole, inner, options={"strict": True}))
     torch.compiler.reset()
     expected = gradients(compile_with(plain(whole), inner))

@@ -112,6 +112,14 @@ class TestCompilations:
         assert not is_freed(whole.model.layers[0].mlp.experts.down_proj_blocks)
         assert mxfp4_fx.restore(whole) == 4
 
+    def test_a_layer_that_is_compiled_anew_leaves_the_others(self) -> None:
+        """Its weights are not freed by what it shared with them before."""
+        whole = compiled(pack(model()), free_weights=True)
+        compiled(whole.model.layers[1])
+        whole(tokens())
+        blocks = [layer.mlp.experts.down_proj_blocks for layer in whole.model.layers]
+        assert [*map(is_freed, blocks)] == [True, False]
+
     def test_traces_keep_no_results_of_fake_tensors(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Compilers do, and so does what is compiled as a whole: it has many layers."""
         traced, compiled_with = [], []

@@ -17,6 +17,9 @@ from torch._dynamo.utils import ChromiumEventLogger, dynamo_timed
 from benchmarks import plot, start, start_report
 from benchmarks.compile_phases import OTHER, PHASES, Spending, followed
 from benchmarks.start_child import STAGES, WAYS
+from mxfp4_fx.core.errors import NativeBuildError
+from mxfp4_fx.core.loaded_once import LoadedOnce
+from mxfp4_fx.ops import native
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -102,6 +105,22 @@ def test_torch_tells_its_timings_and_this_package_its_own() -> None:
     assert timings["create_aot_dispatcher_function"] == 1
 
 
+def test_waiting_for_native_kernels_belongs_to_their_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spending = Spending(clock := Seconds())
+
+    def load(path: str) -> str:
+        clock.now += 1
+        return path
+
+    monkeypatch.setattr(native, "libraries", LoadedOnce(load, NativeBuildError, ()))
+    with followed(spending), dynamo_timed("mxfp4_fx.passes"):
+        native.load("some path")
+        native.load("some path")
+    assert spending.take()[0] == {OTHER: 0, "passes": 0, "C++ compiler": 1}
+
+
 def test_all_timings_with_a_phase_are_in_torch_or_here() -> None:
     source = "".join(
         (Path(torch.__file__).parent / file).read_text("utf-8")
@@ -170,7 +189,8 @@ def test_wall_time_is_summed_where_that_is_the_clock() -> None:
 def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: Path) -> None:
     results = {
         "machine": {**dict.fromkeys(("cpu", "torch", "transformers"), "some"), "threads": 2}
-        | {"cores": 2, "load_average_at_start": 0.0, "fresh_memory_rate": 2e9},
+        | {"cores": 2, "load_average_at_start": 0.0}
+        | {"fresh_memory_rate": 2e9, "untouched_memory_rate": 1e9},
         "settings": {"full_size": False, "threads": 2, "prompt_tokens": 8, "new_tokens": 13},
         "notes": ["on a busy machine"],
         "unavailable": {"llama.cpp": "llama-cpp-python is not installed"},
@@ -183,9 +203,10 @@ def test_the_table_has_a_row_for_each_start_and_says_what_is_missing(tmp_path: P
     cells = row.removeprefix('1, warm, model.compile(backend="mxfp4")').split()
     assert cells[:3] == ["1.0", "2.0", "9.0"]
     assert cells[-6:] == ["7.0", "15.0", "16.00", "6", "6", "0.00"]
-    assert "not available: llama.cpp: llama-cpp-python is not installed" in out
+    assert "not measured: llama.cpp: llama-cpp-python is not installed" in out
     assert "note: on a busy machine" in out
     assert "one thread gets 2.0 GB/s of it here" in out
+    assert "all of it was used once before, when one got 1.0 GB/s" in out
     pytest.importorskip("matplotlib")
     plot.draw(results, tmp_path / "start.svg")
     drawn = (tmp_path / "start.svg").read_text("utf-8")
@@ -216,16 +237,28 @@ def test_the_stored_summaries_follow_from_their_stages(stored: dict[str, Any]) -
 
 
 def test_figures_of_the_readme_are_those_of_the_run(stored: dict[str, Any]) -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    seconds = {
-        (each["way"], each["layers"], each["cache"]): each["summary"]["all tokens"]
-        for each in stored["starts"]
-    }
-    rows = {(way, layers) for way, layers, _ in seconds if way in ("whole", "pieces", "inductor")}
-    for way, layers in rows:
-        cold, warm = (seconds[way, layers, cache] for cache in start.CACHES)
-        name = start_report.LABELS[way] if way == "inductor" else f"`{start_report.LABELS[way]}`"
-        assert f"| {name}, {layers} layers | {cold:.0f} | {warm:.0f} |" in readme
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    rows = start_report.readme_rows(stored)
+    assert rows
+    for row in rows:
+        assert row in lines
+
+
+def test_a_row_of_the_readme_has_what_was_measured() -> None:
+    starts = [
+        a_start(layers=layers, way=way, cache=cache)
+        for way, layers, cache in (
+            *(("inductor", 4, "cold"), ("pieces", 24, "warm"), ("pieces", 24, "cold")),
+            ("pieces", 4, "cold"),
+        )
+    ]
+    for each in starts:
+        each["summary"] = start_report.summarize(each, "cpu")
+    assert start_report.readme_rows({"starts": starts}) == [
+        "| `mxfp4_fx.compile(model)`, 4 layers | 15 |  |",
+        "| `mxfp4_fx.compile(model)`, 24 layers | 15 | 15 |",
+        "| Inductor alone, dense, 4 layers | 15 |  |",
+    ]
 
 
 def test_figures_of_the_full_size_are_those_of_the_run() -> None:
@@ -249,6 +282,18 @@ def test_an_unknown_way_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         start.main(["--ways", "whole,half"])
     assert "--ways: half is none of uncompiled, whole, pieces" in capsys.readouterr().err
+
+
+def test_a_way_that_takes_too_long_is_ended_and_told(tmp_path: Path) -> None:
+    path = tmp_path / "start.json"
+    layers = "--layers 1,2 --ways uncompiled --limit-seconds 0.01 --silent"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert start.main([*layers.split(), "--output", str(path)]) == 0
+    results = json.loads(path.read_text("utf-8"))
+    assert results["starts"] == []
+    why = "1 layers, uncompiled, cold: ended after 0 s; not run with more layers"
+    assert results["unavailable"] == {"uncompiled": why}
+    assert f"not measured: packed, uncompiled: {why}" in out.getvalue()
 
 
 @pytest.mark.exhaustive

@@ -18,9 +18,14 @@ _together: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = (
 
 
 def share(layers: Iterable[nn.Module]) -> None:
-    """Let these layers, and no others, share what is compiled of any of them."""
+    """Let these layers, and no others, share what is compiled of any of them.
+
+    Those that they shared with before do so no longer.
+    """
     together = weakref.WeakSet(layers)
     for layer in together:
+        if layer in _together:
+            _together[layer].discard(layer)
         _together[layer] = together
 
 

@@ -84,7 +84,10 @@ def load(path: str) -> ctypes.CDLL:
             :data:`_MATTERS` changes.
     """
     library = libraries.loaded.get(path)  # every call of an op takes this short way
-    return libraries(path) if library is None else library
+    if library is not None:
+        return library
+    with torch_private_dynamo.timed("mxfp4_fx.load_kernels"):  # or waits for a thread that does
+        return libraries(path)
 
 
 def _load(path: str) -> ctypes.CDLL:

@@ -24,6 +24,7 @@ from mxfp4_fx.ops import hub_loader, native
 # The kernels that compute attention with sinks, which is lowered on CPUs only.
 ATTENTION = "cpu"
 
+_NATIVE_LAYOUT = "cpu_panels"
 # Kernels -> layouts that they read besides that of their target.
 _READ = {"reference": tuple(LAYOUTS), "hub": hub_loader.LAYOUTS}
 
@@ -92,7 +93,7 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
         _warn_slow(str(error))
         return Target("pytorch", CHECKPOINT_ORDER, f"PyTorch {threads}, for {error}")
     why = hardware.why_cpu_path(path)
-    return Target("cpu", "cpu_panels", f"native {threads}, {path}: {why}")
+    return Target("cpu", _NATIVE_LAYOUT, f"native {threads}, {path}: {why}")
 
 
 def load_ahead(requested: str, device: torch.device) -> None:
@@ -106,6 +107,20 @@ def load_ahead(requested: str, device: torch.device) -> None:
         path = hardware.cpu_path()
         if path not in native.libraries.loaded:
             threading.Thread(target=_load, args=(path,), name="mxfp4_fx builds").start()
+
+
+def native_layout(requested: str) -> str:
+    """Return the layout of the native CPU kernels that :func:`choose` will choose, or "".
+
+    It asks for nothing to be compiled, so :func:`choose` may find that they cannot be used.
+    """
+    if requested not in ("auto", "cpu"):
+        return ""
+    try:
+        hardware.cpu_path()
+    except KernelsUnavailableError:
+        return ""
+    return _NATIVE_LAYOUT
 
 
 def _load(path: str) -> None:

@@ -24,7 +24,7 @@ from mxfp4_fx.weights.state import Mark, Trace, mark_of
 from mxfp4_fx.weights.store import STORE
 from mxfp4_fx.weights.swizzle import is_native
 
-_TITLE = "mxfp4: swizzling weights"
+SWIZZLING = "mxfp4: swizzling weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ class InputPlan:
         def swizzle(
             bindings: list[tuple[Binding, tuple[Any, ...]]], is_stopped: Callable[[], bool]
         ) -> None:
-            for binding, inputs in tqdm(bindings, _TITLE, leave=False, disable=None):
+            for binding, inputs in tqdm(bindings, SWIZZLING, leave=False, disable=None):
                 if is_stopped():
                     return
                 source = binding.source(inputs)
@@ -237,7 +237,7 @@ class InputPlan:
             and not self._is_kept(binding, args)
         ]
         if found:
-            for binding in tqdm(found, _TITLE, leave=False, disable=None):
+            for binding in tqdm(found, SWIZZLING, leave=False, disable=None):
                 STORE.free(binding.source(args), binding.layout, binding.name)
 
     def free_together(self, calls: Sequence[tuple[Any, ...]]) -> None:
