@@ -67,7 +67,7 @@ typedef uint16_t HalfBits __attribute__((vector_size(VECTOR * sizeof(uint16_t)))
 
 inline void bf16_to_f32(const char* source, int64_t count, float* out) {
   int64_t i = 0;
-  for (; i + VECTOR <= count; i += VECTOR) {
+  for (; i < count / VECTOR * VECTOR; i += VECTOR) {
     HalfBits values;
     std::memcpy(&values, source + 2 * i, sizeof values);
     const VectorBits bits = __builtin_convertvector(values, VectorBits) << 16;
@@ -82,7 +82,7 @@ inline void bf16_to_f32(const char* source, int64_t count, float* out) {
 
 inline void f32_to_bf16(const float* values, int64_t count, char* target) {
   int64_t i = 0;
-  for (; i + VECTOR <= count; i += VECTOR) {
+  for (; i < count / VECTOR * VECTOR; i += VECTOR) {
     VectorBits bits;
     std::memcpy(&bits, values + i, sizeof bits);
     const VectorBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -93,6 +93,47 @@ inline void f32_to_bf16(const float* values, int64_t count, char* target) {
   }
   for (; i < count; i++) {
     const uint16_t value = f32_to_bf16(values[i]);
+    std::memcpy(target + 2 * i, &value, sizeof value);
+  }
+}
+
+inline void f16_to_f32(const char* source, int64_t count, float* out) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i < count / 8 * 8; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 2 * i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+  }
+#elif defined(__aarch64__)
+  for (; i < count / 4 * 4; i += 4) {
+    uint64_t half;
+    std::memcpy(&half, source + 2 * i, sizeof half);
+    vst1q_f32(out + i, vcvt_f32_f16(vcreate_f16(half)));
+  }
+#endif
+  for (; i < count; i++) {
+    uint16_t value;
+    std::memcpy(&value, source + 2 * i, sizeof value);
+    out[i] = f16_to_f32(value);
+  }
+}
+
+inline void f32_to_f16(const float* values, int64_t count, char* target) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i < count / 8 * 8; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + 2 * i), half);
+  }
+#elif defined(__aarch64__)
+  for (; i < count / 4 * 4; i += 4) {
+    const uint64_t half =
+        vget_lane_u64(vreinterpret_u64_f16(vcvt_f16_f32(vld1q_f32(values + i))), 0);
+    std::memcpy(target + 2 * i, &half, sizeof half);
+  }
+#endif
+  for (; i < count; i++) {
+    const uint16_t value = f32_to_f16(values[i]);
     std::memcpy(target + 2 * i, &value, sizeof value);
   }
 }
@@ -115,24 +156,7 @@ inline void to_f32(const void* values, int32_t dtype, int64_t count, float* out)
   }
   const char* source = static_cast<const char*>(values);
   if (dtype == MXFP4_BF16) return bf16_to_f32(source, count, out);
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= count; i += 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 2 * i));
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
-  }
-#elif defined(__aarch64__)
-  for (; i + 4 <= count; i += 4) {
-    uint64_t half;
-    std::memcpy(&half, source + 2 * i, sizeof half);
-    vst1q_f32(out + i, vcvt_f32_f16(vcreate_f16(half)));
-  }
-#endif
-  for (; i < count; i++) {
-    uint16_t value;
-    std::memcpy(&value, source + 2 * i, sizeof value);
-    out[i] = f16_to_f32(value);
-  }
+  f16_to_f32(source, count, out);
 }
 
 // Converts float32 to a dtype, rounded to nearest.
@@ -143,23 +167,7 @@ inline void from_f32(const float* values, int32_t dtype, int64_t count, void* ou
   }
   char* target = static_cast<char*>(out);
   if (dtype == MXFP4_BF16) return f32_to_bf16(values, count, target);
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= count; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + 2 * i), half);
-  }
-#elif defined(__aarch64__)
-  for (; i + 4 <= count; i += 4) {
-    const uint64_t half =
-        vget_lane_u64(vreinterpret_u64_f16(vcvt_f16_f32(vld1q_f32(values + i))), 0);
-    std::memcpy(target + 2 * i, &half, sizeof half);
-  }
-#endif
-  for (; i < count; i++) {
-    const uint16_t value = f32_to_f16(values[i]);
-    std::memcpy(target + 2 * i, &value, sizeof value);
-  }
+  f32_to_f16(values, count, target);
 }
 
 }  // namespace mxfp4
