@@ -83,4 +83,5 @@ def _bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     terms = x @ (size + off).T + (0 if bias is None else bias.double().abs())
     sums = (k + 2) * _U32 / (1 - (k + 2) * _U32) * terms  # of either result, in any order
     # Each result rounds to the dtype, and torch may keep the products of 16 bits to float32 only.
-    return x @ off.T + 2 * sums + 2 * u * (terms + tiny) + k * max(u * tiny, _FLUSHED)
+    flushed = k * max(u * tiny, _FLUSHED) + _FLUSHED * (size + off).sum(1)  # products, and x
+    return x @ off.T + 2 * sums + 2 * u * (terms + tiny) + flushed

@@ -228,10 +228,27 @@ void check_matmul() {
   }
 }
 
+// Many values at once have the bits that each has alone: ties, NaNs, infinities, subnormals.
+void check_conversions() {
+  std::vector<float> values;
+  for (uint32_t upper = 0; upper < 0x10000; upper += 37)
+    for (const uint32_t lower : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu})
+      values.push_back(mxfp4::float_of(upper << 16 | lower));
+  const auto count = static_cast<int64_t>(values.size());
+  std::vector<uint16_t> together(values.size());
+  mxfp4::from_f32(values.data(), MXFP4_BF16, count, together.data());
+  std::vector<float> back(values.size());
+  mxfp4::to_f32(together.data(), MXFP4_BF16, count, back.data());
+  for (size_t i = 0; i < values.size(); i++) {
+    require(together[i] == mxfp4::f32_to_bf16(values[i]), "to bfloat16");
+    require(mxfp4::bits_of(back[i]) == uint32_t{together[i]} << 16, "from bfloat16");
+  }
+}
+
 // Rows whose results are those of small values beside a large one, which meets zeros. Sums are
 // exact on every path. With a step of 2^-21 or 2^-30 the values are those of the lower limbs
 // (row_block.h), with 2^-36 the block is multiplied in float32. float16 has the first step only.
-void check_small_values(float step) {
+void check_small_values(float step, float large = 1) {
   const int64_t n = 40, k = 64, most = 7;
   std::vector<uint8_t> blocks(n * k / 2), scales(n * k / 32, 137);
   std::vector<uint8_t> panels(mxfp4::panel_count(n) * mxfp4::panel_bytes(k));
@@ -241,7 +258,7 @@ void check_small_values(float step) {
   mxfp4_swizzle(blocks.data(), scales.data(), 1, n, k, 2, 1, panels.data(), flags.data(), 1);
   std::vector<float> values(most * k), sums(most * n);
   for (size_t i = 0; i < values.size(); i++)
-    values[i] = i % 32 ? static_cast<float>(random_int(-127, 127)) * step : 1;
+    values[i] = i % 32 ? static_cast<float>(random_int(-127, 127)) * step : large;
   for (int64_t i = 0; i < most * n; i++) {
     for (int64_t j = 0; j < k; j++) {
       const uint8_t byte = blocks[(i % n * k + j) / 2];
@@ -315,7 +332,7 @@ void check_linears() {
 
 void check_mxfp8() {
   const int32_t dtype = static_cast<int32_t>(random_int(0, 2));
-  const int64_t rows = random_int(0, 3) ? random_int(1, 9) : random_int(17, 60);
+  const int64_t rows = random_int(0, 3) ? random_int(1, 12) : random_int(15, 60);
   const int64_t n = random_int(1, 60), k = 32 * random_int(1, 20);
   const int64_t x_stride = k + random_int(0, 3), stride = k + random_int(0, 3);
   const bool tiny = random_int(0, 3) == 0;
@@ -496,6 +513,8 @@ int main(int argc, char** argv) {
   check_small_values(0x1p-21f);
   check_small_values(0x1p-30f);
   check_small_values(0x1p-36f);
+  check_small_values(mxfp4::ROW_SMALLEST, mxfp4::ROW_LARGEST);
+  check_conversions();
   check_mxfp8_codes();
   for (int round = 0; round < rounds; round++) {
     check_matmul();

@@ -143,9 +143,9 @@ struct Held {
 
 // `Weights` has a type `Linear` of one weight, the BYTES of an element, the most rows of x that are
 // multiplied at once, MOST, how many rows of a weight are beside so many rows of x, `streams`, how
-// many, read far ahead, are the fastest for one row where the cache has room for them, FAR_STREAMS,
-// and `multiply`, which adds to sums[s][t] the products of row n + s * apart of a weight and row
-// `row` + t of x.
+// many are taken together, `group`, how many, read far ahead, are the fastest for one row where the
+// cache has room for them, FAR_STREAMS, and `multiply`, which adds to sums[s][t] the products of
+// row n + s * apart of a weight and row `row` + t of x.
 template <class Weights>
 class Linears {
  public:
@@ -218,6 +218,8 @@ class Linears {
     if constexpr (T > 0) {
       if (rows != T) return multiply_rows<T - 1>(weight, n, apart, group, row, rows);
       constexpr int STREAMS = Weights::streams(T);
+      static_assert(GROUP % STREAMS == 0 && Weights::group(T) % STREAMS == 0,
+                    "a group is of whole streams");
       for (int s = 0; s < group; s += STREAMS)
         multiply_tile<STREAMS, T>(weight, n + s * apart, apart, row);
     }
@@ -238,7 +240,7 @@ class Linears {
       to_f32(element(weight.bias, a_.dtype, n), a_.dtype, 1, &bias);
       sum += bias;
     }
-    from_f32(&sum, a_.dtype, 1, element(weight.y, a_.dtype, (first_ + row) * weight.n + n));
+    store_value(sum, a_.dtype, element(weight.y, a_.dtype, (first_ + row) * weight.n + n));
   }
 
   const mxfp4_linear_group& a_;

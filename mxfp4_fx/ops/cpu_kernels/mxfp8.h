@@ -323,7 +323,7 @@ class Decoder {
 
   // What values of x, which are smaller than MOST, are multiplied by for `weights`: products are
   // those of `values`, then.
-  static constexpr float FACTOR = 1, MOST = 0x1p124f;
+  static constexpr float FACTOR = 1, MOST = 0x1p127f / (4 * VECTORS);
 
   inline __attribute__((always_inline)) void weights(const uint8_t* codes, NanCodes&,
                                                      Vector* out) const {

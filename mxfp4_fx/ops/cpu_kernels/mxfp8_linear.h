@@ -29,7 +29,7 @@ constexpr int FAR_STREAMS = 4;
 constexpr int FAR_STREAMS = 1;  // never: no room is known
 #endif
 template <int S, int T>
-constexpr int KEEPING = S == FAR_STREAMS && T == 1 ? READ_ONCE : KEPT;
+constexpr int KEEPING = FAR_STREAMS > 1 && S == FAR_STREAMS&& T == 1 ? READ_ONCE : KEPT;
 
 #if defined(__aarch64__)
 using Weights = NeonWeights;
@@ -139,6 +139,8 @@ struct Bf16Weights {
   static constexpr int streams(int t) { return t == MOST ? 4 : 8; }
   static constexpr int group(int64_t) { return 8; }
   static constexpr uint16_t SMALLEST = (127 - 103) << 7;  // 2^-103 in bfloat16
+  // 2^123: from there on, sums of products may overflow before their scale is applied.
+  static constexpr uint16_t LARGEST = (127 + 123) << 7;
 
   template <int S, int T>
   static void multiply(const mxfp4_linear_group& a, const Linear& weight, int64_t n, int64_t apart,
@@ -214,10 +216,10 @@ struct Bf16Weights {
 
 // Arranges a row of bfloat16. Returns whether `Bf16Weights` multiplies it.
 inline bool arrange_bf16(const uint16_t* row, int64_t k, uint16_t* out) {
-  uint16_t too_small = 0;
+  uint16_t extreme = 0;
   for (int64_t i = 0; i < k; i++) {
     const uint16_t size = row[i] & 0x7fff;
-    too_small |= (size != 0) & (size < Bf16Weights::SMALLEST);
+    extreme |= ((size != 0) & (size < Bf16Weights::SMALLEST)) | (size >= Bf16Weights::LARGEST);
   }
   constexpr int64_t HALF = 8;  // of 16 neighbours
   for (int64_t i = 0; i < k; i += 2 * HALF) {
@@ -225,7 +227,7 @@ inline bool arrange_bf16(const uint16_t* row, int64_t k, uint16_t* out) {
     std::memcpy(to, row + i, HALF * sizeof *row);
     std::memcpy(to + STEP / 2, row + i + HALF, HALF * sizeof *row);
   }
-  return !too_small;
+  return !extreme;
 }
 
 #endif
@@ -234,7 +236,7 @@ inline bool arrange_bf16(const uint16_t* row, int64_t k, uint16_t* out) {
 // zeros that complete the last. Returns whether `Weights` multiplies the row: whether no product
 // overflows or loses bits.
 inline bool arrange_f32(const void* row, int32_t dtype, int64_t k, int64_t stride, float* out) {
-  constexpr float LEAST = 0x1p-110f;  // products of 2^-16 are normal numbers
+  constexpr float LEAST = 0x1p-109f;  // products of 2^-17 are normal numbers
   bool fits = true;
   for (int64_t block = 0; block < k; block += BLOCK, row = element(row, dtype, BLOCK)) {
     float values[BLOCK];
@@ -315,16 +317,14 @@ inline void multiply_bf16(const mxfp4_linear_group& arguments, const void* weigh
 #endif
 
 // Up to so many rows of x are multiplied with codes in registers; more with a decoded panel.
-inline int64_t few_rows([[maybe_unused]] int32_t dtype) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  return 10;
+constexpr int64_t FEW_ROWS = 10;
 #else
-  return 16;
+constexpr int64_t FEW_ROWS = 16;
 #endif
-}
 
 inline void multiply(const mxfp4_linear_group& arguments) {
-  if (arguments.rows > few_rows(arguments.dtype)) return ManyRows(arguments, &arguments + 1).run();
+  if (arguments.rows > FEW_ROWS) return ManyRows(arguments, &arguments + 1).run();
 #if defined(MXFP4_PATH_AVX512_BF16)
   if (arguments.dtype == MXFP4_BF16) return multiply_bf16(arguments, &arguments + 1);
 #endif

@@ -138,6 +138,16 @@ inline void f32_to_f16(const float* values, int64_t count, char* target) {
   }
 }
 
+// Stores a value in a dtype, rounded to nearest.
+inline void store_value(float value, int32_t dtype, void* out) {
+  if (dtype == MXFP4_F32) {
+    std::memcpy(out, &value, sizeof value);
+    return;
+  }
+  const uint16_t bits = dtype == MXFP4_BF16 ? f32_to_bf16(value) : f32_to_f16(value);
+  std::memcpy(out, &bits, sizeof bits);
+}
+
 inline int64_t dtype_bytes(int32_t dtype) { return dtype == MXFP4_F32 ? 4 : 2; }
 
 inline const void* element(const void* values, int32_t dtype, int64_t index) {

@@ -22,8 +22,8 @@ namespace mxfp4 {
 
 constexpr int LIMBS = 4;
 
-// How many lower limbs are zero. Two are in half of the blocks of bfloat16 activations, and hardly
-// ever none: a value that is 2^15 times smaller than another needs all four.
+// How many lower limbs are zero. bfloat16 has 8 bits: without zeros among the limbs, values of a
+// block are 2^15 times apart.
 enum class BlockKind : int32_t { TWO_ZERO, ONE_ZERO, EXACT, FLOAT, EXTREME };
 
 // A block of activations. Dword 2 g of a limb is multiplied with the low nibbles of group g, dword
@@ -36,7 +36,7 @@ struct RowBlock {
 };
 
 // In this range, products with codes and sums of them neither overflow nor underflow.
-constexpr float ROW_SMALLEST = 0x1p-90f, ROW_LARGEST = 0x1p90f;
+constexpr float ROW_SMALLEST = 0x1p-90f, ROW_LARGEST = 0x1p89f;
 
 inline bool is_moderate(float value) {  // false for a NaN
   const float size = std::fabs(value);
