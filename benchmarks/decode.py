@@ -5,14 +5,12 @@
 
 The models share their weights, which are random and have gpt-oss-20b's sizes, or tiny ones. They
 decode the same tokens in turn, one at a time, each with a dynamic cache of its own. The first round
-compiles and is not measured. The pieces are measured with layers that are prepared ahead
-(``layerwise_ahead.py``), as always, and without.
+compiles and is not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -21,7 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,11 +31,9 @@ from benchmarks.machine import machine
 from benchmarks.moe import relative_error
 from benchmarks.start_child import PIECES, WHOLE
 from benchmarks.timing import Clock, milliseconds, summary
-from mxfp4_fx import layerwise_ahead
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape, write_random_checkpoint
 
-ONE_BY_ONE = "pieces, one by one"
-WAYS = (WHOLE, PIECES, ONE_BY_ONE)
+WAYS = (WHOLE, PIECES)
 
 
 def main(argv: list[str] | None = None, clock: Clock = time.perf_counter) -> int:
@@ -89,14 +84,11 @@ def measure(args: argparse.Namespace, layers: int, log: Log, clock: Clock) -> di
                     samples[way] += decoded[way]
         del models
         gc.collect()
-    times = [*zip(*samples.values(), strict=True)]
+    ratios = [pieces / whole for whole, pieces in zip(*samples.values(), strict=True)]
     return {
         "layers": layers,
         "milliseconds": {way: milliseconds(samples[way]) for way in WAYS},
-        "ratio": summary([pieces / whole for whole, pieces, _ in times]),
-        "microseconds a layer saved by preparing": summary(
-            [1e6 * (one_by_one - pieces) / layers for _, pieces, one_by_one in times]
-        ),
+        "ratio": summary(ratios),
     }
 
 
@@ -104,17 +96,11 @@ def compiled_ways(path: Path, inner: str) -> dict[str, Any]:
     """The model, compiled in each way. They have the same parameters, and so one swizzled copy."""
     model = mxfp4_fx.from_pretrained(path, dtype=torch.bfloat16, local_files_only=True)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
-    models = {way: copy.deepcopy(model, dict(shared)) for way in (WHOLE, PIECES)}
+    models = {way: copy.deepcopy(model, dict(shared)) for way in WAYS}
     options = {"strict": True, "inner": inner}
     models[WHOLE].compile(backend="mxfp4", options=options)
-    models[ONE_BY_ONE] = mxfp4_fx.compile(models[PIECES], options=options)
+    mxfp4_fx.compile(models[PIECES], options=options)
     return models
-
-
-def unprepared(way: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which layers are prepared ahead, or not."""
-    never = mock.patch.object(layerwise_ahead.Plan, "is_promising", return_value=False)
-    return never if way == ONE_BY_ONE else contextlib.nullcontext()
 
 
 def decode(
@@ -127,14 +113,12 @@ def decode(
     logits: dict[str, Tensor] = {}
     for _ in range(new_tokens):
         for way in order.sample(list(models), len(models)):
-            with unprepared(way):
-                started = clock()
-                out = models[way](token, past_key_values=caches[way], use_cache=True)
-                seconds[way].append(clock() - started)
+            started = clock()
+            out = models[way](token, past_key_values=caches[way], use_cache=True)
+            seconds[way].append(clock() - started)
             logits[way] = out.logits[0, -1].double()
-        for way in models:
-            difference = relative_error(logits[way], logits[WHOLE])
-            end_to_end.check_logits(way, difference, layers)
+        difference = relative_error(logits[PIECES], logits[WHOLE])
+        end_to_end.check_logits(PIECES, difference, layers)
         token = logits[WHOLE].argmax().reshape(1, 1)
     return seconds
 
@@ -143,11 +127,10 @@ def text(result: dict[str, Any]) -> str:
     each = ", ".join(
         f"{way} {times['median']:.2f} ms" for way, times in result["milliseconds"].items()
     )
-    ratio, saved = result["ratio"], result["microseconds a layer saved by preparing"]
+    ratio = result["ratio"]
     return (
         f"{result['layers']} layers: {each} a token; {PIECES} / {WHOLE} "
-        f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f}); preparing layers ahead "
-        f"saves {saved['median']:.0f} us a layer ({saved['q1']:.0f} to {saved['q3']:.0f})"
+        f"{ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})"
     )
 
 

@@ -26,7 +26,6 @@ from mxfp4_fx.core.torch_private_distributed import is_dtensor, shard_of
 from mxfp4_fx.huggingface import region_choice
 from mxfp4_fx.huggingface.capture import prepare_capture
 from mxfp4_fx.ops.fingerprint import fingerprint
-from mxfp4_fx.ops.pending import Compiled
 from mxfp4_fx.ops.program import Program
 from mxfp4_fx.passes.context import Context
 from mxfp4_fx.passes.native_program import program_of
@@ -275,19 +274,13 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
     def by_inductor() -> CompiledGraph:
         # Torch's caches outlive this version of the package, and hold no programs.
         tag = f"{config.cache_key_tag}{fingerprint()}{options.programs}"
-        result = Compiled()
-
-        def instead(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
-            program = _program_of(graph, examples)
-            return program and result.watch(program)
-
         # Who sets options of Inductor wants Inductor.
-        is_native = options.programs and not options.inductor
+        instead = _program_of if options.programs and not options.inductor else None
         with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-            result.call = torch_private_dynamo.compile_with_inductor(
-                gm, inputs, options.mode, options.inductor, instead if is_native else None
+            compiled: CompiledGraph = torch_private_dynamo.compile_with_inductor(
+                gm, inputs, options.mode, options.inductor, instead
             )
-        return result
+        return compiled
 
     try:
         return by_inductor()

@@ -85,7 +85,6 @@ class Call:
         graphs: how many graphs with experts have run.
         found: whether experts were seen, in a graph or outside.
         observer: collects the findings for ``explain``; with it, nothing is warned of or raised.
-        ahead: what ``layerwise.py`` has prepared of the call.
     """
 
     def __init__(self, options: Options, function: Callable[..., Any] | None = None) -> None:
@@ -94,7 +93,6 @@ class Call:
         self.graphs = 0
         self.found = False
         self.called = Called(options)
-        self.ahead: Any = None
         self._function = function
         self._entered: dict[nn.Module, int] = {}  # experts -> graphs when they were called
         self._outer: Call | None = None

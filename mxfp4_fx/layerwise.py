@@ -32,7 +32,6 @@ from mxfp4_fx.core.skip import EXACT_LINEARS, Skip, bare
 from mxfp4_fx.core.torch_private_direct import Direct
 from mxfp4_fx.experts import look_at
 from mxfp4_fx.huggingface import decoder_layers, sharing
-from mxfp4_fx.layerwise_ahead import Plan, Ready, Token, can_wait
 from mxfp4_fx.layerwise_head import Head
 from mxfp4_fx.ops import target
 from mxfp4_fx.telling import warn
@@ -41,7 +40,6 @@ from mxfp4_fx.weights import mapped
 log = logging.getLogger("mxfp4_fx.layerwise")
 
 _numbers = itertools.count()
-_Updated = tuple[Tensor, Tensor, dict[str, Any]]  # what decoder_layers.update returns
 
 
 def compile(
@@ -84,9 +82,7 @@ def compile(
     arguments = {"dynamic": dynamic, "mode": mode, "options": dict(options) if options else None}
     found = decoder_layers.layers_of(model, experts)
     shared = _Shared(parsed, arguments, len(found))
-    layers = shared.layers = [_Layer(shared, layer, *names) for layer, names in found.items()]
-    for number, layer in enumerate(layers):
-        layer.number = number
+    layers = [_Layer(shared, layer, *names) for layer, names in found.items()]
     for module in model.modules():
         if isinstance(torch_private.called_through(module), _Layer | Head | _Top):
             torch_private.call_through(module, None)  # of an earlier call
@@ -149,15 +145,13 @@ class _Shared:
         cache: the name of the argument that is a layer's cache.
         head, rest, whole: the compiled functions of :class:`decoder_layers.Pieces`.
         plain: (layer, args, kwargs) -> the layer's result, compiled as far as Dynamo gets.
-        layers: all of them, in order.
     """
 
-    head: Direct
-    rest: Direct
-    whole: Direct
+    head: Callable[..., Any]
+    rest: Callable[..., Any]
+    whole: Callable[..., Any]
     plain: Callable[..., Any]
     cache: str
-    layers: list[_Layer]
 
     def __init__(self, options: Options, arguments: dict[str, Any], count: int) -> None:
         self.options = options
@@ -165,23 +159,17 @@ class _Shared:
         self._arguments = arguments
         self._count = count
         self._kinds: set[tuple[Any, ...]] = set()  # of calls, for which pieces have been compiled
-        self._plan = Plan(count)
 
     def compile_pieces(self) -> None:
         pieces = decoder_layers.pieces()
         self.cache = decoder_layers.cache_name()
-        self.head, self.rest, self.whole = (
-            Direct(*self._compiled(piece, fullgraph=True)) for piece in pieces
-        )
-        _, self.plain = self._compiled(_plain, fullgraph=False)
+        self.head, self.rest, self.whole = (self._compiled(piece, True) for piece in pieces)
+        self.plain = self._compiled(_plain, False)
 
     def compiled_whole(self, model: nn.Module) -> Callable[..., Any]:
         return torch.compile(torch_private.uncompiled(model), backend=mxfp4, **self._arguments)
 
-    def _compiled(
-        self, function: Callable[..., Any], fullgraph: bool
-    ) -> tuple[types.FunctionType, Callable[..., Any]]:
-        """Return an own copy of a function, and what ``torch.compile`` makes of it."""
+    def _compiled(self, function: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
         # Dynamo counts by code: each model has its own, so that none uses up another's limits.
         name = f"{function.__name__}_{next(_numbers)}"
         code = function.__code__.replace(co_name=name)
@@ -192,7 +180,7 @@ class _Shared:
             own, backend=_mxfp4_of_parts, fullgraph=fullgraph, **self._arguments
         )
         torch_private_forget.forget_backend_with(own, compiled)
-        return own, compiled
+        return Direct(own, compiled) if fullgraph else compiled
 
     def is_first(self, kind: tuple[Any, ...]) -> bool:
         """Return whether a call is the first of a kind, for which lengths should be symbolic."""
@@ -200,20 +188,6 @@ class _Shared:
             return False
         self._kinds.add(kind)
         return True
-
-    def token(self, call: calls.Call | None) -> Token | None:
-        """Return what is prepared of a call of the model, if it can be: by native programs."""
-        options = self.options
-        if (
-            call is None
-            or call.observer is not None
-            or options.verify
-            or options.inner != "inductor"
-        ):
-            return None
-        if call.ahead is None:
-            call.ahead = Token(self._plan)
-        return call.ahead if call.ahead.plan is self._plan else None
 
     def give_up(self, layer: str, why: str) -> None:
         if self.why is None:
@@ -235,7 +209,6 @@ class _Layer:
         self.shared = shared
         self.layer: Any = layer
         self.name, self.experts = name or type(layer).__name__, experts
-        self.number = -1  # among the model's layers
         self._hooks: list[Mapping[int, Any]] = []
         self._count = -1
         self._records = False
@@ -244,12 +217,8 @@ class _Layer:
         if torch_private_dynamo.is_traced():
             return torch_private.uncompiled(self.layer)(*args, **kwargs)
         call = calls.current()
-        if call is not None and call.ahead is not None and len(args) == 1:
-            ready = call.ahead.take(self, args[0], kwargs)
-            if ready is not None:
-                return self._complete(call.ahead, ready)
         if call is not None and self.experts in call.called.experts:
-            return self._run(args, kwargs, self.shared.token(call))
+            return self._run(args, kwargs)
         with calls.Call(self.shared.options, torch_private.uncompiled(self.layer)):
             return self._run(args, kwargs)
 
@@ -266,14 +235,8 @@ class _Layer:
         self._records = decoder_layers.has_recorders(self._hooks)
         return True
 
-    def _run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], token: Token | None = None
-    ) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shared, layer = self.shared, self.layer
-        if token is not None and len(args) == 1 and self._prepare(token, args[0], kwargs):
-            ready = token.take(self, args[0], kwargs)
-            if ready is not None:
-                return self._complete(token, ready)
         why = decoder_layers.why_not_called(shared.cache, kwargs)
         if why is not None:
             shared.give_up(self.name, why)
@@ -301,68 +264,19 @@ class _Layer:
                 k, v, more, more_named = shared.head(layer, hidden, named)
                 index = layer.self_attn.layer_idx
                 updated = decoder_layers.update(cache, k, v, index, more, more_named)
-                output, found = self._compute_rest(updated, hidden, named, keys, is_first)
+                k, v, changes = updated
+                k, v = decoder_layers.for_any_layer(k), decoder_layers.for_any_layer(v)
+                if is_first:
+                    decoder_layers.let_cache_lengths_vary(k, v)
+                output, found = shared.rest(layer, (k, v), changes, hidden, named, keys)
         except _errors() as error:
-            return self._compute_plain(error, args, kwargs, updated, cache)
+            shared.give_up(self.name, str(error).partition("\n")[0])
+            if updated is not None:  # the cache is
+                kwargs = {**kwargs, shared.cache: decoder_layers.GoingOn(*updated, cache)}
+            return shared.plain(layer, args, kwargs)
         if recording is not None:
             recording.add(layer, args[0], output, found)
         return output
-
-    def _prepare(self, token: Token, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Prepare this layer's call and those of the layers after it, if that can be done."""
-        if self.shared.why is not None or not can_wait(hidden, kwargs, self.shared.cache):
-            return False
-        token.note(self.number, kwargs)
-        known = token.following(self.number)
-        layers = self.shared.layers[self.number : self.number + len(known)]
-        layers = [*itertools.takewhile(_Layer.is_plain, layers)]
-        if len(layers) < 2:
-            return False
-        pieces = self.shared.head, self.shared.rest
-        token.prepare(layers, pieces, hidden, known, self.shared.cache)
-        return True
-
-    def is_plain(self) -> bool:
-        """Return whether the layer is computed in pieces, and nothing in it is recorded."""
-        return not decoder_layers.drops_cache(self.layer) and self.check() and not self._records
-
-    def _complete(self, token: Token, ready: Ready) -> Any:
-        """Compute a layer that is prepared."""
-        k, v, more, named = ready.compute_head()
-        cache = ready.kwargs[self.shared.cache]
-        updated = decoder_layers.update(cache, k, v, ready.number, more, named)
-        if ready.fits(*updated):
-            token.used()
-            return ready.compute_rest(*updated[:2])
-        token.drop()
-        try:
-            return self._compute_rest(updated, ready.hidden, ready.named, None, False)[0]
-        except _errors() as error:
-            return self._compute_plain(error, (ready.hidden,), ready.kwargs, updated, cache)
-
-    def _compute_rest(
-        self, updated: _Updated, hidden: Tensor, named: dict[str, Any], keys: Any, is_first: bool
-    ) -> Any:
-        """Compute a layer's second piece from what :func:`decoder_layers.update` has returned."""
-        k, v, changes = updated
-        k, v = decoder_layers.for_any_layer(k), decoder_layers.for_any_layer(v)
-        if is_first:
-            decoder_layers.let_cache_lengths_vary(k, v)
-        return self.shared.rest(self.layer, (k, v), changes, hidden, named, keys)
-
-    def _compute_plain(
-        self,
-        error: Exception,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        updated: _Updated | None,
-        cache: Any,
-    ) -> Any:
-        """Compute a layer whose pieces cannot be compiled; its cache may be updated already."""
-        self.shared.give_up(self.name, str(error).partition("\n")[0])
-        if updated is not None:
-            kwargs = {**kwargs, self.shared.cache: decoder_layers.GoingOn(*updated, cache)}
-        return self.shared.plain(self.layer, args, kwargs)
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -146,7 +146,7 @@ class TestNumbers:
         x, weight = integers(4, 32), integers(8, 32)
         assert_same(f, x, weight)
         of_all = len(program(f, x, weight)) * x.shape[0] * weight.shape[0] * x.itemsize
-        assert program(f, x, weight).memory < of_all / 2
+        assert program(f, x, weight)._memory < of_all / 2
 
 
 class TestOps:

@@ -47,13 +47,8 @@ class Direct:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._compiled(*args)
-        found = self.known(*args)
-        return self._call_compiled(args) if found is None else found[0]
-
-    def known(self, *args: Any) -> tuple[Any] | None:
-        """Return (the call's result,), or None if it has to go through ``torch.compile``."""
         if not self._entries or self._has_stance() or _is_traced_by_jit():
-            return None
+            return self._call_compiled(args)
         local = dict(zip(self._names, args, strict=True))
         closure = self._function.__closure__ or ()
         for name, cell in zip(self._function.__code__.co_freevars, closure, strict=True):
@@ -62,12 +57,12 @@ class Direct:
         before = _set_eval_frame(None)
         try:
             code = self._code_for(local)
-            if code is None:
-                return None
-            call = types.FunctionType(code, self._function.__globals__, None, None, closure)
-            return (call(*args),)
+            if code is not None:
+                call = types.FunctionType(code, self._function.__globals__, None, None, closure)
+                return call(*args)
         finally:
             _set_eval_frame(before)
+        return self._call_compiled(args)
 
     def _has_stance(self) -> bool:
         stance = self._dynamo._stance

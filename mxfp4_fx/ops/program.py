@@ -146,15 +146,6 @@ class Program:
 
     The call empties the list, and returns a list of new tensors.
 
-    Attributes:
-        pointers, sizes, strides: the arguments of which a call needs that.
-        made: the tensors that a call makes, and
-        results: the views of them that it returns.
-        parts: of the code, for profiles.
-        memory, end: the bytes that a call needs for what lies between instructions, and for code.
-        header: the arguments of the native call: ``mxfp4_program``,
-        slots: and the type of the other.
-
     Raises:
         ValueError: an index of a routing points outside its tensor.
         MemoryError: there is no memory for a kernel's buffers.
@@ -164,104 +155,65 @@ class Program:
 
     def __init__(self, built: Builder, results: Sequence[Result]) -> None:
         slots = {place.slot for _, place in built.links}
-        self.pointers = sorted(slot[1] for slot in slots if slot[0] == "pointer")
-        self.sizes = sorted(slot[1:] for slot in slots if slot[0] == "size")
-        self.strides = sorted(slot[1:] for slot in slots if slot[0] == "stride")
-        self.made, self.parts, self._count = built.made, built.parts, built.count
+        self._pointers = sorted(slot[1] for slot in slots if slot[0] == "pointer")
+        self._sizes = sorted(slot[1:] for slot in slots if slot[0] == "size")
+        self._strides = sorted(slot[1:] for slot in slots if slot[0] == "stride")
+        self._made, self._parts, self._count = built.made, built.parts, built.count
         order = [
             ("memory",),
-            *(("pointer", argument) for argument in self.pointers),
-            *(("size", *at) for at in self.sizes),
-            *(("stride", *at) for at in self.strides),
+            *(("pointer", argument) for argument in self._pointers),
+            *(("size", *at) for at in self._sizes),
+            *(("stride", *at) for at in self._strides),
             *(("result", number) for number in range(len(built.made))),
         ]
         numbers = {slot: _FIXED_SLOTS + at for at, slot in enumerate(order)}
-        self.results = [
+        self._results = [
             (one.memory.slot[1], *((None,) * 3 if _is_whole(one, built) else one[1:]))
             for one in results
         ]
-        self.memory, self.end = built.bytes, len(built.code)
+        self._memory, self._end = built.bytes, len(built.code)
         links = [LINK.pack(at, numbers[place.slot], place.offset) for at, place in built.links]
         # The code and the links lie in these buffers, at the addresses that the program has.
         self._code = ctypes.create_string_buffer(bytes(built.code), len(built.code))
         self._links = ctypes.create_string_buffer(b"".join(links), LINK.size * len(links))
         buffers = ctypes.addressof(self._code), ctypes.addressof(self._links)
-        self.header = PROGRAM.pack(*buffers, len(built.code), len(links))
-        self.slots = ctypes.c_int64 * (_FIXED_SLOTS + len(order))
+        self._program = PROGRAM.pack(*buffers, len(built.code), len(links))
+        self._pack = struct.Struct(f"{_FIXED_SLOTS + len(order)}q").pack
 
     def __len__(self) -> int:
         """Return the number of instructions."""
         return self._count
 
     def __call__(self, args: list[Any]) -> list[Tensor]:
-        call = Pending(self, args)
         # Explicit, because the user's default device may be another.
-        call.use(torch.empty(call.bytes, dtype=torch.uint8, device="cpu"))
-        call.run()
-        args.clear()
-        return call.results
-
-
-class Pending:
-    """A program's call whose kernels have not run: its results are there, and have no values yet.
-
-    Attributes:
-        results: the tensors that the call returns.
-        bytes: how much memory the kernels need beside the results.
-    """
-
-    def __init__(self, program: Program, args: Sequence[Any]) -> None:
-        self._program, self._args = program, args
-        self.bytes = program.memory + program.end
-        self._made = [
+        memory = torch.empty(self._memory + self._end, dtype=torch.uint8, device="cpu")
+        made = [
             torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
-            for shape, stride, dtype in program.made
+            for shape, stride, dtype in self._made
         ]
-        self._slots = program.slots(
-            *(0, torch.get_num_threads(), 0, program.end, 0),
-            *[args[index].data_ptr() for index in program.pointers],
-            *[args[index].size(dim) for index, dim in program.sizes],
-            *[args[index].stride(dim) for index, dim in program.strides],
-            *[tensor.data_ptr() for tensor in self._made],
+        slots = (
+            memory.data_ptr(),
+            *[args[index].data_ptr() for index in self._pointers],
+            *[args[index].size(dim) for index, dim in self._sizes],
+            *[args[index].stride(dim) for index, dim in self._strides],
+            *[tensor.data_ptr() for tensor in made],
         )
-        self.results = [
-            self._made[at] if shape is None else self._made[at].as_strided(shape, stride, offset)
-            for at, shape, stride, offset in program.results
-        ]
-        self._run = library().mxfp4_run
-
-    def use(self, memory: Tensor) -> None:
-        """Let the kernels use uint8 [at least :attr:`bytes`], which calls may share in turn."""
-        address = memory.data_ptr()
-        self._slots[0], self._slots[_FIXED_SLOTS] = address + self._program.memory, address
-        self._memory = memory
-
-    def reads(self, tensor: Tensor) -> list[int]:
-        """Return where the call has the address of an argument, for :meth:`replace`."""
-        pointers = enumerate(self._program.pointers, _FIXED_SLOTS + 1)
-        return [slot for slot, index in pointers if self._args[index] is tensor]
-
-    def replace(self, reads: Sequence[int], tensor: Tensor) -> None:
-        """Let the kernels read another tensor, with the same dtype, sizes and strides."""
-        for slot in reads:
-            self._slots[slot] = tensor.data_ptr()
-
-    def run(self) -> None:
-        """Run the kernels.
-
-        Raises:
-            ValueError, MemoryError: as the call of a :class:`Program`.
-        """
         if profiling.is_on():
-            for op, weights, start, end in self._program.parts:
-                self._slots[2], self._slots[3] = start, end
-                with _shown(op, [self._args[at] for at in weights]):
-                    self._check(self._run(self._program.header, self._slots))
+            for op, weights, start, end in self._parts:
+                with _shown(op, [args[at] for at in weights]):
+                    self._run(start, end, slots)
         else:
-            self._check(self._run(self._program.header, self._slots))
+            self._run(0, self._end, slots)
+        args.clear()
+        return [
+            made[number] if shape is None else made[number].as_strided(shape, stride, offset)
+            for number, shape, stride, offset in self._results
+        ]
 
-    def _check(self, status: int) -> None:
-        if status:
+    def _run(self, start: int, end: int, slots: tuple[int, ...]) -> None:
+        """Run the instructions in a range of the code."""
+        fixed = slots[0] + self._memory, torch.get_num_threads(), start, end
+        if status := library().mxfp4_run(self._program, self._pack(*fixed, *slots)):
             check(status, "a program of native kernels: an index points outside its tensor")
 
 
