@@ -43,19 +43,21 @@ class Ahead:
         self._weights = list(self._wanted()) if self._layout else []
         self._made: list[tuple[nn.Module, Source]] = []
         self._used: set[nn.Module] = set()
+        self._is_over = False
 
     @contextlib.contextmanager
     def swizzling(self) -> Iterator[None]:
-        """Swizzle their weights in a thread while the block runs; it ends when all are there.
+        """Swizzle their weights in a thread while the block runs.
 
-        The store forgets those that no graph has read. Errors are left to who binds the weights and
-        meets them again.
+        What no graph has needed until then is left, and the store forgets those that none has read.
+        Errors are left to who binds the weights and meets them again.
         """
         if not self._are_read:
             mapped.read_ahead(t for _, source, _ in self._weights for t in source.tensors)
         try:
             with background.meanwhile(self._swizzle) if self._weights else contextlib.nullcontext():
                 yield
+                self._is_over = True
         finally:
             unused = [source for module, source in self._made if module not in self._used]
             STORE.forget(tensor for source in unused for tensor in source.tensors)
@@ -77,13 +79,11 @@ class Ahead:
             if is_left or not isinstance(module, PackedExperts):
                 continue
             for projection in PROJECTIONS:
-                blocks, scales = (
-                    module.get_parameter(f"{projection}_{part}") for part in ("blocks", "scales")
-                )
-                source = Source((blocks, scales), MXFP4)
-                is_new = all(map(_is_plain, source.tensors)) and not STORE.find(
-                    source.tensors, MXFP4, self._layout
-                )
+                tensors = [getattr(module, f"{projection}_{part}") for part in ("blocks", "scales")]
+                if not all(map(_is_plain, tensors)):
+                    continue
+                source = Source((tensors[0], tensors[1]), MXFP4)
+                is_new = not STORE.find(source.tensors, MXFP4, self._layout)
                 if is_new and (not self._are_freed or self._is_paged(source, files)):
                     yield module, source, f"{projection} of {name}"
 
@@ -94,12 +94,14 @@ class Ahead:
     def _swizzle(self, is_stopped: Callable[[], bool]) -> None:
         with contextlib.suppress(Exception):
             for module, source, name in tqdm(self._weights, SWIZZLING, leave=False, disable=None):
-                if is_stopped():
+                if is_stopped() or self._is_over:
                     return
                 self._made.append((module, source))
+                # They keep the file mapped, which a graph that frees its weights may let go.
+                held = [tensor.detach() for tensor in source.tensors]
                 STORE.get(source, self._layout, name)
                 if self._are_freed:
-                    mapped.page_out(source.tensors)
+                    mapped.page_out(held)
 
 
 def _layout(options: Options) -> str:

@@ -133,11 +133,13 @@ class Call:
     def __exit__(self, *_: object) -> None:
         try:
             if self._compiling is not None:
-                self.traced()
                 # Dynamo passes no exception to __exit__.
                 raised = sys.exc_info()
                 is_new = raised[1] is not self._raised
-                self._compiling.__exit__(*(raised if is_new else (None, None, None)))
+                try:
+                    self.traced()
+                finally:
+                    self._compiling.__exit__(*(raised if is_new else (None, None, None)))
         finally:
             self._leave()
         # A new exception goes to the user instead of a warning.
@@ -268,8 +270,11 @@ class Call:
             self.graphs += 1
         if report.rewrites:
             self._note_inflated()
-        if self._ahead is not None:
-            self._ahead.ran(report, args)
+        call: Call | None = self
+        while call is not None:  # a compiled part may be called in a call of a compiled whole
+            if call._ahead is not None:
+                call._ahead.ran(report, args)
+            call = call._outer
         if self.observer is not None:
             self.observer.graphs.append(self.renamed(report, args))
         elif report.misses:

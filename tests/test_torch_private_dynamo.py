@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import Graphs
-from processes import wait_until
 from torch import Tensor, fx, nn
-from torch._inductor import codecache
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 import mxfp4_fx
@@ -339,20 +337,6 @@ class TestPreparingInductor:
         ((there, kernel),) = made
         assert there is thread
         assert callable(kernel)
-
-    @pytest.mark.skipif(not hasattr(codecache.torch_key, "prefetch"), reason="before torch 2.13")
-    def test_keys_of_the_caches_are_made_in_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made: dict[str, threading.Thread] = {}
-        kind = type(codecache.torch_key)
-        for name in ("torch_key", "triton_key"):
-            assert type(getattr(codecache, name)) is kind
-            key = codecache.torch_key_cache(
-                lambda name=name: made.update({name: threading.current_thread()})
-            )
-            monkeypatch.setattr(codecache, name, key)
-        torch_private_dynamo.prepare_inductor().join()
-        wait_until(lambda: len(made) == 2, "both keys")
-        assert threading.current_thread() not in made.values()
 
     def test_compilers_wait_until_the_cpu_is_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two threads that look at it at once find flags that no other process finds.

@@ -75,12 +75,8 @@ def prepare_inductor() -> threading.Thread:
     """Have Inductor look at this CPU and precompile its C++ headers in a thread, which is returned.
 
     It does both once for a machine, before its first kernel, which takes ten seconds and more. What
-    goes wrong here goes wrong there again, and is told there. Each process hashes torch's and
-    Triton's sources for the keys of torch's caches, half a second, which begins in a thread, too.
+    goes wrong here goes wrong there again, and is told there.
     """
-    for name in ("torch_key", "triton_key"):
-        key = getattr(look_up("torch._inductor", "codecache"), name, None)
-        getattr(key, "prefetch", lambda: None)()  # not before torch 2.13
     # Torch's modules import one another in circles, so they are imported here, not in the thread.
     compiler = look_up("torch._inductor.codecache", "CppPythonBindingsCodeCache")
     look = look_up("torch._inductor.cpu_vec_isa", "valid_vec_isa_list")
