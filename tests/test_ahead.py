@@ -302,16 +302,25 @@ def test_mapped_weights_give_their_pages_back_while_dynamo_traces(
     ids=["other kernels", "freed", "skipped", "measuring"],
 )
 def test_nothing_is_swizzled_while_dynamo_traces(options: dict[str, Any], made: list[bool]) -> None:
-    seen: list[threading.Thread] = []
-    compile_with(Tracing(lambda: seen.extend(running())), options=options)(hidden())
+    seen: list[object] = []  # a thread that swizzles, or what it has made already
+    compile_with(Tracing(lambda: seen.extend([*running(), *made])), options=options)(hidden())
     assert not seen
 
 
 def test_nothing_is_swizzled_for_a_function_that_may_call_other_modules(made: list[bool]) -> None:
-    seen: list[threading.Thread] = []
-    module = Tracing(lambda: seen.extend(running()))
+    seen: list[object] = []
+    module = Tracing(lambda: seen.extend([*running(), *made]))
     compile_with(lambda x: module(x), options=NATIVE)(hidden())
     assert not seen
+
+
+def test_weights_that_are_no_parameters_are_left(made: list[bool]) -> None:
+    """As in ``torch.func.functional_call``."""
+    layers = pack(Layers())
+    given = {name: weight.detach() for name, weight in layers.named_parameters()}
+    compiled = compile_with(layers, options=NATIVE)
+    x = hidden()
+    assert torch.equal(torch.func.functional_call(compiled, given, (x,)), compiled(x))
 
 
 def test_what_no_graph_reads_is_forgotten(made: list[bool]) -> None:
