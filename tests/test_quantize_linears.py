@@ -371,10 +371,16 @@ def test_the_bound_of_verification_is_tight(value: float, right: float, wrong: f
                 linear_verification.compare("it", y, y + sign * off, x, weight, None)
 
 
-@pytest.mark.parametrize("of_weight", [-60, -127])  # a product underflows, or the weight itself
-def test_the_bound_of_verification_knows_units_without_subnormals(of_weight: int) -> None:
+@pytest.mark.parametrize(
+    ("of_weight", "of_x"),
+    [(-60, -67), (-127, 0), (10, -127)],
+    ids=["product underflows", "weight is subnormal", "input is subnormal"],
+)
+def test_the_bound_of_verification_knows_units_without_subnormals(
+    of_weight: int, of_x: int
+) -> None:
     weight, x = torch.zeros(1, 32), torch.zeros(1, 32)
-    weight[0, 0], x[0, 0] = 2.0**of_weight, 2.0 ** min(0, -127 - of_weight)
+    weight[0, 0], x[0, 0] = 2.0**of_weight, 2.0**of_x
     y = F.linear(x, weight)
     assert y.any()
     linear_verification.compare("it", y, torch.zeros_like(y), x, weight, None)
