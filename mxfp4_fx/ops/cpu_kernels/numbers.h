@@ -144,7 +144,14 @@ inline void store_value(float value, int32_t dtype, void* out) {
     std::memcpy(out, &value, sizeof value);
     return;
   }
-  const uint16_t bits = dtype == MXFP4_BF16 ? f32_to_bf16(value) : f32_to_f16(value);
+#if defined(__F16C__)
+  const uint16_t half = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  const uint16_t half = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(value))), 0);
+#else
+  const uint16_t half = f32_to_f16(value);
+#endif
+  const uint16_t bits = dtype == MXFP4_BF16 ? f32_to_bf16(value) : half;
   std::memcpy(out, &bits, sizeof bits);
 }
 
