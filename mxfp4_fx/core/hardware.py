@@ -129,13 +129,13 @@ CPU_PATHS: dict[str, CpuPath] = {
     "neon_bf16": CpuPath(
         _MATRICES,
         "the CPU is an ARM with matrix products of bytes and of bfloat16",
-        linear_rows={torch.bfloat16: 3, torch.float16: 2, torch.float32: 6},
+        linear_rows={torch.bfloat16: 3, torch.float16: 1, torch.float32: 6},
         mxfp8_rows=dict.fromkeys(DTYPES, 4),
     ),
     "neon_dotprod": CpuPath(
         _DOTPROD,
         "the CPU is an ARM with dot products of bytes, and no matrix products",
-        linear_rows={torch.bfloat16: 2, torch.float16: 2, torch.float32: 6},
+        linear_rows={torch.bfloat16: 2, torch.float16: 1, torch.float32: 6},
         mxfp8_rows=dict.fromkeys(DTYPES, 4),
     ),
     "portable": CpuPath({}, f"no vector instructions of this CPU ({platform.machine()}) are known"),
