@@ -54,7 +54,7 @@ def test_linears_are_native_while_a_byte_takes_one_instruction(
     path: str, dtype: torch.dtype
 ) -> None:
     rows = CPU_PATHS[path].linear_rows[dtype]
-    name = f"linear, {str(dtype).removeprefix('torch.')}, {rows} rows"
+    name = f"linear, {str(dtype).removeprefix('torch.')}, {rows} row{'s' * (rows > 1)}"
     assert COUNTS[name][path] <= dtype.itemsize
 
 
