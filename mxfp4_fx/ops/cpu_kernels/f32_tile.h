@@ -87,7 +87,8 @@ inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& va
 }
 
 struct F32Tile {
-  // The most rows of a tile whose sums fit the registers, with half a panel; with a whole panel.
+  // The most rows of a tile. The sums of WHOLE rows with a whole panel fit the registers, those of
+  // more rows with half a panel.
 #if defined(__AVX512F__)
   static constexpr int ROWS = 12, WHOLE = 12;
 #elif defined(__AVX2__)
