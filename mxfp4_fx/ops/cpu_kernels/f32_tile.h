@@ -101,7 +101,7 @@ struct F32Tile {
   // Blocks that are decoded at a time and multiplied with all tiles; they fit the L1 cache.
   static constexpr int64_t CHUNK = 4;
   // Bytes of an expert's packed rows that are multiplied with one panel after the other. They
-  // should fit the L2 cache, but where decoding a panel again takes longer than reading the L3
+  // should fit the L2 cache. On AVX2, decoding a panel once more takes longer than reading the L3
   // cache.
 #if defined(__AVX2__) && !defined(__AVX512F__)
   static constexpr int64_t GROUP_BYTES = 2048 << 10;
