@@ -395,7 +395,7 @@ def test_swapping_freed_tensors() -> None:
     expected = compile_with(second)(x)[0]
     compiled = compile_with(first, options={"free_weights": True})
     compiled(x)
-    gc.collect()  # torch's fake tensors refer weakly to what they stood for, which must not be
+    gc.collect()  # torch swaps no tensor that its own garbage still refers to weakly
     for one, two in zip(first.parameters(), second.parameters(), strict=True):
         torch.utils.swap_tensors(one, two)
     assert torch.equal(compiled(x)[0], expected)
