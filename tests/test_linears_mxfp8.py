@@ -211,6 +211,12 @@ class TestFewRows:
         """A factor that kernels may multiply them by makes no infinities."""
         check(randn(2, 64) * size, [random_weight(8, 64)], [None])
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_sums_that_only_the_scale_makes_finite(self, dtype: torch.dtype) -> None:
+        codes, scales = random_weight(8, 64)
+        codes[:], scales[:] = 0x7E, 107  # the largest value, times 2^-20
+        check(torch.full((2, 64), 1.875 * 2.0**123).to(dtype), [(codes, scales)], [None])
+
     def test_a_tiny_activation_beside_a_large_one_counts(self) -> None:
         """Times weights above 1, its products have bits that smaller ones would lose."""
         codes, scales = random_weight(8, 64)

@@ -29,7 +29,7 @@ constexpr int FAR_STREAMS = 4;
 constexpr int FAR_STREAMS = 1;  // never: no room is known
 #endif
 template <int S, int T>
-constexpr int KEEPING = FAR_STREAMS > 1 && S == FAR_STREAMS&& T == 1 ? READ_ONCE : KEPT;
+constexpr int KEEPING = (FAR_STREAMS > 1) && (S == FAR_STREAMS) && (T == 1) ? READ_ONCE : KEPT;
 
 #if defined(__aarch64__)
 using Weights = NeonWeights;
