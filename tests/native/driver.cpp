@@ -477,6 +477,29 @@ void check_quantize() {
   mxfp4_huge_pages(panels.data(), static_cast<int64_t>(panels.size()));
 }
 
+// Tiles of rows, and parts of them: as many rows as there are, evenly.
+void check_heights() {
+  for (int64_t rows = 1; rows <= 60; rows++) {
+    for (int64_t most = 1; most <= 12; most++) {
+      const auto all = mxfp4::Heights::of(rows, most);
+      require(all.tiles == (rows + most - 1) / most, "the fewest tiles");
+      require(all.first(all.tiles) == rows, "rows of all tiles");
+      require(mxfp4::Heights::equal(rows, most).rows(all.tiles - 1) == all.most, "equal tiles");
+      for (int64_t t = 0; t < all.tiles; t++) {
+        require(all.rows(t) == all.most || all.rows(t) == all.most - 1, "even tiles");
+        require(all.first(t + 1) - all.first(t) == all.rows(t), "a tile behind the other");
+        for (int64_t row = all.first(t); row < all.first(t + 1); row++)
+          require(all.tile_of(row) == t, "the tile of a row");
+        for (int64_t count = 1; t + count <= all.tiles; count++) {
+          const auto part = all.part(t, count);
+          for (int64_t i = 0; i <= count; i++)
+            require(part.first(i) == all.first(t + i) - all.first(t), "tiles of a part");
+        }
+      }
+    }
+  }
+}
+
 void check_bad_indices() {
   const Weights weights(2, 32, 32, false);
   const Values x(MXFP4_F32, 2 * 32, 1.), bias(MXFP4_F32, 2 * 32, 1.);
@@ -510,6 +533,7 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 100;
   require(mxfp4_init(0) == 0, "init");
   check_bad_indices();
+  check_heights();
   check_small_values(0x1p-21f);
   check_small_values(0x1p-30f);
   check_small_values(0x1p-36f);

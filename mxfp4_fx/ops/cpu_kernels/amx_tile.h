@@ -113,6 +113,7 @@ struct AmxTile {
     int buffer = 0;
   };
 
+  static Heights heights(int64_t rows) { return Heights::equal(rows, ROWS); }
   static int64_t packed_bytes(int64_t k) {
     return LIMBS_OF_X * k * static_cast<int64_t>(sizeof(uint16_t));
   }
@@ -150,10 +151,10 @@ struct AmxTile {
     amx::Configuration configuration;
     for (int tile = 0; tile < 4; tile++) {
       configuration.row_bytes[tile] = 64;
-      configuration.rows[tile] = static_cast<uint8_t>(tile == WEIGHTS ? BLOCK / 2 : x.rows);
+      configuration.rows[tile] = static_cast<uint8_t>(tile == WEIGHTS ? BLOCK / 2 : x.heights.most);
     }
     amx::configure(configuration);
-    if (x.tiles == 1)
+    if (x.heights.tiles == 1)
       multiply_one_tile(x, panel, sums, scratch);
     else
       multiply_tiles(x, panel, next, sums, scratch);
@@ -168,7 +169,7 @@ struct AmxTile {
 
   // A limb of tile t, from block `block` on.
   static const char* tile(const Tiles& x, int64_t t, int limb, int64_t block) {
-    return x.packed + (((t * LIMBS_OF_X + limb) * x.blocks + block) * x.rows) * 64;
+    return x.packed + (((t * LIMBS_OF_X + limb) * x.blocks + block) * x.heights.most) * 64;
   }
 
   static inline __attribute__((always_inline)) void load_sums(const float* sums) {
@@ -256,13 +257,13 @@ struct AmxTile {
       scratch.panel = last ? next : panel;
       scratch.first = last ? 0 : first + CHUNK;
       Ahead ahead{scratch, scratch.panel ? 2 * std::min(CHUNK, x.blocks - scratch.first) : 0,
-                  2 * x.tiles * LIMBS_OF_X * count};
-      for (int64_t t = 0; t < x.tiles; t++) {
-        float* to = sums + t * x.rows * PANEL_ROWS;
+                  2 * x.heights.tiles * LIMBS_OF_X * count};
+      for (int64_t t = 0; t < x.heights.tiles; t++) {
+        float* to = sums + t * x.heights.most * PANEL_ROWS;
         load_sums(to);
         for (int limb = 0; limb < LIMBS_OF_X; limb++) {
           const char* rows = tile(x, t, limb, first);
-          for (int64_t b = 0; b < count; b++, rows += x.rows * 64)
+          for (int64_t b = 0; b < count; b++, rows += x.heights.most * 64)
             multiply_block(rows, weights[b], [&] { ahead.advance(); });
         }
         store_sums(to);

@@ -38,6 +38,7 @@ struct Bf16Tile {
     Weights weights[2][CHUNK];
   };
 
+  static Heights heights(int64_t rows) { return Heights::equal(rows, ROWS); }
   static int64_t packed_bytes(int64_t k) { return k * static_cast<int64_t>(sizeof(uint16_t)); }
 
   // Packs row `row` into a tile of `rows` rows: the pair k, k + 1 goes to k * rows + 2 * row. The
@@ -66,10 +67,10 @@ struct Bf16Tile {
   template <int N = ROWS>
   static void multiply_rows(const Tiles& x, const uint8_t* panel, float* sums, Scratch& scratch) {
     if constexpr (N > 0) {
-      if (x.rows != N)
+      if (x.heights.most != N)
         multiply_rows<N - 1>(x, panel, sums, scratch);
-      else if (x.tiles <= 2)
-        for (int64_t t = 0; t < x.tiles; t++)
+      else if (x.heights.tiles <= 2)
+        for (int64_t t = 0; t < x.heights.tiles; t++)
           multiply_direct<N>(tile<N>(x, t, 0), panel, x.blocks, sums + t * N * PANEL_ROWS);
       else
         multiply_buffered<N>(x, panel, sums, scratch);
@@ -224,7 +225,7 @@ struct Bf16Tile {
       const Weights* weights = scratch.weights[buffer];
       multiply_chunk<N>(tile<N>(x, 0, first), weights, count, sums, panel, first + CHUNK, x.blocks,
                         scratch.weights[buffer ^ 1]);
-      for (int64_t t = 1; t < x.tiles; t++)
+      for (int64_t t = 1; t < x.heights.tiles; t++)
         multiply_chunk<N>(tile<N>(x, t, first), weights, count, sums + t * N * PANEL_ROWS, panel, 0,
                           0, nullptr);
     }

@@ -61,12 +61,15 @@ inline void decode_f32(const uint8_t* codes, const uint8_t* scales, F32Block& va
   for (int q = 0; q < 8; q++) {  // four rows
     const float32x4_t factor = vld1q_f32(factors + 4 * q);
     for (int g = 0; g < 4; g++) {
-      const Doubled eight(vld1q_u8(codes + 256 * (q / 4) + 64 * g + 16 * (q % 4)));
+      const uint8x16_t eight =
+          bytes_together(vld1q_u8(codes + 256 * (q / 4) + 64 * g + 16 * (q % 4)));
+      const Halves low = halves_of_e2m1(vandq_u8(eight, vdupq_n_u8(15)));
+      const Halves high = halves_of_e2m1(vshrq_n_u8(eight, 4));
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         float* to = &values[8 * g + KORDER[j]][4 * q];
-        vst1q_f32(to, vmulq_f32(halved(eight.low, j), factor));
-        vst1q_f32(to + 4 * PANEL_ROWS, vmulq_f32(halved(eight.high, j), factor));
+        vst1q_f32(to, vmulq_f32(low.four(j), factor));
+        vst1q_f32(to + 4 * PANEL_ROWS, vmulq_f32(high.four(j), factor));
       }
     }
   }
@@ -94,7 +97,7 @@ struct F32Tile {
 #elif defined(__AVX2__)
   static constexpr int ROWS = 6, WHOLE = 3;
 #elif defined(__aarch64__)
-  static constexpr int ROWS = 3, WHOLE = 3;
+  static constexpr int ROWS = 5, WHOLE = 2;
 #else
   static constexpr int ROWS = 1, WHOLE = 1;
 #endif
@@ -122,6 +125,7 @@ struct F32Tile {
     F32Block weights[CHUNK];
   };
 
+  static Heights heights(int64_t rows) { return Heights::of(rows, ROWS); }
   static int64_t packed_bytes(int64_t k) { return k * static_cast<int64_t>(sizeof(float)); }
 
   // Packs row `row` into a tile of `rows` rows: value k goes to k * rows + row. Returns true: this
@@ -135,7 +139,6 @@ struct F32Tile {
   // sums [tiles][rows][32] += tiles times the panel.
   static void multiply(const Tiles& x, const uint8_t* panel, const uint8_t*, float* sums,
                        Scratch& scratch) {
-    const int64_t tile_bytes = x.rows * packed_bytes(x.blocks * BLOCK);
     for (int64_t block = 0; block < x.blocks; block += CHUNK) {
       const int64_t count = CHUNK < x.blocks - block ? CHUNK : x.blocks - block;
       for (int64_t b = 0; b < count; b++) {
@@ -143,12 +146,18 @@ struct F32Tile {
         decode_f32(block_codes(panel, block + b), block_scales(panel, block + b),
                    scratch.weights[b]);
       }
-      for (int64_t t = 0; t < x.tiles; t++) {
-        const float* tile = reinterpret_cast<const float*>(x.packed + t * tile_bytes);
-        float* sum = sums + t * x.rows * PANEL_ROWS;
-        multiply_rows(static_cast<int>(x.rows), tile + block * BLOCK * x.rows, scratch.weights,
-                      count, sum);
-      }
+      multiply_tiles(x, block, count, scratch.weights, sums);
+    }
+  }
+
+  // sums [tiles][rows][32] += `count` blocks of all tiles, from `block` on, times weights.
+  static void multiply_tiles(const Tiles& x, int64_t block, int64_t count, const F32Block* weights,
+                             float* sums) {
+    for (int64_t t = 0; t < x.heights.tiles; t++) {
+      const int64_t rows = x.heights.rows(t), row = x.heights.first(t);
+      const char* tile = x.packed + (row * x.blocks + rows * block) * packed_bytes(BLOCK);
+      multiply_rows(static_cast<int>(rows), reinterpret_cast<const float*>(tile), weights, count,
+                    sums + row * PANEL_ROWS);
     }
   }
 
@@ -164,9 +173,10 @@ struct F32Tile {
  private:
   static constexpr int64_t PREFETCH = 1536;
 
-  // V vectors of each row's sums.
+  // V vectors of each row's sums. They fit the registers as long as nothing around does as well.
   template <int N, int V>
-  static void multiply_columns(const float* x, const float* weight, int64_t blocks, float* sums) {
+  static __attribute__((noinline)) void multiply_columns(const float* x, const float* weight,
+                                                         int64_t blocks, float* sums) {
     Vector sum[N][V];
     for (int n = 0; n < N; n++)
       for (int v = 0; v < V; v++) sum[n][v] = load_vector(sums + n * PANEL_ROWS + v * VECTOR);

@@ -50,7 +50,8 @@ class Matmul {
     const int64_t few = Tile::few_rows(m.x_dtype);
     for (int64_t e = 0; e < m.experts; e++) {
       const int64_t first = m.expert_offsets[e], rows = m.expert_offsets[e + 1] - first;
-      if (rows) plan.add(e, first, rows, Tile::ROWS, few, row_bytes, m.k);
+      if (rows)
+        plan.add(e, first, rows, HAS_FEW_ROWS && rows <= few, Tile::heights(rows), row_bytes, m.k);
     }
     group_tiles =
         std::max<int64_t>(1, Tile::GROUP_BYTES / std::max<int64_t>(1, Tile::ROWS * row_bytes));
@@ -116,11 +117,11 @@ class Matmul {
       const int64_t from = std::max(begin, expert.first_row);
       const int64_t to = std::min(end, expert.first_row + expert.rows);
       for (int64_t row = from; row < to; row++) pack_row(expert, row - expert.first_row, values);
-      // The thread that packs the last row also writes zeros for the last tile's missing rows.
+      // The thread that packs the last row also writes zeros for rows that the last tile lacks.
       if (expert.few || from >= to || to < expert.first_row + expert.rows) continue;
       std::memset(values, 0, static_cast<size_t>(m.k) * sizeof(float));
-      for (int64_t row = expert.rows; row < expert.tiles * expert.tile_rows; row++)
-        pack_values(expert, row, values);
+      const int64_t padded = expert.heights.first(expert.heights.tiles);
+      for (int64_t row = expert.rows; row < padded; row++) pack_values(expert, row, values);
     }
   }
 
@@ -145,9 +146,10 @@ class Matmul {
                   static_cast<size_t>(m.k) * sizeof(float));
       return true;
     }
-    const int64_t tile = row / expert.tile_rows;
-    return Tile::pack(values, m.k, row % expert.tile_rows, expert.tile_rows,
-                      target + tile * expert.tile_rows * Tile::packed_bytes(m.k));
+    const Heights& heights = expert.heights;
+    const int64_t tile = heights.tile_of(row), first = heights.first(tile);
+    return Tile::pack(values, m.k, row - first, heights.rows(tile),
+                      target + first * Tile::packed_bytes(m.k));
   }
 
   // Writes zeros for rows whose expert is not held here. With a scatter, write_results writes all.
@@ -189,11 +191,11 @@ class Matmul {
   // Computes panels [first, last) of an expert for all its rows.
   void multiply_range(const Expert& expert, int64_t first, int64_t last, int64_t range_begin,
                       int64_t range_end, const Buffers& buffers) {
-    for (int64_t tile = 0; tile < expert.tiles; tile += group_tiles) {
-      const int64_t tiles = std::min(group_tiles, expert.tiles - tile);
-      const int64_t row = tile * expert.tile_rows;
-      const int64_t rows = std::min(tiles * expert.tile_rows, expert.rows - row);
-      const int64_t padded = tiles * expert.tile_rows;
+    for (int64_t tile = 0; tile < expert.heights.tiles; tile += group_tiles) {
+      const int64_t tiles = std::min(group_tiles, expert.heights.tiles - tile);
+      const int64_t row = expert.heights.first(tile);
+      const int64_t padded = expert.heights.first(tile + tiles) - row;
+      const int64_t rows = std::min(padded, expert.rows - row);
       for (int64_t panel = first, count; panel < last; panel += count) {
         count = panels_at_once(expert, panel, last);
         for (int64_t p = 0; p < count; p++)
@@ -251,11 +253,11 @@ class Matmul {
   // Tiles times `count` panels, one after the other; `more` says that a panel follows them.
   void multiply_panels(const Expert& expert, int64_t tile, int64_t tiles, const uint8_t* panel,
                        int64_t count, bool more, const Buffers& buffers) const {
-    const int64_t tile_bytes = expert.tile_rows * Tile::packed_bytes(m.k);
-    const char* source = packed.get() + expert.packed + tile * tile_bytes;
-    const Tiles rows{source, tiles, expert.tile_rows, blocks};
+    const char* source =
+        packed.get() + expert.packed + expert.heights.first(tile) * Tile::packed_bytes(m.k);
+    const Tiles rows{source, expert.heights.part(tile, tiles), blocks};
     float* sums = buffers.sums;
-    for (int64_t p = 0; p < count; p++, sums += tiles * expert.tile_rows * PANEL_ROWS) {
+    for (int64_t p = 0; p < count; p++, sums += rows.heights.first(tiles) * PANEL_ROWS) {
       const uint8_t* next = panel + panel_bytes(m.k);
       Tile::multiply(rows, panel, more || p + 1 < count ? next : nullptr, sums, buffers.scratch);
       panel = next;

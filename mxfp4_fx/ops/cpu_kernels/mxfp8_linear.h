@@ -1,6 +1,6 @@
-// Linears whose weights are MXFP8 (mxfp8.h): few rows of activations times codes that are decoded
-// on the fly. Activations are arranged once a call, in the order in which codes are decoded. A
-// block's scale is applied to sums of a step.
+// Linears whose weights are MXFP8 (mxfp8_decoder.h): few rows of activations times codes that are
+// decoded on the fly. Activations are arranged once a call, in the order in which codes are
+// decoded. A block's scale is applied to sums of a step.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,7 @@
 
 #include "api.h"
 #include "linear.h"
-#include "mxfp8.h"
-#include "mxfp8_linear_neon.h"
+#include "mxfp8_decoder.h"
 #include "mxfp8_tile.h"
 #include "numbers.h"
 #include "panels.h"
@@ -30,10 +29,6 @@ constexpr int FAR_STREAMS = 1;  // never: no room is known
 #endif
 template <int S, int T>
 constexpr int KEEPING = (FAR_STREAMS > 1) && (S == FAR_STREAMS) && (T == 1) ? READ_ONCE : KEPT;
-
-#if defined(__aarch64__)
-using Weights = NeonWeights;
-#else
 
 // Weights of `Linears` (linear.h); x is float32 as `arrange_f32` has it: the rows' first steps,
 // STEP apart, then their next steps, x_stride further on.
@@ -73,7 +68,7 @@ struct Weights {
     for (int64_t at = 0; at < whole; at += STEP, x += a.x_stride) {
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
-#if !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
         // x is read again for each row of the weight: registers do not hold it.
         if (T > 1) asm("" : "+r"(x));
 #endif
@@ -82,7 +77,7 @@ struct Weights {
                       scales + s * s_stride + at / BLOCK, x, sum[s]);
       }
     }
-    if (whole < a.k) {  // a step that zeros complete
+    if (STEP > BLOCK && whole < a.k) {  // a step that zeros complete
 #pragma GCC unroll 8
       for (int s = 0; s < S; s++) {
         uint8_t rest[STEP] = {}, scale[STEP / BLOCK] = {};
@@ -92,14 +87,11 @@ struct Weights {
         multiply_step(decoder, nan_codes, rest, scale, x, sum[s]);
       }
     }
-#pragma GCC unroll 8
-    for (int s = 0; s < S; s++) {
-      const uint8_t* row = codes + s * w_stride;
-      const bool is_nan = nan_codes.found() && std::any_of(row, row + a.k, is_nan_code);
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++)
-        sums[s][t] = is_nan ? vector_of(std::numeric_limits<float>::quiet_NaN()) : sum[s][t];
-    }
+    std::memcpy(sums, sum, sizeof sums);
+    if (nan_codes.found())
+      for (int s = 0; s < S; s++)
+        if (std::any_of(codes + s * w_stride, codes + s * w_stride + a.k, is_nan_code))
+          for (Vector& value : sums[s]) value = vector_of(SCALES[SCALE_NAN]);
   }
 
  private:
@@ -123,7 +115,7 @@ struct Weights {
   }
 };
 
-#endif
+inline int64_t whole_steps(int64_t k) { return (k + STEP - 1) / STEP * STEP; }
 
 #if defined(MXFP4_PATH_AVX512_BF16)
 
@@ -316,9 +308,12 @@ inline void multiply_bf16(const mxfp4_linear_group& arguments, const void* weigh
 
 #endif
 
-// Up to so many rows of x are multiplied with codes in registers; more with a decoded panel.
+// Up to so many rows of x are multiplied with codes in registers; more with a decoded panel. ARM's
+// number is of the fewest instructions (benchmarks/arm.py).
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t FEW_ROWS = 10;
+#elif defined(__aarch64__)
+constexpr int64_t FEW_ROWS = 2;
 #else
 constexpr int64_t FEW_ROWS = 16;
 #endif

@@ -1,6 +1,6 @@
-// Many rows of activations times MXFP8 weights (mxfp8.h). A panel, 32 rows of a weight, is decoded
-// to float32 some blocks at a time, and f32_tile.h multiplies these with all rows of x. Right for
-// all codes, scales and activations.
+// Many rows of activations times MXFP8 weights (mxfp8_decoder.h). A panel, 32 rows of a weight, is
+// decoded to float32 some blocks at a time, and f32_tile.h multiplies these with all rows of x.
+// Right for all codes, scales and activations.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 #include "api.h"
 #include "f32_tile.h"
 #include "linear.h"
-#include "mxfp8.h"
+#include "mxfp8_decoder.h"
 #include "numbers.h"
 #include "panels.h"
 #include "parallel.h"
@@ -33,15 +33,16 @@ class Panel {
 
   // The values of some blocks, exact or infinite.
   void decode(int64_t block, int64_t count, F32Block* values) const {
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
     // All blocks of some rows at once: in large powers of two apart, more lines than the first
     // cache keeps.
-    for (int row = 0; row < PANEL_ROWS; row += 8) {
-      for (int i = row; i < row + 8; i++)
+    for (int row = 0; row < PANEL_ROWS; row += TOGETHER) {
+      const int end = row + TOGETHER;
+      for (int i = row; i < end; i++)
         for (int64_t at = 0; at < count * BLOCK; at += LINE)
           __builtin_prefetch(codes_[i] + (block + 2 * count) * BLOCK + at, 0, 2);
       for (int64_t b = 0; b < count; b++)
-        if (!decode_8(block + b, row, values[b])) decode_any(block + b, row, row + 8, values[b]);
+        if (!decode_rows(block + b, row, values[b])) decode_any(block + b, row, end, values[b]);
     }
 #else
     for (int64_t b = 0; b < count; b++) decode_any(block + b, 0, PANEL_ROWS, values[b]);
@@ -67,8 +68,10 @@ class Panel {
   }
 
 #if defined(__AVX2__)
-  // Eight rows of a block. Returns false for NaN codes and for scales above 2^7.
-  bool decode_8(int64_t block, int row, F32Block& values) const {
+  static constexpr int TOGETHER = 8;
+
+  // So many rows of a block. Returns false for NaN codes and for scales above 2^7.
+  bool decode_rows(int64_t block, int row, F32Block& values) const {
     uint64_t scales = 0;
     for (int i = 7; i >= 0; i--) scales = scales << 8 | scales_[row + i][block];
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(scales)));
@@ -110,6 +113,44 @@ class Panel {
     out[2] = _mm256_unpacklo_epi64(c, d);
     out[3] = _mm256_unpackhi_epi64(c, d);
   }
+#elif defined(__aarch64__)
+  static constexpr int TOGETHER = 4;
+
+  // So many rows of a block. Returns false for NaN codes and for scales above 2^119.
+  bool decode_rows(int64_t block, int row, F32Block& values) const {
+    uint8_t scales[TOGETHER];
+    for (int i = 0; i < TOGETHER; i++) scales[i] = scales_[row + i][block];
+    const uint32x4_t bytes = four_bytes(scales);
+    // The scales times 2^8.
+    const auto factor = vreinterpretq_f32_u32(vshlq_n_u32(vaddq_u32(bytes, vdupq_n_u32(8)), 23));
+    NanCodes nan_codes;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      uint8x16_t fours[4];
+      transpose(codes_ + row, block * BLOCK + half * BLOCK / 2, fours);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        nan_codes.see(fours[i]);
+        const Halves found = halves_of_e4m3(fours[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+          vst1q_f32(&values[half * BLOCK / 2 + 4 * i + j][row], vmulq_f32(found.four(j), factor));
+      }
+    }
+    return vmaxvq_u32(bytes) <= 246 && !nan_codes.found();
+  }
+
+  // 16 bytes of each of four rows -> the first bytes of all rows, and so on.
+  static void transpose(const uint8_t* const* rows, int64_t at, uint8x16_t (&out)[4]) {
+    uint8x16_t in[4];
+    for (int i = 0; i < 4; i++) in[i] = vld1q_u8(rows[i] + at);
+    const uint8x16_t even[2] = {vzip1q_u8(in[0], in[2]), vzip2q_u8(in[0], in[2])};
+    const uint8x16_t odd[2] = {vzip1q_u8(in[1], in[3]), vzip2q_u8(in[1], in[3])};
+    for (int i = 0; i < 2; i++) {
+      out[2 * i] = vzip1q_u8(even[i], odd[i]);
+      out[2 * i + 1] = vzip2q_u8(even[i], odd[i]);
+    }
+  }
 #endif
 };
 
@@ -118,13 +159,11 @@ class ManyRows {
   // Rows [first, first + arguments.rows) of y are those of x.
   ManyRows(const mxfp4_linear_group& arguments, const void* weights, int64_t first = 0)
       : a_(arguments), weights_(static_cast<const mxfp8_linear*>(weights)), first_(first) {
-    tiles_ = ceil_div(a_.rows, F32Tile::ROWS);
-    tile_rows_ = ceil_div(a_.rows, tiles_);
-    tile_bytes_ = tile_rows_ * F32Tile::packed_bytes(a_.k);
-    group_ = std::clamp<int64_t>(GROUP_BYTES / tile_bytes_, 1, tiles_);
-    sums_bytes_ = line_up(group_ * tile_rows_ * PANEL_ROWS * sizeof(float));
-    scratch_bytes_ = line_up(sizeof(F32Tile::Scratch)) +
-                     std::max(sums_bytes_, line_up(F32Tile::packed_bytes(a_.k)));
+    heights_ = F32Tile::heights(a_.rows);
+    row_bytes_ = F32Tile::packed_bytes(a_.k);
+    group_ = std::clamp<int64_t>(GROUP_BYTES / (heights_.most * row_bytes_), 1, heights_.tiles);
+    sums_bytes_ = line_up(group_ * heights_.most * PANEL_ROWS * sizeof(float));
+    scratch_bytes_ = line_up(sizeof(F32Tile::Scratch)) + std::max(sums_bytes_, line_up(row_bytes_));
   }
 
   void run() {
@@ -132,7 +171,7 @@ class ManyRows {
     for (int64_t i = 0; i < a_.count; i++) panels += panel_count(weights_[i].n);
     const int64_t products = panels * PANEL_ROWS * a_.k * a_.rows;
     const int threads = static_cast<int>(std::clamp<int64_t>(products / ENOUGH, 1, a_.threads));
-    packed_ = allocate(tiles_ * tile_bytes_);
+    packed_ = allocate(a_.rows * row_bytes_);
     scratch_ = allocate(threads * scratch_bytes_);
     if (!packed_ || !scratch_) throw std::bad_alloc();
     Cursor cursor(panels, threads);
@@ -163,14 +202,11 @@ class ManyRows {
   static constexpr int64_t ENOUGH = 256 << 10;
 
   void pack(int thread, int count, float* values) {
-    const int64_t rows = tiles_ * tile_rows_;
-    for (int64_t row = rows * thread / count; row < rows * (thread + 1) / count; row++) {
-      if (row < a_.rows)
-        to_f32(element(a_.x, a_.dtype, row * a_.x_stride), a_.dtype, a_.k, values);
-      else
-        std::memset(values, 0, static_cast<size_t>(F32Tile::packed_bytes(a_.k)));
-      F32Tile::pack(values, a_.k, row % tile_rows_, tile_rows_,
-                    packed_.get() + row / tile_rows_ * tile_bytes_);
+    for (int64_t row = a_.rows * thread / count; row < a_.rows * (thread + 1) / count; row++) {
+      const int64_t tile = heights_.tile_of(row), first = heights_.first(tile);
+      to_f32(element(a_.x, a_.dtype, row * a_.x_stride), a_.dtype, a_.k, values);
+      F32Tile::pack(values, a_.k, row - first, heights_.rows(tile),
+                    packed_.get() + first * row_bytes_);
     }
   }
 
@@ -179,27 +215,16 @@ class ManyRows {
                 float* sums) const {
     const Panel panel(weight, n, a_.k);
     const int64_t blocks = a_.k / BLOCK;
-    for (int64_t tile = 0; tile < tiles_; tile += group_) {
-      const int64_t count = std::min(group_, tiles_ - tile);
+    for (int64_t tile = 0; tile < heights_.tiles; tile += group_) {
+      const int64_t count = std::min(group_, heights_.tiles - tile), row = heights_.first(tile);
+      const Tiles x{packed_.get() + row * row_bytes_, heights_.part(tile, count), blocks};
       std::memset(sums, 0, static_cast<size_t>(sums_bytes_));
       for (int64_t block = 0; block < blocks; block += F32Tile::CHUNK) {
         const int64_t chunk = std::min(F32Tile::CHUNK, blocks - block);
         panel.decode(block, chunk, scratch.weights);
-        const char* x = packed_.get() + tile * tile_bytes_;
-        for (int64_t t = 0; t < count; t++)
-          multiply_tile(
-              reinterpret_cast<const float*>(x + t * tile_bytes_) + block * BLOCK * tile_rows_,
-              scratch.weights, chunk, sums + t * tile_rows_ * PANEL_ROWS);
+        F32Tile::multiply_tiles(x, block, chunk, scratch.weights, sums);
       }
-      store(weight, n, tile * tile_rows_, count * tile_rows_, sums);
-    }
-  }
-
-  template <int N = F32Tile::ROWS>
-  void multiply_tile(const float* x, const F32Block* weights, int64_t blocks, float* sums) const {
-    if constexpr (N > 0) {
-      if (tile_rows_ != N) return multiply_tile<N - 1>(x, weights, blocks, sums);
-      F32Tile::multiply_chunk<N>(x, weights, blocks, sums);
+      store(weight, n, row, x.heights.first(count), sums);
     }
   }
 
@@ -207,7 +232,7 @@ class ManyRows {
     const int64_t columns = std::min(PANEL_ROWS, weight.n - n);
     float bias[PANEL_ROWS] = {};
     if (weight.bias != nullptr) to_f32(element(weight.bias, a_.dtype, n), a_.dtype, columns, bias);
-    for (int64_t last = std::min(row + rows, a_.rows); row < last; row++, sums += PANEL_ROWS) {
+    for (const int64_t last = row + rows; row < last; row++, sums += PANEL_ROWS) {
       for (int64_t i = 0; i < PANEL_ROWS; i++) sums[i] += bias[i];
       from_f32(sums, a_.dtype, columns, element(weight.y, a_.dtype, (first_ + row) * weight.n + n));
     }
@@ -216,7 +241,8 @@ class ManyRows {
   const mxfp4_linear_group& a_;
   const mxfp8_linear* const weights_;
   const int64_t first_;
-  int64_t tiles_, tile_rows_, tile_bytes_, group_, sums_bytes_, scratch_bytes_;
+  Heights heights_;
+  int64_t row_bytes_, group_, sums_bytes_, scratch_bytes_;
   Memory packed_, scratch_;
 };
 

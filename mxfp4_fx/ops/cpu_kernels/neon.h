@@ -60,10 +60,11 @@ inline __attribute__((always_inline)) Halves halves_of_e4m3(uint8x16_t codes) {
 alignas(16) constexpr uint8_t DWORDS_IN_KORDER[16] = {0, 1, 2, 3, 8,  9,  10, 11,
                                                       4, 5, 6, 7, 12, 13, 14, 15};
 
-// Half of byte j of each dword, in float32.
-inline __attribute__((always_inline)) float32x4_t halved(int8x16_t bytes, int j) {
-  const int32x4_t upper = vshlq_s32(vreinterpretq_s32_s8(bytes), vdupq_n_s32(24 - 8 * j));
-  return vcvtq_n_f32_s32(vshrq_n_s32(upper, 24), 1);
+// Four dwords -> their first bytes, their second bytes, and so on.
+inline __attribute__((always_inline)) uint8x16_t bytes_together(uint8x16_t dwords) {
+  alignas(16) static constexpr uint8_t ORDER[16] = {0, 4, 8,  12, 1, 5, 9,  13,
+                                                    2, 6, 10, 14, 3, 7, 11, 15};
+  return vqtbl1q_u8(dwords, vld1q_u8(ORDER));
 }
 
 // Four bytes as dwords.

@@ -38,6 +38,7 @@ struct NeonBf16Tile {
     Weights weights[CHUNK];
   };
 
+  static Heights heights(int64_t rows) { return Heights::of(rows, ROWS); }
   static int64_t packed_bytes(int64_t k) { return k * static_cast<int64_t>(sizeof(uint16_t)); }
 
   // Packs row `row` into a tile of `rows` rows: [k / 4][rows][k % 4, in KORDER]. The values must be
@@ -64,10 +65,11 @@ struct NeonBf16Tile {
         prefetch_block(panel, first + b, PREFETCH);
         decode(block_codes(panel, first + b), block_scales(panel, first + b), scratch.weights[b]);
       }
-      for (int64_t t = 0; t < x.tiles; t++) {
-        const char* tile = x.packed + (t * x.blocks + first) * x.rows * packed_bytes(BLOCK);
-        multiply_rows(static_cast<int>(x.rows), reinterpret_cast<const uint16_t*>(tile),
-                      scratch.weights, count, sums + t * x.rows * PANEL_ROWS);
+      for (int64_t t = 0; t < x.heights.tiles; t++) {
+        const int64_t rows = x.heights.rows(t), row = x.heights.first(t);
+        const char* tile = x.packed + (row * x.blocks + rows * first) * packed_bytes(BLOCK);
+        multiply_rows(static_cast<int>(rows), reinterpret_cast<const uint16_t*>(tile),
+                      scratch.weights, count, sums + row * PANEL_ROWS);
       }
     }
   }

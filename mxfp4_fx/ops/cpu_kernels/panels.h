@@ -73,10 +73,40 @@ inline void prefetch_block(const uint8_t* panel, int64_t block, int64_t ahead) {
   if (block % 2 == 0) __builtin_prefetch(codes - SCALE_BYTES, 0, KEEPING);
 }
 
-// Packed rows of activations: `tiles` contiguous tiles of `rows` rows each.
+// Rows in tiles, the first `tall` of which have one row more than the others.
+struct Heights {
+  int64_t tiles, most, tall;
+
+  // The fewest tiles of at most `most` rows, as even as they can be.
+  static Heights of(int64_t rows, int64_t most) {
+    const int64_t tiles = ceil_div(rows, most), height = ceil_div(rows, tiles);
+    return {tiles, height, rows - tiles * (height - 1)};
+  }
+  // The same, of one height: rows may be missing in the last.
+  static Heights equal(int64_t rows, int64_t most) {
+    const Heights heights = of(rows, most);
+    return {heights.tiles, heights.most, heights.tiles};
+  }
+
+  int64_t rows(int64_t tile) const { return most - (tile >= tall); }
+  // The first row of a tile; of the tile behind the last, the number of all rows.
+  int64_t first(int64_t tile) const { return tile * most - (tile > tall ? tile - tall : 0); }
+  int64_t tile_of(int64_t row) const {
+    return row < tall * most ? row / most : tall + (row - tall * most) / (most - 1);
+  }
+  // Tiles [tile, tile + count).
+  Heights part(int64_t tile, int64_t count) const {
+    const int64_t left = tall > tile ? tall - tile : 0;
+    return left > 0 ? Heights{count, most, left < count ? left : count}
+                    : Heights{count, most - 1, count};
+  }
+};
+
+// Packed rows of activations, one tile behind the other.
 struct Tiles {
   const char* packed;
-  int64_t tiles, rows, blocks;
+  Heights heights;
+  int64_t blocks;
 };
 
 }  // namespace mxfp4

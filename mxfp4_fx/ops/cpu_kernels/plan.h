@@ -31,11 +31,11 @@ inline Memory allocate(int64_t bytes) {
 // An expert that has rows.
 struct Expert {
   int64_t id;
-  int64_t first_row, rows;   // among the rows sorted by expert
-  int64_t tile_rows, tiles;  // all tiles have this height; the last may have fewer rows
-  int64_t packed;            // offset in bytes of the first tile; tiles are contiguous
-  bool few;                  // rows are multiplied by few_rows.h
-  int exceptional;           // 1 if only float32 can multiply one of the rows of its tiles
+  int64_t first_row, rows;  // among the rows sorted by expert
+  Heights heights;          // of its tiles
+  int64_t packed;           // offset in bytes of the first tile; tiles are contiguous
+  bool few;                 // rows are multiplied by few_rows.h
+  int exceptional;          // 1 if only float32 can multiply one of the rows of its tiles
 };
 
 struct Plan {
@@ -43,20 +43,18 @@ struct Plan {
   int64_t packed_bytes = 0;
   int64_t most_rows = 0;  // of one expert
 
-  // Adds an expert. Its rows form the fewest tiles of at most `most` rows, all of one height, if
-  // there are more than `few`.
-  void add(int64_t id, int64_t first_row, int64_t rows, int64_t most, int64_t few,
+  // Adds an expert whose rows form tiles of `row_bytes` a row, unless they are `few`.
+  void add(int64_t id, int64_t first_row, int64_t rows, bool few, Heights heights,
            int64_t row_bytes, int64_t k) {
     Expert expert{};
     expert.id = id;
     expert.first_row = first_row;
     expert.rows = rows;
-    expert.few = HAS_FEW_ROWS && rows <= few;
-    expert.tiles = expert.few ? 1 : ceil_div(rows, most);
-    expert.tile_rows = ceil_div(rows, expert.tiles);
+    expert.few = few;
+    expert.heights = few ? Heights{1, rows, 1} : heights;
     expert.packed = packed_bytes;
-    packed_bytes += line_up(expert.few ? rows * FewRows::bytes_of(k / BLOCK)
-                                       : expert.tiles * expert.tile_rows * row_bytes);
+    packed_bytes += line_up(few ? rows * FewRows::bytes_of(k / BLOCK)
+                                : heights.first(heights.tiles) * row_bytes);
     most_rows = std::max(most_rows, rows);
     experts.push_back(expert);
   }
