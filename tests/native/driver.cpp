@@ -382,10 +382,25 @@ void check_mxfp8() {
   }
 }
 
+// y of so many rows of x, which are all the same, times rows of one block of MXFP8 weights.
+std::vector<float> of_blocks(const std::vector<uint8_t>& codes, const std::vector<uint8_t>& scales,
+                             const std::vector<float>& row, int64_t rows) {
+  const auto n = static_cast<int64_t>(scales.size());
+  std::vector<float> x, y(static_cast<size_t>(rows * n));
+  for (int64_t i = 0; i < rows; i++) x.insert(x.end(), row.begin(), row.end());
+  struct {
+    mxfp4_linear_group group;
+    mxfp8_linear linear;
+  } const a{{x.data(), rows, 32, 32, 1, MXFP4_F32, 1},
+            {codes.data(), scales.data(), nullptr, y.data(), n}};
+  require(mxfp8_linears(&a.group) == 0, "a linear of one block returns 0");
+  return y;
+}
+
 // Every code, 32 in a row of a weight; sums are exact. Two rows have a NaN.
-void check_mxfp8_codes() {
+void check_mxfp8_codes(int64_t rows) {
   std::vector<uint8_t> codes(256), scales(8, 127);
-  std::vector<float> values(256), x(3 * 32, 1.f), y(3 * 8);
+  std::vector<float> values(256);
   std::iota(codes.begin(), codes.end(), uint8_t{0});
   mxfp8_dequantize(codes.data(), scales.data(), 8, 32, MXFP4_F32, values.data(), 1);
   float sums[8] = {};
@@ -396,14 +411,25 @@ void check_mxfp8_codes() {
     require(std::isnan(value) ? std::isnan(values[code]) : values[code] == value, "a code");
     sums[code / 32] += value;
   }
-  struct {
-    mxfp4_linear_group group;
-    mxfp8_linear linear;
-  } const a{{x.data(), 3, 32, 32, 1, MXFP4_F32, 1},
-            {codes.data(), scales.data(), nullptr, y.data(), 8}};
-  require(mxfp8_linears(&a.group) == 0, "a linear of all codes returns 0");
-  for (int i = 0; i < 3 * 8; i++)
+  const std::vector<float> y = of_blocks(codes, scales, std::vector<float>(32, 1.f), rows);
+  for (size_t i = 0; i < y.size(); i++)
     require(std::isnan(sums[i % 8]) ? std::isnan(y[i]) : y[i] == sums[i % 8], "a sum of codes");
+}
+
+// Every scale that a float32 needs, and NaN; a product is exact.
+void check_mxfp8_scales(int64_t rows) {
+  constexpr uint8_t LARGEST = 246, NOT_A_NUMBER = 255, ONE = 0x38;
+  std::vector<uint8_t> scales(LARGEST + 2);
+  std::iota(scales.begin(), scales.end(), uint8_t{0});
+  scales.back() = NOT_A_NUMBER;
+  std::vector<float> row(32, 0.f);
+  row[random_int(0, 31)] = 1;
+  const auto y = of_blocks(std::vector<uint8_t>(32 * scales.size(), ONE), scales, row, rows);
+  for (size_t i = 0; i < y.size(); i++) {
+    const uint8_t scale = scales[i % scales.size()];
+    require(scale == NOT_A_NUMBER ? std::isnan(y[i]) : y[i] == std::ldexp(1.f, scale - 127),
+            "a product with a scale");
+  }
 }
 
 void check_attention() {
@@ -539,7 +565,10 @@ int main(int argc, char** argv) {
   check_small_values(0x1p-36f);
   check_small_values(mxfp4::ROW_SMALLEST, mxfp4::ROW_LARGEST);
   check_conversions();
-  check_mxfp8_codes();
+  for (const int64_t rows : {1, 3, 20}) {
+    check_mxfp8_codes(rows);
+    check_mxfp8_scales(rows);
+  }
   for (int round = 0; round < rounds; round++) {
     check_matmul();
     check_quantize();
