@@ -13,7 +13,9 @@
 #include "parallel.h"
 #include "vectors.h"
 
-#if defined(__aarch64__)
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
 #include "neon.h"
 #endif
 
@@ -89,7 +91,7 @@ struct CodeBytes {
     }
   }
 };
-static const CodeBytes BYTES_OF_CODES;
+inline const CodeBytes BYTES_OF_CODES;
 
 // Two blocks. A permutation ignores the sign's bit of its index.
 class Decoder {

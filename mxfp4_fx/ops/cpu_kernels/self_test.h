@@ -1,5 +1,6 @@
 // A self-test of the kernels on this machine, as this compiler has built them. It computes a small
-// problem whose sums are exact in float32 in any order, so every bit of the result is known.
+// problem whose sums are exact in float32 in any order, so every bit of the result is known. The
+// weights' functions, whose panels it takes, have passed weights_test.h.
 #pragma once
 
 #include <algorithm>
@@ -128,7 +129,8 @@ class SelfTest {
     return true;
   }
 
-  // The same with weights in MXFP8, three blocks of them, which are multiples of 1/8 up to 7/8.
+  // The same with weights in MXFP8, three blocks of them, which are multiples of 1/8 up to 7/8:
+  // weights_test.h has tested that these keep their values.
   bool mxfp8_passes(int32_t dtype) {
     constexpr int64_t rows_of_weight = 11, columns = 96, few = 5, most = 17;
     std::vector<float> values(most * columns), weights(rows_of_weight * columns);
@@ -137,10 +139,7 @@ class SelfTest {
     std::vector<uint8_t> codes(weights.size()), scales(weights.size() / 32);
     mxfp8_quantize(weights.data(), MXFP4_F32, rows_of_weight, columns, columns, codes.data(),
                    scales.data(), 1);
-    std::vector<float> again(weights.size()), sums;
-    mxfp8_dequantize(codes.data(), scales.data(), rows_of_weight, columns, MXFP4_F32, again.data(),
-                     1);
-    if (again != weights) return false;
+    std::vector<float> sums;
     for (int64_t row = 0; row < most; row++) {
       for (int64_t n = 0; n < rows_of_weight; n++) {
         float sum = 0;
