@@ -75,7 +75,7 @@ def _is_for_cpu(device_map: Any) -> bool:
 
     Without one, a model is loaded there, but hardly to stay where there is a GPU.
     """
+    if device_map in (None, "auto"):
+        return not torch.accelerator.is_available()
     devices = device_map.values() if isinstance(device_map, dict) else [device_map]
-    if all(str(device).startswith("cpu") for device in devices):
-        return True
-    return device_map is None and not torch.accelerator.is_available()
+    return all(str(device).startswith("cpu") for device in devices)
