@@ -287,6 +287,7 @@ input()
 
 
 FORK = """
+import signal
 thread = native.load_in_thread("portable")
 native.load_weights("portable")
 child = os.fork()

@@ -164,9 +164,10 @@ struct F32Tile {
  private:
   static constexpr int64_t PREFETCH = 1536;
 
-  // V vectors of each row's sums.
+  // V vectors of each row's sums. Inlined into a large function, they would not stay in registers.
   template <int N, int V>
-  static void multiply_columns(const float* x, const float* weight, int64_t blocks, float* sums) {
+  static __attribute__((noinline)) void multiply_columns(const float* x, const float* weight,
+                                                         int64_t blocks, float* sums) {
     Vector sum[N][V];
     for (int n = 0; n < N; n++)
       for (int v = 0; v < V; v++) sum[n][v] = load_vector(sums + n * PANEL_ROWS + v * VECTOR);

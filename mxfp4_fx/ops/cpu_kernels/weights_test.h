@@ -12,9 +12,10 @@
 
 namespace mxfp4 {
 
+// Cold functions are optimized for size, which takes the compiler a fraction of the time.
 class WeightsTest {
  public:
-  bool passes() {
+  __attribute__((cold)) bool passes() {
     const DefaultArithmetic arithmetic;
     for (auto& byte : blocks_) byte = static_cast<uint8_t>(random());
     for (int64_t block = 0; block < N * GROUPS; block++) {
@@ -44,7 +45,7 @@ class WeightsTest {
   }
 
   // Follows the words of panels.h.
-  bool swizzle_passes() {
+  __attribute__((cold)) bool swizzle_passes() {
     uint8_t expected[sizeof panels_] = {};
     for (int64_t at = 0; at < PANELS * pair_count(K); at++)
       std::memset(expected + at * PAIR_BYTES, SCALE_PADDING, SCALE_BYTES);
@@ -74,7 +75,7 @@ class WeightsTest {
   }
 
   // The values of the codes, by table 5 of OCP Microscaling v1.0, give the same panels.
-  bool quantize_passes() {
+  __attribute__((cold)) bool quantize_passes() {
     float values[N * K];
     for (int64_t n = 0; n < N; n++) {
       for (int64_t k = 0; k < K; k++) {
@@ -93,7 +94,7 @@ class WeightsTest {
   }
 
   // Multiples of 1/8 up to 7/8, three blocks of them in a row, are MXFP8 values.
-  bool mxfp8_passes() {
+  __attribute__((cold)) bool mxfp8_passes() {
     constexpr int64_t rows = 11;
     float values[rows * K], again[rows * K];
     uint8_t codes[rows * K], scales[rows * GROUPS];
