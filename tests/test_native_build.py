@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import sys
@@ -32,7 +33,9 @@ WRONG = "int wrong = not_declared_anywhere;\n"
 
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
-    yield set_up(tmp_path, monkeypatch)
+    made = set_up(tmp_path, monkeypatch)
+    yield made
+    (made.folder / "go").touch()  # a test that failed may have left a compiler that waits
     for thread in loaders():
         thread.join()
 
@@ -194,8 +197,36 @@ def test_kernels_serve_where_the_weights_library_is_lost(
 
 
 def test_weights_that_come_out_wrong_are_refused(workshop: Workshop) -> None:
-    workshop.write_source(weights=WEIGHTS.replace("return 0", "return 33"))  # EDOM
+    workshop.write_source(weights=WEIGHTS.replace("return 0", f"return {errno.EDOM}"))
     assert weights_refusal().startswith("the portable CPU kernels compute wrong results")
+
+
+@pytest.mark.parametrize(
+    ("header", "right", "wrong"),
+    [
+        # The inverse of itself still: only the bytes of a panel tell.
+        ("swizzle.h", "(dword ^ dword >> 12) & 0xf0f0", "(dword ^ dword >> 12) & 0xf0e0"),
+        exhaustive("quantize.h", "FRACTION_BITS) - 2, 0)", "FRACTION_BITS) - 1, 0)"),
+        exhaustive("mxfp8.h", "(bits >> 24 & 0x80)", "(bits >> 24 & 0)"),
+    ],
+)
+def test_a_faulty_compiler_is_noticed_before_any_weight_is_swizzled(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, header: str, right: str, wrong: str
+) -> None:
+    use_real_weights(workshop, monkeypatch)
+    source = (workshop.sources / header).read_text()
+    assert source.count(right) == 1
+    (workshop.sources / header).write_text(source.replace(right, wrong))
+    assert weights_refusal().startswith("the portable CPU kernels compute wrong results")
+
+
+def use_real_weights(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the real weights' unit, with kernels that do not compile."""
+    for header in SOURCES.glob("*.h"):
+        (workshop.sources / header.name).write_bytes(header.read_bytes())
+    workshop.write_source(SOURCE + WRONG, weights=(SOURCES / "weights.cpp").read_text())
+    workshop.write_compiler(before=until_weights(workshop))
+    monkeypatch.setenv("MXFP4_FX_CXXFLAGS", "-O0")
 
 
 @pytest.mark.exhaustive
@@ -217,11 +248,7 @@ def test_weights_do_not_wait_for_the_kernels_that_another_process_compiles(
 
 def test_swizzling_needs_no_kernels(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real weights' unit, alone: each function of ``cpu_panels`` finds what it calls."""
-    for header in SOURCES.glob("*.h"):
-        (workshop.sources / header.name).write_bytes(header.read_bytes())
-    workshop.write_source(SOURCE + WRONG, weights=(SOURCES / "weights.cpp").read_text())
-    workshop.write_compiler(before=until_weights(workshop))
-    monkeypatch.setenv("MXFP4_FX_CXXFLAGS", "-O0")
+    use_real_weights(workshop, monkeypatch)
     panels = LAYOUTS["cpu_panels"]
     blocks = torch.randint(0, 256, (2, 34, 3, 16), dtype=torch.uint8)
     scales = torch.randint(100, 140, (2, 34, 3), dtype=torch.uint8)
