@@ -1,6 +1,9 @@
 // A product of weights as often as asked, for benchmarks.arm to count instructions. Arguments: the
 // weights (experts, linear or mxfp8), the dtype (api.h), rows of activations, times.
-#include "kernels.cpp"
+#include "experts.cpp"
+#include "linears.cpp"
+#include "linears_mxfp8.cpp"
+#include "weights.cpp"
 
 #include <cstdlib>
 #include <random>

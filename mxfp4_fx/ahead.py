@@ -94,8 +94,8 @@ class Ahead:
     def _swizzle(self, is_stopped: Callable[[], bool]) -> None:
         with contextlib.suppress(Exception):
             for module, source, name in tqdm(self._weights, SWIZZLING, leave=False, disable=None):
-                if is_stopped() or self._is_over:
-                    return
+                if is_stopped() or self._is_over or not _layout(self._called.options):
+                    return  # the last: native kernels cannot be compiled
                 self._made.append((module, source))
                 # They keep the file mapped, which a graph that frees its weights may let go.
                 held = [tensor.detach() for tensor in source.tensors]

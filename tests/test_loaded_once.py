@@ -170,3 +170,16 @@ def test_only_a_child_is_forked() -> None:
     if not child:
         os._exit(0 if forks.is_forked() else 1)
     assert processes.exit_status(child) == 0
+
+
+def test_it_tells_a_failure_until_another_try_is_useful(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.missing = True
+    assert not shelf.things.has_failed("a")
+    shelf.refusal("a")
+    assert shelf.things.has_failed("a")
+    assert not shelf.things.has_failed("b")
+    monkeypatch.setenv("ROOM", "another")
+    assert not shelf.things.has_failed("a")
+    assert shelf.tried == ["a"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import errno
 import hashlib
 import itertools
@@ -13,9 +12,7 @@ import re
 import shlex
 import signal
 import stat
-import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,127 +20,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from combinations import exhaustive
+from native_workshop import SOURCE, Workshop, forget, refusal, set_up
 from processes import LAST_RESORT, is_alive, is_written, until_there, wait_until
 
-from mxfp4_fx.core.errors import NativeBuildError
 from mxfp4_fx.core.hardware import CPU_PATHS
-from mxfp4_fx.ops import compiler, native
+from mxfp4_fx.ops import compiler, library_files, native
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernels run on Linux only")
-
-SOURCE = """
-#include "answer.h"
-#include <omp.h>
-#pragma GCC visibility push(default)
-extern "C" {
-int mxfp4_init(void) { return 0; }
-int answer(void) { return ANSWER; }
-int max_threads(void) { return omp_get_max_threads(); }
-int team(void) {
-  int threads = 0;
-#pragma omp parallel
-#pragma omp single
-  threads = omp_get_num_threads();
-  return threads;
-}
-}
-#pragma GCC visibility pop
-"""
-
-# What a fresh interpreter runs first; the environment says the rest.
-START = """
-import ctypes, os, re, sys
-from pathlib import Path
-import torch
-from mxfp4_fx.ops import native
-native._SOURCES = Path(sys.argv[1])
-
-def runtimes():
-    maps = Path("/proc/self/maps").read_text()
-    return set(re.findall(r"/\\S*lib(?:gomp|iomp5|omp)[^/\\s]*\\.so[^/\\s]*", maps))
-"""
-
-
-@dataclasses.dataclass
-class Workshop:
-    """Sources, a compiler that counts its runs, and a cache, below one folder."""
-
-    folder: Path
-    real_compiler: str
-
-    @property
-    def sources(self) -> Path:
-        return self.folder / "sources"
-
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache"
-
-    @property
-    def compilations(self) -> int:
-        log = self.folder / "log"
-        return len(log.read_text().splitlines()) if log.exists() else 0
-
-    def write_source(self, unit: str = SOURCE, answer: int = 42) -> None:
-        self.sources.mkdir(exist_ok=True)
-        (self.sources / "kernels.cpp").write_text(unit)
-        (self.sources / "answer.h").write_text(f"#define ANSWER {answer}\n")
-
-    def write_compiler(self, before: str = "", name: str = "compiler") -> Path:
-        """A compiler that runs the shell commands `before` when it is asked to compile."""
-        script = self.folder / name
-        log = shlex.quote(str(self.folder / "log"))
-        script.write_text(
-            f'#!/bin/sh\ncase " $* " in *" -c "*)\necho x >> {log}\n{before}\n;; esac\n'
-            f'exec {self.real_compiler} "$@"\n'
-        )
-        script.chmod(0o755)
-        return script
-
-    def start(self, code: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", START + code, str(self.sources)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, code: str) -> str:
-        """What `code` prints in a fresh interpreter."""
-        process = self.start(code)
-        output, errors = process.communicate(timeout=LAST_RESORT)
-        assert process.returncode == 0, errors
-        return output
-
-    def libraries(self, below: Path | None = None) -> list[Path]:
-        return sorted((below or self.cache).rglob("*.so"))
 
 
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
-    made = Workshop(tmp_path / "work shop", " ".join(map(shlex.quote, compiler.command())))
-    made.folder.mkdir()
-    made.write_source()
-    (made.folder / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(made.folder / "temporary"))
-    monkeypatch.setattr(native, "_SOURCES", made.sources)
-    monkeypatch.setenv("CXX", str(made.write_compiler()))
-    monkeypatch.setenv("MXFP4_FX_CACHE_DIR", str(made.cache))
-    monkeypatch.delenv("MXFP4_FX_CXXFLAGS", raising=False)
-    forget(monkeypatch)
-    return made
-
-
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a new process would know."""
-    monkeypatch.setattr(native, "libraries", native.libraries.anew())
-
-
-def refusal(path: str = "portable") -> str:
-    with pytest.raises(NativeBuildError) as raised:
-        native.load(path)
-    return str(raised.value)
+    return set_up(tmp_path, monkeypatch)
 
 
 # Once
@@ -155,7 +43,7 @@ def test_what_was_compiled_is_used_again(
     for _ in range(2):
         forget(monkeypatch)
         assert native.load("portable").answer() == 42
-    assert workshop.compilations == 1
+    assert workshop.compilations() == 1
 
 
 def test_a_process_loads_a_library_once(workshop: Workshop) -> None:
@@ -167,7 +55,7 @@ def test_is_built_tells_whether_it_would_compile(workshop: Workshop) -> None:
     assert not workshop.cache.exists()
     native.load("portable")
     assert native.is_built("portable")
-    assert workshop.compilations == 1
+    assert workshop.compilations() == 1
 
 
 @pytest.mark.parametrize("change", ["unit", "header", "new header", "flags", "compiler", "version"])
@@ -248,7 +136,7 @@ def test_two_processes_at_once_compile_once(workshop: Workshop) -> None:
     go.touch()
     outputs = [process.communicate(timeout=LAST_RESORT) for process in processes]
     assert [output for output, _ in outputs] == ["42\n", "42\n"], outputs
-    assert workshop.compilations == 1
+    assert workshop.compilations() == 1
 
 
 def test_two_threads_at_once_get_one_library(workshop: Workshop) -> None:
@@ -262,7 +150,7 @@ def test_two_threads_at_once_get_one_library(workshop: Workshop) -> None:
         thread.join()
     assert len(found) == 2
     assert found[0] is found[1]
-    assert workshop.compilations == 1
+    assert workshop.compilations() == 1
 
 
 @pytest.mark.exhaustive
@@ -285,8 +173,8 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_finished(workshop: Work
         assert native.load("portable").answer() == 42
     finally:
         os.kill(compiler, signal.SIGKILL)
-    left = sorted(file.name.partition("-")[0] for file in workshop.cache.iterdir())
-    assert left == ["portable", "portable.lock"]
+    left = {file.name.partition("-")[0] for file in workshop.cache.iterdir()}
+    assert left == {"portable", "portable.lock"}
 
 
 @pytest.mark.parametrize("length", [0, exhaustive(20), exhaustive(0.5), -1])
@@ -305,19 +193,19 @@ def test_a_library_that_was_cut_short_is_built_again(
     assert not native.is_built("portable")
     assert native.load("portable").answer() == 42
     assert native.is_built("portable")
-    assert workshop.compilations == 2
+    assert workshop.compilations() == 2
 
 
 def test_a_library_that_no_longer_loads_is_built_again(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unloadable = workshop.cache / native._recipe("portable").file_name
+    unloadable = workshop.cache / native._recipe("portable").file_name(native._KERNELS)
     workshop.cache.mkdir()
     content = b"\x7fELF of another system"
     unloadable.write_bytes(content + hashlib.sha256(content).digest())
     assert native.is_built("portable")
     assert native.load("portable").answer() == 42
-    assert workshop.compilations == 1
+    assert workshop.compilations() == 1
 
 
 # Where
@@ -373,9 +261,9 @@ def test_a_library_in_a_cache_that_cannot_be_written_is_used(
 ) -> None:
     native.load("portable")
     forget(monkeypatch)
-    monkeypatch.setattr(native, "_locked", pytest.fail)  # it would write
+    monkeypatch.setattr(library_files, "locked", pytest.fail)  # it would write
     native.load("portable")
-    assert workshop.compilations == 1
+    assert workshop.compilations() == 1
 
 
 @pytest.mark.parametrize("how", ["open to others", "a link"])
@@ -433,7 +321,7 @@ def test_a_failure_is_not_tried_again_until_the_environment_changes(
 ) -> None:
     workshop.write_source("wrong")
     assert refusal() == refusal()
-    assert workshop.compilations == 1
+    assert workshop.compilations() == 1
     workshop.write_source()
     refusal()
     monkeypatch.setenv("MXFP4_FX_CXXFLAGS", "-O1")

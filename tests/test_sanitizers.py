@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,8 @@ from mxfp4_fx.core.hardware import CPU_PATHS as ALL_PATHS
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "mxfp4_fx" / "ops" / "cpu_kernels"
+UNITS = sorted(SOURCES.glob("*.cpp"))
+DRIVER = TESTS / "native" / "driver.cpp"  # it includes all units
 FLAGS = (
     # Not optimized: it compiles in a third of the time, and no load is optimized away.
     *("-std=c++17", "-O0", "-g", "-fopenmp", "-pthread", "-Wall", "-Wextra", "-Werror"),
@@ -28,10 +31,14 @@ FLAGS = (
 def build(path: str, folder: Path, *more: str) -> Path:
     program = folder / "driver"
     define = f"-DMXFP4_PATH_{path.upper()}=1"
-    source = TESTS / "native" / "driver.cpp"
     command = [os.environ.get("CXX", "g++"), *FLAGS, *ALL_PATHS[path].compiler_flags, define, *more]
-    subprocess.run([*command, f"-I{SOURCES}", str(source), "-o", str(program)], check=True)
+    subprocess.run([*command, f"-I{SOURCES}", str(DRIVER), "-o", str(program)], check=True)
     return program
+
+
+def test_the_driver_has_every_unit() -> None:
+    included = re.findall(r'^#include "(\w+\.cpp)"$', DRIVER.read_text(), re.MULTILINE)
+    assert included == [unit.name for unit in UNITS]
 
 
 @pytest.mark.parametrize("path", [*map(exhaustive, CPU_PATHS)])
@@ -47,17 +54,27 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 # These two take what few machines can run, and nothing else compiles it there.
 NEWEST = ("avx512_bf16", "amx")
 OF_X86 = [path for path in ALL_PATHS if path not in ARM_PATHS]
-PATHS = [p if p in NEWEST else exhaustive(p) for p in OF_X86] if IS_X86 else ["portable"]
+HERE = OF_X86 if IS_X86 else ["portable"]
+PATHS = [p if p in NEWEST or not IS_X86 else exhaustive(p) for p in HERE]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_compiles_without_a_warning(path: str) -> None:
     """Those of other CPUs, too, which cannot run here."""
+    check_syntax(path, DRIVER)
+
+
+@pytest.mark.parametrize("path", [*map(exhaustive, HERE)])
+def test_each_unit_compiles_alone(path: str) -> None:
+    """It includes what it needs, which the driver may have from another unit."""
+    check_syntax(path, *UNITS)
+
+
+def check_syntax(path: str, *sources: Path) -> None:
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-fopenmp", "-fsyntax-only"]
     warnings = ["-Wall", "-Wextra", "-Werror"]
     define, flags = f"-DMXFP4_PATH_{path.upper()}=1", ALL_PATHS[path].compiler_flags
-    command += [*warnings, *flags, define, str(SOURCES / "kernels.cpp")]
-    subprocess.run(command, check=True)
+    subprocess.run([*command, *warnings, *flags, define, f"-I{SOURCES}", *sources], check=True)
 
 
 def clangs_folders() -> list[str]:
@@ -87,7 +104,7 @@ def test_clang_reads_what_is_for_arm_without_a_warning(path: str, tmp_path: Path
     command = ["clang++", "--target=aarch64-linux-gnu", "-std=c++17", "-fsyntax-only", "-fopenmp"]
     command += ["-Wall", "-Wextra", "-Werror", *ALL_PATHS[path].compiler_flags]
     command += [f"-I{folder}" for folder in (tmp_path, *clangs_folders())]
-    command += [f"-DMXFP4_PATH_{path.upper()}=1", str(SOURCES / "kernels.cpp")]
+    command += [f"-DMXFP4_PATH_{path.upper()}=1", *map(str, UNITS)]
     subprocess.run(command, check=True)
 
 
@@ -105,8 +122,7 @@ def test_on_an_arm(path: str, tmp_path: Path) -> None:
     program = tmp_path / "driver"
     flags = ["-std=c++17", "-O3", "-static", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
     flags += [*ALL_PATHS[path].compiler_flags, f"-DMXFP4_PATH_{path.upper()}=1", f"-I{SOURCES}"]
-    source = TESTS / "native" / "driver.cpp"
-    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+    subprocess.run([compiler, *flags, str(DRIVER), "-o", str(program)], check=True)
     done = subprocess.run([emulator, program, "60"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "60 rounds\n"), done.stderr
 
@@ -124,8 +140,7 @@ def test_avx512_in_software(path: str, tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O0", "-fopenmp", "-w", "-flax-vector-conversions"]
     flags += [*ALL_PATHS["avx2"].compiler_flags, f"-DMXFP4_PATH_{path.upper()}=1"]
     flags += ["-include", str(TESTS / "native" / "avx512_emulated.h"), f"-I{SOURCES}"]
-    source = TESTS / "native" / "driver.cpp"
-    command = [os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(program)]
+    command = [os.environ.get("CXX", "g++"), *flags, str(DRIVER), "-o", str(program)]
     subprocess.run(command, check=True)
     done = subprocess.run([program, "60"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "60 rounds\n"), done.stderr

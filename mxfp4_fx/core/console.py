@@ -24,6 +24,10 @@ def announced(text: str) -> Iterator[Callable[[], None]]:
     try:
         yield tick
         ended = "done in"
+    except BaseException as error:
+        if not isinstance(error, Exception):  # an interrupt
+            ended = "stopped after"
+        raise
     finally:
         say(f"... {ended} {time.monotonic() - begin:.0f} s")
 

@@ -55,16 +55,22 @@ class LoadedOnce(Generic[Key, Value]):
         with self._lock:
             if key in self.loaded:  # another thread loaded it while this one waited
                 return self.loaded[key]
-            environment = tuple(map(os.environ.get, self._while_same))
-            failed_in, message = self._failed.get(key, (None, ""))
-            if failed_in == environment:
-                raise self._failure(message)
+            if self.has_failed(key):
+                raise self._failure(self._failed[key][1])
+            environment = self._environment()
             try:
                 self.loaded[key] = self._load(key)
             except self._failure as error:
                 self._failed[key] = environment, str(error)
                 raise
             return self.loaded[key]
+
+    def has_failed(self, key: Key) -> bool:
+        """Return whether a call would raise at once, because loading has failed."""
+        return key in self._failed and self._failed[key][0] == self._environment()
+
+    def _environment(self) -> tuple[str | None, ...]:
+        return tuple(map(os.environ.get, self._while_same))
 
     def anew(self) -> LoadedOnce[Key, Value]:
         """Return a new object with the same arguments: nothing is loaded, nothing has failed."""

@@ -195,7 +195,9 @@ def have_context(make: Callable[[Any], Any]) -> None:
 def timed(name: str) -> Any:
     """Return a context whose time ``torch._dynamo.utils.compile_times()`` and tlparse show."""
     timings = sys.modules.get("torch._dynamo.utils")  # without Dynamo nobody looks
-    return timings.dynamo_timed(name) if timings else contextlib.nullcontext()
+    # Another thread may be importing it.
+    timed = getattr(timings, "dynamo_timed", None)
+    return timed(name) if timed else contextlib.nullcontext()
 
 
 def stance() -> str:

@@ -13,6 +13,7 @@ from mxfp4_fx.huggingface import parallel
 from mxfp4_fx.huggingface.arguments import refuse
 from mxfp4_fx.huggingface.conversions import BYTES
 from mxfp4_fx.huggingface.unpacking import unpack_experts
+from mxfp4_fx.ops import target
 
 
 class PackedQuantizer(HfQuantizer):
@@ -21,6 +22,12 @@ class PackedQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Return the bytes of a loaded element, from which transformers plans a device map."""
         return 1 if param_name.endswith(BYTES) else param.element_size()
+
+    def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Begin to compile the CPU's kernels beside the loading, if the experts go there."""
+        if _is_for_cpu(kwargs.get("device_map")):
+            target.load_ahead("auto", torch.device("cpu"))
+        super().preprocess_model(model, *args, **kwargs)
 
     def _require_one_process(self, model: Any, use_kernels: bool) -> None:
         """Refuse arguments of ``from_pretrained`` that are for GPT-OSS alone.
@@ -61,3 +68,14 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _is_for_cpu(device_map: Any) -> bool:
+    """Return whether a device map, as ``from_pretrained`` takes it, puts the model on a CPU.
+
+    Without one, a model is loaded there, but hardly to stay where there is a GPU.
+    """
+    if device_map in (None, "auto"):
+        return not torch.accelerator.is_available()
+    devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return all(str(device).startswith("cpu") for device in devices)

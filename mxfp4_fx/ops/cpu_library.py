@@ -1,7 +1,6 @@
-"""Calls of the native CPU library: the library itself, pointers to tensors, status codes.
+"""Calls of the native CPU libraries: the libraries themselves, pointers to tensors, status codes.
 
-``native.py`` compiles the library on first use, for the instruction set that ``hardware.cpu_path``
-names.
+``native.py`` compiles them on first use, for the instruction set that ``hardware.cpu_path`` names.
 """
 
 from __future__ import annotations
@@ -18,6 +17,11 @@ from mxfp4_fx.ops import native
 
 def library() -> ctypes.CDLL:
     return native.load(hardware.cpu_path())
+
+
+def weights_library() -> ctypes.CDLL:
+    """Return a library with the functions of weights, which does not wait for the kernels."""
+    return native.load_weights(hardware.cpu_path())
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mxfp4_fx.core import hardware
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.ops import reference_around
-from mxfp4_fx.ops.cpu_library import check, library, pointer
+from mxfp4_fx.ops.cpu_library import check, library, pointer, weights_library
 from mxfp4_fx.ops.cpu_structs import DTYPES, mxfp8_group
 
 # Values of a weight that are decoded at a time, for many rows: 16 MiB in 16 bits.
@@ -68,7 +68,7 @@ def quantize(source: Tensor, codes: Tensor, scales: Tensor) -> None:
     weight = source.resolve_neg()[0]
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    library().mxfp8_quantize(
+    weights_library().mxfp8_quantize(
         pointer(weight),
         DTYPES[weight.dtype],
         *map(ctypes.c_int64, (*weight.shape, weight.stride(0))),
@@ -80,7 +80,7 @@ def quantize(source: Tensor, codes: Tensor, scales: Tensor) -> None:
 
 def dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     """Fill contiguous ``out`` [N, K] with the values of contiguous bytes, and return it."""
-    library().mxfp8_dequantize(
+    weights_library().mxfp8_dequantize(
         pointer(codes),
         pointer(scales),
         *map(ctypes.c_int64, codes.shape),

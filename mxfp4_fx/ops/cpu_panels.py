@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.layouts import LAYOUTS
-from mxfp4_fx.ops.cpu_library import check, library, pointer
+from mxfp4_fx.ops.cpu_library import check, pointer, weights_library
 from mxfp4_fx.ops.cpu_structs import DTYPES
 
 
@@ -35,7 +35,7 @@ def quantize(source: Tensor, blocks: Tensor, scales: Tensor) -> None:
     stride_e, *stride_n, stride_k = source.stride()
     pair, odd = stride_n if len(rows) == 2 else (2 * stride_n[0], stride_n[0])
     check(
-        library().mxfp4_quantize(
+        weights_library().mxfp4_quantize(
             pointer(source),
             DTYPES[source.dtype],
             *map(ctypes.c_int64, (e, math.prod(rows), k, stride_e, pair, odd, stride_k)),
@@ -60,7 +60,7 @@ def swizzle(blocks: Tensor, scales: Tensor, panels: Tensor, flags: Tensor) -> No
     n = math.prod(rows)
     pair, odd = (1, n // 2) if is_concatenated else (2, 1)
     check(
-        library().mxfp4_swizzle(
+        weights_library().mxfp4_swizzle(
             pointer(blocks),
             pointer(scales),
             *map(ctypes.c_int64, (e, n, groups * BLOCK, pair, odd)),
@@ -76,7 +76,7 @@ def unswizzle(panels: Tensor, flags: Tensor, blocks: Tensor, scales: Tensor) -> 
     """Invert :func:`swizzle`, into contiguous ``blocks`` and ``scales``."""
     e, n, groups = scales.shape
     check(
-        library().mxfp4_unswizzle(
+        weights_library().mxfp4_unswizzle(
             pointer(panels),
             *map(ctypes.c_int64, (e, n, groups * BLOCK)),
             pointer(blocks),
@@ -90,5 +90,5 @@ def unswizzle(panels: Tensor, flags: Tensor, blocks: Tensor, scales: Tensor) -> 
 def empty(e: int, n: int, k: int) -> tuple[Tensor, Tensor]:
     """Return ``CpuPanels.empty``, on huge pages where the system has them."""
     blocks, scales = LAYOUTS["cpu_panels"].empty(e, n, k, torch.device("cpu"))
-    library().mxfp4_huge_pages(pointer(blocks), ctypes.c_int64(blocks.numel()))
+    weights_library().mxfp4_huge_pages(pointer(blocks), ctypes.c_int64(blocks.numel()))
     return blocks, scales

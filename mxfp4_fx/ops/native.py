@@ -1,8 +1,9 @@
-"""The build of the native CPU library: compiled on first use, cached on disk, loaded.
+"""The build of the native CPU kernels: compiled on first use, cached on disk, loaded.
 
-There is one library for each instruction-set path, from the C++ in ``ops/cpu_kernels/``. It runs on
-the threads of torch's own OpenMP runtime. It includes no header of torch or Python, so that one
-build serves every version of them.
+There are two libraries for each instruction-set path, from the C++ in ``ops/cpu_kernels/``: one
+with all functions, and one with those of weights alone, which one build makes seconds before. They
+run on the threads of torch's own OpenMP runtime. They include no header of torch or Python, so that
+one build serves every version of them.
 """
 
 from __future__ import annotations
@@ -16,50 +17,75 @@ import logging
 import os
 import platform
 import shutil
-import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from mxfp4_fx.core import forks, torch_private, torch_private_dynamo
 from mxfp4_fx.core.console import announced, say
 from mxfp4_fx.core.errors import NativeBuildError
 from mxfp4_fx.core.hardware import CPU_PATH_VARIABLE, CPU_PATHS
 from mxfp4_fx.core.loaded_once import LoadedOnce
-from mxfp4_fx.ops import compiler
+from mxfp4_fx.ops import compiler, library_files
+from mxfp4_fx.ops.library_files import CACHE_DIR_VARIABLE
 
-CACHE_DIR_VARIABLE = "MXFP4_FX_CACHE_DIR"
 CXXFLAGS_VARIABLE = "MXFP4_FX_CXXFLAGS"  # more flags, for development: sanitizers, -g, -Werror
 # After a failure, a build is tried again only if one of these variables has changed.
-_MATTERS = (
-    *(compiler.VARIABLE, CXXFLAGS_VARIABLE, "PATH"),
-    *(CACHE_DIR_VARIABLE, "XDG_CACHE_HOME", "HOME"),
-)
+_MATTERS = (compiler.VARIABLE, CXXFLAGS_VARIABLE, "PATH", *library_files.VARIABLES)
 
 _COMPILE = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
 # api.h exports its functions. All other names are the same in every library and stay hidden.
 _SHARED = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
 _SOURCES = Path(__file__).parent / "cpu_kernels"
-_UNIT, _LIBRARY = "kernels.cpp", "kernels.so"  # the library has this name during the build
 _TORCH = torch_private.LIBRARY
-_SEAL_BYTES = hashlib.sha256().digest_size
+_PAUSE = 0.05  # seconds between two looks for a library that another thread or process builds
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class _Library:
+    """What a library is linked from, and the function that must be called first."""
+
+    name: str
+    units: tuple[str, ...]
+    init: str
+
+    @property
+    def built(self) -> str:
+        """The name of its file during the build."""
+        return f"{self.name}.so"
+
+
+_WEIGHTS = _Library("weights", ("weights.cpp",), "mxfp4_init_weights")
+_KERNELS = _Library(
+    "kernels",
+    # Those that take long first, so that compilers end at about the same time.
+    (
+        *(*_WEIGHTS.units, "experts.cpp", "linears_mxfp8.cpp", "attention.cpp"),
+        *("linears.cpp", "kernels.cpp", "program.cpp", "routing.cpp"),
+    ),
+    "mxfp4_init",
+)
+_LIBRARIES = _WEIGHTS, _KERNELS  # in the order in which they are built
+
+
+@dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """Everything that a library is made from. The name of its file has a hash of it."""
+    """Everything that the libraries of a path are made from; ``key`` is a hash of it."""
 
     path: str
     sources: dict[str, bytes]
-    compile: tuple[str, ...]  # commands, run one after the other
-    link: tuple[str, ...]
-    file_name: str
+    compile: dict[str, tuple[str, ...]]  # unit -> command
+    link: dict[str, tuple[str, ...]]  # library -> command
+    key: str
+
+    def file_name(self, library: _Library) -> str:
+        return f"{self.path}-{library.name}-{self.key}.so"
 
 
 class _DlInfo(ctypes.Structure):
@@ -90,34 +116,107 @@ def load(path: str) -> ctypes.CDLL:
         return libraries(path)
 
 
+def load_weights(path: str) -> ctypes.CDLL:
+    """Return a library with the functions of weights: swizzling, quantizing, and back.
+
+    It does not wait until the kernels are built, nor fail if they cannot be. If there is none, a
+    thread builds both.
+
+    Args:
+        path: a key of ``CPU_PATHS``.
+
+    Raises:
+        NativeBuildError: as :func:`load` does.
+    """
+    library = weight_libraries.loaded.get(path)
+    if library is not None:
+        return library
+    with torch_private_dynamo.timed("mxfp4_fx.load_kernels"):
+        return weight_libraries(path)
+
+
+def load_in_thread(path: str) -> threading.Thread:
+    """Return a thread that loads the library of a path. A failure is left to who needs it.
+
+    If the interpreter ends before, it stops compiling and cleans up.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, _Loader) and thread.path == path and thread.is_alive():
+            return thread
+    thread = _Loader(path)
+    thread.start()
+    return thread
+
+
+class _Loader(threading.Thread):
+    def __init__(self, path: str) -> None:
+        super().__init__(name="mxfp4_fx builds")
+        self.path = path
+
+    def run(self) -> None:
+        with contextlib.suppress(NativeBuildError):
+            load(self.path)
+
+
+def _end_with_interpreter() -> None:
+    """End a thread that nobody waits for any more, because the main thread has ended."""
+    if isinstance(threading.current_thread(), _Loader) and not threading.main_thread().is_alive():
+        sys.exit()
+
+
 def _load(path: str) -> ctypes.CDLL:
     try:
-        library = _find_or_build(_recipe(path))
+        return _checked(_find_or_build(_recipe(path)), _KERNELS, path)
     except OSError as error:
         raise NativeBuildError(str(error)) from error
-    # A forked process lacks torch's threads, and OpenMP would wait for them.
-    if status := library.mxfp4_init(forks.is_forked()):
-        raise NativeBuildError(_init_failed(path, status))
-    return library
+
+
+def _load_weights(path: str) -> ctypes.CDLL:
+    if path in libraries.loaded:  # it has all functions
+        return libraries.loaded[path]
+    try:
+        recipe = _recipe(path)
+        library = _find(recipe, _WEIGHTS)
+        if library is None:
+            thread = load_in_thread(path)
+            while library is None and thread.is_alive():
+                thread.join(_PAUSE)
+                library = _find(recipe, _WEIGHTS)
+    except OSError as error:
+        raise NativeBuildError(str(error)) from error
+    # Without it, the kernels' library serves, or raises what the thread met.
+    return libraries(path) if library is None else _checked(library, _WEIGHTS, path)
 
 
 libraries = LoadedOnce(_load, NativeBuildError, while_same=_MATTERS)
+weight_libraries = LoadedOnce(_load_weights, NativeBuildError, while_same=_MATTERS)
 
 
-def _init_failed(path: str, status: int) -> str:
+def _checked(library: ctypes.CDLL, kind: _Library, path: str) -> ctypes.CDLL:
+    """Return a library after its first call.
+
+    Raises:
+        NativeBuildError: it cannot be used here.
+    """
+    # A forked process lacks torch's threads, and OpenMP would wait for them.
+    status = library[kind.init](forks.is_forked())
+    if not status:
+        return library
     wrong = (
         f"compute wrong results as compiled here; set {compiler.VARIABLE} to another compiler or "
         f"{CPU_PATH_VARIABLE} to another path"
     )
     refused = f"need what the system refuses: {os.strerror(status)}"
-    return f"the {path} CPU kernels {wrong if status == errno.EDOM else refused}"  # api.h
+    why = wrong if status == errno.EDOM else refused  # api.h
+    raise NativeBuildError(f"the {path} CPU kernels {why}")
 
 
 def is_built(path: str) -> bool:
     """Return whether ``load(path)`` would find a finished library. Writes nothing."""
     try:
-        name = _recipe(path).file_name
-        return any(_is_trusted(d) and _is_whole(d / name) for d in _directories())
+        name = _recipe(path).file_name(_KERNELS)
+        directories = filter(library_files.is_trusted, library_files.directories())
+        return any(library_files.is_whole(directory / name) for directory in directories)
     except (NativeBuildError, OSError):
         return False
 
@@ -130,15 +229,19 @@ def _recipe(path: str) -> _Recipe:
         for file in sorted(_SOURCES.glob("*"))
         if file.suffix in (".cpp", ".h") and file.is_file()
     }
-    if _UNIT not in sources:
-        raise NativeBuildError(f"{_SOURCES / _UNIT} is missing; install mxfp4_fx again")
+    for unit in _KERNELS.units:
+        if unit not in sources:
+            raise NativeBuildError(f"{_SOURCES / unit} is missing; install mxfp4_fx again")
     openmp, cxx = _openmp_runtime(), compiler.command()
     more = (*_SHARED, *os.environ.get(CXXFLAGS_VARIABLE, "").split())
     instructions = (*CPU_PATHS[path].compiler_flags, f"-DMXFP4_PATH_{path.upper()}=1")
     flags = (*_COMPILE, *instructions, "-fopenmp", *more)
-    compile_ = (*cxx, *flags, "-c", _UNIT, "-o", "kernels.o")
+    compile_ = {unit: (*cxx, *flags, "-c", unit, "-o", _object(unit)) for unit in _KERNELS.units}
     # Without -fopenmp, which would add the compiler's own runtime.
-    link = (*cxx, *more, "kernels.o", "-o", _LIBRARY)
+    link = {
+        library.name: (*cxx, *more, *map(_object, library.units), "-o", library.built)
+        for library in _LIBRARIES
+    }
     made_from = (
         *(path, sources, compile_, link, platform.machine()),
         # Another compiler may have replaced one of the same name.
@@ -147,7 +250,11 @@ def _recipe(path: str) -> _Recipe:
         *(os.path.basename(openmp), hashlib.sha256(Path(openmp).read_bytes()).digest()),
     )
     key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:32]
-    return _Recipe(path, sources, compile_, (*link, openmp), f"{path}-{key}.so")
+    return _Recipe(path, sources, compile_, {k: (*v, openmp) for k, v in link.items()}, key)
+
+
+def _object(unit: str) -> str:
+    return f"{Path(unit).stem}.o"
 
 
 def _openmp_runtime() -> str:
@@ -172,49 +279,24 @@ def _openmp_runtime() -> str:
     return os.path.abspath(os.fsdecode(info.file))
 
 
-def _directories() -> list[Path]:
-    """Return the directories for libraries; a build goes to the first that can be written."""
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(caches):  # the XDG specification says to ignore relative paths
-        caches = "~/.cache"
-    chosen = os.environ.get(CACHE_DIR_VARIABLE) or os.path.join(caches, "mxfp4_fx")
-    chosen = os.path.expanduser(chosen)
-    if chosen.startswith("~"):  # a user without a home
-        return [_fallback()]
-    return [Path(os.path.abspath(chosen)), _fallback()]
-
-
-def _fallback() -> Path:
-    return Path(tempfile.gettempdir(), f"mxfp4_fx-{os.getuid()}")
-
-
-def _is_trusted(directory: Path) -> bool:
-    """Return whether code may be loaded from a directory.
-
-    Any user may have made the one for temporary files.
-    """
-    if directory != _fallback():
-        return True
-    try:
-        found = directory.lstat()
-    except OSError:
-        return False
-    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    return mine and not found.st_mode & 0o077
+def _find(recipe: _Recipe, library: _Library) -> ctypes.CDLL | None:
+    """Return a library that is built, or None."""
+    for directory in filter(library_files.is_trusted, library_files.directories()):
+        if found := _open_whole(directory / recipe.file_name(library), library):
+            return found
+    return None
 
 
 def _find_or_build(recipe: _Recipe) -> ctypes.CDLL:
-    directories = _directories()
-    for directory in directories:
-        if _is_trusted(directory) and (library := _open_whole(directory / recipe.file_name)):
-            return library
+    if library := _find(recipe, _KERNELS):
+        return library
     unusable: list[str] = []
-    for directory in directories:
+    for directory in library_files.directories():
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not _is_trusted(directory):
+            if not library_files.is_trusted(directory):
                 raise OSError("it is not this user's alone")
-            with _locked(directory / f"{recipe.path}.lock"):
+            with library_files.locked(directory / f"{recipe.path}.lock", _end_with_interpreter):
                 return _build(recipe, directory, unusable)
         except OSError as error:
             unusable.append(f"{directory} cannot be used ({error.strerror or error})")
@@ -224,36 +306,22 @@ def _find_or_build(recipe: _Recipe) -> ctypes.CDLL:
     )
 
 
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold the lock of a file, as one process at a time can. A killed process releases it."""
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say("another process compiles the CPU kernels; waiting for it ...")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.CDLL:
-    """Build a library into ``directory``; the caller holds its lock.
+    """Build the libraries into ``directory``; the caller holds its lock. Return the kernels'.
 
     Args:
         recipe: what to build.
-        directory: where the library is kept.
+        directory: where the libraries are kept.
         unusable: why the directories before this one could not be used.
 
     Raises:
         OSError: the directory cannot be used, so the caller may try the next.
         NativeBuildError: no other directory would help.
     """
-    file = directory / recipe.file_name
-    if library := _open_whole(file):  # the last holder of the lock has built it
+    files = {library: directory / recipe.file_name(library) for library in _LIBRARIES}
+    if library := _open_whole(files[_KERNELS], _KERNELS):  # the last holder of the lock built it
         return library
+    missing = [kind for kind, file in files.items() if not _open_whole(file, kind)]
     for left in directory.glob(f"{recipe.path}.*.building"):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(
@@ -266,47 +334,58 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
             say(f"{reason}, so the CPU kernels are kept in {directory}")
         title = f"compiling the CPU kernels ({recipe.path}), once for this machine"
         with torch_private_dynamo.timed("mxfp4_fx.compile_kernels"), announced(title) as tick:
-            for command in (recipe.compile, recipe.link):
-                if warnings := compiler.run(command, folder, tick):
-                    _log.debug("%s", warnings)
-        _seal(Path(folder, _LIBRARY))
-        os.replace(Path(folder, _LIBRARY), file)
+            _make(recipe, missing, files, folder, tick)
+    file = files[_KERNELS]
     try:
-        return _open(file)
+        return _open(file, _KERNELS)
     except (OSError, AttributeError) as error:
         file.unlink(missing_ok=True)
         raise NativeBuildError(
-            f"the {recipe.path} CPU kernels that {recipe.compile[0]} made do not load: {error}; "
-            f"set {compiler.VARIABLE} to a g++ (clang++ cannot use the OpenMP runtime libgomp), or "
-            f"{CACHE_DIR_VARIABLE} if {directory} is mounted noexec"
+            f"the {recipe.path} CPU kernels that {recipe.link[_KERNELS.name][0]} made do not load: "
+            f"{error}; set {compiler.VARIABLE} to a g++ (clang++ cannot use the OpenMP runtime "
+            f"libgomp), or {CACHE_DIR_VARIABLE} if {directory} is mounted noexec"
         ) from error
 
 
-def _seal(file: Path) -> None:
-    """Append a library's hash to its file; the loader ignores bytes after the end."""
-    digest = hashlib.sha256(file.read_bytes()).digest()
-    with open(file, "ab") as end:
-        end.write(digest)
+def _make(
+    recipe: _Recipe,
+    libraries: Sequence[_Library],
+    files: dict[_Library, Path],
+    folder: str,
+    tick: Callable[[], None],
+) -> None:
+    """Compile units side by side in ``folder``. Link a library, and put it in its place, as soon as
+    its units are compiled."""
+
+    def watch() -> None:
+        _end_with_interpreter()
+        tick()
+
+    units = list(dict.fromkeys(unit for library in libraries for unit in library.units))
+    commands = [recipe.compile[unit] for unit in units]
+    cores = len(os.sched_getaffinity(0))
+    left, compiled = list(libraries), set[str]()
+    with contextlib.closing(compiler.run_each(commands, folder, watch, cores)) as runs:
+        for number, warnings in runs:
+            if warnings:
+                _log.debug("%s", warnings)
+            compiled.add(units[number])
+            while left and compiled.issuperset(left[0].units):
+                library = left.pop(0)
+                compiler.run(recipe.link[library.name], folder, watch)
+                library_files.seal(Path(folder, library.built))
+                os.replace(Path(folder, library.built), files[library])
 
 
-def _is_whole(file: Path) -> bool:
-    """Return whether a library matches its seal: one that is cut short would crash the loader."""
+def _open_whole(file: Path, library: _Library) -> ctypes.CDLL | None:
+    """Return a library if it exists, is whole and loads; else None, and it must be built."""
     try:
-        content = file.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(content[:-_SEAL_BYTES]).digest() == content[-_SEAL_BYTES:]
-
-
-def _open_whole(file: Path) -> ctypes.CDLL | None:
-    """Return the library if it exists, is whole and loads; else None, and it must be built."""
-    try:
-        return _open(file) if _is_whole(file) else None
+        return _open(file, library) if library_files.is_whole(file) else None
     except (OSError, AttributeError):
         return None
 
 
-def _open(file: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(file))
-    library.mxfp4_init  # noqa: B018  (AttributeError if this is another library)
-    return library
+def _open(file: Path, library: _Library) -> ctypes.CDLL:
+    opened = ctypes.CDLL(str(file))
+    getattr(opened, library.init)  # AttributeError if this is another library
+    return opened

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import threading
 import warnings
 from collections.abc import Sequence
 
@@ -99,33 +98,30 @@ def choose(device: torch.device, requested: str = "auto") -> Target:
 def load_ahead(requested: str, device: torch.device) -> None:
     """Compile the native CPU kernels in a thread, if these will be chosen and are not compiled.
 
-    Whoever needs them first waits for the rest. A failure comes to them, too.
+    Whoever needs them first waits for the rest. A failure comes to them, too. What swizzles weights
+    is ready before the rest.
     """
     if requested not in ("auto", "cpu") or device.type != "cpu":
         return
     with contextlib.suppress(KernelsUnavailableError):
         path = hardware.cpu_path()
         if path not in native.libraries.loaded:
-            threading.Thread(target=_load, args=(path,), name="mxfp4_fx builds").start()
+            native.load_in_thread(path)
 
 
 def native_layout(requested: str) -> str:
     """Return the layout of the native CPU kernels that :func:`choose` will choose, or "".
 
-    It asks for nothing to be compiled, so :func:`choose` may find that they cannot be used.
+    It asks for nothing to be compiled, so :func:`choose` may find that they cannot be used. Once it
+    has found that, the layout is "".
     """
     if requested not in ("auto", "cpu"):
         return ""
     try:
-        hardware.cpu_path()
+        path = hardware.cpu_path()
     except KernelsUnavailableError:
         return ""
-    return _NATIVE_LAYOUT
-
-
-def _load(path: str) -> None:
-    with contextlib.suppress(NativeBuildError):
-        native.load(path)
+    return "" if native.libraries.has_failed(path) else _NATIVE_LAYOUT
 
 
 def linear_rows(dtype: torch.dtype) -> int:

@@ -2,7 +2,14 @@
 // in double. tests/test_sanitizers.py builds it with AddressSanitizer and
 // UndefinedBehaviorSanitizer: every buffer here has exactly the size that its tensor has, so that a
 // byte too far is an error.
+#include "attention.cpp"
+#include "experts.cpp"
 #include "kernels.cpp"
+#include "linears.cpp"
+#include "linears_mxfp8.cpp"
+#include "program.cpp"
+#include "routing.cpp"
+#include "weights.cpp"
 
 #include <algorithm>
 #include <cmath>

@@ -1,6 +1,7 @@
-// The entry points that Python calls through ctypes (ops/cpu*.py, ops/program.py). One library is
-// built for each instruction-set path. All libraries have these entry points and read the same
-// layout of MXFP4 weights, `cpu_panels` (panels.h).
+// The entry points that Python calls through ctypes (ops/cpu*.py, ops/program.py), each defined in
+// the .cpp whose first line names it. For each instruction-set path, one library is built with all
+// of them, and before it one with those of weights, which come last here. All libraries read the
+// same layout of MXFP4 weights, `cpu_panels` (panels.h).
 //
 // Shape letters as in ops/reference.py: T tokens, E experts, A experts per token, R = T * A routed
 // rows, K contraction, N output. Functions that can fail return 0 or an errno: EINVAL if an index
@@ -148,10 +149,14 @@ struct mxfp4_program {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Must be called first. Asks the system for permission that the path needs (AMX) and computes a
-// small problem. `forked` is 1 if this process is the fork of one that may have had threads.
-// Returns 0 or an errno; EDOM if the result is wrong.
+// Must be called first. Asks the system for permission that the path needs (AMX) and computes small
+// problems. `forked` is 1 if this process is the fork of one that may have had threads. Returns 0
+// or an errno; EDOM if a result is wrong.
 int mxfp4_init(int32_t forked);
+
+// The same for the library of the weights' functions, which need no permission; its part of
+// mxfp4_init.
+int mxfp4_init_weights(int32_t forked);
 
 int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);
 

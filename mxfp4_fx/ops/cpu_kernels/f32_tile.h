@@ -173,7 +173,7 @@ struct F32Tile {
  private:
   static constexpr int64_t PREFETCH = 1536;
 
-  // V vectors of each row's sums. They fit the registers as long as nothing around does as well.
+  // V vectors of each row's sums. Inlined into a large function, they would not stay in registers.
   template <int N, int V>
   static __attribute__((noinline)) void multiply_columns(const float* x, const float* weight,
                                                          int64_t blocks, float* sums) {

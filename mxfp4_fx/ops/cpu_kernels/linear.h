@@ -16,6 +16,10 @@
 #include "parallel.h"
 #include "vectors.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace mxfp4 {
 
 // How the values of a dtype become float32: a unit of them is one vector or two.
@@ -40,8 +44,9 @@ struct F16Values {
     // gcc 12 warns of the form without a mask.
     values[0] = reinterpret_cast<Vector>(_mm512_maskz_cvtph_ps(0xffff, half));
 #elif defined(__F16C__)
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
-    values[0] = reinterpret_cast<Vector>(_mm256_cvtph_ps(half));
+    EightHalves halves;
+    std::memcpy(&halves, source, sizeof halves);
+    values[0] = f16_to_f32(halves);
 #elif defined(__aarch64__)
     const uint16x4_t half = vld1_u16(reinterpret_cast<const uint16_t*>(source));
     values[0] = reinterpret_cast<Vector>(vcvt_f32_f16(vreinterpret_f16_u16(half)));

@@ -11,7 +11,9 @@
 #include "numbers.h"
 #include "vectors.h"
 
-#if defined(__aarch64__)
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
 #include "neon.h"
 #endif
 
@@ -102,7 +104,7 @@ struct CodeBytes {
     }
   }
 };
-static const CodeBytes BYTES_OF_CODES;
+inline const CodeBytes BYTES_OF_CODES;
 
 // Two blocks. A permutation ignores the sign's bit of its index.
 class Decoder {

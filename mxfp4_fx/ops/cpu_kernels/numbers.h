@@ -7,9 +7,7 @@
 #include "api.h"
 #include "vectors.h"
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -62,6 +60,20 @@ inline uint16_t f32_to_f16(float value) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
 }
 
+#if defined(__F16C__)
+// _mm256_cvtph_ps, _mm256_cvtps_ph and _cvtss_sh, rounding to nearest. They stand here because
+// <immintrin.h> takes longer to read than most units take to compile.
+typedef float EightFloats __attribute__((vector_size(8 * sizeof(float))));
+typedef float FourFloats __attribute__((vector_size(4 * sizeof(float))));
+typedef short EightHalves __attribute__((vector_size(8 * sizeof(short))));
+
+inline EightFloats f16_to_f32(EightHalves values) { return __builtin_ia32_vcvtph2ps256(values); }
+inline EightHalves f32_to_f16(EightFloats values) { return __builtin_ia32_vcvtps2ph256(values, 0); }
+inline uint16_t hardware_f16(float value) {
+  return static_cast<uint16_t>(__builtin_ia32_vcvtps2ph(FourFloats{value}, 0)[0]);
+}
+#endif
+
 // Conversions of many values, whole vectors first: compilers do not vectorize them by themselves.
 typedef uint16_t HalfBits __attribute__((vector_size(VECTOR * sizeof(uint16_t))));
 
@@ -101,8 +113,10 @@ inline void f16_to_f32(const char* source, int64_t count, float* out) {
   int64_t i = 0;
 #if defined(__F16C__)
   for (; i < count / 8 * 8; i += 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 2 * i));
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+    EightHalves halves;
+    std::memcpy(&halves, source + 2 * i, sizeof halves);
+    const EightFloats values = f16_to_f32(halves);
+    std::memcpy(out + i, &values, sizeof values);
   }
 #elif defined(__aarch64__)
   for (; i < count / 4 * 4; i += 4) {
@@ -122,8 +136,10 @@ inline void f32_to_f16(const float* values, int64_t count, char* target) {
   int64_t i = 0;
 #if defined(__F16C__)
   for (; i < count / 8 * 8; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + 2 * i), half);
+    EightFloats eight;
+    std::memcpy(&eight, values + i, sizeof eight);
+    const EightHalves halves = f32_to_f16(eight);
+    std::memcpy(target + 2 * i, &halves, sizeof halves);
   }
 #elif defined(__aarch64__)
   for (; i < count / 4 * 4; i += 4) {
@@ -145,7 +161,7 @@ inline void store_value(float value, int32_t dtype, void* out) {
     return;
   }
 #if defined(__F16C__)
-  const uint16_t half = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+  const uint16_t half = hardware_f16(value);
 #elif defined(__aarch64__)
   const uint16_t half = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(value))), 0);
 #else

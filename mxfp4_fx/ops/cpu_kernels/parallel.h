@@ -13,13 +13,12 @@
 namespace mxfp4 {
 
 // Whether this process is a forked child. A child lacks the threads of OpenMP's pool, and the
-// runtime would wait for them forever. mxfp4_init sets this for forks before the library was
-// loaded.
-static bool forked = false;
-
-__attribute__((constructor)) static void watch_forks() {
+// runtime would wait for them forever. A library has one such variable for all of its units;
+// mxfp4_init sets it for forks before the library was loaded.
+inline bool forked = [] {
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
-}
+  return false;
+}();
 
 // IEEE 754's default arithmetic in a scope. torch.set_flush_denormal changes the arithmetic of one
 // thread only, and results must not depend on the number of threads.

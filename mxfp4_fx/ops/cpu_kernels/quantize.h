@@ -1,4 +1,4 @@
-// mxfp4_quantize: values of any strides -> `cpu_panels`, bit for bit as formats.quantize does.
+// Values of any strides -> `cpu_panels`, bit for bit as formats.quantize does.
 //
 // It computes with 16-bit integers, and the 32 rows of a panel are the lanes. A value becomes the
 // upper half of its float32, whose last bit is set if the lower half was not zero. So the later
@@ -15,6 +15,10 @@
 #include "panels.h"
 #include "parallel.h"
 #include "swizzle.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace mxfp4 {
 
@@ -315,25 +319,3 @@ inline void quantize_group(const Source& source, int64_t row, int64_t rows, uint
 }
 
 }  // namespace mxfp4
-
-extern "C" int mxfp4_quantize(const void* source, int32_t dtype, int64_t experts, int64_t n,
-                              int64_t k, int64_t stride_e, int64_t pair, int64_t odd,
-                              int64_t stride_k, uint8_t* panels, uint8_t* flags, int32_t threads) {
-  using namespace mxfp4;
-  const int64_t count = panel_count(n), groups = ceil_div(count, GROUP_PANELS);
-  Cursor cursor(experts * groups, threads);
-  parallel(threads, [&](int, int) {
-    int64_t begin, end;
-    while (cursor.next(begin, end)) {
-      for (int64_t group = begin; group < end; group++) {
-        const int64_t expert = group / groups, panel = group % groups * GROUP_PANELS;
-        const int64_t row = panel * PANEL_ROWS, at = expert * count + panel;
-        const void* values = element(source, dtype, expert * stride_e);
-        quantize_group({values, dtype, k, pair, odd, stride_k}, row,
-                       std::min(GROUP_PANELS * PANEL_ROWS, n - row), panels + at * panel_bytes(k),
-                       flags + at);
-      }
-    }
-  });
-  return 0;
-}

@@ -1,5 +1,6 @@
 // A self-test of the kernels on this machine, as this compiler has built them. It computes a small
-// problem whose sums are exact in float32 in any order, so every bit of the result is known.
+// problem whose sums are exact in float32 in any order, so every bit of the result is known. The
+// weights' functions, whose panels it takes, have passed weights_test.h.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +15,11 @@
 
 namespace mxfp4 {
 
+// Cold functions are optimized for size, which takes the compiler a fraction of the time.
 class SelfTest {
  public:
   // Tests few rows and several tiles, in every dtype. All scales are 1.
-  bool passes() {
+  __attribute__((cold)) bool passes() {
     for (auto& byte : blocks_) byte = static_cast<uint8_t>(random());
     mxfp4_swizzle(blocks_.data(), scales_.data(), 1, N, K, 2, 1, panels_.data(), flags_.data(), 1);
     for (const int32_t dtype : {MXFP4_F32, MXFP4_BF16, MXFP4_F16}) {
@@ -41,21 +43,21 @@ class SelfTest {
 
   // A random number below 1 with all of the dtype's significant bits, or 15 for float32. Products
   // are then multiples of 2^-16, and the magnitudes of a sum's products add up to less than 2^8.
-  float activation(int32_t dtype) {
+  __attribute__((cold)) float activation(int32_t dtype) {
     const int bits = dtype == MXFP4_BF16 ? 8 : dtype == MXFP4_F16 ? 11 : 15;
     const auto size = static_cast<float>(random() % (1 << bits));
     return std::ldexp(random() & 1 ? size : -size, -bits);
   }
 
   // Follows table 5 of OCP Microscaling v1.0 and not the kernels' table, which it tests.
-  float weight(int64_t n, int64_t k) const {
+  __attribute__((cold)) float weight(int64_t n, int64_t k) const {
     const uint8_t byte = blocks_[static_cast<size_t>((n * K + k) / 2)];
     const int code = k % 2 ? byte >> 4 : byte & 15, size = code & 7;
     const int halves = size < 5 ? size : size == 5 ? 6 : size == 6 ? 8 : 12;
     return static_cast<float>(halves) * (code & 8 ? -.5f : .5f);
   }
 
-  bool passes(int32_t dtype, int64_t rows) {
+  __attribute__((cold)) bool passes(int32_t dtype, int64_t rows) {
     std::vector<float> values(static_cast<size_t>(rows * K)), sums;
     for (float& value : values) value = activation(dtype);
     for (int64_t row = 0; row < rows; row++) {
@@ -93,7 +95,7 @@ class SelfTest {
 
   // One linear of 1 to 5 rows, with a remainder of rows and of columns. Weights are multiples of
   // 1/8 below 1, so that products are multiples of 2^-18, and their sums below 2^6.
-  bool linears_pass(int32_t dtype) {
+  __attribute__((cold)) bool linears_pass(int32_t dtype) {
     constexpr int64_t rows_of_weight = 11, columns = 50, most = 5;
     std::vector<float> values(most * columns), weights(rows_of_weight * columns);
     for (float& value : values) value = activation(dtype);
@@ -128,8 +130,9 @@ class SelfTest {
     return true;
   }
 
-  // The same with weights in MXFP8, three blocks of them, which are multiples of 1/8 up to 7/8.
-  bool mxfp8_passes(int32_t dtype) {
+  // The same with weights in MXFP8, three blocks of them, which are multiples of 1/8 up to 7/8:
+  // weights_test.h has tested that these keep their values.
+  __attribute__((cold)) bool mxfp8_passes(int32_t dtype) {
     constexpr int64_t rows_of_weight = 11, columns = 96, few = 5, most = 17;
     std::vector<float> values(most * columns), weights(rows_of_weight * columns);
     for (float& value : values) value = activation(dtype);
@@ -137,10 +140,7 @@ class SelfTest {
     std::vector<uint8_t> codes(weights.size()), scales(weights.size() / 32);
     mxfp8_quantize(weights.data(), MXFP4_F32, rows_of_weight, columns, columns, codes.data(),
                    scales.data(), 1);
-    std::vector<float> again(weights.size()), sums;
-    mxfp8_dequantize(codes.data(), scales.data(), rows_of_weight, columns, MXFP4_F32, again.data(),
-                     1);
-    if (again != weights) return false;
+    std::vector<float> sums;
     for (int64_t row = 0; row < most; row++) {
       for (int64_t n = 0; n < rows_of_weight; n++) {
         float sum = 0;

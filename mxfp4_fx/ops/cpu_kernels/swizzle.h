@@ -1,4 +1,4 @@
-// mxfp4_swizzle and mxfp4_unswizzle: checkpoint order <-> `cpu_panels` (panels.h).
+// Checkpoint order <-> `cpu_panels` (panels.h).
 //
 // In both orders a dword has eight neighbours along K, but the nibbles have another order. A block
 // of a panel is 32 rows of 4 dwords in checkpoint order, and 8 lines of 16 dwords in `cpu_panels`.
@@ -8,17 +8,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "api.h"
 #include "panels.h"
 #include "parallel.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#endif
-
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 namespace mxfp4 {
@@ -278,39 +272,3 @@ void for_each_panel(int64_t experts, int64_t n, RowOrder order, int threads, F b
 }
 
 }  // namespace mxfp4
-
-extern "C" int mxfp4_swizzle(const uint8_t* blocks, const uint8_t* scales, int64_t experts,
-                             int64_t n, int64_t k, int64_t pair, int64_t odd, uint8_t* panels,
-                             uint8_t* flags, int32_t threads) {
-  using namespace mxfp4;
-  const int64_t row_blocks = k / BLOCK;
-  const RowOrder order{pair, odd};
-  for_each_panel(experts, n, order, threads, [&](int64_t panel, int64_t first_row, int64_t rows) {
-    const int64_t block = first_row * row_blocks;
-    flags[panel] = swizzle_panel(blocks + block * BLOCK_BYTES, scales + block, order, rows,
-                                 row_blocks, panels + panel * panel_bytes(k));
-  });
-  return 0;
-}
-
-extern "C" int mxfp4_unswizzle(const uint8_t* panels, int64_t experts, int64_t n, int64_t k,
-                               uint8_t* blocks, uint8_t* scales, int32_t threads) {
-  using namespace mxfp4;
-  const int64_t row_blocks = k / BLOCK;
-  for_each_panel(experts, n, {2, 1}, threads, [&](int64_t panel, int64_t first_row, int64_t rows) {
-    const int64_t block = first_row * row_blocks;
-    unswizzle_panel(panels + panel * panel_bytes(k), rows, row_blocks, blocks + block * BLOCK_BYTES,
-                    scales + block);
-  });
-  return 0;
-}
-
-extern "C" void mxfp4_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t address = reinterpret_cast<uintptr_t>(start);
-  const uintptr_t first = (address + page - 1) / page * page;
-  const uintptr_t last = (address + static_cast<uintptr_t>(bytes)) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
