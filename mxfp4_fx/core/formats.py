@@ -195,7 +195,7 @@ def count_nan(scales: Tensor) -> int:
     # Most often none is, which a maximum shows in a small part of the time of a count.
     if not scales.numel() or int(scales.max()) < E8M0_NAN:
         return 0
-    return int((scales == E8M0_NAN).sum())
+    return int(torch.count_nonzero(scales == E8M0_NAN))
 
 
 def _slabs(groups: Tensor) -> Iterator[tuple[slice, ...]]:

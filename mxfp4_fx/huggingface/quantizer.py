@@ -50,6 +50,7 @@ from mxfp4_fx.huggingface.meeting import Meeting, identity
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.huggingface.packed_quantizer import PackedQuantizer
 from mxfp4_fx.huggingface.shards import gathered_state_dict
+from mxfp4_fx.weights import mapped
 
 OUR_METHOD = "mxfp4_fx"
 
@@ -286,6 +287,8 @@ class PackedMxfp4Quantizer(PackedQuantizer):
                 setattr(module, KEEP_DENSE, True)  # skipped: the backend leaves it dense, too
         warn_of_nan_blocks(self._counted() | self._nan_blocks)
         del self._counted  # threads cannot be copied, and models are, with their quantizers
+        # The disk works while the caller goes on, until a weight is used.
+        mapped.read_model_ahead(model, (m for m in model.modules() if isinstance(m, PackedExperts)))
         _correct_offload_index(model)
         # With these conversions, save_pretrained would undo them. It has to save packed experts as
         # they are, and all tensors under the model's names.
