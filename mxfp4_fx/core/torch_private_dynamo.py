@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import sys
 import threading
@@ -77,7 +78,10 @@ def prepare_inductor() -> threading.Thread:
     It does both once for a machine, before its first kernel, which takes ten seconds and more. What
     goes wrong here goes wrong there again, and is told there.
     """
-    # Torch's modules import one another in circles, so they are imported here, not in the thread.
+    # What the threads need is imported here: torch's modules import one another in circles, and a
+    # process that is forked while a thread imports a module waits for ever when it imports it, too.
+    with contextlib.suppress(Exception):
+        importlib.import_module("torch.utils.cpp_extension")
     compiler = look_up("torch._inductor.codecache", "CppPythonBindingsCodeCache")
     look = look_up("torch._inductor.cpu_vec_isa", "valid_vec_isa_list")
     _looking[:] = [thread for thread in _looking if thread.is_alive()]
