@@ -131,6 +131,19 @@ def empty_caches() -> contextlib.AbstractContextManager[Any]:
     return look_up("torch._inductor.utils", "fresh_cache")()
 
 
+def without_precompiled_headers() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which Inductor reads its C++ headers anew for each kernel."""
+    patched: contextlib.AbstractContextManager[Any] = look_up("torch._inductor", "config").patch(
+        cpp_cache_precompile_headers=False
+    )
+    return patched
+
+
+def is_of_cpp_compiler(error: BaseException) -> bool:
+    """Return whether the C++ compiler has refused what Inductor gave it."""
+    return isinstance(error, look_up("torch._inductor.exc", "CppCompileError"))
+
+
 def is_of_unparsed_code(error: BaseException) -> bool:
     """Return whether Inductor could not parse a file of Python code; it hides the SyntaxError."""
     return type(error) is RuntimeError and str(error).startswith("Failed to import ")
