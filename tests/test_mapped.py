@@ -171,6 +171,12 @@ def test_what_a_thread_reads_is_left_to_it(tmp_path: Path, monkeypatch: pytest.M
     assert begun[0] == begun[1]
 
 
+def test_other_systems_are_not_asked_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(mapped, "_free_bytes", None)
+    assert mapped.read_ahead([torch.ones(5)], [torch.ones(5)]) is None
+
+
 def test_a_file_that_is_gone_is_not_read_ahead(tmp_path: Path) -> None:
     path, parameter = of_file(tmp_path)
     path.unlink()

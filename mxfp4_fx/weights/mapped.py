@@ -82,6 +82,8 @@ def read_ahead(tensors: Iterable[Tensor], others: Iterable[Tensor] = ()) -> thre
     """
     files = mapped_files()
     parts, more = _parts(tensors, files), _parts(others, files)
+    if not parts and not more:
+        return None
     room = _free_bytes() - sum(part.length for part in parts)
     if room < 0:
         return None
