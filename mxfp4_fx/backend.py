@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -285,21 +285,33 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
     try:
         return by_inductor()
     except Exception as error:
-        # Torch survives a broken entry of its caches, but not a broken file that an entry names.
-        if not _is_of_a_file(error):
+        # Torch survives a broken entry of its caches, but neither a broken file that an entry names
+        # nor a header whose precompilation was ended by force.
+        if any(map(torch_private_dynamo.is_of_cpp_compiler, _chain(error))):
+            others, told = torch_private_dynamo.without_precompiled_headers(), _BROKEN_HEADER
+        elif _is_of_a_file(error):
+            others, told = torch_private_dynamo.empty_caches(), _BROKEN_CACHE
+        else:
             raise
-        with torch_private_dynamo.empty_caches():
+        with others:
             try:
                 compiled = by_inductor()
             except Exception:
                 raise error from None
-        log.warning(
-            "torch's compile cache seems to be broken: with an empty one the graph compiles. "
-            "Remove its directory (TORCHINDUCTOR_CACHE_DIR, or torchinductor_USER among the "
-            "temporary files), or each start compiles again. The error was: %s",
-            error,
-        )
+        log.warning("%s. The error was: %s", told, error)
         return compiled
+
+
+_BROKEN_CACHE = (
+    "torch's compile cache seems to be broken: with an empty one the graph compiles. Remove its "
+    "directory (TORCHINDUCTOR_CACHE_DIR, or torchinductor_USER among the temporary files), or each "
+    "start compiles again"
+)
+_BROKEN_HEADER = (
+    "torch's precompiled C++ headers seem to be broken: without them the graph compiles. Remove "
+    "their directory (torchinductor_USER/precompiled_headers among the temporary files), or each "
+    "start compiles again"
+)
 
 
 def _program_of(graph: fx.GraphModule, examples: Sequence[Any]) -> Program | None:
@@ -313,16 +325,21 @@ def _program_of(graph: fx.GraphModule, examples: Sequence[Any]) -> Program | Non
     return program
 
 
-def _is_of_a_file(error: BaseException | None) -> bool:
+def _is_of_a_file(error: BaseException) -> bool:
     """Return whether an error, or one inside it, may come from loading a broken file.
 
     A library raises OSError or ImportError, Python code any of the others.
     """
     kinds = (OSError, ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError)
     is_unparsed = torch_private_dynamo.is_of_unparsed_code
-    while error is not None and not isinstance(error, kinds) and not is_unparsed(error):
-        error = getattr(error, "inner_exception", None) or error.__cause__  # Inductor wraps errors
-    return error is not None
+    return any(isinstance(one, kinds) or is_unparsed(one) for one in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those inside it: Inductor wraps errors."""
+    while error is not None:
+        yield error
+        error = getattr(error, "inner_exception", None) or error.__cause__
 
 
 def announce(ctx: Context) -> None:

@@ -73,7 +73,7 @@ def compile(
     parsed = Options.parse(options, mode)
     experts = [module for _, module in look_at(model)[1]]
     # The disk is read while compilers are loaded and work.
-    mapped.read_ahead(tensor for module in experts for tensor in module.parameters())
+    mapped.read_model_ahead(model, experts)
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.is_cpu:
         target.load_ahead(parsed.kernels, parameter.device)

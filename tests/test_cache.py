@@ -5,6 +5,7 @@ What of this package enters the keys is tested too, and that a broken cache cost
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -19,8 +20,11 @@ import pytest
 import torch
 from combinations import exhaustive
 from models import hidden, mlp
+from near_miss import edited
 from torch._dynamo.utils import counters
+from torch._inductor import codecache, cpp_builder
 from torch._inductor.utils import clear_caches, fresh_cache
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from mxfp4_fx import backend
 from mxfp4_fx.core import hardware
@@ -84,6 +88,14 @@ def test_other_ops_other_options_and_the_users_tag_miss_the_cache(
     assert not is_found(compile_anew(options={"kernels": "reference"}))
     assert is_found(compile_anew())
     monkeypatch.setattr(backend, "fingerprint", lambda: "another version")
+    assert not is_found(compile_anew())
+
+
+def test_what_another_transformers_does_misses_the_cache(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {"return hidden_states,": "return hidden_states * 2,"}
+    monkeypatch.setattr(GptOssMLP, "forward", edited(GptOssMLP.forward, changed))
     assert not is_found(compile_anew())
 
 
@@ -152,6 +164,35 @@ def test_a_broken_file_of_an_entry_costs_a_compilation_and_is_told(
     assert found["autograd_cache_miss"] == 1
     (told,) = (record.message for record in caplog.records if record.name == "mxfp4_fx.backend")
     assert "torch's compile cache seems to be broken" in told
+
+
+@pytest.mark.exhaustive
+def test_a_broken_precompiled_header_costs_a_compilation_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One whose precompilation was ended by force: only its beginning is there."""
+    (tmp_path / "empty.h").touch()
+    # With debug information, as Inductor has it: the compiler passes over headers that differ.
+    command = f"{cpp_builder.get_cpp_compiler()} -g1 -x c++-header empty.h -o empty.gch"
+    subprocess.run(command.split(), check=True, cwd=tmp_path)
+    beginning = (tmp_path / "empty.gch").read_bytes()[:64]
+    work = codecache._worker_compile_cpp
+
+    def end_early(lock: str, builders: Any) -> None:
+        if not lock.startswith(str(tmp_path)):
+            work(lock, builders)
+        for builder in builders if lock.startswith(str(tmp_path)) else ():
+            Path(builder.get_target_file_path()).write_bytes(beginning)
+
+    precompile = functools.cache(codecache._precompile_header.__wrapped__)
+    monkeypatch.setattr(codecache, "_precompile_header", precompile)
+    monkeypatch.setattr(codecache, "_worker_compile_cpp", end_early)
+    monkeypatch.setattr(codecache, "_HEADER_DIR", str(tmp_path))
+    monkeypatch.setattr(codecache, "_HEADER_LOCK_DIR", str(tmp_path / "locks"))
+    with fresh_cache(), caplog.at_level(logging.WARNING, "mxfp4_fx"):
+        compile_anew()
+    (told,) = (record.message for record in caplog.records if record.name == "mxfp4_fx.backend")
+    assert "torch's precompiled C++ headers seem to be broken" in told
 
 
 def test_what_inductor_cannot_compile_is_an_error_with_its_own_message(cache: Path) -> None:

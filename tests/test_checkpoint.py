@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from mxfp4_fx.checkpoints import consistency
+from mxfp4_fx.checkpoints import consistency, safetensors_file
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.random_weights import CheckpointShape
 from mxfp4_fx.core.errors import CheckpointError, CheckpointWarning, NanWeightsWarning
@@ -552,7 +552,9 @@ def test_a_base_models_experts_have_both_names(copy: Path, pattern: str) -> None
 # ---- NaN ----------------------------------------------------------------------------------------
 
 
-def test_nan_blocks_are_counted(copy: Path) -> None:
+def test_nan_blocks_are_counted(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "CHUNK_BYTES", 7)  # of a tensor, at a time
+
     def damage(tensors: dict[str, Tensor]) -> None:
         tensors[SCALES][0, 0, 0] = 255
         tensors[SCALES][3, -1, 1:] = 255

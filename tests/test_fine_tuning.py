@@ -83,6 +83,36 @@ def test_one_graph_trains_as_the_uncompiled_model_does(changes: Any, graphs: int
     assert not counters["graph_break"]
 
 
+def as_a_whole(whole: nn.Module, options: Any) -> None:
+    whole.compile(backend="mxfp4", options=options)
+
+
+@pytest.mark.parametrize(
+    ("layers", "compile", "mode"),
+    [
+        (1, mxfp4_fx.compile, torch.inference_mode),
+        exhaustive(1, mxfp4_fx.compile, torch.no_grad),
+        exhaustive(2, as_a_whole, torch.inference_mode),  # in regions, which one layer has not
+        exhaustive(2, as_a_whole, torch.no_grad),
+    ],
+)
+def test_adapters_of_a_model_that_ran_without_gradients(
+    layers: int, compile: Any, mode: Any
+) -> None:
+    """What was compiled for that serves no training, nor do tensors that it made."""
+    changes = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    base = pack(model(num_hidden_layers=layers))
+    compile(base, options={"inner": "eager", "strict": True})
+    with mode():
+        base(tokens(), use_cache=False)
+    ours = losses(with_adapters(base, **changes), 2)
+    uncompiled = with_adapters(pack(model(num_hidden_layers=layers)), **changes)
+    truth = with_adapters(
+        model(torch.float64, "batched_mm", num_hidden_layers=layers), torch.float64, **changes
+    )
+    assert_as_accurate(ours, losses(uncompiled, 2), losses(truth, 2).double())
+
+
 def logits(made: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = made(tokens(), use_cache=False).logits

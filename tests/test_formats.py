@@ -23,6 +23,7 @@ from mxfp4_fx.core.formats import (
     E8M0_BIAS,
     E8M0_NAN,
     SCALE_RULES,
+    count_nan,
     dequantize,
     pack,
     quantize,
@@ -563,6 +564,14 @@ def test_dequantize_errors_name_what_is_wrong(
 ) -> None:
     with pytest.raises(error, match=message):
         dequantize(blocks, scales, **kwargs)
+
+
+@pytest.mark.parametrize(("spoiled", "count"), [((), 0), ((1,), 30), ((0, 2), 60)])
+def test_nan_blocks_are_counted(spoiled: tuple[int, ...], count: int) -> None:
+    scales = torch.full((3, 5, 6), E8M0_NAN - 1, dtype=torch.uint8)
+    scales[[*spoiled]] = E8M0_NAN
+    assert count_nan(scales) == count
+    assert count_nan(scales[:0]) == 0
 
 
 def test_a_kept_table_is_not_given_to_fake_tensors() -> None:

@@ -6,6 +6,7 @@ import copy
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import mxfp4_fx
+from mxfp4_fx.checkpoints.checkpoint import Checkpoint
 from mxfp4_fx.core.errors import CheckpointError, NanWeightsWarning, NoExpertsWarning, OptionError
 from mxfp4_fx.huggingface.packed import PackedExperts
+from mxfp4_fx.weights import mapped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -246,6 +249,31 @@ def test_nan_blocks_are_reported(checkpoint: Path, tmp_path: Path) -> None:
         mxfp4_fx.from_pretrained(path)
     with pytest.warns(NanWeightsWarning, match=r"3 MXFP4"):  # dense, or offloaded, they are NaN too
         mxfp4_fx.from_pretrained(path, skip="model.layers.1.mlp.experts")
+
+
+def test_nan_blocks_are_counted_beside_the_loader(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong there goes wrong in the load."""
+
+    def fail(self: Checkpoint) -> dict[str, int]:
+        raise CheckpointError(f"counted in {threading.current_thread().name}")
+
+    monkeypatch.setattr(Checkpoint, "nan_blocks", fail)
+    with pytest.raises(CheckpointError, match=r"counted in mxfp4_fx_0"):
+        mxfp4_fx.from_pretrained(checkpoint)
+
+
+def test_a_loaded_model_is_read_ahead(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(mapped, "read_ahead", lambda *given: seen.append((*map(list, given),)))
+    model = mxfp4_fx.from_pretrained(checkpoint)
+    ((experts, others),) = seen
+    files = mapped.mapped_files()
+    assert all(mapped.is_mapped(tensor, files) for tensor in [*experts, *others])
+    assert {*map(id, experts)} == {
+        id(p) for layer in model.model.layers for p in layer.mlp.experts.parameters()
+    }
 
 
 def test_the_name_of_a_config(checkpoint: Path) -> None:

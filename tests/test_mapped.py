@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -102,16 +103,20 @@ def test_what_is_read_ahead_is_in_the_systems_cache_and_not_in_the_process(tmp_p
     assert resident_kilobytes(parameter) == before
 
 
-def test_compile_reads_a_models_experts_ahead(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("tied", [False, True])
+def test_compile_reads_a_models_experts_ahead_and_then_all_but_its_embedding(
+    monkeypatch: pytest.MonkeyPatch, tied: bool
 ) -> None:
-    seen: list[torch.Tensor] = []
-    monkeypatch.setattr(mapped, "read_ahead", seen.extend)
-    whole = model(layers=2)
+    """Layer by layer, as they are swizzled. A tied embedding is read as the head that it is."""
+    seen: list[tuple[list[torch.Tensor], ...]] = []
+    monkeypatch.setattr(mapped, "read_ahead", lambda *given: seen.append((*map(list, given),)))
+    whole = model(tie_word_embeddings=tied)
     mxfp4_fx.compile(whole)
-    assert {id(p) for name, p in whole.named_parameters() if ".experts." in name} == {
-        *map(id, seen)
-    }
+    names = {id(p): name for name, p in whole.named_parameters(remove_duplicate=False)}
+    ((experts, others),) = ([[names[id(t)] for t in part] for part in call] for call in seen)
+    is_read = [*names.values()] if tied else [n for n in names.values() if "embed" not in n]
+    assert experts == [name for name in is_read if ".experts." in name]
+    assert sorted(others) == sorted(name for name in is_read if ".experts." not in name)
 
 
 @pytest.mark.parametrize(("limit", "used"), [(10, 0), (10_000_000, 9_500_000)])
@@ -133,6 +138,43 @@ def test_a_container_without_a_limit_has_the_systems_memory(
     (tmp_path / "memory.current").write_text("5\n")
     monkeypatch.setattr(mapped, "_LIMIT", tmp_path)
     assert mapped.read_ahead([parameter]) is not None
+
+
+@pytest.mark.parametrize(("limit", "is_read"), [(2, True), (1.9, False)])
+def test_others_are_read_where_there_is_room_for_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, is_read: bool
+) -> None:
+    parts = []
+    for name in ("first", "other"):
+        (tmp_path / name).mkdir()
+        parts.append(of_file(tmp_path / name))
+    monkeypatch.setattr(mapped, "_free_bytes", lambda: limit * NUMBERS * 4)
+    thread = mapped.read_ahead([parts[0][1]], [parts[1][1]])
+    assert thread is not None
+    thread.join()
+    assert [pages_of_cache(path) > 0 for path, _ in parts] == [True, is_read]
+
+
+def test_what_a_thread_reads_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it has ended: then the system may have dropped it again."""
+    _, parameter = of_file(tmp_path)
+    go_on, begun = threading.Event(), []
+    monkeypatch.setattr(mapped, "_read", lambda parts: (begun.append(parts), go_on.wait()))
+    thread = mapped.read_ahead([parameter])
+    assert thread is not None
+    assert mapped.read_ahead([parameter]) is None
+    go_on.set()
+    thread.join()
+    again = mapped.read_ahead([parameter])
+    assert again is not None
+    again.join()
+    assert begun[0] == begun[1]
+
+
+def test_other_systems_are_not_asked_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(mapped, "_free_bytes", None)
+    assert mapped.read_ahead([torch.ones(5)], [torch.ones(5)]) is None
 
 
 def test_a_file_that_is_gone_is_not_read_ahead(tmp_path: Path) -> None:

@@ -170,6 +170,19 @@ def test_inductor_takes_symbolic_lengths() -> None:
     assert torch.equal(model.generate(IDS, max_new_tokens=4), want)
 
 
+@pytest.mark.exhaustive
+def test_inductor_gives_the_same_bits() -> None:
+    found = []
+    for regions in (False, True):
+        model = layers(2, eos_token_id=None)
+        model.compile(backend="mxfp4", dynamic=True, options={"regions": regions})
+        kwargs = {"output_logits": True, "return_dict_in_generate": True}
+        found.append(model.generate(IDS, max_new_tokens=3, **kwargs))
+    off, on = found
+    assert torch.equal(off.sequences, on.sequences)
+    assert all(map(torch.equal, off.logits, on.logits))
+
+
 # ---- where there are none
 
 

@@ -7,6 +7,10 @@ import contextvars
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Takes a function that returns whether to stop, and asks it before each piece of the work.
 Work = Callable[[Callable[[], bool]], None]
@@ -65,3 +69,14 @@ def meanwhile(work: Work) -> Iterator[None]:
         raise raised.pop()
     for message, category in told:
         warn(message, category, stacklevel=3)
+
+
+def begin(function: Callable[[], T]) -> Callable[[], T]:
+    """Call a function in a thread; return a function that waits for its result, or its error.
+
+    Whoever no longer wants the result need not wait, but the end of the process does.
+    """
+    threads = ThreadPoolExecutor(1, "mxfp4_fx")
+    result = threads.submit(function).result
+    threads.shutdown(wait=False)
+    return result

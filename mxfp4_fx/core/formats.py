@@ -190,6 +190,14 @@ def dequantize(
     return values
 
 
+def count_nan(scales: Tensor) -> int:
+    """Return how many blocks are NaN, of scales of any shape, uint8."""
+    # Most often none is, which a maximum shows in a small part of the time of a count.
+    if not scales.numel() or int(scales.max()) < E8M0_NAN:
+        return 0
+    return int(torch.count_nonzero(scales == E8M0_NAN))
+
+
 def _slabs(groups: Tensor) -> Iterator[tuple[slice, ...]]:
     """Return indices that cut [..., G, _] into slabs of at most SLAB_VALUES values (or one block).
 

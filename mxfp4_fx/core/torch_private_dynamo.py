@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import sys
 import threading
@@ -77,7 +78,10 @@ def prepare_inductor() -> threading.Thread:
     It does both once for a machine, before its first kernel, which takes ten seconds and more. What
     goes wrong here goes wrong there again, and is told there.
     """
-    # Torch's modules import one another in circles, so they are imported here, not in the thread.
+    # What the threads need is imported here: torch's modules import one another in circles, and a
+    # process that is forked while a thread imports a module waits for ever when it imports it, too.
+    with contextlib.suppress(Exception):
+        importlib.import_module("torch.utils.cpp_extension")
     compiler = look_up("torch._inductor.codecache", "CppPythonBindingsCodeCache")
     look = look_up("torch._inductor.cpu_vec_isa", "valid_vec_isa_list")
     _looking[:] = [thread for thread in _looking if thread.is_alive()]
@@ -125,6 +129,19 @@ def _of_mode(mode: str | None) -> dict[str, Any]:
 def empty_caches() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which torch's compile caches are empty."""
     return look_up("torch._inductor.utils", "fresh_cache")()
+
+
+def without_precompiled_headers() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which Inductor reads its C++ headers anew for each kernel."""
+    patched: contextlib.AbstractContextManager[Any] = look_up("torch._inductor", "config").patch(
+        cpp_cache_precompile_headers=False
+    )
+    return patched
+
+
+def is_of_cpp_compiler(error: BaseException) -> bool:
+    """Return whether the C++ compiler has refused what Inductor gave it."""
+    return isinstance(error, look_up("torch._inductor.exc", "CppCompileError"))
 
 
 def is_of_unparsed_code(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, E8M0_NAN, quantize
+from mxfp4_fx.core.formats import BLOCK, BYTES_PER_BLOCK, count_nan, quantize
 from mxfp4_fx.huggingface.block_shards import dense_part
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.huggingface.shards import Shard
@@ -47,7 +47,7 @@ class QuantizeExperts(ConversionOps):
         for expert in range(e):
             blocks[expert], scales[expert] = quantize(weight[expert].T, scale_rule=self.scale_rule)
         set_loading_dtype(experts, projection, torch.uint8)
-        if count := int((scales == E8M0_NAN).sum()):
+        if count := count_nan(scales):
             self._nan_blocks[f"{name}_scales"] = count
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
@@ -133,6 +133,6 @@ def nan_blocks(experts: PackedExperts, name: str) -> dict[str, int]:
     for projection in PROJECTIONS:
         scales: Any = experts.get_parameter(f"{projection}_scales")
         held = scales.to_local() if Shard.of(scales) else scales
-        if count := int((held == E8M0_NAN).sum()):
+        if count := count_nan(held):
             counts[f"{name}.{projection}_scales"] = count
     return counts

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from mxfp4_fx.checkpoints.encodings import Encoding
-from mxfp4_fx.core.formats import BYTES_PER_BLOCK, E8M0_NAN
+from mxfp4_fx.core.formats import BYTES_PER_BLOCK, count_nan
 from mxfp4_fx.huggingface.conversions import _only
 
 
@@ -53,7 +53,7 @@ class StackExperts(ConversionOps):
         stacked = stacked.view(experts, n * count, width)
         if self.is_blocks:
             return {full_layer_name: stacked.unflatten(2, (-1, BYTES_PER_BLOCK))}
-        if nan := int((stacked == E8M0_NAN).sum()):
+        if nan := count_nan(stacked):
             self._nan_blocks[full_layer_name] = nan
         return {full_layer_name: stacked}
 

@@ -36,7 +36,7 @@ from mxfp4_fx.checkpoints.fused_experts import experts_of, fused
 from mxfp4_fx.checkpoints.packed_formats import COMPRESSED_TENSORS
 from mxfp4_fx.checkpoints.safetensors_file import StoredTensor
 from mxfp4_fx.core.errors import CheckpointError, OptionError
-from mxfp4_fx.core.formats import E8M0_NAN, quantize
+from mxfp4_fx.core.formats import count_nan, quantize
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
 from mxfp4_fx.huggingface.activations import activation_of
 from mxfp4_fx.huggingface.arguments import check_scale_rule
@@ -321,7 +321,7 @@ class QuantizeFamily(ConversionOps):
                     matrix, scale_rule=self.scale_rule
                 )
         set_loading_dtype(packed, projection, torch.uint8)
-        if nan := int((scales == E8M0_NAN).sum()):
+        if nan := count_nan(scales):
             self._nan_blocks[f"{name}_scales"] = nan
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 

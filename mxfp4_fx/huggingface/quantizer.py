@@ -30,6 +30,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from mxfp4_fx.checkpoints import consistency, gpt_oss
 from mxfp4_fx.checkpoints.checkpoint import Checkpoint, warn_of_nan_blocks
 from mxfp4_fx.checkpoints.files import CONFIG, read_json
+from mxfp4_fx.core import background
 from mxfp4_fx.core.errors import CheckpointError, NoExpertsWarning, OptionError
 from mxfp4_fx.core.formats import BLOCK
 from mxfp4_fx.core.skip import KEEP_DENSE, Skip
@@ -49,6 +50,7 @@ from mxfp4_fx.huggingface.meeting import Meeting, identity
 from mxfp4_fx.huggingface.packed import PROJECTIONS, PackedExperts
 from mxfp4_fx.huggingface.packed_quantizer import PackedQuantizer
 from mxfp4_fx.huggingface.shards import gathered_state_dict
+from mxfp4_fx.weights import mapped
 
 OUR_METHOD = "mxfp4_fx"
 
@@ -218,8 +220,10 @@ class PackedMxfp4Quantizer(PackedQuantizer):
         entries = settings.modules_to_not_convert
         skipped = {layer for entry in entries for layer in checkpoint.matching(entry)}
         more = checkpoint.skipped(settings.skip) - skipped
-        # Processes that share the experts read no more than their own, and count these later.
-        self._nan_blocks = {} if is_spread else checkpoint.nan_blocks()
+        # Counted while the loader works. Processes that share the experts read no more than their
+        # own, and count these later.
+        self._counted = dict if is_spread else background.begin(checkpoint.nan_blocks)
+        self._nan_blocks: dict[str, int] = {}
         self._to_quantize: list[str] = []
         self._to_dequantize: list[str] = []
         dense: list[str] = []
@@ -281,7 +285,10 @@ class PackedMxfp4Quantizer(PackedQuantizer):
                     self._nan_blocks |= nan_blocks(module, name)
             elif isinstance(module, GptOssExperts):
                 setattr(module, KEEP_DENSE, True)  # skipped: the backend leaves it dense, too
-        warn_of_nan_blocks(self._nan_blocks)
+        warn_of_nan_blocks(self._counted() | self._nan_blocks)
+        del self._counted  # threads cannot be copied, and models are, with their quantizers
+        # The disk works while the caller goes on, until a weight is used.
+        mapped.read_model_ahead(model, (m for m in model.modules() if isinstance(m, PackedExperts)))
         _correct_offload_index(model)
         # With these conversions, save_pretrained would undo them. It has to save packed experts as
         # they are, and all tensors under the model's names.

@@ -29,6 +29,10 @@ _UNCHANGED = bytes(
 _LIMIT = Path("/sys/fs/cgroup")  # of the container, if it has one
 
 
+# Threads that read ahead, and what they read.
+_reading: list[tuple[threading.Thread, list[_Part]]] = []
+
+
 class MappedFile(NamedTuple):
     """A part of a file that this process has mapped: where to, and from where."""
 
@@ -62,26 +66,55 @@ def is_mapped(tensor: Tensor, files: Sequence[MappedFile]) -> bool:
     return _file_of(_place(tensor), files) is not None
 
 
-def read_ahead(tensors: Iterable[Tensor]) -> threading.Thread | None:
+def read_ahead(tensors: Iterable[Tensor], others: Iterable[Tensor] = ()) -> threading.Thread | None:
     """Let the system read tensors in mapped files into its cache, in a thread.
 
-    Whoever reads the tensors later need not wait for the disk, page by page. Nothing is done unless
-    memory has room for all of them.
+    Whoever reads the tensors later need not wait for the disk, page by page. What such a thread of
+    this process is reading already is left to it.
+
+    Args:
+        tensors: nothing is read unless memory has room for all of these. It need not have room for
+            what they become when they are swizzled: their pages are no longer needed then.
+        others: are read behind them, if memory has room for these as well.
 
     Returns:
         The thread, which nobody needs to wait for; None if there is nothing to do.
     """
     files = mapped_files()
-    parts = [
-        _Part(file.path, place.start - file.start + file.offset, len(place))
-        for place in (_place(t) for t in tensors if type(t) in (Tensor, nn.Parameter))
-        if (file := _file_of(place, files)) is not None
-    ]
-    if not parts or sum(part.length for part in parts) > _free_bytes():
+    parts, more = _parts(tensors, files), _parts(others, files)
+    if not parts and not more:
+        return None
+    room = _free_bytes() - sum(part.length for part in parts)
+    if room < 0:
+        return None
+    if sum(part.length for part in more) <= room:
+        parts += more
+    _reading[:] = [(thread, theirs) for thread, theirs in _reading if thread.is_alive()]
+    begun = {part for _, theirs in _reading for part in theirs}
+    parts = [part for part in parts if part not in begun]
+    if not parts:
         return None
     thread = threading.Thread(target=_read, args=(parts,), name="mxfp4_fx reads", daemon=True)
     thread.start()
+    _reading.append((thread, parts))
     return thread
+
+
+def read_model_ahead(model: nn.Module, experts: Iterable[nn.Module]) -> threading.Thread | None:
+    """Read a model's weights ahead, as :func:`read_ahead` does.
+
+    Experts come first: they are swizzled before a call needs anything else. Of an embedding a call
+    needs a few rows, which are not worth the whole.
+    """
+    first = {id(tensor): tensor for module in experts for tensor in module.parameters()}
+    others = (
+        tensor
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for tensor in module.parameters(recurse=False)
+        if id(tensor) not in first
+    )
+    return read_ahead(first.values(), others)
 
 
 def page_out(tensors: Sequence[Tensor]) -> None:
@@ -114,6 +147,18 @@ def _file_of(place: range, files: Sequence[MappedFile]) -> MappedFile | None:
     at = bisect.bisect_right(files, place.start, key=lambda file: file.start) - 1
     is_inside = len(place) > 0 and at >= 0 and place.stop <= files[at].stop
     return files[at] if is_inside else None
+
+
+def _parts(tensors: Iterable[Tensor], files: Sequence[MappedFile]) -> list[_Part]:
+    """Return where in files tensors lie, each part once; those that are not in files are left."""
+    places = (_place(tensor) for tensor in tensors if type(tensor) in (Tensor, nn.Parameter))
+    found = [(place, _file_of(place, files)) for place in places]
+    parts = (
+        _Part(file.path, place.start - file.start + file.offset, len(place))
+        for place, file in found
+        if file is not None
+    )
+    return [*dict.fromkeys(parts)]
 
 
 def _read(parts: Sequence[_Part]) -> None:
