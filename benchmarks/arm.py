@@ -3,9 +3,9 @@
     python -m benchmarks.arm --output benchmarks/results/arm.json
 
 Weights are those of experts (MXFP4), linears as a model holds them, and linears in MXFP8. It wants
-aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user). A count is the
-difference between a program that multiplies twice and one that multiplies once. It says nothing of
-speed beyond that: how long an instruction takes differs between CPUs.
+aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user). Counted is the
+second of two products. A count says nothing of speed beyond that: how long an instruction takes
+differs between CPUs.
 """
 
 from __future__ import annotations
@@ -75,12 +75,11 @@ def build(path: str, folder: Path) -> Path:
 
 def per_weight(program: Path, weights: str, dtype: str, rows: int) -> float:
     number = str(DTYPES[getattr(torch, dtype)])
-    once, twice = (executed([program, weights, number, str(rows), times]) for times in ("1", "2"))
-    return (twice - once) / WEIGHTS
+    return executed([program, weights, number, str(rows)]) / WEIGHTS
 
 
 def executed(program: list[Any]) -> int:
-    """The instructions that a program executes.
+    """The instructions that a program executes between two functions of the driver.
 
     The emulator lists the instructions of each block of them once, when it translates the block,
     and writes a line each time it executes it.
@@ -88,12 +87,16 @@ def executed(program: list[Any]) -> int:
     sizes: dict[bytes, int] = {}
     executions: collections.Counter[bytes] = collections.Counter()
     block: bytes | None = None
+    counts = False
     options = ("-d", "exec,in_asm,nochain", "-D", "/dev/stdout")
     with subprocess.Popen([EMULATOR, *options, *program], stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         for line in running.stdout:
             if line.startswith(b"Trace"):  # Trace 0: 0x7f19dae00100 [.../0000000000403540/...] name
-                executions[line.split(b"/", 2)[1]] += 1
+                if line.endswith((b" counting_begins\n", b" counting_ends\n")):
+                    counts = line.endswith(b"begins\n")
+                elif counts:
+                    executions[line.split(b"/", 2)[1]] += 1
             elif line.startswith(b"IN:"):
                 block = None
             elif line.startswith(b"0x"):  # 0x00403540:  d503201f  nop

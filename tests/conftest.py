@@ -1,4 +1,5 @@
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,9 @@ def pytest_collection_finish() -> None:
     """Keep what imports have made out of later collections of garbage, which take 0.3 s else."""
     gc.collect()
     gc.freeze()
+    # pytest gives loggers that do not propagate its handlers, and torch draws each graph several
+    # times for a trace that anybody handles: a tenth of a compilation.
+    logging.getLogger("torch.__trace").propagate = True
     if "torch._dynamo" in sys.modules:
         import torch._dynamo.guards
 
@@ -75,7 +79,8 @@ def begin_anew() -> None:
     if "torch" in sys.modules:
         import torch
 
-        torch.manual_seed(0)
+        # torch.manual_seed also notes, with a stack, that GPUs are to be seeded: 1 ms.
+        (torch if has_gpu() else torch.default_generator).manual_seed(0)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()

@@ -44,6 +44,26 @@ def classes() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def written_alike() -> list[list[str]]:
+    """Return the names of all experts classes, those of one source together.
+
+    transformers copies a class from family to family. What may differ in copies is the name of the
+    class, and what its config calls the sizes.
+    """
+    found: dict[str, list[str]] = {}
+    for name, module in classes().items():
+        file = Path(transformers.__file__).parents[1] / f"{module.replace('.', '/')}.py"
+        text = file.read_text(encoding="utf-8")
+        (source,) = re.findall(
+            rf"^@use_experts_implementation.*\nclass {name}\(.*\n(?:(?: .*|#.*)?\n)*", text, re.M
+        )
+        for named in (r'"""(?:.|\n)*?"""', "#.*", name, r": \w+Config", *_SIZES):
+            source = re.sub(rf"(?<=config\.){named}\b" if named in _SIZES else named, "", source)
+        found.setdefault(re.sub(r"\s+", " ", source), []).append(name)
+    return [*found.values()]
+
+
 def experts_class(name: str) -> type[nn.Module]:
     return getattr(importlib.import_module(classes()[name]), name)
 

@@ -61,14 +61,21 @@ def test_linears_are_native_while_a_byte_takes_one_instruction(
 def test_instructions_are_counted_by_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block of two instructions that runs three times, and one of one that runs once."""
+    """A block of two instructions runs three times, one of one once, and more around them."""
     log = (
+        "IN: main\n0x00000008:  d503201f  nop\n\n"
+        "Trace 0: 0x7d8 [00/0000000000000008/00/00] main\n"
+        "IN: counting_begins\n0x00000020:  d65f03c0  ret\n\n"
+        "Trace 0: 0x7e0 [00/0000000000000020/00/00] counting_begins\n"
         "IN: main\n0x00000010:  d503201f  nop\n0x00000014:  d503201f  nop\n\n"
         "Trace 0: 0x7f0 [00/0000000000000010/00/00] main\n"
         "IN: main\n0x00000018:  d503201f  nop\n\n"
         "Trace 0: 0x7f8 [00/0000000000000018/00/00] main\n"
         "Trace 0: 0x7f0 [00/0000000000000010/00/00] main\n"
         "Trace 0: 0x7f0 [00/0000000000000010/00/00] main\n"
+        "IN: counting_ends\n0x00000024:  d65f03c0  ret\n\n"
+        "Trace 0: 0x7e8 [00/0000000000000024/00/00] counting_ends\n"
+        "Trace 0: 0x7d8 [00/0000000000000008/00/00] main\n"
     )
     (tmp_path / "log").write_text(log, encoding="utf-8")
     emulator = tmp_path / "emulator"

@@ -649,11 +649,11 @@ def test_logits(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("no_gradients")
 def test_weights_that_the_user_wants_stay() -> None:
-    found = mxfp4_fx.explain(model(), PROMPT, output_attentions=True)
+    found = mxfp4_fx.explain(model(num_hidden_layers=1), PROMPT, output_attentions=True)
     assert found.attention == ()
-    misses = found.attention_misses
-    assert [miss.layer for miss in misses] == [f"layers.{at}.self_attn" for at in (0, 1)]
-    assert all("is used elsewhere, by output" in miss.reason for miss in misses)
+    (miss,) = found.attention_misses
+    assert miss.layer == "layers.0.self_attn"
+    assert "is used elsewhere, by output" in miss.reason
 
 
 @pytest.mark.usefixtures("no_gradients")
@@ -667,8 +667,8 @@ def test_explain() -> None:
 
 
 def test_explain_of_what_stays() -> None:
-    found = mxfp4_fx.explain(model(), PROMPT)  # outside of no_grad
-    assert len(found.attention_misses) == 2
+    found = mxfp4_fx.explain(model(num_hidden_layers=1), PROMPT)  # outside of no_grad
+    assert len(found.attention_misses) == 1
     lines = str(found).splitlines()
     at = lines.index("attention with sinks as it was: model.layers.0.self_attn")
     assert "gradients are recorded" in lines[at + 1]
