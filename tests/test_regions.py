@@ -75,14 +75,14 @@ def afresh() -> None:
 
 
 def test_layers_without_a_cache_share_one_graph() -> None:
-    model = models.model(num_hidden_layers=4)  # sliding and full ones
+    model = models.model()  # a sliding and a full one
     compiled, regions = captured(model)
     assert torch.equal(logits(compiled), logits(model))
-    assert regions.graphs == [[4]]
+    assert regions.graphs == [[2]]
 
 
 def test_layers_with_a_cache_share_two_graphs() -> None:
-    model = models.model(num_hidden_layers=4)
+    model = models.model()
     compiled, regions = captured(model)
     for tokens in (IDS, IDS[:, :1]):
         found, expected = (DynamicCache(config=model.config) for _ in range(2))
@@ -93,7 +93,7 @@ def test_layers_with_a_cache_share_two_graphs() -> None:
         for mine, its in zip(found.layers, expected.layers, strict=True):
             assert torch.equal(mine.keys, its.keys)
             assert torch.equal(mine.values, its.values)
-    assert regions.graphs == [[4, 4]] * 2
+    assert regions.graphs == [[2, 2]] * 2
 
 
 class Reading(DynamicCache):
@@ -164,7 +164,6 @@ def test_decoding_shares_graphs_at_symbolic_lengths() -> None:
 @pytest.mark.exhaustive
 def test_inductor_takes_symbolic_lengths() -> None:
     model = models.model(num_hidden_layers=4, eos_token_id=None)
-    model.compile(backend="mxfp4", fullgraph=True, options={"inner": "eager", "regions": False})
     want = model.generate(IDS, max_new_tokens=4)
     model.compile(backend="mxfp4", fullgraph=True)
     assert torch.equal(model.generate(IDS, max_new_tokens=4), want)
@@ -296,7 +295,7 @@ def test_a_parameter_of_two_layers_is_shared() -> None:
     ],
 )
 def test_a_later_change_of_any_layer_compiles_anew(change: str) -> None:
-    model = layers(3).requires_grad_(False)
+    model = layers(2).requires_grad_(False)
     compiled, regions = captured(model)
     before = logits(compiled)
     CHANGES[change](model.model.layers[1])
@@ -332,7 +331,7 @@ def test_dropout_draws_for_each_layer() -> None:
 
 
 def test_recorded_outputs_are_complete() -> None:
-    model = layers(3)
+    model = layers(2)
     kinds = {"output_hidden_states": True, "output_attentions": True, "output_router_logits": True}
     compiled, _ = captured(model)
     with torch.no_grad():
@@ -345,7 +344,7 @@ def test_recorded_outputs_are_complete() -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_symbolic_sizes(dynamic: bool | None) -> None:
-    model = layers(3)
+    model = layers(2)
     regions = Regions()
     backend = compilation.ours(regions)
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
@@ -355,7 +354,7 @@ def test_symbolic_sizes(dynamic: bool | None) -> None:
             got, want = (m(ids, use_cache=False).logits for m in (compiled, model))
         assert torch.equal(got, want)
     # With dynamic=True, Dynamo makes inputs of all floats, which regions cannot take.
-    assert regions.graphs == ([[]] if dynamic else [[3], [3]])
+    assert regions.graphs == ([[]] if dynamic else [[2], [2]])
 
 
 @pytest.mark.exhaustive
