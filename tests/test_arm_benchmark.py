@@ -43,9 +43,9 @@ def test_no_kernel_takes_more_instructions_than_it_did(path: str, folder: Path) 
 
 
 @pytest.mark.parametrize("path", ARM_PATHS)
-def test_one_row_takes_a_fourth_of_the_portable_instructions(path: str) -> None:
+def test_one_row_takes_less_than_a_third_of_the_portable_instructions(path: str) -> None:
     stored = COUNTS["experts, bfloat16, 1 row"]
-    assert stored["portable"] > 4 * stored[path]
+    assert stored["portable"] > 3 * stored[path]
 
 
 @pytest.mark.parametrize("path", ARM_PATHS)
