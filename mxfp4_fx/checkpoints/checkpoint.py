@@ -154,17 +154,21 @@ class Checkpoint:
         skip.require_used(list(experts.values()))
         return {layer for layer, name in experts.items() if skip.names(name)}
 
-    def nan_blocks(self) -> dict[str, int]:
+    def nan_blocks(self, is_stopped: Callable[[], bool] = lambda: False) -> dict[str, int]:
         """Return name -> number of NaN bytes (255), for each ``*_scales`` tensor that has any.
 
         This reads all scales, some megabytes at a time.
+
+        Args:
+            is_stopped: asked before each read whether to stop, and return what is found so far.
         """
-        counts = {}
+        counts: dict[str, int] = {}
         for name, tensor in self.tensors.items():
-            if name.endswith("_scales"):
-                parts = (torch.frombuffer(chunk, dtype=torch.uint8) for chunk in tensor.chunks())
-                if count := sum(map(count_nan, parts)):
-                    counts[name] = count
+            for chunk in tensor.chunks() if name.endswith("_scales") else ():
+                if is_stopped():
+                    return counts
+                if count := count_nan(torch.frombuffer(chunk, dtype=torch.uint8)):
+                    counts[name] = counts.get(name, 0) + count
         return counts
 
     def _forms(self) -> dict[int, Form]:

@@ -1,4 +1,4 @@
-"""Work in a thread beside the caller, which waits for it."""
+"""Work in a thread beside the caller, who waits for it or for its result."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import contextvars
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -71,12 +72,19 @@ def meanwhile(work: Work) -> Iterator[None]:
         warn(message, category, stacklevel=3)
 
 
-def begin(function: Callable[[], T]) -> Callable[[], T]:
-    """Call a function in a thread; return a function that waits for its result, or its error.
+def begin(work: Callable[[Callable[[], bool]], T], owner: object) -> Callable[[], T]:
+    """Do ``work`` in a thread; return a function that waits for its result, or raises its error.
 
-    Whoever no longer wants the result need not wait, but the end of the process does.
+    It is told to stop once nobody can want the result: when its owner is gone, or the main thread.
     """
-    threads = ThreadPoolExecutor(1, "mxfp4_fx")
-    result = threads.submit(function).result
-    threads.shutdown(wait=False)
-    return result
+    is_wanted, main = weakref.ref(owner), threading.main_thread()
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(lambda: is_wanted() is None or not main.is_alive()))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="mxfp4_fx", daemon=False).start()
+    return future.result

@@ -25,9 +25,9 @@ class PackedQuantizer(HfQuantizer):
 
     def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """Begin to compile the CPU's kernels beside the loading, if the experts go there."""
+        super().preprocess_model(model, *args, **kwargs)
         if _is_for_cpu(kwargs.get("device_map")):
             target.load_ahead("auto", torch.device("cpu"))
-        super().preprocess_model(model, *args, **kwargs)
 
     def _require_one_process(self, model: Any, use_kernels: bool) -> None:
         """Refuse arguments of ``from_pretrained`` that are for GPT-OSS alone.
@@ -73,9 +73,10 @@ class PackedQuantizer(HfQuantizer):
 def _is_for_cpu(device_map: Any) -> bool:
     """Return whether a device map, as ``from_pretrained`` takes it, puts the model on a CPU.
 
-    Without one, a model is loaded there, but hardly to stay where there is a GPU.
+    Without one, a model is loaded there, but hardly to stay where torch has been built for a GPU.
+    Whether there is one is not asked: CUDA's answer could keep the process from forking.
     """
     if device_map in (None, "auto"):
-        return not torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() is None
     devices = device_map.values() if isinstance(device_map, dict) else [device_map]
     return all(str(device).startswith("cpu") for device in devices)

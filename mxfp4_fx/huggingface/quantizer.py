@@ -222,7 +222,7 @@ class PackedMxfp4Quantizer(PackedQuantizer):
         more = checkpoint.skipped(settings.skip) - skipped
         # Counted while the loader works. Processes that share the experts read no more than their
         # own, and count these later.
-        self._counted = dict if is_spread else background.begin(checkpoint.nan_blocks)
+        self._counted = dict if is_spread else background.begin(checkpoint.nan_blocks, self)
         self._nan_blocks: dict[str, int] = {}
         self._to_quantize: list[str] = []
         self._to_dequantize: list[str] = []

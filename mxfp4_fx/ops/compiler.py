@@ -16,7 +16,7 @@ from mxfp4_fx.core.errors import NativeBuildError
 VARIABLE = "CXX"
 
 _NAMES = ("g++", "c++", "clang++")
-_TIMEOUT = 300.0  # seconds for one run; a run takes about ten
+_TIMEOUT = 300.0  # seconds for one run; a run takes up to ten
 
 
 def command() -> tuple[str, ...]:

@@ -43,6 +43,8 @@ _SHARED = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
 _SOURCES = Path(__file__).parent / "cpu_kernels"
 _TORCH = torch_private.LIBRARY
 _PAUSE = 0.05  # seconds between two looks for a library that another thread or process builds
+# At once, each with up to 350 MiB. One unit takes a third of all the time, so more gain little.
+_MOST_COMPILERS = 4
 
 _log = logging.getLogger(__name__)
 
@@ -119,8 +121,8 @@ def load(path: str) -> ctypes.CDLL:
 def load_weights(path: str) -> ctypes.CDLL:
     """Return a library with the functions of weights: swizzling, quantizing, and back.
 
-    It does not wait until the kernels are built, nor fail if they cannot be. If there is none, a
-    thread builds both.
+    It does not wait until the kernels are built. Once it is built, it serves even if they cannot be.
+    If there is none, a thread builds both.
 
     Args:
         path: a key of ``CPU_PATHS``.
@@ -150,7 +152,7 @@ def load_in_thread(path: str) -> threading.Thread:
 
 class _Loader(threading.Thread):
     def __init__(self, path: str) -> None:
-        super().__init__(name="mxfp4_fx builds")
+        super().__init__(name="mxfp4_fx builds", daemon=False)  # the interpreter waits
         self.path = path
 
     def run(self) -> None:
@@ -178,10 +180,11 @@ def _load_weights(path: str) -> ctypes.CDLL:
         recipe = _recipe(path)
         library = _find(recipe, _WEIGHTS)
         if library is None:
-            thread = load_in_thread(path)
-            while library is None and thread.is_alive():
-                thread.join(_PAUSE)
-                library = _find(recipe, _WEIGHTS)
+            with contextlib.suppress(RuntimeError):  # the system gives no thread
+                thread = load_in_thread(path)
+                while library is None and thread.is_alive():
+                    thread.join(_PAUSE)
+                    library = _find(recipe, _WEIGHTS)
     except OSError as error:
         raise NativeBuildError(str(error)) from error
     # Without it, the kernels' library serves, or raises what the thread met.
@@ -324,9 +327,9 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
     missing = [kind for kind, file in files.items() if not _open_whole(file, kind)]
     for left in directory.glob(f"{recipe.path}.*.building"):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f"{recipe.path}.", suffix=".building", dir=directory, ignore_cleanup_errors=True
-    ) as folder:
+    # A TemporaryDirectory would be removed by a forked child that ends, too.
+    folder = tempfile.mkdtemp(".building", f"{recipe.path}.", directory)
+    try:
         # The bytes that the key was made from: the files may have been edited since.
         for name, content in recipe.sources.items():
             Path(folder, name).write_bytes(content)
@@ -335,6 +338,8 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
         title = f"compiling the CPU kernels ({recipe.path}), once for this machine"
         with torch_private_dynamo.timed("mxfp4_fx.compile_kernels"), announced(title) as tick:
             _make(recipe, missing, files, folder, tick)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     file = files[_KERNELS]
     try:
         return _open(file, _KERNELS)
@@ -349,7 +354,7 @@ def _build(recipe: _Recipe, directory: Path, unusable: Sequence[str]) -> ctypes.
 
 def _make(
     recipe: _Recipe,
-    libraries: Sequence[_Library],
+    missing: Sequence[_Library],
     files: dict[_Library, Path],
     folder: str,
     tick: Callable[[], None],
@@ -361,11 +366,11 @@ def _make(
         _end_with_interpreter()
         tick()
 
-    units = list(dict.fromkeys(unit for library in libraries for unit in library.units))
+    units = list(dict.fromkeys(unit for library in missing for unit in library.units))
     commands = [recipe.compile[unit] for unit in units]
-    cores = len(os.sched_getaffinity(0))
-    left, compiled = list(libraries), set[str]()
-    with contextlib.closing(compiler.run_each(commands, folder, watch, cores)) as runs:
+    at_once = min(len(os.sched_getaffinity(0)), _MOST_COMPILERS)
+    left, compiled = list(missing), set[str]()
+    with contextlib.closing(compiler.run_each(commands, folder, watch, at_once)) as runs:
         for number, warnings in runs:
             if warnings:
                 _log.debug("%s", warnings)

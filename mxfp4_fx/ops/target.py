@@ -103,7 +103,8 @@ def load_ahead(requested: str, device: torch.device) -> None:
     """
     if requested not in ("auto", "cpu") or device.type != "cpu":
         return
-    with contextlib.suppress(KernelsUnavailableError):
+    # A RuntimeError that is none of ours: the system gives no thread.
+    with contextlib.suppress(KernelsUnavailableError, RuntimeError):
         path = hardware.cpu_path()
         if path not in native.libraries.loaded:
             native.load_in_thread(path)

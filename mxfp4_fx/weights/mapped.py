@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 # linux/mman.h. Linux before 5.4 refuses the last two, which does no harm.
@@ -137,8 +138,10 @@ def page_out(tensors: Sequence[Tensor]) -> None:
 
 def _place(tensor: Tensor) -> range:
     """Return the addresses of a tensor's storage; none if torch itself allocated it."""
+    if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return range(0)  # sparse ones have no storage
     storage = tensor.untyped_storage()
-    if sys.platform != "linux" or tensor.device.type != "cpu" or storage.resizable():
+    if storage.resizable():
         return range(0)
     return range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
 
@@ -163,16 +166,20 @@ def _parts(tensors: Iterable[Tensor], files: Sequence[MappedFile]) -> list[_Part
 
 def _read(parts: Sequence[_Part]) -> None:
     """Copy parts of files to nowhere: it fills the cache, and keeps neither core nor GIL."""
-    # A file that is gone or cannot be copied so is read when its tensor is.
-    with contextlib.suppress(OSError), open(os.devnull, "wb", buffering=0) as nowhere:
-        for path, offset, length in parts:
-            with open(path, "rb", buffering=0) as file:
-                stop = offset + length
-                while offset < stop:
-                    sent = os.sendfile(nowhere.fileno(), file.fileno(), offset, stop - offset)
-                    if not sent:
-                        return
-                    offset += sent
+    with open(os.devnull, "wb", buffering=0) as nowhere:
+        for part in parts:
+            # A file that is gone or cannot be copied so is read when its tensor is.
+            with contextlib.suppress(OSError):
+                _read_part(part, nowhere.fileno())
+
+
+def _read_part(part: _Part, nowhere: int) -> None:
+    with open(part.path, "rb", buffering=0) as file:
+        offset, stop = part.offset, part.offset + part.length
+        while offset < stop and (
+            sent := os.sendfile(nowhere, file.fileno(), offset, stop - offset)
+        ):
+            offset += sent
 
 
 def _free_bytes() -> int:

@@ -404,38 +404,96 @@ std::vector<float> of_blocks(const std::vector<uint8_t>& codes, const std::vecto
   return y;
 }
 
-// Every code, 32 in a row of a weight; sums are exact. Two rows have a NaN.
-void check_mxfp8_codes(int64_t rows) {
+// Every code, 32 in a row of a weight; sums are exact. Two rows have a NaN, or zeros for it: what
+// decodes several rows at once leaves all that have one to others.
+void check_mxfp8_codes(int64_t rows, bool with_nan) {
   std::vector<uint8_t> codes(256), scales(8, 127);
   std::vector<float> values(256);
   std::iota(codes.begin(), codes.end(), uint8_t{0});
+  if (!with_nan) codes[127] = codes[255] = 0;
   mxfp8_dequantize(codes.data(), scales.data(), 8, 32, MXFP4_F32, values.data(), 1);
   float sums[8] = {};
-  for (int code = 0; code < 256; code++) {
-    const int exponent = code >> 3 & 15, fraction = code & 7;
+  for (int i = 0; i < 256; i++) {
+    const int code = codes[i], exponent = code >> 3 & 15, fraction = code & 7;
     const float size = exponent ? std::ldexp(8.f + fraction, exponent - 10) : fraction * 0x1p-9f;
     const float value = (code & 127) == 127 ? NAN : code & 128 ? -size : size;
-    require(std::isnan(value) ? std::isnan(values[code]) : values[code] == value, "a code");
-    sums[code / 32] += value;
+    require(std::isnan(value) ? std::isnan(values[i]) : values[i] == value, "a code");
+    sums[i / 32] += value;
   }
   const std::vector<float> y = of_blocks(codes, scales, std::vector<float>(32, 1.f), rows);
   for (size_t i = 0; i < y.size(); i++)
     require(std::isnan(sums[i % 8]) ? std::isnan(y[i]) : y[i] == sums[i % 8], "a sum of codes");
 }
 
-// Every scale that a float32 needs, and NaN; a product is exact.
+// Every scale that a float32 needs, and NaN, in eight rows each, as many as are decoded at once; a
+// product is exact.
 void check_mxfp8_scales(int64_t rows) {
-  constexpr uint8_t LARGEST = 246, NOT_A_NUMBER = 255, ONE = 0x38;
-  std::vector<uint8_t> scales(LARGEST + 2);
-  std::iota(scales.begin(), scales.end(), uint8_t{0});
-  scales.back() = NOT_A_NUMBER;
+  constexpr int LARGEST = 247, NOT_A_NUMBER = 255, ONE = 0x38;
+  std::vector<uint8_t> scales;
+  for (int scale = 0; scale <= LARGEST; scale++)
+    scales.insert(scales.end(), 8, static_cast<uint8_t>(scale));
+  scales.insert(scales.end(), 8, NOT_A_NUMBER);
   std::vector<float> row(32, 0.f);
   row[random_int(0, 31)] = 1;
   const auto y = of_blocks(std::vector<uint8_t>(32 * scales.size(), ONE), scales, row, rows);
   for (size_t i = 0; i < y.size(); i++) {
-    const uint8_t scale = scales[i % scales.size()];
+    const int scale = scales[i % scales.size()];
     require(scale == NOT_A_NUMBER ? std::isnan(y[i]) : y[i] == std::ldexp(1.f, scale - 127),
             "a product with a scale");
+  }
+}
+
+// The largest code times the largest values that are multiplied without care, and 1 times the
+// smallest: neither products nor sums overflow or lose bits.
+void check_mxfp8_limits(int64_t rows) {
+  using mxfp4::mxfp8::Decoder;
+  constexpr uint8_t LARGEST_CODE = 0x7e, ONE = 0x38;  // 448, 1
+  const float largest = std::nextafter(Decoder::MOST, 0.f);
+  const auto large = of_blocks(std::vector<uint8_t>(32, LARGEST_CODE), {127 - 20},
+                               std::vector<float>(32, largest), rows);
+  for (const float y : large) {
+    const double exact = 32. * 448 * std::ldexp(static_cast<double>(largest), -20);
+    require(std::fabs(y - exact) <= 32 * 0x1p-24 * exact, "a sum of large products");
+  }
+  std::vector<float> row(32, 0.f);
+  row[random_int(0, 31)] = 0x1p-109f;
+  for (const float y : of_blocks(std::vector<uint8_t>(32, ONE), {127}, row, rows))
+    require(y == 0x1p-109f, "a product with a small value");
+}
+
+// So many rows that their tiles are multiplied in groups: the same bits as those of some alone.
+void check_groups_of_tiles() {
+  constexpr int64_t N = 32, K = 4096, ROWS = 150, ALONE = 7;
+  const Values x(MXFP4_F32, ROWS * K, 1.), weight(MXFP4_F32, N * K, 1.);
+  std::vector<uint8_t> panels(static_cast<size_t>(mxfp4::panel_count(N) * mxfp4::panel_bytes(K)));
+  std::vector<uint8_t> flags(1), codes(N * K), scales(N * K / 32);
+  mxfp4_quantize(weight.bytes.data(), MXFP4_F32, 1, N, K, N * K, 2 * K, K, 1, panels.data(),
+                 flags.data(), 1);
+  mxfp8_quantize(weight.bytes.data(), MXFP4_F32, N, K, K, codes.data(), scales.data(), 1);
+  const auto multiply = [&](int64_t first, int64_t rows, bool in_mxfp8) {
+    std::vector<float> y(static_cast<size_t>(rows * N));
+    const void* from = mxfp4::element(x.bytes.data(), MXFP4_F32, first * K);
+    const int32_t offsets[2] = {0, static_cast<int32_t>(rows)};
+    struct {
+      mxfp4_linear_group group;
+      mxfp8_linear linear;
+    } const linear{{from, rows, K, K, 1, MXFP4_F32, 1},
+                   {codes.data(), scales.data(), nullptr, y.data(), N}};
+    mxfp4_matmul m{};
+    m.x = from, m.panels = panels.data(), m.flags = flags.data(), m.expert_offsets = offsets;
+    m.y = y.data(), m.x_rows = m.rows = rows, m.x_stride = m.k = K, m.n = N;
+    m.experts = m.experts_per_token = m.threads = 1;
+    require((in_mxfp8 ? mxfp8_linears(&linear.group) : mxfp4_matmul_ogs(&m)) == 0, "many rows");
+    return y;
+  };
+  for (const bool in_mxfp8 : {false, true}) {
+    const int64_t some = in_mxfp8 ? mxfp4::mxfp8::FEW_ROWS + 1 : ALONE;
+    const std::vector<float> all = multiply(0, ROWS, in_mxfp8);
+    for (int64_t first = 0; first + some <= ROWS; first += some) {
+      const std::vector<float> alone = multiply(first, some, in_mxfp8);
+      require(std::equal(alone.begin(), alone.end(), all.begin() + first * N),
+              "rows of a group of tiles");
+    }
   }
 }
 
@@ -517,7 +575,11 @@ void check_heights() {
       const auto all = mxfp4::Heights::of(rows, most);
       require(all.tiles == (rows + most - 1) / most, "the fewest tiles");
       require(all.first(all.tiles) == rows, "rows of all tiles");
-      require(mxfp4::Heights::equal(rows, most).rows(all.tiles - 1) == all.most, "equal tiles");
+      const auto equal = mxfp4::Heights::equal(rows, most);
+      require(equal.rows(all.tiles - 1) == all.most && equal.first(all.tiles) >= rows,
+              "equal tiles");
+      for (int64_t row = 0; row < rows; row++)
+        require(equal.tile_of(row) == row / all.most, "the equal tile of a row");
       for (int64_t t = 0; t < all.tiles; t++) {
         require(all.rows(t) == all.most || all.rows(t) == all.most - 1, "even tiles");
         require(all.first(t + 1) - all.first(t) == all.rows(t), "a tile behind the other");
@@ -572,10 +634,13 @@ int main(int argc, char** argv) {
   check_small_values(0x1p-36f);
   check_small_values(mxfp4::ROW_SMALLEST, mxfp4::ROW_LARGEST);
   check_conversions();
-  for (const int64_t rows : {1, 3, 20}) {
-    check_mxfp8_codes(rows);
+  for (const int64_t rows : {1, 2, 3, 4, 20}) {
+    check_mxfp8_codes(rows, true);
+    check_mxfp8_codes(rows, false);
     check_mxfp8_scales(rows);
+    check_mxfp8_limits(rows);
   }
+  check_groups_of_tiles();
   for (int round = 0; round < rounds; round++) {
     check_matmul();
     check_quantize();

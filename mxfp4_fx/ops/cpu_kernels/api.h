@@ -1,7 +1,7 @@
 // The entry points that Python calls through ctypes (ops/cpu*.py, ops/program.py), each defined in
-// the .cpp whose first line names it. For each instruction-set path, one library is built with all
-// of them, and before it one with those of weights, which come last here. All libraries read the
-// same layout of MXFP4 weights, `cpu_panels` (panels.h).
+// the .cpp whose first comment names it. For each instruction-set path, one library is built with
+// all of them, and before it one with those of weights, which come last here. All libraries read
+// the same layout of MXFP4 weights, `cpu_panels` (panels.h).
 //
 // Shape letters as in ops/reference.py: T tokens, E experts, A experts per token, R = T * A routed
 // rows, K contraction, N output. Functions that can fail return 0 or an errno: EINVAL if an index
@@ -154,10 +154,6 @@ extern "C" {
 // or an errno; EDOM if a result is wrong.
 int mxfp4_init(int32_t forked);
 
-// The same for the library of the weights' functions, which need no permission; its part of
-// mxfp4_init.
-int mxfp4_init_weights(int32_t forked);
-
 int mxfp4_matmul_ogs(const mxfp4_matmul* arguments);
 
 // Linears of one input.
@@ -165,13 +161,6 @@ void mxfp4_linears(const mxfp4_linear_group* arguments);
 
 // The same with weights in MXFP8. K is a multiple of 32.
 int mxfp8_linears(const mxfp4_linear_group* arguments);
-
-// Values [N, K], rows `stride` elements apart -> MXFP8, rounded as mxfp8.quantize does; and back to
-// contiguous values, rounded to nearest. K is a multiple of 32.
-void mxfp8_quantize(const void* source, int32_t dtype, int64_t n, int64_t k, int64_t stride,
-                    uint8_t* codes, uint8_t* scales, int32_t threads);
-void mxfp8_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t n, int64_t k,
-                      int32_t dtype, void* values, int32_t threads);
 
 // Attention with sinks of one query a head. Returns ENOTSUP, and computes nothing, for heads that
 // are not whole vectors or are larger than 256.
@@ -188,6 +177,16 @@ int mxfp4_routing_routes(const void* ids, int32_t index_dtype, const void* weigh
 
 // Runs a program's instructions in order, until one fails.
 int mxfp4_run(const mxfp4_program* program, const int64_t* slots);
+
+// What mxfp4_init does for the functions of weights, which need no permission.
+int mxfp4_init_weights(int32_t forked);
+
+// Values [N, K], rows `stride` elements apart -> MXFP8, rounded as mxfp8.quantize does; and back to
+// contiguous values, rounded to nearest. K is a multiple of 32.
+void mxfp8_quantize(const void* source, int32_t dtype, int64_t n, int64_t k, int64_t stride,
+                    uint8_t* codes, uint8_t* scales, int32_t threads);
+void mxfp8_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t n, int64_t k,
+                      int32_t dtype, void* values, int32_t threads);
 
 // Contiguous blocks [E, N, K/32, 16] and scales [E, N, K/32] in checkpoint order -> cpu_panels, and
 // back. An expert's row 2 p + h is its row `pair` p + `odd` h in memory: 2 and 1 if rows are in

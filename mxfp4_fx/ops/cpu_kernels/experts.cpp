@@ -1,5 +1,7 @@
 // mxfp4_matmul_ogs. MXFP4_PATH_<NAME>, and the flags that the compiler gets with it (native.py),
 // choose the kernel for several rows.
+
+#include <cerrno>
 #include <new>
 
 #include "amx_tile.h"

@@ -275,7 +275,8 @@ class Decoder {
 
   static int place(int i) { return i; }
 
-  // See above. `weights` are 2^-8 of the codes' values.
+  // What values of x, which are smaller than MOST, are multiplied by for `weights`, which are 2^-8
+  // of the codes' values: products are those of `values`, then, and sums of eight are finite.
   static constexpr float FACTOR = 2, MOST = 0x1p123f;
 
   // Leaves NaN codes to `nan_codes`.

@@ -1,4 +1,5 @@
-// The layout `cpu_panels`, in which all kernels here read an expert's MXFP4 weights.
+// The layout `cpu_panels`, in which all kernels here read an expert's MXFP4 weights, and rows of
+// activations in tiles.
 //
 // An expert [N, K] has P = ceil(N / 32) panels of 32 output rows, and its G = K / 32 blocks form
 // Q = ceil(G / 2) pairs. A panel is one stream of Q pairs. A pair is

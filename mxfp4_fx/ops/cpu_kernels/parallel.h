@@ -14,7 +14,7 @@ namespace mxfp4 {
 
 // Whether this process is a forked child. A child lacks the threads of OpenMP's pool, and the
 // runtime would wait for them forever. A library has one such variable for all of its units;
-// mxfp4_init sets it for forks before the library was loaded.
+// mxfp4_init_weights sets it for forks before the library was loaded.
 inline bool forked = [] {
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
   return false;

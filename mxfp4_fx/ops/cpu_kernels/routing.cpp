@@ -1,6 +1,10 @@
 // mxfp4_routing, mxfp4_routing_routes.
 #include "routing.h"
 
+#include <cerrno>
+#include <cstdint>
+#include <limits>
+
 #include "api.h"
 
 extern "C" int mxfp4_routing(const mxfp4_router* arguments) {

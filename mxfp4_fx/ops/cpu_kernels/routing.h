@@ -1,9 +1,9 @@
 // Routing: the rows of each expert, in the order of their slots (token * A + choice). See
 // ops/reference.py.
 //
-// Both are a counting sort. Each thread has a range of tokens and counts its slots for each expert.
-// The counts of smaller experts and of earlier threads give the rows of its slots. The result is
-// the same for any number of threads.
+// mxfp4_routing and mxfp4_routing_routes are a counting sort. Each thread has a range of tokens and
+// counts its slots for each expert. The counts of smaller experts and of earlier threads give the
+// rows of its slots. The result is the same for any number of threads.
 #pragma once
 
 #include <algorithm>

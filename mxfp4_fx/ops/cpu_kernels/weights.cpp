@@ -1,7 +1,10 @@
 // mxfp4_init_weights, mxfp4_swizzle, mxfp4_unswizzle, mxfp4_quantize, mxfp4_huge_pages,
 // mxfp8_quantize, mxfp8_dequantize. This unit is a library of its own, and a part of the one with
 // all functions.
+
+#include <algorithm>
 #include <cerrno>
+#include <cstdint>
 
 #include "api.h"
 #include "mxfp8.h"
