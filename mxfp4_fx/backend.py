@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -271,36 +273,47 @@ def compile_inner(gm: fx.GraphModule, inputs: list[Any], options: Options) -> Co
         compiled: CompiledGraph = backend(gm, inputs)
         return compiled
 
-    def by_inductor() -> CompiledGraph:
+    def by_inductor(without_headers: bool) -> CompiledGraph:
         # Torch's caches outlive this version of the package, and hold no programs.
         tag = f"{config.cache_key_tag}{fingerprint()}{options.programs}"
         # Who sets options of Inductor wants Inductor.
         instead = _program_of if options.programs and not options.inductor else None
-        with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        with contextlib.ExitStack() as settings:
+            settings.enter_context(config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]
+            if without_headers:
+                settings.enter_context(torch_private_dynamo.without_precompiled_headers())
             compiled: CompiledGraph = torch_private_dynamo.compile_with_inductor(
                 gm, inputs, options.mode, options.inductor, instead
             )
         return compiled
 
+    without_headers = _headers_are_broken.is_set()
     try:
-        return by_inductor()
+        return by_inductor(without_headers)
     except Exception as error:
         # Torch survives a broken entry of its caches, but neither a broken file that an entry names
         # nor a header whose precompilation was ended by force.
-        if any(map(torch_private_dynamo.is_of_cpp_compiler, _chain(error))):
-            others, told = torch_private_dynamo.without_precompiled_headers(), _BROKEN_HEADER
-        elif _is_of_a_file(error):
-            others, told = torch_private_dynamo.empty_caches(), _BROKEN_CACHE
+        cache: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if _is_of_a_file(error):
+            cache, told = torch_private_dynamo.empty_caches(), _BROKEN_CACHE
+        elif not without_headers and any(
+            map(torch_private_dynamo.is_of_cpp_compiler, _chain(error))
+        ):
+            without_headers, told = True, _BROKEN_HEADER
         else:
             raise
-        with others:
+        with cache:
             try:
-                compiled = by_inductor()
+                compiled = by_inductor(without_headers)
             except Exception:
                 raise error from None
+        if without_headers:
+            _headers_are_broken.set()
         log.warning("%s. The error was: %s", told, error)
         return compiled
 
+
+_headers_are_broken = threading.Event()  # other graphs need not find it out, too
 
 _BROKEN_CACHE = (
     "torch's compile cache seems to be broken: with an empty one the graph compiles. Remove its "

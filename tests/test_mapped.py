@@ -184,3 +184,20 @@ def test_a_file_that_is_gone_is_not_read_ahead(tmp_path: Path) -> None:
     assert thread is not None
     thread.join()
     assert parameter.sum().item() == NUMBERS
+
+
+def test_a_file_that_is_gone_keeps_no_other_from_being_read_ahead(tmp_path: Path) -> None:
+    for name in ("gone", "there"):
+        (tmp_path / name).mkdir()
+    gone, parameter = of_file(tmp_path / "gone")
+    path, other = of_file(tmp_path / "there")
+    gone.unlink()
+    thread = mapped.read_ahead([parameter, other])
+    assert thread is not None
+    thread.join()
+    assert pages_of_cache(path) > 0
+
+
+def test_tensors_without_a_storage_are_not_read_ahead() -> None:
+    sparse = nn.ParameterList([nn.Parameter(torch.eye(3).to_sparse())])
+    assert mapped.read_model_ahead(sparse, []) is None

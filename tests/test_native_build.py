@@ -338,6 +338,26 @@ def test_a_forked_child_does_not_wait_for_the_thread_that_it_lacks(workshop: Wor
     assert workshop.compilations() == 1
 
 
+ENDING_FORK = """
+import sys, warnings
+warnings.simplefilter("ignore")
+thread = native.load_in_thread("portable")
+native.load_weights("portable")
+child = os.fork()
+if not child:
+    sys.exit()  # and not os._exit, as multiprocessing's children end
+os.waitpid(child, 0)
+Path({go!r}).touch()
+print(native.load("portable").answer())
+"""
+
+
+def test_a_forked_child_that_ends_leaves_the_build_alone(workshop: Workshop) -> None:
+    go = workshop.folder / "go"
+    workshop.write_compiler(before=until_there(go))
+    assert workshop.run(ENDING_FORK.format(go=str(go))) == "42\n"
+
+
 @pytest.mark.parametrize(
     ("device_map", "expected"),
     [
@@ -348,8 +368,8 @@ def test_a_forked_child_does_not_wait_for_the_thread_that_it_lacks(workshop: Wor
         ({"model": "cpu", "lm_head": 0}, False),
         ({"model": "cpu", "lm_head": "disk"}, False),
         ("cuda", False),
-        ("auto", not torch.accelerator.is_available()),
-        (None, not torch.accelerator.is_available()),
+        ("auto", torch.accelerator.current_accelerator() is None),
+        (None, torch.accelerator.current_accelerator() is None),
     ],
 )
 def test_a_map_says_whether_experts_go_to_the_cpu(device_map: object, expected: bool) -> None:

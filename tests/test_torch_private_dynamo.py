@@ -16,6 +16,8 @@ import pytest
 import torch
 from models import Graphs
 from torch import Tensor, fx, nn
+from torch._inductor import config as inductor_config
+from torch._inductor import exc
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 import mxfp4_fx
@@ -121,6 +123,18 @@ def test_artifacts_are_traced() -> None:
 
 
 # ---- compilers
+
+
+def test_errors_of_the_cpp_compiler_are_known() -> None:
+    error = exc.CppCompileError(["g++"], "no")
+    assert torch_private_dynamo.is_of_cpp_compiler(error)
+    assert not torch_private_dynamo.is_of_cpp_compiler(ValueError())
+
+
+def test_headers_can_be_left_unprecompiled() -> None:
+    assert inductor_config.cpp_cache_precompile_headers
+    with torch_private_dynamo.without_precompiled_headers():
+        assert not inductor_config.cpp_cache_precompile_headers
 
 
 def test_backends_have_names() -> None:

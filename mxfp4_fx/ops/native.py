@@ -121,8 +121,8 @@ def load(path: str) -> ctypes.CDLL:
 def load_weights(path: str) -> ctypes.CDLL:
     """Return a library with the functions of weights: swizzling, quantizing, and back.
 
-    It does not wait until the kernels are built. Once it is built, it serves even if they cannot be.
-    If there is none, a thread builds both.
+    It does not wait until the kernels are built, and serves even if they cannot be. If there is
+    none, a thread builds both.
 
     Args:
         path: a key of ``CPU_PATHS``.
