@@ -106,6 +106,10 @@ def executed(program: list[Any]) -> int:
                 sizes[block] += 1
     if running.returncode:
         raise RuntimeError(f"{program[0]} ended with {running.returncode}")
+    if not executions:
+        raise RuntimeError(
+            f"{program[0]} executed nothing between counting_begins and counting_ends"
+        )
     return sum(sizes[block] * count for block, count in executions.items())
 
 

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,22 @@ exec {self.real_compiler} "$@"
         return sorted((below or self.cache).rglob(f"*-{name}-*.so"))
 
 
+def loaders() -> list[native._Loader]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, native._Loader)]
+
+
+def join_loaders() -> None:
+    """Wait for the threads of earlier tests too: any test that loads packed experts leaves one.
+
+    With a cold cache it still builds, or waits while another worker does.
+    """
+    for thread in loaders():
+        thread.join()
+
+
 def set_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """Let ``native`` use a new workshop."""
+    join_loaders()
     made = Workshop(folder / "work shop", " ".join(map(shlex.quote, compiler.command())))
     made.folder.mkdir()
     made.write_source()

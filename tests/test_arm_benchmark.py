@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,19 +34,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @counts
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("path", arm.PATHS)
-def test_no_kernel_takes_more_instructions_than_it_did(path: str, folder: Path) -> None:
+def test_kernels_take_about_the_stored_instructions(path: str, folder: Path) -> None:
     program = arm.build(path, folder)
     for name, stored in COUNTS.items():
         weights, dtype, rows = name.split(", ")
         if rows == "1 row" or (dtype, rows) == ("bfloat16", "6 rows"):
             found = arm.per_weight(program, weights, dtype, int(rows.split()[0]))
-            assert found < 1.1 * stored[path], name
+            assert 0.9 * stored[path] < found < 1.1 * stored[path], name
 
 
 @pytest.mark.parametrize("path", ARM_PATHS)
-def test_one_row_takes_less_than_a_third_of_the_portable_instructions(path: str) -> None:
+def test_one_row_takes_3_6_times_fewer_instructions_than_the_portable_path(path: str) -> None:
     stored = COUNTS["experts, bfloat16, 1 row"]
-    assert stored["portable"] > 3 * stored[path]
+    assert stored["portable"] > 3.6 * stored[path]
 
 
 @pytest.mark.parametrize("path", ARM_PATHS)
@@ -58,11 +59,23 @@ def test_linears_are_native_while_a_byte_takes_one_instruction(
     assert COUNTS[name][path] <= dtype.itemsize
 
 
-def test_instructions_are_counted_by_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def emulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Takes what the emulator writes."""
+
+    def set_up(log: str) -> None:
+        (tmp_path / "log").write_text(log, encoding="utf-8")
+        emulator = tmp_path / "emulator"
+        emulator.write_text(f"#!/bin/sh\ncat {tmp_path / 'log'}\n", encoding="utf-8")
+        emulator.chmod(0o755)
+        monkeypatch.setattr(arm, "EMULATOR", str(emulator))
+
+    return set_up
+
+
+def test_instructions_are_counted_by_blocks(emulate: Callable[[str], None]) -> None:
     """A block of two instructions runs three times, one of one once, and more around them."""
-    log = (
+    emulate(
         "IN: main\n0x00000008:  d503201f  nop\n\n"
         "Trace 0: 0x7d8 [00/0000000000000008/00/00] main\n"
         "IN: counting_begins\n0x00000020:  d65f03c0  ret\n\n"
@@ -77,9 +90,14 @@ def test_instructions_are_counted_by_blocks(
         "Trace 0: 0x7e8 [00/0000000000000024/00/00] counting_ends\n"
         "Trace 0: 0x7d8 [00/0000000000000008/00/00] main\n"
     )
-    (tmp_path / "log").write_text(log, encoding="utf-8")
-    emulator = tmp_path / "emulator"
-    emulator.write_text(f"#!/bin/sh\ncat {tmp_path / 'log'}\n", encoding="utf-8")
-    emulator.chmod(0o755)
-    monkeypatch.setattr(arm, "EMULATOR", str(emulator))
     assert arm.executed([]) == 7
+
+
+def test_a_log_without_the_names_of_functions_is_an_error(emulate: Callable[[str], None]) -> None:
+    emulate(
+        "IN:\n0x00000010:  d503201f  nop\n\n"
+        "Trace 0: 0x7f0 [00/0000000000000010/00/00]\n"
+        "Trace 0: 0x7f0 [00/0000000000000010/00/00]\n"
+    )
+    with pytest.raises(RuntimeError, match="program executed nothing between"):
+        arm.executed(["program"])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import Graphs, Layers, compile_with, hidden, mlp, model, pack, tokens
 from near_miss import mxfp4_ops
+from processes import LAST_RESORT
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -412,10 +413,13 @@ with torch.compiler.set_stance("default", force_backend="mxfp4"):
 }
 
 
-# A child for each way, of a process that has imported what takes longest, and no transformers.
+FRESH = "before anything of Dynamo"
+
+# A child for each way. The first is of a process that has imported torch alone; the others are of
+# one that has imported what takes longest, and no transformers.
 IN_CHILDREN = """
-import json, os, sys
-import torch, torch._inductor.compile_fx
+import json, os, signal, sys
+import torch
 
 OPTIONS = {"inner": "eager", "strict": True}
 torch.set_grad_enabled(False)
@@ -424,22 +428,30 @@ def make():
     from models import mlp
     return mlp(form="eager")
 
-def module_of(x, make=torch.compiler.disable(make)):
-    return make()(x)[0]
-
 def be_child(way):
     assert "transformers" not in sys.modules
     exec(way, globals())
     from mxfp4_fx.weights.store import STORE
     assert STORE.swizzled == 2, STORE.swizzled
 
-statuses = {}
-for name, way in json.loads(sys.argv[1]).items():
+def status(way):
     child = os.fork()
     if not child:
+        signal.alarm(int(sys.argv[3]))
         be_child(way)
         sys.exit()
-    statuses[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+ways, fresh = json.loads(sys.argv[1]), sys.argv[2]
+assert "torch._dynamo" not in sys.modules
+statuses = {fresh: status(ways["the function is compiled"])}
+
+import torch._inductor.compile_fx
+
+def module_of(x, make=torch.compiler.disable(make)):
+    return make()(x)[0]
+
+statuses |= {name: status(way) for name, way in ways.items()}
 print(json.dumps(statuses))
 """
 
@@ -447,8 +459,9 @@ print(json.dumps(statuses))
 @pytest.fixture(scope="module")
 def statuses() -> dict[str, int]:
     """How each way's process ended; what they say of an error is in the test's output."""
+    arguments = json.dumps(WAYS), FRESH, str(int(LAST_RESORT))
     told = subprocess.check_output(
-        [sys.executable, "-c", IN_CHILDREN, json.dumps(WAYS)], cwd=Path(__file__).parent, text=True
+        [sys.executable, "-c", IN_CHILDREN, *arguments], cwd=Path(__file__).parent, text=True
     )
     found: dict[str, int] = json.loads(told.splitlines()[-1])
     return found
@@ -466,7 +479,7 @@ class TestWaysIn:
             module(hidden())
 
     @pytest.mark.exhaustive
-    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("way", [FRESH, *WAYS])
     def test_before_transformers_is_imported(self, way: str, statuses: dict[str, int]) -> None:
         """The eager experts are captured as a whole all the same."""
         assert statuses[way] == 0

@@ -97,14 +97,13 @@ ALIKE = [names for names in families.written_alike() if KNOWN_MISSES.keys().isdi
 @pytest.mark.parametrize("names", ALIKE, ids=lambda names: names[0])
 def test_every_class_of_the_installed_transformers(names: list[str]) -> None:
     """Of classes of one source, one of each form with each activation that their configs have."""
-    checked = set()
-    for at, name in enumerate(names):
-        form = FORMS[at % 2]
-        experts = families.experts(name, form)
-        kind = form, str(getattr(experts, "act_fn", None))
-        if kind not in checked:
-            check(families.Block(experts), x_and_logits())
-            checked.add(kind)
+    by_activation: dict[str, list[str]] = {}
+    for name in names:
+        activation = str(getattr(families.experts(name), "act_fn", None))
+        by_activation.setdefault(activation, []).append(name)
+    for alike in by_activation.values():
+        for form, name in zip(FORMS, (alike[0], alike[-1]), strict=True):
+            check(families.Block(families.experts(name, form)), x_and_logits())
 
 
 @pytest.mark.exhaustive

@@ -320,7 +320,7 @@ SIZES = {"top 1", "all of 5 experts", "1 expert", "other sizes"}
             else pytest.mark.exhaustive,
         )
         for (name, changes), form, dynamic in itertools.product(
-            CONSTANTS.items(), CAPTURED[:2], (False, True)
+            CONSTANTS.items(), FORMS, (False, True)
         )
     ],
 )

@@ -7,7 +7,6 @@ import errno
 import os
 import shlex
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,17 @@ import pytest
 import torch
 from checkpoints import write_packed
 from combinations import exhaustive
-from native_workshop import SOURCE, WEIGHTS, Workshop, forget, refusal, set_up, use_units
+from native_workshop import (
+    SOURCE,
+    WEIGHTS,
+    Workshop,
+    forget,
+    join_loaders,
+    loaders,
+    refusal,
+    set_up,
+    use_units,
+)
 from processes import LAST_RESORT, is_alive, is_written, until_there, wait_until
 
 import mxfp4_fx
@@ -36,12 +45,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worksh
     made = set_up(tmp_path, monkeypatch)
     yield made
     (made.folder / "go").touch()  # a test that failed may have left a compiler that waits
-    for thread in loaders():
-        thread.join()
-
-
-def loaders() -> list[native._Loader]:
-    return [thread for thread in threading.enumerate() if isinstance(thread, native._Loader)]
+    join_loaders()
 
 
 def weights_refusal() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from combinations import exhaustive
 from torch import Tensor, fx, nn
 from transformers import DynamicCache
 from transformers.models.gpt_oss import modeling_gpt_oss
@@ -74,15 +75,21 @@ def afresh() -> None:
 # ---- how many
 
 
-def test_layers_without_a_cache_share_one_graph() -> None:
-    model = models.model()  # a sliding and a full one
+# A sliding layer and a full one, by turns.
+COUNTS = [2, exhaustive(4)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_layers_without_a_cache_share_one_graph(count: int) -> None:
+    model = models.model(num_hidden_layers=count)
     compiled, regions = captured(model)
     assert torch.equal(logits(compiled), logits(model))
-    assert regions.graphs == [[2]]
+    assert regions.graphs == [[count]]
 
 
-def test_layers_with_a_cache_share_two_graphs() -> None:
-    model = models.model()
+@pytest.mark.parametrize("count", COUNTS)
+def test_layers_with_a_cache_share_two_graphs(count: int) -> None:
+    model = models.model(num_hidden_layers=count)
     compiled, regions = captured(model)
     for tokens in (IDS, IDS[:, :1]):
         found, expected = (DynamicCache(config=model.config) for _ in range(2))
@@ -93,7 +100,7 @@ def test_layers_with_a_cache_share_two_graphs() -> None:
         for mine, its in zip(found.layers, expected.layers, strict=True):
             assert torch.equal(mine.keys, its.keys)
             assert torch.equal(mine.values, its.values)
-    assert regions.graphs == [[2, 2]] * 2
+    assert regions.graphs == [[count, count]] * 2
 
 
 class Reading(DynamicCache):
@@ -264,7 +271,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("is_first", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("is_first", [False, exhaustive(True)])
 def test_layers_that_differ_share_no_graph(is_first: bool) -> None:
     model = layers(len(CHANGES) + 2).requires_grad_(False)
     changed = model.model.layers[:-2] if is_first else model.model.layers[2:]
@@ -288,21 +295,22 @@ def test_a_parameter_of_two_layers_is_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "count"),
     [
-        "top_k",
-        *(pytest.param(c, marks=pytest.mark.exhaustive) for c in ("alpha", "no bias", "class")),
+        ("top_k", 2),
+        exhaustive("top_k", 3),  # two that are alike around the one that is not
+        *(exhaustive(change, 2) for change in ("alpha", "no bias", "class")),
     ],
 )
-def test_a_later_change_of_any_layer_compiles_anew(change: str) -> None:
-    model = layers(2).requires_grad_(False)
+def test_a_later_change_of_any_layer_compiles_anew(change: str, count: int) -> None:
+    model = layers(count).requires_grad_(False)
     compiled, regions = captured(model)
     before = logits(compiled)
     CHANGES[change](model.model.layers[1])
     after = logits(compiled)
     assert torch.equal(after, logits(model))
     assert not torch.equal(after, before)
-    assert len(regions.graphs) == 2
+    assert regions.graphs == [[count], [2] if count == 3 else []]
 
 
 @pytest.mark.exhaustive

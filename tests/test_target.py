@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import Layers, compile_with, hidden
+from native_workshop import join_loaders
 
 import mxfp4_fx
 from mxfp4_fx.core import hardware
@@ -82,6 +83,7 @@ class TestLoadAhead:
         """Takes what loading returns or raises; returns the names of the threads that load."""
 
         def set_up(result: Any) -> list[str]:
+            join_loaders()
             threads: list[str] = []
 
             def load(path: str) -> Any:
@@ -98,16 +100,16 @@ class TestLoadAhead:
     def test_who_needs_them_gets_what_a_thread_loads(self, loading: Any) -> None:
         threads, path = loading("library"), hardware.cpu_path()
         target.load_ahead("auto", CPU)
-        wait()
+        join_loaders()
         assert native.load(path) == "library"
         target.load_ahead("auto", CPU)
-        wait()
+        join_loaders()
         assert threads == ["mxfp4_fx builds"]
 
     def test_who_needs_them_gets_the_failure(self, loading: Any) -> None:
         threads = loading(NativeBuildError("no compiler"))
         target.load_ahead("cpu", CPU)
-        wait()
+        join_loaders()
         with pytest.raises(NativeBuildError, match="no compiler"):
             native.load(hardware.cpu_path())
         assert threads == ["mxfp4_fx builds"]
@@ -118,11 +120,5 @@ class TestLoadAhead:
     ) -> None:
         threads = loading("library")
         target.load_ahead(requested, device)
-        wait()
+        join_loaders()
         assert threads == []
-
-
-def wait() -> None:
-    for thread in threading.enumerate():
-        if thread.name == "mxfp4_fx builds":
-            thread.join()
