@@ -33,7 +33,9 @@ class Phases:
         started = time.perf_counter()
         yield facts
         facts["seconds"] = time.perf_counter() - started
-        facts["memory"] = {**memory(psutil.Process()), "peak": peak()}
+        now = memory(psutil.Process())
+        # The system notes a peak some pages late.
+        facts["memory"] = {**now, "peak": max(peak(), now["resident"])}
         facts["checkpoint_mapped"] = mapped_bytes(".safetensors")
         facts["graphs"] = compiled_graphs() - graphs
         print(json.dumps({"phase": name, **facts}), file=self._pipe, flush=True)
