@@ -240,13 +240,12 @@ class Matmul {
   }
 
   // All rows of an expert that has few.
-  template <int ROWS = Tile::MOST_FEW>
   void multiply_few([[maybe_unused]] const Expert& expert, [[maybe_unused]] const uint8_t* codes,
                     [[maybe_unused]] int64_t count, [[maybe_unused]] float* sums) const {
-    if constexpr (HAS_FEW_ROWS && ROWS > 0) {
-      if (expert.rows < ROWS) return multiply_few<ROWS - 1>(expert, codes, count, sums);
-      const FewRows rows{packed.get() + expert.packed, FewRows::bytes_of(blocks), blocks};
-      multiply_rows<ROWS>(rows, codes, count, sums, ROWS * PANEL_ROWS);
+    if constexpr (HAS_FEW_ROWS && Tile::MOST_FEW > 0) {
+      const FewRows rows{packed.get() + expert.packed, FewRows::bytes_of(blocks), blocks,
+                         expert.rows};
+      multiply_rows<Tile::MOST_FEW>(rows, codes, count, sums, rows.count * PANEL_ROWS);
     }
   }
 

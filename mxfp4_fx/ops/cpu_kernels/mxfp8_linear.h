@@ -310,7 +310,7 @@ inline void multiply_bf16(const mxfp4_linear_group& arguments, const void* weigh
 // Up to so many rows of x are multiplied with codes in registers; more with a decoded panel. ARM's
 // number is of the fewest instructions (benchmarks/arm.py).
 #if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int64_t FEW_ROWS = 10;
+constexpr int64_t FEW_ROWS = 4;
 #elif defined(__aarch64__)
 constexpr int64_t FEW_ROWS = 2;
 #else

@@ -1,4 +1,4 @@
-// The products of few_rows.h in AVX2, and in AVX-512 with VNNI.
+// The products of few_rows.h in AVX-512 with VNNI.
 #pragma once
 
 #include <immintrin.h>
@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "avx2.h"
 #include "numbers.h"
 #include "panels.h"
 #include "row_block.h"
@@ -20,12 +19,8 @@ inline int32_t dword(const RowBlock& x, int limb, int index) {
   return four;
 }
 
-#if defined(__AVX512VNNI__)
 using RowVector = __m512;
-#else
-using RowVector = __m256;
-#endif
-constexpr int ROW_LANES = sizeof(RowVector) / sizeof(float);
+constexpr int ROW_LANES = 16;
 
 // Vectors of output rows that are computed together.
 template <int ROWS>
@@ -33,14 +28,13 @@ constexpr int row_vectors() {
   return 1;
 }
 
-// The sums of a block for 16 or 8 output rows and each of ROWS rows of activations, whose limbs
+// The sums of a block for 16 output rows and each of ROWS rows of activations, whose limbs
 // before limb FIRST are zero, in units of limb 2 if FIRST is 2, else of limb 0. Codes of group g
 // are at codes + 64 g.
 template <int FIRST, int ROWS>
 inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
                                                          const RowBlock* const (&x)[ROWS],
                                                          RowVector (&products)[ROWS][1]) {
-#if defined(__AVX512VNNI__)
   const __m512i table = _mm512_broadcast_i32x4(
       _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
 #if !defined(__AVX512VBMI__)
@@ -84,59 +78,11 @@ inline __attribute__((always_inline)) void limb_products(const uint8_t* codes,
     if (FIRST < 2)
       products[r][0] = _mm512_fmadd_ps(products[r][0], _mm512_set1_ps(65536.f), two_limbs(0));
   }
-#else
-  const __m256i table = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-  const __m256i nibble = _mm256_set1_epi8(15);
-  // Limbs of odd numbers count 2^8 times as much as the one before.
-  const __m256i factors[2] = {_mm256_set1_epi16(1), _mm256_set1_epi16(256)};
-  __m256i sum[ROWS][LIMBS / 2];
-#pragma GCC unroll 6
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-    for (int pair = FIRST / 2; pair < LIMBS / 2; pair++)
-      sum[r][pair] = _mm256_set1_epi32(x[r]->start[pair]);
-#pragma GCC unroll 2
-  for (int two = 0; two < 2; two++) {
-    __m256i weights[4];
-#pragma GCC unroll 2
-    for (int g = 0; g < 2; g++) {
-      const __m256i eight =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64 * (2 * two + g)));
-      weights[2 * g] = _mm256_shuffle_epi8(table, _mm256_and_si256(eight, nibble));
-      weights[2 * g + 1] =
-          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(eight, 4), nibble));
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 4
-      for (int limb = FIRST; limb < LIMBS; limb++) {
-        // Four products of at most 2 * 24 * 128 fit 16 bits.
-        const auto product = [&](int i) {
-          return _mm256_maddubs_epi16(weights[i],
-                                      _mm256_set1_epi32(dword(*x[r], limb, 4 * two + i)));
-        };
-        const __m256i part = _mm256_add_epi16(_mm256_add_epi16(product(0), product(1)),
-                                              _mm256_add_epi16(product(2), product(3)));
-        __m256i& into = sum[r][limb / 2];
-        into = _mm256_add_epi32(into, _mm256_madd_epi16(part, factors[limb % 2]));
-      }
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < ROWS; r++) {
-    products[r][0] = _mm256_cvtepi32_ps(sum[r][1]);
-    if (FIRST < 2)
-      products[r][0] =
-          _mm256_fmadd_ps(products[r][0], _mm256_set1_ps(65536.f), _mm256_cvtepi32_ps(sum[r][0]));
-  }
-#endif
 }
 
 // The same in float32, from the block's values.
 inline __attribute__((always_inline)) RowVector float_products(const uint8_t* codes,
                                                                const float* values) {
-#if defined(__AVX512VNNI__)
   const __m512 table = _mm512_loadu_ps(E2M1);
   __m512 sum[2] = {};
 #pragma GCC unroll 4
@@ -151,26 +97,12 @@ inline __attribute__((always_inline)) RowVector float_products(const uint8_t* co
     }
   }
   return _mm512_add_ps(sum[0], sum[1]);
-#else
-  __m256 sum[2] = {};
-#pragma GCC unroll 4
-  for (int g = 0; g < 4; g++)
-    unpack_doubled(codes + 64 * g, [&](int k, __m256 doubled) {
-      sum[k / 4] = _mm256_fmadd_ps(doubled, _mm256_broadcast_ss(values + 8 * g + k), sum[k / 4]);
-    });
-  return _mm256_mul_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_set1_ps(.5f));
-#endif
 }
 
 // Scales of ROW_LANES rows as float32; they are in [SCALE_MIN, SCALE_MAX].
 inline __attribute__((always_inline)) RowVector row_scales(const uint8_t* scales) {
-#if defined(__AVX512VNNI__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23));
-#else
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23));
-#endif
 }
 
 }  // namespace mxfp4
