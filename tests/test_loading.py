@@ -260,7 +260,7 @@ def test_nan_blocks_are_counted_beside_the_loader(
         raise CheckpointError(f"counted in {threading.current_thread().name}")
 
     monkeypatch.setattr(Checkpoint, "nan_blocks", fail)
-    with pytest.raises(CheckpointError, match="counted in mxfp4_fx$"):
+    with pytest.raises(CheckpointError, match=r"counted in mxfp4_fx$"):
         mxfp4_fx.from_pretrained(checkpoint)
 
 
