@@ -1,6 +1,6 @@
 """What the stages of ``benchmarks.start`` amount to, and their tables.
 
-python -m benchmarks.start_report benchmarks/results/start-epyc-2-threads.json    # README's rows
+README's rows: python -m benchmarks.start_report benchmarks/results/start-epyc-zen3-2-threads.json
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from mxfp4_fx.ops import native
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-STORED = ("start-epyc", "start-whole-epyc-zen5", "start-pieces-epyc-zen5")
+STORED = ("start-epyc-zen3", "start-whole-epyc-zen5", "start-pieces-epyc-zen5")
 STORED_FULL_SIZE = ROOT / "benchmarks/results/start-full-size-epyc-2-threads.json"
 TOY = "--layers 1 --new-tokens 1 --inner eager --silent"
 

@@ -75,7 +75,7 @@ inline void add_floats(const float* values, const uint8_t* codes, const uint8_t*
                          row_scales(scales + i));
 }
 
-// The same, where `Block` multiplies a block of all rows.
+// multiply_rows, where `Block` multiplies a block of all rows.
 template <class Block>
 void multiply_blocks(const FewRows& rows, const uint8_t* panel, int64_t panels, float* sums,
                      int64_t step) {
