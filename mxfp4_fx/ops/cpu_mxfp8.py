@@ -28,7 +28,7 @@ def linears(
     """Compute ``ops.reference_around.linears_mxfp8``.
 
     Up to ``hardware.mxfp8_rows`` rows sums are float32 and have the same bits for any number of
-    threads. While the rows are few (``few_rows`` in ``cpu_kernels/mxfp8_linear.h``), a row's
+    threads. While the rows are few (``FEW_ROWS`` in ``cpu_kernels/mxfp8_linear.h``), a row's
     results have the same bits beside any other rows.
 
     Raises:
